@@ -1,0 +1,29 @@
+"""Bad input: the one exception users meet, and how every command reports it.
+
+A command's `main` raises `UserError`; `exit_code` turns it into one line on stderr and exit code 2.
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """Input that can't be used. The message says what, where, got, expected, and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """The error's text without line breaks, so that it stays one line of a log."""
+    return " ".join(str(error).split())
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run a command; 0 when it is done, 2 after printing the one line of a `UserError`."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    return 0

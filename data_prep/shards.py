@@ -1,0 +1,245 @@
+"""The on-disk contract between data preparation and training: shards, document index, manifest.
+
+A data set is a directory:
+
+    manifest.json                                what is in it; written last, so its existence means complete
+    build.json                                   how it was made (time, host, ranks, versions); not part of the data
+    tokenizer/                                   a copy of the tokenizer that made the ids
+    shards/<split>/<source>/<unit>.npy           token ids, one dimension, "<u2"
+    shards/<split>/<source>/<unit>.documents.npy start offset and row of every document, (documents, 2), "<u8"
+
+A shard holds whole documents, each followed by the end-of-document id and nothing else. Every id from 0
+to 65,535 is an ordinary id. Both kinds of file are plain NumPy files: `np.load(path, mmap_mode="r")`.
+
+The fingerprint of a data set is the xxh3-128 digest of its manifest, which holds the digest of every
+file: two data sets with equal fingerprints are equal bit for bit.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from data_prep.errors import UserError
+
+FORMAT = "tablefree-shards"
+FORMAT_VERSION = 1
+MAX_VOCAB_SIZE = 65_536
+BLOCK_SAMPLES = 4_096  # sources share a block of this many samples in whole numbers
+SPLITS = ("train", "validation")
+TOKEN_DTYPE = np.dtype("<u2")
+INDEX_DTYPE = np.dtype("<u8")
+MANIFEST_NAME = "manifest.json"
+DIGEST_CHUNK_BYTES = 1 << 22
+REBUILD = "rebuild it with python -m data_prep.build_shards"
+
+Tokens = npt.NDArray[np.uint16]
+Index = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One named part of the mixture."""
+
+    name: str
+    share: int  # samples of this source in every block of BLOCK_SAMPLES training samples
+    weight: float  # as written in the mixture
+    origin: str  # path, glob or name as written in the mixture
+    format: str
+    text_field: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of token ids and the part of the input that it holds."""
+
+    split: str
+    source: str
+    path: str  # relative to the data set, with forward slashes
+    tokens: int  # end-of-document ids included
+    documents: int
+    text_bytes: int  # UTF-8, without end-of-document
+    text_characters: int
+    input: str  # the input file, as the mixture names it
+    first_row: int  # row of the input file at which this shard's work unit starts
+    rows: int  # rows of the input file that this shard's work unit covers
+    xxh3_128: str
+    index_xxh3_128: str
+
+    @property
+    def index_path(self) -> str:
+        """Path of the document index, relative to the data set."""
+        return self.path.removesuffix(".npy") + ".documents.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a data set holds: a function of its inputs, tokenizer and mixture alone."""
+
+    vocab_size: int
+    eos_id: int
+    eos_token: str
+    tokenizer_sha256: str
+    validation_fraction: float
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+
+    def to_bytes(self) -> bytes:
+        """The manifest file, byte for byte reproducible."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the manifest file: the identity of the data set."""
+        return xxhash.xxh3_128_hexdigest(self.to_bytes())
+
+    def shards_of(self, split: str, source: str | None = None) -> tuple[Shard, ...]:
+        """The shards of a split, in stream order; of one source if it is named."""
+        return tuple(s for s in self.shards if s.split == split and source in (None, s.source))
+
+    def tokens(self, split: str, source: str | None = None) -> int:
+        """Number of token ids in a split, end-of-document ids included."""
+        return sum(s.tokens for s in self.shards_of(split, source))
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    with staged.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    fsync_directory(path.parent)
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> str:
+    """Write a NumPy file durably; returns the xxh3-128 digest of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    with staged.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = digest_file(staged)
+    os.replace(staged, path)
+    fsync_directory(path.parent)
+    return digest
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes, as 32 hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(DIGEST_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list[int]:
+    """Split `total` in whole numbers proportional to the weights (largest remainder, ties to the first).
+
+    Raises UserError if a weight is not positive or so small that its source would get nothing.
+    """
+    if not weights or not all(np.isfinite(w) and w > 0 for w in weights):
+        raise UserError(f"mixture: weights {list(weights)}: expected one positive number for each source")
+    exact = [w / sum(weights) * total for w in weights]
+    shares = [int(x) for x in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    if 0 in shares:
+        weight = weights[shares.index(0)]
+        raise UserError(f"mixture: weight {weight} is below 1/{total} of the whole; leave that source out")
+    return shares
+
+
+def load_manifest(data_dir: Path) -> Manifest:
+    """Read and check `manifest.json`. Raises UserError if the data set is missing or not complete."""
+    path = data_dir / MANIFEST_NAME
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such directory; build a data set with python -m data_prep.build_shards")
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{data_dir}: no {MANIFEST_NAME}, so the data set is not complete; {REBUILD}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {REBUILD}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not a manifest of this project's shards; {REBUILD}")
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {REBUILD}")
+    try:
+        sources = tuple(Source(**source) for source in content.pop("sources"))
+        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+        return Manifest(sources=sources, shards=shards, **content)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged manifest ({error}); {REBUILD}") from None
+
+
+def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Memory-map one file of a data set. Raises UserError unless it has the type and shape expected."""
+    full_path = data_dir / path
+    try:
+        array = np.load(full_path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{full_path}: truncated or damaged ({error}); {REBUILD}") from None
+    if array.dtype != dtype:
+        raise UserError(f"{full_path}: dtype {array.dtype}, expected {dtype}; {REBUILD}")
+    if array.shape != shape:
+        raise UserError(f"{full_path}: shape {array.shape}, the manifest says {shape}; {REBUILD}")
+    return array
+
+
+class ShardReader:
+    """Reads a data set: memory-mapped shards and document indexes, opened when first touched."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.manifest = load_manifest(data_dir)
+        self._tokens: dict[str, Tokens] = {}
+
+    def tokens(self, shard: Shard) -> Tokens:
+        """The token ids of a shard, shape (tokens,), uint16, memory-mapped."""
+        if shard.path not in self._tokens:
+            self._tokens[shard.path] = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+        return self._tokens[shard.path]
+
+    def documents(self, shard: Shard) -> Index:
+        """Start offset in the shard and row in the input file of each document, shape (documents, 2)."""
+        index = open_array(self.data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
+        return index + np.array([0, shard.first_row], INDEX_DTYPE)
+
+    def check_files(self) -> None:
+        """Cheap check before a run: every shard is there and as long as the manifest says."""
+        header_bytes = 128  # np.save pads its header of a one-dimensional array to this
+        for shard in self.manifest.shards:
+            path = self.data_dir / shard.path
+            if not path.is_file():
+                raise UserError(f"{path}: missing, but the manifest lists it; {REBUILD}")
+            expected = header_bytes + TOKEN_DTYPE.itemsize * shard.tokens
+            if path.stat().st_size != expected:
+                got = path.stat().st_size
+                raise UserError(f"{path}: {got:,} bytes, expected {expected:,}: truncated or damaged; {REBUILD}")

@@ -1,0 +1,322 @@
+"""The recipe: everything that makes a run what it is, as frozen dataclasses read from YAML.
+
+The recipe owns model, data order, tokens, batch, optimizer, schedule, activation checkpointing and intervals.
+What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see pretrain/engine.py.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_prep.errors import UserError
+from data_prep.shards import MAX_VOCAB_SIZE
+from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+# What a resumed run may change: none of it alters what a step computes.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "batch.micro_batch_size",
+        "activation_checkpointing.mode",
+        "activation_checkpointing.every_n_layers",
+        "validation.every_steps",
+        "validation.eval_tokens",
+        "checkpoints.every_steps",
+        "checkpoints.keep_last",
+        "engine",  # the merged DeepSpeed configuration is compared instead
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelRecipe:
+    """Architecture of the decoder."""
+
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
+    d_model: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    seq_len: int = Field(ge=1)
+    input_embedding: Literal["binary_code", "affine_code", "learned"]
+    code_bits: int | None = Field(default=None, ge=1)  # default: ceil(log2 vocab_size)
+    code_seed: int = 0  # draws A and b of an affine code
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchRecipe:
+    """How many tokens make a step, and how many windows one rank takes at a time."""
+
+    global_batch_tokens: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerRecipe:
+    """AdamW; weight decay acts on matrices only."""
+
+    peak_learning_rate: float = Field(gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clipping: float = Field(default=1.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleRecipe:
+    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+
+    warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ActivationCheckpointingRecipe:
+    """Which blocks recompute their activations; see pretrain/activation_checkpointing.py."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    every_n_layers: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ValidationRecipe:
+    """How often, and on how many tokens of the validation split, always the same ones."""
+
+    every_steps: int = Field(ge=1)
+    eval_tokens: int = Field(default=2_097_152, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointsRecipe:
+    """How often to save, and how many of the newest checkpoints to keep."""
+
+    every_steps: int = Field(ge=1)
+    keep_last: int = Field(default=2, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """A whole run."""
+
+    model: ModelRecipe
+    batch: BatchRecipe
+    optimizer: OptimizerRecipe
+    schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
+    activation_checkpointing: ActivationCheckpointingRecipe = Field(default_factory=ActivationCheckpointingRecipe)
+    validation: ValidationRecipe
+    checkpoints: CheckpointsRecipe
+    train_tokens: int = Field(ge=1)
+    seed: int = Field(default=1, ge=0)
+    deterministic: bool = False  # CUDA only: slower kernels that give the same bits each time
+    engine: str = "zero2_bf16"  # a file of ds_configs/, by name, or a path
+
+    @property
+    def global_batch_size(self) -> int:
+        """Windows in a step, over all ranks."""
+        return self.batch.global_batch_tokens // self.model.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until train_tokens are consumed; the last step is a whole one."""
+        return -(-self.train_tokens // self.batch.global_batch_tokens)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A suggestion for a misspelt name: `; did you mean x?`, or the list of what there is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+
+
+def known_keys(recipe_class: Any) -> dict[str, Any]:
+    """Field names of a recipe section and, for a nested one, its class."""
+    return {f.name: f.type if is_dataclass(f.type) else None for f in fields(recipe_class)}
+
+
+def check_keys(content: dict[str, Any], recipe_class: Any, origin: str, prefix: str = "") -> None:
+    """Raise UserError for the first key that no recipe has, naming the nearest right one."""
+    known = known_keys(recipe_class)
+    for key, value in content.items():
+        if key not in known:
+            suggestion = nearest(str(key), [prefix + name for name in known])
+            raise UserError(f"{origin}: unknown recipe key {prefix}{key}; {suggestion}")
+        if known[key] is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{origin}: {prefix}{key}: got {value!r}, expected the keys of a section")
+            check_keys(value, known[key], origin, f"{prefix}{key}.")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe's name, or the path itself."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"--recipe {name}: no such file")
+        return path
+    shipped = sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
+    if name not in shipped:
+        raise UserError(f"--recipe {name}: no such recipe; {nearest(name, shipped)} (or give a .yaml file)")
+    return RECIPES_DIR / f"{name}.yaml"
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as YAML."""
+    for argument in overrides:
+        dotted, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"{argument}: not a known flag; recipe keys are set with --dotted.key=value")
+        *sections, key = dotted.split(".")
+        target = content
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{argument}: {section} is a value, not a section of the recipe")
+        target[key] = yaml.safe_load(text)
+
+
+def as_numbers(content: dict[str, Any], recipe_class: Any) -> dict[str, Any]:
+    """Read what YAML leaves as text or integers where the recipe wants a float (`6e-4`, `1`) or an int (`17e9`)."""
+    types = {f.name: f.type for f in fields(recipe_class)}
+    result = {}
+    for key, value in content.items():
+        if is_dataclass(types[key]):
+            value = as_numbers(value, types[key])
+        elif types[key] in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                number = None
+            if number is not None:
+                exact = types[key] is int and number.is_integer()
+                value = (value if isinstance(value, int) else int(number)) if exact else number
+        result[key] = value
+    return result
+
+
+def build_recipe(content: Any, origin: str) -> Recipe:
+    """Check a nested dictionary and make it a Recipe. Raises UserError for the first thing that is wrong."""
+    if not isinstance(content, dict):
+        raise UserError(f"{origin}: not a recipe: expected keys and values in YAML")
+    check_keys(content, Recipe, origin)
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content, Recipe)))
+    except TypeError as error:  # a date or another YAML value that no recipe holds
+        raise UserError(f"{origin}: {error}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(map(str, first["loc"]))
+        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            raise UserError(f"{origin}: {dotted} is missing") from None
+        raise UserError(f"{origin}: {dotted}: got {first['input']!r}; {first['msg']}") from None
+    check_recipe(recipe, origin)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, origin: str) -> None:
+    """Rules that tie several keys together."""
+    model = recipe.model
+    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
+        raise UserError(
+            f"{origin}: model.d_model {model.d_model} over model.num_heads {model.num_heads} is "
+            f"{model.d_model / model.num_heads:g}; rotary heads need a whole, even width"
+        )
+    if model.input_embedding != "learned":
+        check_code_bits(model, origin)
+    if recipe.batch.global_batch_tokens % model.seq_len:
+        near = nearest_multiples(recipe.batch.global_batch_tokens, model.seq_len)
+        raise UserError(
+            f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a whole number of "
+            f"windows of model.seq_len {model.seq_len}; the nearest are {near}"
+        )
+
+
+def check_code_bits(model: ModelRecipe, origin: str) -> None:
+    """The code must tell all ids apart and tile the model width."""
+    needed = bits_needed(model.vocab_size)
+    bits = model.code_bits or needed
+    if bits < needed:
+        raise UserError(
+            f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; "
+            f"set it to {needed} or more"
+        )
+    if bits > 62:
+        raise UserError(f"{origin}: model.code_bits {bits}: expected at most 62")
+    if model.d_model % bits:
+        fitting = next((k for k in range(bits, 63) if model.d_model % k == 0), None)
+        advice = f"set model.code_bits to {fitting}, the next that does" if fitting else "change model.d_model"
+        raise UserError(f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; {advice}")
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """The multiples of a number around a value, as words: `96 and 104`."""
+    below = value // of * of
+    return f"{below} and {below + of}" if below else f"{of}"
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a file by path, with `--dotted.key=value` overrides."""
+    path = recipe_path(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if isinstance(content, dict):
+        apply_overrides(content, overrides)
+    return build_recipe(content, str(path))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as nested dictionaries."""
+    return asdict(recipe)  # type: ignore[call-overload]
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that reads back equal."""
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str) -> None:
+    """Raise UserError for the first dotted key whose value differs, unless it may change on resume."""
+    old, new = flatten(saved), flatten(now)
+    for key in [*old, *(k for k in new if k not in old)]:
+        if old.get(key) != new.get(key) and key not in may_change:
+            raise UserError(
+                f"{origin}: this run was started with {key}={old.get(key)!r}, got {new.get(key)!r}; "
+                f"give the old value to continue it, or another --run-dir to start a new run"
+            )
+
+
+def model_config(model: ModelRecipe) -> TableFreeConfig:
+    """The architecture as the modelling file wants it, the affine code drawn."""
+    rows = offset = None
+    code_bits = model.code_bits or bits_needed(model.vocab_size)
+    if model.input_embedding == "affine_code":
+        rows, offset = draw_affine_code(code_bits, model.code_seed)
+    return TableFreeConfig(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        seq_len=model.seq_len,
+        input_embedding=model.input_embedding,
+        code_bits=code_bits,
+        affine_rows=rows,
+        affine_offset=offset,
+    )

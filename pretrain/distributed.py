@@ -1,0 +1,137 @@
+"""Who am I in this launch, and how ranks agree on an error.
+
+Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here that runs
+before the process group exists needs only the environment that the launcher set.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+
+T = TypeVar("T")
+LET_RANK_0_SPEAK_S = 10.0
+
+# (rank, world size, local rank, local world size) as each launcher calls them
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+DEEPSPEED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+OPEN_MPI_VARIABLES = (
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
+MPICH_VARIABLES = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those of the launch."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launched_by_mpi: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """Read the launcher's variables; without any, a world of one."""
+    for names in (DEEPSPEED_VARIABLES, TORCH_VARIABLES, OPEN_MPI_VARIABLES, MPICH_VARIABLES):
+        if all(name in os.environ for name in names):
+            rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
+            return World(
+                rank=rank,
+                world_size=world_size,
+                local_rank=local_rank,
+                local_world_size=local_world_size,
+                launched_by_mpi=names in (OPEN_MPI_VARIABLES, MPICH_VARIABLES),
+            )
+    return World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def share_cores(world: World) -> None:
+    """Give this rank its part of the cores, unless the launcher set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_world_size))
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def set_rendezvous(world: World) -> None:
+    """Complete the environment that torch.distributed reads: an address and port that all ranks share."""
+    address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 0)) or free_port())
+    if world.launched_by_mpi:
+        from mpi4py import MPI  # only under mpiexec: importing it starts MPI
+
+        if MPI.COMM_WORLD.Get_size() != world.world_size:
+            raise UserError(
+                f"mpiexec started {world.world_size} ranks but mpi4py sees a world of {MPI.COMM_WORLD.Get_size()}: "
+                f"its MPI library is another than mpiexec's; use the mpiexec that belongs to it"
+            )
+        if world.world_size > world.local_world_size and "MASTER_ADDR" not in os.environ:
+            address = (socket.gethostbyname(socket.gethostname()), address[1])
+        address = MPI.COMM_WORLD.bcast(address, root=0)
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_world_size),
+        MASTER_ADDR=address[0],
+        MASTER_PORT=str(address[1]),
+    )
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    gather(None)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        failure = one_line(error)
+    failures = [message for message in gather(failure) if message is not None]
+    if failures:
+        raise UserError(failures[0])
+    return result  # type: ignore[return-value]
+
+
+def exit_with(error: UserError, world: World) -> int:
+    """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit."""
+    if world.is_main:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LET_RANK_0_SPEAK_S)
+    return USER_ERROR_EXIT_CODE

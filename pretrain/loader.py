@@ -1,0 +1,211 @@
+"""The stateless loader: sample n of a run is a pure function of (fingerprint, seed, n).
+
+Every block of 4,096 samples holds a whole number of samples of each source (its share), at places that one
+keyed permutation fixes; so n gives its source and its ordinal within that source by arithmetic. A source is
+one stream over its shards, cut into windows of seq_len + 1 ids that overlap by one (the last target of a
+window is the first input of the next). Epoch e of a source visits its W windows in the order of a keyed
+permutation (a Feistel network with cycle walking), so W consecutive draws cover every window once, with no
+index in memory or on disk.
+
+Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming is arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from data_prep.errors import UserError
+from data_prep.shards import BLOCK_SAMPLES, Shard, ShardReader, Tokens
+
+FEISTEL_ROUNDS = 6
+U64 = npt.NDArray[np.uint64]
+
+
+def derive_key(*parts: object) -> int:
+    """A 64-bit key that depends on every part."""
+    return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode())
+
+
+def mix(values: U64) -> U64:
+    """The finaliser of SplitMix64: every output bit depends on every input bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(ordinals: U64, size: int, keys: U64) -> U64:
+    """Where a keyed permutation of range(size) sends each ordinal; one key for all or one for each.
+
+    A balanced Feistel network permutes the next power of four; values outside the range walk on along
+    their cycle until they are inside (fewer than four rounds on average).
+    """
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low_mask = np.uint64((1 << int(half_bits)) - 1)
+    result = ordinals.astype(np.uint64)
+    keys = np.broadcast_to(keys, result.shape)
+    outside = np.arange(len(result))
+    while len(outside):
+        left, right, key = result[outside] >> half_bits, result[outside] & low_mask, keys[outside]
+        for round_number in range(FEISTEL_ROUNDS):
+            salt = np.uint64((0x9E3779B97F4A7C15 * (round_number + 1)) % 2**64)
+            left, right = right, left ^ (mix(right + key + salt) & low_mask)
+        result[outside] = (left << half_bits) | right
+        outside = outside[result[outside] >= size]
+    return result
+
+
+class TokenStream:
+    """The shards of one source, one after another, as a single array of ids."""
+
+    def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
+        self.reader = reader
+        self.shards = shards
+        self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the stream."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, position: int) -> tuple[Shard, int]:
+        """The shard that holds a position of the stream, and the offset in it."""
+        index = int(np.searchsorted(self.ends, position, side="right"))
+        shard = self.shards[index]
+        return shard, position - (int(self.ends[index]) - shard.tokens)
+
+    def read(self, start: int, length: int) -> Tokens:
+        """`length` ids from `start`, across shards where needed."""
+        pieces = []
+        while length > 0:
+            shard, offset = self.locate(start)
+            piece = self.reader.tokens(shard)[offset : offset + length]
+            pieces.append(piece)
+            start, length = start + len(piece), length - len(piece)
+        return np.concatenate(pieces)
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
+        """One row of `length` ids for each start, shape (starts, length)."""
+        rows = np.empty((len(starts), length), np.uint16)
+        shard_of = np.searchsorted(self.ends, starts, side="right")
+        for index in np.unique(shard_of):
+            shard = self.shards[index]
+            mine = np.flatnonzero(shard_of == index)
+            offsets = starts[mine] - (self.ends[index] - shard.tokens)
+            inside = offsets + length <= shard.tokens
+            if inside.any():
+                views = np.lib.stride_tricks.sliding_window_view(self.reader.tokens(shard), length)
+                rows[mine[inside]] = views[offsets[inside]]
+            for row in mine[~inside]:
+                rows[row] = self.read(int(starts[row]), length)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlace:
+    """Where a sample comes from: a window of a source's stream."""
+
+    source: str
+    epoch: int
+    start: int  # first id of the window in the source's stream
+
+
+class TrainingLoader:
+    """Training samples by number. Holds no state: the same n gives the same ids, always."""
+
+    def __init__(self, reader: ShardReader, *, seq_len: int, seed: int) -> None:
+        self.manifest = reader.manifest
+        self.seq_len = seq_len
+        self.identity = (self.manifest.fingerprint, seed)
+        self.names = [source.name for source in self.manifest.sources]
+        self.streams = [TokenStream(reader, self.manifest.shards_of("train", name)) for name in self.names]
+        self.window_counts = [max(0, (stream.tokens - 1) // seq_len) for stream in self.streams]
+        for name, count, stream in zip(self.names, self.window_counts, self.streams, strict=True):
+            if count == 0:
+                raise UserError(
+                    f"{reader.data_dir}: source {name} has {stream.tokens:,} training tokens, fewer than one "
+                    f"window of {seq_len + 1:,}; give it more text or leave it out of the mixture"
+                )
+        self.shares = np.array([source.share for source in self.manifest.sources], np.int64)
+        self._lay_out_block()
+
+    def _lay_out_block(self) -> None:
+        """Which source each place of a block belongs to, and its rank among that source's places."""
+        in_order = np.repeat(np.arange(len(self.shares)), self.shares)
+        key = np.array(derive_key(*self.identity, "block"), np.uint64)
+        places = permute(np.arange(BLOCK_SAMPLES, dtype=np.uint64), BLOCK_SAMPLES, key)
+        self.source_at = in_order[places]
+        self.rank_at = np.empty(BLOCK_SAMPLES, np.int64)
+        for index, share in enumerate(self.shares):
+            self.rank_at[self.source_at == index] = np.arange(share)
+
+    def _window_numbers(self, source: int, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The window that each ordinal of a source draws."""
+        count = self.window_counts[source]
+        epochs, within = np.divmod(ordinals, count)
+        unique_epochs, epoch_index = np.unique(epochs, return_inverse=True)
+        keys = [derive_key(*self.identity, "epoch", self.names[source], epoch) for epoch in unique_epochs]
+        permuted = permute(within.astype(np.uint64), count, np.array(keys, np.uint64)[epoch_index])
+        return permuted.astype(np.int64)
+
+    def samples(self, numbers: npt.NDArray[np.int64]) -> Tokens:
+        """Ids of the samples, shape (len(numbers), seq_len + 1), uint16."""
+        blocks, places = np.divmod(numbers, BLOCK_SAMPLES)
+        sources = self.source_at[places]
+        ordinals = blocks * self.shares[sources] + self.rank_at[places]
+        rows = np.empty((len(numbers), self.seq_len + 1), np.uint16)
+        for source in np.unique(sources):
+            mine = sources == source
+            starts = self._window_numbers(source, ordinals[mine]) * self.seq_len
+            rows[mine] = self.streams[source].windows(starts, self.seq_len + 1)
+        return rows
+
+    def place(self, number: int) -> SamplePlace:
+        """Where sample `number` comes from."""
+        block, place = divmod(number, BLOCK_SAMPLES)
+        source = int(self.source_at[place])
+        ordinal = block * int(self.shares[source]) + int(self.rank_at[place])
+        window = int(self._window_numbers(source, np.array([ordinal]))[0])
+        return SamplePlace(
+            source=self.names[source], epoch=ordinal // self.window_counts[source], start=window * self.seq_len
+        )
+
+    def unseen_tail_tokens(self) -> dict[str, int]:
+        """Ids at the end of each source's stream that no window reaches."""
+        reach = zip(self.names, self.streams, self.window_counts, strict=True)
+        return {name: stream.tokens - (count * self.seq_len + 1) for name, stream, count in reach}
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source is gone through in a run of that many samples."""
+        shares = zip(self.names, self.shares, self.window_counts, strict=True)
+        return {name: samples * int(share) / BLOCK_SAMPLES / count for name, share, count in shares}
+
+
+class ValidationWindows:
+    """The validation split as consecutive windows: each id after the first is a target exactly once."""
+
+    def __init__(self, reader: ShardReader, *, seq_len: int) -> None:
+        self.stream = TokenStream(reader, reader.manifest.shards_of("validation"))
+        self.seq_len = seq_len
+        if self.stream.tokens < 2:
+            raise UserError(f"{reader.data_dir}: fewer than two validation tokens; raise validation_fraction")
+
+    @property
+    def targets(self) -> int:
+        """Number of targets in the whole split."""
+        return self.stream.tokens - 1
+
+    @property
+    def whole_windows(self) -> int:
+        """Number of windows with seq_len targets."""
+        return self.targets // self.seq_len
+
+    def window(self, index: int) -> Tokens:
+        """Ids of window `index`: seq_len + 1 of them, fewer in the last, partial window."""
+        start = index * self.seq_len
+        return self.stream.read(start, min(self.seq_len + 1, self.stream.tokens - start))
+
+    def windows(self, indices: npt.NDArray[np.int64]) -> Tokens:
+        """Ids of whole windows, shape (len(indices), seq_len + 1)."""
+        return self.stream.windows(indices * self.seq_len, self.seq_len + 1)

@@ -1,0 +1,103 @@
+"""A run's directory: what was asked for, what happened at every step, and how the run stands.
+
+    recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
+    deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
+    checkpoints/     see pretrain/checkpoint.py
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.errors import UserError
+from data_prep.shards import write_durably
+from pretrain import config
+from pretrain.config import Recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
+
+RECIPE_NAME = "recipe.yaml"
+ENGINE_CONFIG_NAME = "deepspeed.json"
+METRICS_NAME = "metrics.jsonl"
+STATE_NAME = "state.json"
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """How the run stands; empty if it never started."""
+    path = run_dir / STATE_NAME
+    try:
+        state = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); remove it to continue from the checkpoints") from None
+    return dict(state)
+
+
+def write_state(run_dir: Path, **changes: Any) -> None:
+    """Update `state.json`."""
+    write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The recipe of an existing run."""
+    path = run_dir / RECIPE_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no {RECIPE_NAME}, so this is no run's directory; give the --run-dir of a run")
+    return config.load_recipe(str(path))
+
+
+def check_same_run(
+    run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str, engine_may_change: frozenset[str]
+) -> None:
+    """Refuse to continue a run with another recipe, engine or data set. Does nothing for a new run."""
+    recipe_path, engine_path = run_dir / RECIPE_NAME, run_dir / ENGINE_CONFIG_NAME
+    if recipe_path.is_file():
+        saved_recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+        refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
+    saved_fingerprint = read_state(run_dir).get("fingerprint", fingerprint)
+    refuse_changes({"fingerprint": saved_fingerprint}, {"fingerprint": fingerprint}, frozenset(), str(run_dir))
+    if engine_path.is_file():
+        saved_engine = json.loads(engine_path.read_bytes())
+        refuse_changes(saved_engine, engine_config, engine_may_change, str(engine_path))
+
+
+def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
+    """Write what was asked for."""
+    write_durably(run_dir / RECIPE_NAME, recipe_to_yaml(recipe).encode())
+    write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a step, cut back to the step at which a run continues."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self.path = run_dir / METRICS_NAME
+        kept = [line for line in read_metrics(run_dir) if line["step"] < start_step]
+        write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one step's line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Make all lines durable, before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush_to_disk()
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole lines of `metrics.jsonl`; a kill can leave a torn one at the end."""
+    path = run_dir / METRICS_NAME
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,299 @@
+"""Train a recipe on a data set, or continue where the run stopped.
+
+    deepspeed --module pretrain.train --recipe NAME|FILE --data-dir DATASET --run-dir RUN_DIR [--dotted.key=value ...]
+
+The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec -n N python -m` and plain
+`python -m`. The same command with the same run directory continues the run, or says that it is finished.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: let `import pretrain` find the package, and keep its modules from shadowing others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep.errors import UserError
+from data_prep.shards import ShardReader, Tokens
+from pretrain import engine as engines
+from pretrain.activation_checkpointing import apply_activation_checkpointing
+from pretrain.checkpoint import newest_good, prune_checkpoints, save_checkpoint
+from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
+from pretrain.distributed import World, exit_with, share_cores, together, world_from_environment
+from pretrain.engine import Engine
+from pretrain.loader import TrainingLoader, ValidationWindows
+from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.optim import learning_rate
+from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a run needs that was checked before any rank met another."""
+
+    recipe: Recipe
+    engine_config: dict[str, Any]
+    reader: ShardReader
+    loader: TrainingLoader
+    validation: ValidationWindows
+    run_dir: Path
+    stop_at_step: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; what it doesn't know must be a dotted recipe key."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.train",
+        description="Train a recipe on a data set, or continue the run in --run-dir.",
+        epilog="Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
+    parser.add_argument("--data-dir", required=True, type=Path, help="data set made by data_prep.build_shards")
+    parser.add_argument("--run-dir", required=True, type=Path, help="where the run lives; the same one continues it")
+    parser.add_argument(
+        "--deepspeed-config",
+        "--deepspeed_config",
+        metavar="NAME|FILE",
+        help="DeepSpeed JSON (default: the recipe's engine key)",
+    )
+    parser.add_argument("--stop-at-step", type=int, metavar="N", help="save and stop after N steps of the whole run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    return parser
+
+
+def prepare(arguments: Sequence[str], world: World) -> Run:
+    """Check everything that one rank can check alone. Raises UserError."""
+    flags, overrides = build_parser().parse_known_args(arguments)
+    recipe = load_recipe(flags.recipe, overrides)
+    engine_config = engines.load_engine_config(flags.deepspeed_config or recipe.engine)
+    merged = engines.merge_config(recipe, engine_config, world.world_size)
+    reader = ShardReader(flags.data_dir)
+    reader.check_files()
+    if reader.manifest.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"{flags.data_dir}: its tokenizer has {reader.manifest.vocab_size:,} ids, model.vocab_size is "
+            f"{recipe.model.vocab_size:,}; set --model.vocab_size={reader.manifest.vocab_size}"
+        )
+    loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    if sum(loader.window_counts) < recipe.global_batch_size:
+        raise UserError(
+            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
+            f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
+        )
+    fingerprint = reader.manifest.fingerprint
+    check_same_run(flags.run_dir, recipe, merged, fingerprint, engines.MAY_CHANGE_ON_RESUME)
+    return Run(
+        recipe=recipe,
+        engine_config=merged,
+        reader=reader,
+        loader=loader,
+        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
+        run_dir=flags.run_dir,
+        stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
+    )
+
+
+def build_model(recipe: Recipe) -> TableFreeForCausalLM:
+    """The decoder with its initial weights."""
+    model = TableFreeForCausalLM(model_config(recipe.model))
+    initialise_parameters(model, recipe.seed)
+    checkpointing = recipe.activation_checkpointing
+    apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
+    return model
+
+
+def say(world: World, text: str) -> None:
+    """One line of the log, from rank 0."""
+    if world.is_main:
+        tqdm.write(text, file=sys.stderr)
+
+
+def restore(run: Run, engine: Engine, world: World) -> int:
+    """Load the newest good checkpoint, if any; returns the step to go on with."""
+    checkpoint, passed_over = newest_good(run.run_dir, world)
+    for line in passed_over:
+        say(world, line)
+    if checkpoint is None:
+        saved_step = together(lambda: read_state(run.run_dir)).get("saved_step")
+        if saved_step is not None:
+            raise UserError(
+                f"{run.run_dir}: step {saved_step} was saved, but no good checkpoint is left; restore one, or "
+                f"start again with another --run-dir"
+            )
+        return 0
+    saved = checkpoint.manifest["fingerprint"]
+    if saved != run.reader.manifest.fingerprint:
+        raise UserError(f"{checkpoint.path}: made on data set {saved}, got {run.reader.manifest.fingerprint}")
+    if checkpoint.shapes != engine.parameter_shapes():
+        raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
+    together(lambda: engine.write_state(checkpoint))
+    say(world, f"continuing from {checkpoint.path}")
+    return checkpoint.step
+
+
+def save(run: Run, engine: Engine, world: World, step: int) -> None:
+    """Checkpoint after `step` steps, then drop the oldest ones."""
+    fragments, optimizer_step = engine.read_state()
+    about = {
+        "optimizer_step": optimizer_step,
+        "seed": run.recipe.seed,
+        "fingerprint": run.reader.manifest.fingerprint,
+        "data_dir": str(run.reader.data_dir),
+        "skips": [],
+        "recipe": recipe_to_dict(run.recipe),
+        "deepspeed": run.engine_config,
+        "model_config": model_config(run.recipe.model).to_diff_dict(),
+        "parameters": engine.parameter_shapes(),
+    }
+    save_checkpoint(run.run_dir, step, fragments, about, world)
+    if world.is_main:
+        write_state(run.run_dir, saved_step=step)
+        prune_checkpoints(run.run_dir, run.recipe.checkpoints.keep_last)
+
+
+def micro_batches(run: Run, engine: Engine, step: int) -> list[Tokens]:
+    """The windows of this rank in a step, one array a micro-step."""
+    batch = run.recipe.global_batch_size
+    numbers = np.arange(step * batch, (step + 1) * batch)
+    rows = [numbers[engine.rows_of(i)] for i in range(engine.accumulation_steps)]
+    return [run.loader.samples(own) for own in rows]
+
+
+def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
+    """This rank's part of the validation windows: always the same ones, at most `eval_tokens` in all."""
+    windows = min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
+    if windows == 0 and world.is_main:  # the whole split is shorter than one window
+        yield run.validation.window(0)[None]
+    mine = np.arange(world.rank, windows, world.world_size)
+    for start in range(0, len(mine), run.recipe.batch.micro_batch_size):
+        yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
+
+
+def one_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
+    """Train one step; its line for metrics.jsonl."""
+    recipe = run.recipe
+    started = time.perf_counter()
+    rate = learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+    loss, gradient_norm = engine.train_step(micro_batches(run, engine, step), rate)
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {gradient_norm}: training diverged; nothing of this step "
+            f"was saved. Start a new run with a lower optimizer.peak_learning_rate or a longer warm-up"
+        )
+    seconds = time.perf_counter() - started
+    return {
+        "step": step,
+        "loss": loss,
+        "gradient_norm": gradient_norm,
+        "learning_rate": rate,
+        "tokens": (step + 1) * recipe.batch.global_batch_tokens,
+        "tokens_per_s": recipe.batch.global_batch_tokens / seconds,
+        "step_s": seconds,
+    }
+
+
+def due(step: int, every: int, run: Run) -> bool:
+    """Whether something that happens every N steps, and at the end, happens after this step."""
+    return (step + 1) % every == 0 or step + 1 == run.stop_at_step
+
+
+def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
+    """Steps, with validation and checkpoints between them."""
+    metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
+    bar = tqdm(
+        total=run.recipe.total_steps,
+        initial=start_step,
+        unit="step",
+        disable=not world.is_main,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+    )
+    for step in range(start_step, run.stop_at_step):
+        line = one_step(run, engine, step)
+        if due(step, run.recipe.validation.every_steps, run):
+            line["val_loss"] = engine.mean_nats(validation_batches(run, world))
+            line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
+            say(world, f"step {step + 1}: loss {line['loss']:.4f}, validation loss {line['val_loss']:.4f}")
+        if metrics:
+            metrics.append(line)
+        bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, lr {line['learning_rate']:.2e}, "
+            f"gradient norm {line['gradient_norm']:.2f}",
+            refresh=False,
+        )
+        bar.update()
+        if due(step, run.recipe.checkpoints.every_steps, run):
+            if metrics:
+                metrics.flush_to_disk()
+            save(run, engine, world, step + 1)
+    bar.close()
+    if metrics:
+        metrics.close()
+
+
+def set_determinism(recipe: Recipe) -> None:
+    """On CUDA, choose kernels that give the same bits each time; CPU kernels do so anyway."""
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def run_training(run: Run, world: World) -> None:
+    """From process group to final state."""
+    set_determinism(run.recipe)
+    device = engines.start_process_group(world)
+    if world.is_main:
+        describe_run(run.run_dir, run.recipe, run.engine_config)
+        write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
+    engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device)
+    start_step = restore(run, engine, world)
+    train(run, engine, world, start_step)
+    if world.is_main:
+        finish(run, max(start_step, run.stop_at_step))
+    engine.close()
+
+
+def finish(run: Run, step: int) -> None:
+    """Say how the run stands after its last step here."""
+    if step >= run.recipe.total_steps:
+        write_state(run.run_dir, status="done", reason=None)
+        tqdm.write(f"{run.run_dir}: finished after {step} steps", file=sys.stderr)
+    else:
+        write_state(run.run_dir, status="preempted", reason=f"stopped at step {step}, as --stop-at-step asked")
+        tqdm.write(f"{run.run_dir}: stopped at step {step}; the same command continues", file=sys.stderr)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    world = world_from_environment()
+    share_cores(world)
+    try:
+        run = prepare(arguments, world)
+        if read_state(run.run_dir).get("status") == "done":
+            say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
+            return 0
+        try:
+            run_training(run, world)
+        except Exception as error:
+            if world.is_main and run.run_dir.is_dir():
+                write_state(run.run_dir, status="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+    except UserError as error:
+        return exit_with(error, world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

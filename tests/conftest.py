@@ -1,0 +1,168 @@
+"""What several tests share: tiny data sets and recipes, and runs of the real launchers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from data_prep import shards
+from data_prep.shards import Manifest, Shard, Source, integer_shares
+
+REPOSITORY = Path(__file__).parent.parent
+TINY_VOCAB_SIZE = 512
+
+
+def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
+    """A recipe that trains in seconds; keyword arguments replace keys of its sections or top-level values."""
+    content: dict[str, Any] = {
+        "model": {
+            "vocab_size": TINY_VOCAB_SIZE,
+            "d_model": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "seq_len": 32,
+            "input_embedding": "binary_code",
+            "code_bits": 16,
+        },
+        "batch": {"global_batch_tokens": 6 * 32, "micro_batch_size": 1},
+        "optimizer": {"peak_learning_rate": 0.01},
+        "schedule": {"warmup_fraction": 0.1},
+        "validation": {"every_steps": 5, "eval_tokens": 256},
+        "checkpoints": {"every_steps": 5},
+        "train_tokens": 20 * 6 * 32,
+        "engine": "zero2_fp32",
+    }
+    for key, value in sections.items():
+        content[key] = {**content[key], **value} if isinstance(content.get(key), dict) else value
+    return content
+
+
+def write_recipe(path: Path, **sections: Any) -> Path:
+    """A tiny recipe as a file."""
+    path.write_text(yaml.safe_dump(tiny_recipe_content(**sections)), encoding="utf-8")
+    return path
+
+
+def write_source(
+    data_dir: Path, split: str, source: str, documents: Sequence[Sequence[int]], eos_id: int, unit: str = "00000"
+) -> Shard:
+    """One shard of hand-made ids, with its index."""
+    ids = [token for document in documents for token in [*document, eos_id]]
+    starts = np.cumsum([0, *(len(document) + 1 for document in documents)])[:-1]
+    path = f"shards/{split}/{source}/{unit}.npy"
+    index = np.stack([starts, np.arange(len(documents))], axis=1).astype(shards.INDEX_DTYPE)
+    shard = Shard(
+        split=split,
+        source=source,
+        path=path,
+        tokens=len(ids),
+        documents=len(documents),
+        text_bytes=2 * len(ids),
+        text_characters=2 * len(ids),
+        input=f"{source}.txt",
+        first_row=0,
+        rows=len(documents),
+        xxh3_128=shards.write_array(data_dir / path, np.array(ids, shards.TOKEN_DTYPE)),
+        index_xxh3_128="",
+    )
+    index_digest = shards.write_array(data_dir / shard.index_path, index)
+    return Shard(**{**shard.__dict__, "index_xxh3_128": index_digest})
+
+
+def write_dataset(
+    data_dir: Path, written: Sequence[Shard], weights: dict[str, float], vocab_size: int, eos_id: int = 0
+) -> Path:
+    """The manifest over hand-made shards."""
+    shares = integer_shares(list(weights.values()))
+    sources = tuple(
+        Source(name=n, share=s, weight=w, origin=n, format="txt", text_field=None, revision=None)
+        for (n, w), s in zip(weights.items(), shares, strict=True)
+    )
+    manifest = Manifest(
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+        eos_token="<|endoftext|>",
+        tokenizer_sha256="",
+        validation_fraction=0.1,
+        sources=sources,
+        shards=tuple(written),
+    )
+    shards.write_durably(data_dir / shards.MANIFEST_NAME, manifest.to_bytes())
+    return data_dir
+
+
+def counting_documents(number: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Documents that a model can learn: each counts up from a random id in steps of one or two."""
+    random = np.random.default_rng(seed)
+    documents = []
+    for _ in range(number):
+        start, stride, length = random.integers(1, vocab_size), random.integers(1, 3), random.integers(20, 60)
+        documents.append([int(1 + (start + stride * i) % (vocab_size - 1)) for i in range(length)])
+    return documents
+
+
+def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE) -> Path:
+    """Two sources of counting documents and a validation split."""
+    written = [
+        write_source(data_dir, "train", "up", counting_documents(150, vocab_size, 1), 0),
+        write_source(data_dir, "train", "more", counting_documents(60, vocab_size, 2), 0),
+        write_source(data_dir, "validation", "up", counting_documents(12, vocab_size, 3), 0),
+    ]
+    return write_dataset(data_dir, written, {"up": 0.75, "more": 0.25}, vocab_size)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of 512 ids."""
+    return counting_dataset(tmp_path_factory.mktemp("tiny") / "dataset")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """One thread and fixed CPU kernels for every rank, so that float sums come in the same order each time."""
+    fixed = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(REPOSITORY)}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**inherited, **fixed, "PATH": path, **changes}
+
+
+def run_command(*command: str, cwd: Path = REPOSITORY, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with the tests' environment."""
+    env = environment(**changes)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False)
+
+
+def launch_training(ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str) -> list[str]:
+    """The command of a run: plain Python for one rank, the deepspeed launcher for more."""
+    flags = ["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(run_dir), *more]
+    if ranks == 1:
+        return [sys.executable, "-m", "pretrain.train", *flags]
+    port = str(free_port())
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, "--module", "pretrain.train", *flags]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    from pretrain.distributed import free_port
+
+    return free_port()
+
+
+def train(ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Train to the end and insist on success."""
+    result = run_command(*launch_training(ranks, recipe, data, run_dir, *more))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training losses of a run, by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
