@@ -37,6 +37,7 @@ SPLITS = ("train", "validation")
 TOKEN_DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer"
 DIGEST_CHUNK_BYTES = 1 << 22
 REBUILD = "rebuild it with python -m data_prep.build_shards"
 
@@ -55,6 +56,7 @@ class Source:
     format: str
     text_field: str | None
     revision: str | None
+    license: str | None = None  # of the texts, as the mixture states it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Activation checkpointing: which blocks forget their activations and compute them again in the backward pass.
 
-    none        keep everything
-    full        a recomputed block keeps only its input
-    selective   a recomputed block keeps its matrix products and attention, and recomputes what is cheap
-                (LayerNorm, GELU, rotations, additions)
+none        keep everything
+full        a recomputed block keeps only its input
+selective   a recomputed block keeps its matrix products and attention, and recomputes what is cheap
+            (LayerNorm, GELU, rotations, additions)
 """
 
 from functools import partial

@@ -27,6 +27,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.shards import digest_file, fsync_directory, write_durably
 from pretrain.distributed import World, barrier, gather, together
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
 
 FORMAT = "tablefree-checkpoint"
 FORMAT_VERSION = 1
@@ -231,3 +232,12 @@ def load_for_reading(run_dir: Path) -> Checkpoint:
         found = f"{len(passed_over)} damaged checkpoints ({passed_over[0]})" if passed_over else "no checkpoints"
         raise UserError(f"{run_dir}: {found}; train with pretrain.train --run-dir {run_dir} first")
     return checkpoint
+
+
+def load_model(checkpoint: Checkpoint) -> TableFreeForCausalLM:
+    """The training class holding the fp32 masters, without DeepSpeed."""
+    model = TableFreeForCausalLM(TableFreeConfig.from_dict(checkpoint.manifest["model_config"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.parameter(name))
+    return model

@@ -245,8 +245,7 @@ def check_code_bits(model: ModelRecipe, origin: str) -> None:
     bits = model.code_bits or needed
     if bits < needed:
         raise UserError(
-            f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; "
-            f"set it to {needed} or more"
+            f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; set it to {needed} or more"
         )
     if bits > 62:
         raise UserError(f"{origin}: model.code_bits {bits}: expected at most 62")

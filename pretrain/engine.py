@@ -7,6 +7,7 @@ The DeepSpeed JSON holds engine knobs (ZeRO, precision, communication); this mod
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 from pretrain.optim import build_optimizer
 
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
@@ -116,6 +118,7 @@ def merge_config(recipe: Recipe, engine_config: dict[str, Any], world_size: int)
 def start_process_group(world: World) -> torch.device:
     """Join the other ranks; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     # DeepSpeed would compile this CPU extension for a minute, and hang on the lock of a killed build.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_rendezvous(world)

@@ -93,7 +93,8 @@ class TableFreeConfig(PretrainedConfig):
         self.affine_offset = affine_offset
         self.initializer_range = kwargs.pop("initializer_range", INIT_STD)
         self.use_cache = kwargs.pop("use_cache", True)
-        super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", False), **kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
 
 
 class TokenCode(nn.Module):
@@ -126,7 +127,7 @@ class TokenCode(nn.Module):
         """The code of each id as 0 and 1, shape (B, T, K), int64."""
         shifts, matrix, offset = self.constants(ids_BT.device)
         code_BTK = (ids_BT[..., None].long() >> shifts) & 1
-        if matrix is not None:
+        if matrix is not None and offset is not None:
             code_BTK = (code_BTK.float() @ matrix).long() & 1 ^ offset
         return code_BTK
 
@@ -239,7 +240,7 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         self.recompute_context: Callable[[], Any] = noop_context_fn
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
         """The trainable table of the baseline; the fixed codes have none."""
         return self.input_embedding if isinstance(self.input_embedding, nn.Embedding) else None
 

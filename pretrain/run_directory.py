@@ -1,8 +1,8 @@
 """A run's directory: what was asked for, what happened at every step, and how the run stands.
 
-    recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
-    deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
-    checkpoints/     see pretrain/checkpoint.py
+recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
+deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
+checkpoints/     see pretrain/checkpoint.py     tokenizer/      a copy of the data set's
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
-from data_prep.shards import write_durably
+from data_prep.shards import TOKENIZER_NAME, write_durably
 from pretrain import config
 from pretrain.config import Recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 
@@ -63,10 +63,12 @@ def check_same_run(
         refuse_changes(saved_engine, engine_config, engine_may_change, str(engine_path))
 
 
-def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
-    """Write what was asked for."""
+def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], data_dir: Path) -> None:
+    """Write what was asked for, and keep the tokenizer, so that an export needs the run alone."""
     write_durably(run_dir / RECIPE_NAME, recipe_to_yaml(recipe).encode())
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
+    for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
+        write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())
 
 
 class MetricsFile:

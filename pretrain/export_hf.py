@@ -1,0 +1,217 @@
+"""Export a run to Hugging Face format, from the fp32 masters of its newest checkpoint, without DeepSpeed.
+
+    python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox] [--dtype ...]
+
+    tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
+    gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
+
+Both give the same logits. An export is a function of the checkpoint: made twice, its files are equal bit for bit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GPTNeoXConfig, PretrainedConfig
+
+from data_prep.errors import UserError, exit_code
+from data_prep.shards import TOKENIZER_NAME, fsync_directory
+from pretrain import modeling_tablefree
+from pretrain.checkpoint import Checkpoint, load_for_reading
+from pretrain.evaluate import EVALUATION_NAME
+from pretrain.model_card import Figures, model_card
+from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+
+MODELING_FILE = Path(modeling_tablefree.__file__)
+WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# our parameter's name -> stock GPT-NeoX's (as on disk; transformers 5 reads embed_out as lm_head)
+GPT_NEOX_NAMES = {
+    "input_embedding.": "gpt_neox.embed_in.",
+    "layers.": "gpt_neox.layers.",
+    ".attention_norm.": ".input_layernorm.",
+    ".attention.output.": ".attention.dense.",
+    ".mlp_norm.": ".post_attention_layernorm.",
+    ".mlp.up.": ".mlp.dense_h_to_4h.",
+    ".mlp.down.": ".mlp.dense_4h_to_h.",
+    "final_norm.": "gpt_neox.final_layer_norm.",
+    "output_projection.": "embed_out.",
+}
+
+
+def masters(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter by name, fp32."""
+    for name in checkpoint.shapes:
+        yield name, checkpoint.parameter(name)
+
+
+def gpt_neox_name(name: str) -> str:
+    """The stock name of one of our parameters."""
+    for ours, stock in GPT_NEOX_NAMES.items():
+        name = name.replace(ours, stock)
+    return name
+
+
+def code_table(config: TableFreeConfig) -> Tensor:
+    """The fixed codes of all ids as an embedding table, (V, D), fp32."""
+    return TokenCode(config)(torch.arange(config.vocab_size)[None], torch.float32)[0]
+
+
+def tablefree_parts(checkpoint: Checkpoint, config: TableFreeConfig) -> tuple[dict[str, Tensor], PretrainedConfig]:
+    """Weights and config of the model as trained."""
+    config.architectures = ["TableFreeForCausalLM"]
+    config.auto_map = {
+        "AutoConfig": f"{MODELING_FILE.stem}.TableFreeConfig",
+        "AutoModelForCausalLM": f"{MODELING_FILE.stem}.TableFreeForCausalLM",
+    }
+    return dict(masters(checkpoint)), config
+
+
+def gpt_neox_parts(checkpoint: Checkpoint, config: TableFreeConfig) -> tuple[dict[str, Tensor], PretrainedConfig]:
+    """Weights and config of a stock GPT-NeoX that computes the same."""
+    weights = {gpt_neox_name(name): parameter for name, parameter in masters(checkpoint)}
+    if config.input_embedding != "learned":
+        weights["gpt_neox.embed_in.weight"] = code_table(config)
+    stock = GPTNeoXConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=4 * config.d_model,
+        max_position_embeddings=config.seq_len,
+        hidden_act="gelu",
+        layer_norm_eps=LAYER_NORM_EPS,
+        use_parallel_residual=False,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        architectures=["GPTNeoXForCausalLM"],
+        **WHOLE_HEAD_ROTARY,
+    )
+    return weights, stock
+
+
+ARCHITECTURES: dict[str, Callable[[Checkpoint, TableFreeConfig], tuple[dict[str, Tensor], PretrainedConfig]]] = {
+    "tablefree": tablefree_parts,
+    "gpt_neox": gpt_neox_parts,
+}
+
+
+def config_json(config: PretrainedConfig, architecture: str, dtype: str, eos_id: int) -> str:
+    """`config.json`; the stock one also in the words of transformers 4."""
+    content = config.to_dict() | {"dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    content |= {"pad_token_id": eos_id, "use_cache": True}
+    if architecture == "gpt_neox":
+        content |= WHOLE_HEAD_ROTARY
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def generation_config_json(eos_id: int) -> str:
+    """`generation_config.json`."""
+    return json.dumps({"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2) + "\n"
+
+
+def copy_tokenizer(run_dir: Path, destination: Path) -> None:
+    """The run's tokenizer, file by file."""
+    tokenizer = run_dir / TOKENIZER_NAME
+    if not tokenizer.is_dir():
+        raise UserError(f"{tokenizer}: missing; copy the tokenizer directory of the run's data set there")
+    for file in sorted(tokenizer.iterdir()):
+        shutil.copyfile(file, destination / file.name)
+
+
+def read_figures(run_dir: Path, step: int) -> Figures | None:
+    """What `pretrain.evaluate` measured, if it did so at the exported step."""
+    path = run_dir / EVALUATION_NAME
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_bytes())
+    if content["step"] != step:
+        return None
+    return Figures(**{key: content[key] for key in Figures.__dataclass_fields__})
+
+
+def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
+    """All files of the export."""
+    config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
+    weights, exported_config = ARCHITECTURES[architecture](checkpoint, config)
+    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
+    eos_id = checkpoint.manifest["data"]["eos_id"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    texts = {
+        "config.json": config_json(exported_config, architecture, dtype, eos_id),
+        "generation_config.json": generation_config_json(eos_id),
+        "README.md": model_card(
+            checkpoint.manifest,
+            architecture=architecture,
+            dtype=dtype,
+            trained_parameters=sum(torch.Size(shape).numel() for shape in checkpoint.shapes.values()),
+            figures=read_figures(run_dir, checkpoint.step),
+        ),
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    if architecture == "tablefree":
+        shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    copy_tokenizer(run_dir, directory)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory beside, flush it, then put it in place of the old one."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")
+    for leftover in (staged, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged.mkdir()
+    write(staged)
+    for file in staged.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_directory(staged)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(staged, directory)
+    fsync_directory(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> None:
+    """Export the newest good checkpoint of a run."""
+    checkpoint = load_for_reading(run_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        is_export = (output_dir / "model.safetensors").is_file() and (output_dir / "config.json").is_file()
+        if not is_export:
+            raise UserError(f"--output-dir {output_dir}: holds something else than an export; give an empty directory")
+    replace_directory(output_dir, lambda staged: write_export(run_dir, checkpoint, staged, architecture, dtype))
+    print(f"{output_dir}: {architecture} in {dtype}, from {checkpoint.path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.export_hf",
+        description="Export the newest good checkpoint of a run to Hugging Face format.",
+    )
+    parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
+    parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
+    parser.add_argument(
+        "--architecture",
+        choices=sorted(ARCHITECTURES),
+        default="tablefree",
+        help="tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table",
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
+    flags = parser.parse_args(arguments)
+    export(flags.run_dir, flags.output_dir, flags.architecture, flags.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

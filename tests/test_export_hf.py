@@ -1,0 +1,218 @@
+"""Exports: both forms give the training class's logits, load without this project, and generate."""
+
+import filecmp
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment, run_command, tiny_recipe_content
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.errors import UserError
+from data_prep.shards import write_durably
+from pretrain.checkpoint import Fragment, load_for_reading, load_model, save_checkpoint
+from pretrain.config import build_recipe, model_config, recipe_to_dict
+from pretrain.distributed import World
+from pretrain.export_hf import main
+from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+
+FORMS = ("tablefree", "gpt_neox")
+INPUTS = ("binary_code", "affine_code", "learned")
+
+# The project out of reach, as for somebody who has only the export.
+WITHOUT_PROJECT = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pretrain", "data_prep", "deepspeed"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str) -> None:
+    """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
+    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding}), "test")
+    model = TableFreeForCausalLM(model_config(recipe.model))
+    initialise_parameters(model, 7)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    fragments = [
+        Fragment(name=n, start=0, states={k: p.flatten().clone() for k in ("master", "exp_avg", "exp_avg_sq")})
+        for n, p in parameters.items()
+    ]
+    about = {
+        "optimizer_step": 1,
+        "seed": 1,
+        "fingerprint": "0" * 32,
+        "data_dir": "",
+        "data": {"eos_id": 0, "sources": [{"name": "s", "origin": "o", "weight": 1.0, "license": None}]},
+        "recipe": recipe_to_dict(recipe),
+        "model_config": model_config(recipe.model).to_diff_dict(),
+        "parameters": {name: list(p.shape) for name, p in parameters.items()},
+    }
+    save_checkpoint(run_dir, 1, fragments, about, World(rank=0, world_size=1, local_rank=0, local_world_size=1))
+    for file in tokenizer.iterdir():
+        write_durably(run_dir / "tokenizer" / file.name, file.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def runs(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each input."""
+    home = tmp_path_factory.mktemp("runs")
+    for name in INPUTS:
+        save_untrained_run(home / name, text_run / "tokenizer", name)
+    return {name: home / name for name in INPUTS}
+
+
+@pytest.fixture(scope="module")
+def exports(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The trained run in both forms."""
+    home = tmp_path_factory.mktemp("exports")
+    for form in FORMS:
+        main(["--run-dir", str(text_run), "--output-dir", str(home / form), "--architecture", form])
+    return {form: home / form for form in FORMS}
+
+
+def some_ids() -> Tensor:
+    return torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("input_embedding", INPUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_equal_the_training_class_with_the_same_masters(
+    form: str, input_embedding: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = runs[input_embedding]
+    main(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "export"), "--architecture", form])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True).eval()
+    trained = load_model(load_for_reading(run_dir)).eval()
+    with torch.no_grad():
+        expected, got = trained(some_ids()).logits, exported(some_ids()).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generates_the_same_with_and_without_a_cache(form: str, exports: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exports[form], trust_remote_code=True).eval()
+    ids = some_ids()[:, :5]
+    cached, plain = (
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert cached.shape[1] > 5
+    assert torch.equal(cached, plain)
+
+
+def test_both_forms_generate_the_same(exports: dict[str, Path]) -> None:
+    ids = some_ids()[:1, :5]
+    outputs = [
+        AutoModelForCausalLM.from_pretrained(exports[form], trust_remote_code=True).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        for form in FORMS
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_the_stock_form_needs_no_remote_code(exports: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exports["gpt_neox"], trust_remote_code=False)
+    assert type(model).__module__ == "transformers.models.gpt_neox.modeling_gpt_neox"
+    assert not list(exports["gpt_neox"].glob("*.py"))
+
+
+def test_the_tablefree_form_holds_no_input_table(exports: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exports["tablefree"], trust_remote_code=True)
+    assert model.get_input_embeddings() is None
+    assert not [name for name in model.state_dict() if "embed" in name]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_cards_loading_example_runs_word_for_word(form: str, exports: dict[str, Path], tmp_path: Path) -> None:
+    card = (exports[form] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert example
+    for line in (
+        "AutoTokenizer.from_pretrained(repo_id, trust_remote_code=True)",
+        "AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)",
+        "tokenizer.encode(prompt)",
+        "model.generate(input_ids, max_new_tokens=3, do_sample=False)",
+        "tokenizer.decode(output_ids[0].tolist())",
+    ):
+        assert line in example[1]
+    code = WITHOUT_PROJECT + example[1].replace("REPOSITORY", str(exports[form]))
+    env = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
+    del env["PYTHONPATH"]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Question: What is the capital of France?\nAnswer:")
+
+
+def test_the_tokenizer_comes_along(exports: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exports["gpt_neox"])
+    text = "Fellow citizens — 1,024 souls <|endoftext|>\n\tend"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_made_twice_the_files_are_equal_bit_for_bit(
+    form: str, exports: dict[str, Path], text_run: Path, tmp_path: Path
+) -> None:
+    flags = ["--run-dir", str(text_run), "--output-dir", str(tmp_path / "again"), "--architecture", form]
+    if form == "tablefree":  # in another process
+        result = run_command(sys.executable, "-m", "pretrain.export_hf", *flags)
+        assert result.returncode == 0, result.stderr
+    else:
+        main(flags)
+    names = sorted(file.name for file in exports[form].iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "again").iterdir())
+    _, mismatch, errors = filecmp.cmpfiles(exports[form], tmp_path / "again", names, shallow=False)
+    assert not mismatch
+    assert not errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_weights_load_as_bfloat16(form: str, text_run: Path, tmp_path: Path) -> None:
+    flags = ["--run-dir", str(text_run), "--output-dir", str(tmp_path / "e"), "--architecture", form]
+    main([*flags, "--dtype", "bfloat16"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", trust_remote_code=True)
+    reference = load_model(load_for_reading(text_run))
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        difference = (model(some_ids()).logits.float() - reference(some_ids()).logits).abs().max()
+    assert difference < 0.1
+
+
+def test_an_export_over_an_older_one_replaces_it(text_run: Path, tmp_path: Path) -> None:
+    flags = ["--run-dir", str(text_run), "--output-dir", str(tmp_path / "e")]
+    main([*flags, "--architecture", "tablefree"])
+    main([*flags, "--architecture", "gpt_neox"])
+    assert json.loads((tmp_path / "e" / "config.json").read_text())["model_type"] == "gpt_neox"
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+def test_a_directory_of_something_else_is_left_alone(text_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than an export"):
+        main(["--run-dir", str(text_run), "--output-dir", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
+    card = (exports["tablefree"] / "README.md").read_text(encoding="utf-8")
+    for part in ("library_name: transformers", "arxiv:2605.09751", "licences", "Intended use and limits", "@article"):
+        assert part in card
+    assert str(exports["tablefree"]) not in card
