@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The whole line on real text: corpus -> tokenizer -> shards -> ZeRO-2 training, stopped and resumed ->
+# evaluation -> Hugging Face export -> a generated continuation.
+#
+#   ./launch/quickstart.sh [RUN_DIR]        default: runs/quickstart
+#
+# Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
+# A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
+set -euo pipefail
+
+case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+here=$(cd "$(dirname "$0")" && pwd)
+run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
+half=80 # of the recipe's 160 steps: here the run is stopped, and resumed from its checkpoint
+
+# shellcheck source=launch/install.sh
+source "$here/install.sh"
+install_project demo
+cd "$REPOSITORY"
+
+stage() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+if [ -f "$run_dir/summary.json" ]; then
+  exec python launch/summary.py "$run_dir" --show
+fi
+took=() # how long the whole job took is known if nothing of it was there before
+[ -d "$run_dir/corpus" ] || took=(--started "$(date +%s)")
+
+stage "1/7  corpus: 249 State of the Union addresses"
+[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo_corpus.py "$run_dir/corpus"
+
+stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
+[ -d "$run_dir/corpus/tokenizer" ] || python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
+  --source "$run_dir/corpus/corpus.parquet" --output-dir "$run_dir/corpus/tokenizer"
+
+stage "3/7  shards: uint16 ids, memory-mapped, fingerprinted"
+python -m data_prep.build_shards --mixture "$run_dir/corpus/mixture.yaml" --output-dir "$run_dir/dataset"
+python -m data_prep.verify "$run_dir/dataset"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=$((gpus > 0 ? gpus : 2))
+windows=$(((12 + ranks - 1) / ranks)) # of each rank: 12 in all, or a few more where 12 does not divide
+train() {
+  ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" --ranks "$ranks" \
+    --batch.micro_batch_size=$windows --batch.global_batch_tokens=$((windows * ranks * 128)) "$@"
+}
+stage "4/7  training: ZeRO-2, $ranks ranks, stopped after $half steps"
+[ -f "$run_dir/checkpoints/latest" ] || train --stop-at-step $half
+
+stage "5/7  training: resumed from the checkpoint"
+train
+
+stage "6/7  evaluation on the held-out addresses, fp32 masters"
+python -m pretrain.evaluate --run-dir "$run_dir"
+
+stage "7/7  export to Hugging Face format, in both forms"
+python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/hf" --architecture tablefree
+python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/gpt_neox" --architecture gpt_neox
+
+python launch/summary.py "$run_dir" --stopped-at-step $half "${took[@]}"
