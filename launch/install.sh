@@ -43,11 +43,12 @@ install_project() {
   local extra=$1 wanted stamp
   find_environment
   export PATH="$ENVIRONMENT/bin:$PATH"
-  stamp=$ENVIRONMENT/.tablefree-$extra
   wanted=$REPOSITORY:$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/.ci/constraints.txt" | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-    return
-  fi
+  for stamp in "$ENVIRONMENT/.tablefree-dev" "$ENVIRONMENT/.tablefree-$extra"; do # dev holds what demo needs
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+      return
+    fi
+  done
   echo "installing into $ENVIRONMENT (a few minutes, once)"
   write_constraints > "$ENVIRONMENT/.tablefree-constraints"
   python -m pip install --quiet --disable-pip-version-check --constraint "$ENVIRONMENT/.tablefree-constraints" \

@@ -2,16 +2,18 @@
 # The whole line on real text: corpus -> tokenizer -> shards -> ZeRO-2 training, stopped and resumed ->
 # evaluation -> Hugging Face export -> a generated continuation.
 #
-#   ./launch/quickstart.sh [RUN_DIR]        default: runs/quickstart
+#   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
+#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 160 steps)
 #
 # Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
 set -euo pipefail
 
-case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
-half=80 # of the recipe's 160 steps: here the run is stopped, and resumed from its checkpoint
+steps=${STEPS:-160}
+half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 # shellcheck source=launch/install.sh
 source "$here/install.sh"
@@ -42,9 +44,10 @@ ranks=$((gpus > 0 ? gpus : 2))
 windows=$(((12 + ranks - 1) / ranks)) # of each rank: 12 in all, or a few more where 12 does not divide
 train() {
   ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" --ranks "$ranks" \
-    --batch.micro_batch_size=$windows --batch.global_batch_tokens=$((windows * ranks * 128)) "$@"
+    --batch.micro_batch_size=$windows --batch.global_batch_tokens=$((windows * ranks * 128)) \
+    --train_tokens=$((steps * windows * ranks * 128)) "$@"
 }
-stage "4/7  training: ZeRO-2, $ranks ranks, stopped after $half steps"
+stage "4/7  training: ZeRO-2, $ranks ranks, stopped after $half of $steps steps"
 [ -f "$run_dir/checkpoints/latest" ] || train --stop-at-step $half
 
 stage "5/7  training: resumed from the checkpoint"

@@ -1,0 +1,94 @@
+"""The launch scripts, as a user calls them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, environment, losses, run_command, train, write_recipe
+
+SUMMARY_KEYS = {
+    "vocab_size",
+    "parameters",
+    "trainable_input_parameters",
+    "train_tokens",
+    "steps",
+    "tokens_per_s",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "gzip_bits_per_byte",
+    "xz_bits_per_byte",
+    "dataset_fingerprint",
+    "hf_dir",
+    "gpt_neox_dir",
+    "sample",
+}
+
+
+def test_pretrain_prints_the_command_it_runs_and_trains(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", train_tokens=3 * 6 * 32)
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
+    result = run_command("launch/pretrain.sh", *flags)
+    assert result.returncode == 0, result.stderr
+    printed = re.search(r"^\+ (deepspeed .*)$", result.stdout, re.MULTILINE)
+    assert printed
+    assert "--num_gpus 2" in printed[1]
+    assert "--deepspeed-config zero2_fp32" in printed[1]
+    train(1, recipe, tiny_data, tmp_path / "one")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_missing_hostfile_is_one_clear_line() -> None:
+    result = run_command("launch/pretrain.sh", "--recipe", "quickstart", "--hostfile", "nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --hostfile nowhere: no such file")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "pretrain.sh"])
+def test_every_script_has_help(script: str) -> None:
+    result = run_command(f"launch/{script}", "--help")
+    assert result.returncode == 0
+    assert f"launch/{script}" in result.stdout
+
+
+def quick_start(run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """The quick start with four steps, in the environment that runs the tests."""
+    env = environment(STEPS="4", VIRTUAL_ENV=sys.prefix)
+    del env["PYTHONPATH"], env["OMP_NUM_THREADS"]
+    command = [str(REPOSITORY / "launch" / "quickstart.sh"), str(run_dir)]
+    return subprocess.run(command, cwd=run_dir.parent, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
+    first = quick_start(tmp_path / "run")
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["vocab_size"] == 65_536
+    assert summary["trainable_input_parameters"] == 0
+    assert summary["steps"] == 4
+    assert summary["stopped_at_step"] == 2
+    assert len(losses(tmp_path / "run")) == 4
+    assert summary["sample"].startswith(summary["prompt"])
+    assert 1.5 < summary["xz_bits_per_byte"] < summary["gzip_bits_per_byte"] < 3.5
+    for key in ("hf_dir", "gpt_neox_dir"):
+        assert Path(summary[key], "model.safetensors").is_file()
+    assert "continuing from" in first.stderr
+
+    before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    second = quick_start(tmp_path / "run")
+    assert second.returncode == 0, second.stderr
+    assert summary["dataset_fingerprint"] in second.stdout
+    assert before == {path: os.stat(path).st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_the_benchmark_of_training_runs() -> None:
+    result = run_command(sys.executable, "tests/benchmarks/training_throughput.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"engine \(DeepSpeed ZeRO-2\), chunked loss \| [\d,]+ \| \d\.\d\d", result.stdout)
