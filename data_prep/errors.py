@@ -4,6 +4,7 @@ A command's `main` raises `UserError`; `exit_code` turns it into one line on std
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,10 @@ def exit_code(main: Callable[[], None]) -> int:
     """Run a command; 0 when it is done, 2 after printing the one line of a `UserError`."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,0 +1,148 @@
+"""One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a launcher."""
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+PROGRESS_TAG = 1
+POLL_SECONDS = 0.02
+BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
+
+
+class Communicator(Protocol):
+    """The few calls of an MPI communicator that are used."""
+
+    rank: int
+    size: int
+
+    def bcast(self, value: Any, root: int = 0) -> Any: ...
+    def allgather(self, value: Any) -> list[Any]: ...
+
+
+class SingleProcess:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        return value
+
+    def allgather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def connect() -> tuple[Communicator, int]:
+    """The communicator and the number of ranks on this machine.
+
+    Raises UserError if the launcher started another number of ranks than MPI sees: every rank would
+    then believe to be alone and write the same files.
+    """
+    if not any(name in os.environ for name in RANK_VARIABLES):
+        return SingleProcess(), 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by an MPI launcher, but mpi4py can't be used ({error}); see data_prep/README.md"
+        ) from None
+    world = MPI.COMM_WORLD
+    expected = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), world.size)
+    if world.size != expected:
+        if _launcher_rank() > 0:
+            sys.exit(USER_ERROR_EXIT_CODE)
+        raise UserError(
+            f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs; "
+            "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
+        )
+    return world, world.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+
+
+def _launcher_rank() -> int:
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def together(comm: Communicator, work: Callable[[], Any]) -> Any:
+    """Do this rank's part; if any rank meets a UserError, the first is raised on rank 0 and all stop with it."""
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = one_line(raised)
+    errors = [message for message in comm.allgather(error) if message is not None]
+    if errors and comm.rank > 0:
+        sys.exit(USER_ERROR_EXIT_CODE)
+    if errors:
+        more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""
+        raise UserError(errors[0] + more)
+    return result
+
+
+@contextmanager
+def abort_on_defect(comm: Communicator) -> Iterator[None]:
+    """An exception that nobody expects must not leave the other ranks waiting for ever."""
+    try:
+        yield
+    except (UserError, SystemExit):
+        raise
+    except BaseException:
+        if comm.size > 1:
+            traceback.print_exc()
+            comm.Abort(1)  # type: ignore[attr-defined]
+        raise
+
+
+class Progress:
+    """One bar for the whole job, on rank 0: part of the input done, text per second, time left."""
+
+    def __init__(self, comm: Communicator, total_bytes: int) -> None:
+        self.comm: Any = comm
+        self.running = comm.size - 1
+        self.text_bytes = 0
+        self.started = time.perf_counter()
+        off = comm.rank > 0
+        self.bar = tqdm(total=max(total_bytes, 1), desc="building", bar_format=BAR, disable=off, mininterval=0.5)
+
+    def add(self, input_bytes: int, text_bytes: int) -> None:
+        """Report work done; rank 0 also collects what the others sent."""
+        if self.comm.rank > 0:
+            self.comm.send((input_bytes, text_bytes), dest=0, tag=PROGRESS_TAG)
+        else:
+            self._show(input_bytes, text_bytes)
+            self._collect()
+
+    def finish(self) -> None:
+        """Rank 0 shows the others' work until all of them are done."""
+        if self.comm.rank > 0:
+            self.comm.send(None, dest=0, tag=PROGRESS_TAG)
+        while self.comm.rank == 0 and self.running:
+            self._collect()
+            time.sleep(POLL_SECONDS)
+        self.bar.close()
+
+    def _collect(self) -> None:
+        while self.running and self.comm.iprobe(tag=PROGRESS_TAG):
+            message = self.comm.recv(tag=PROGRESS_TAG)
+            if message is None:
+                self.running -= 1
+            else:
+                self._show(*message)
+
+    def _show(self, input_bytes: int, text_bytes: int) -> None:
+        self.text_bytes += text_bytes
+        rate = self.text_bytes / 1e6 / max(time.perf_counter() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+        self.bar.update(input_bytes)

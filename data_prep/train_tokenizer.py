@@ -1,0 +1,209 @@
+"""Train a tokenizer on text: first stage of the line, before `build_shards`.
+
+Byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256 bytes, then merges.
+Any text survives encoding and decoding, and no text, not even the special token spelled out, encodes
+to id 0. The same text gives the same files, byte for byte, with either trainer.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_prep.corpus import FORMATS, WorkUnit, cut_units, find_files, read_documents
+from data_prep.encode import tokenizer_sha256
+from data_prep.errors import UserError, exit_code
+from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, write_durably
+
+EOS_TOKEN = "<|endoftext|>"
+BYTE_IDS = 256
+MIN_VOCAB_SIZE = 1 + BYTE_IDS
+CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": EOS_TOKEN,
+    "eos_token": EOS_TOKEN,
+    "pad_token": EOS_TOKEN,
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 1024,
+}
+
+Merges = list[tuple[str, str]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    arguments = parse_arguments(argv)
+    started = time.perf_counter()
+    if not MIN_VOCAB_SIZE <= arguments.vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size {arguments.vocab_size}: expected {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}")
+    units = source_units(arguments)
+    with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
+        text = Path(scratch) / "text"
+        characters = write_text(units, text)
+        tokenizer = train_byte_bpe(text, arguments.vocab_size)
+    is_new = save(tokenizer, arguments.output_dir)
+    seconds = time.perf_counter() - started
+    state = f"trained on {characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
+    print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")
+    print(f"sha256       {tokenizer_sha256(arguments.output_dir)}")
+    print(f"directory    {arguments.output_dir}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer on text."
+    )
+    parser.add_argument(
+        "--algorithm", choices=("byte_bpe",), default="byte_bpe", help="kind of tokenizer (%(default)s)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help=f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, met exactly"
+    )
+    parser.add_argument("--source", nargs="+", required=True, metavar="FILE_OR_GLOB", help="text to learn from")
+    parser.add_argument("--format", choices=FORMATS, help="format of the sources (by default from the file's name)")
+    parser.add_argument("--text-field", default="text", help="column or JSON field of the text (%(default)s)")
+    parser.add_argument("--output-dir", type=Path, required=True, help="directory of the new tokenizer")
+    return parser.parse_args(argv)
+
+
+def source_units(arguments: argparse.Namespace) -> list[WorkUnit]:
+    """The files of --source, cut into work units."""
+    units: list[WorkUnit] = []
+    for pattern in arguments.source:
+        files = find_files(Path(), pattern, "--source")
+        format_ = arguments.format or _format_of(files[0])
+        field = None if format_ == "txt" else arguments.text_field
+        units += cut_units(Path(), files, source="text", format=format_, text_field=field)
+    return units
+
+
+def _format_of(name: str) -> str:
+    for format_ in FORMATS:
+        if name.endswith("." + format_):
+            return format_
+    raise UserError(f"{name}: format not known from the name; give --format {'|'.join(FORMATS)}")
+
+
+def write_text(units: Iterable[WorkUnit], path: Path) -> int:
+    """Write all documents to one file, each ending its line; returns the number of characters."""
+    characters = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for unit in units:
+            for documents in read_documents(unit):
+                for text in documents.texts.to_pylist():
+                    characters += len(text)
+                    file.write(text if text.endswith("\n") else text + "\n")
+    if not characters:
+        raise UserError("--source: no text in the sources; name files that hold some")
+    return characters
+
+
+def train_byte_bpe(text: Path, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of exactly vocab_size ids. Raises UserError if the text can't fill them.
+
+    A text has only so many merges: at some point each of its words is one token. The merges that are
+    then missing are learned from the same words in other spellings (`spellings`).
+    """
+    vocab, merges = build_vocab(learn_merges([text], vocab_size), vocab_size)
+    if len(vocab) < vocab_size:
+        own = len(vocab)
+        extra = text.with_name("spellings")
+        extra.write_text("".join(spellings(text.read_text(encoding="utf-8"))), encoding="utf-8")
+        vocab, merges = build_vocab(learn_merges([text, extra], vocab_size), vocab_size)
+        note = f"the text's words fill {own:,} ids; other spellings of them fill the rest"
+        if len(vocab) == vocab_size:
+            print(f"note: {note}", file=sys.stderr)
+    if len(vocab) < vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size:,}: this text supports {len(vocab):,} ids; ask for fewer, or add text"
+        )
+    return new_tokenizer(vocab, merges)
+
+
+def learn_merges(files: list[Path], vocab_size: int) -> Merges:
+    """BPE merges in order, at least as many as needed where the text has them. Text is cut at line ends."""
+    names = [str(file) for file in files]
+    try:
+        import gigabpe
+    except ImportError:
+        print("note: gigabpe is not installed; training with tokenizers, slower, same output", file=sys.stderr)
+        return reference_merges(names, vocab_size)
+    _, merges = gigabpe.train_bpe(names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
+    return [(left, right) for left, right in merges]
+
+
+def reference_merges(names: list[str], vocab_size: int) -> Merges:
+    """The same merges from `tokenizers`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train(names, trainer)
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def spellings(text: str) -> Iterator[str]:
+    """Every word of the text in lower case, with a capital and in capitals; each also after a space."""
+    for word in sorted({word.lower() for word in set(re.findall(r"[^\W\d_]+", text))}):
+        for spelling in (word, word.capitalize(), word.upper()):
+            yield f"{spelling} {spelling}\n"
+
+
+def build_vocab(merges: Merges, vocab_size: int) -> tuple[dict[str, int], Merges]:
+    """Ids: end of document, the 256 bytes, then what the merges make, until vocab_size; and the merges used."""
+    vocab = {EOS_TOKEN: 0}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[byte] = len(vocab)
+    used: Merges = []
+    for left, right in merges:
+        if len(vocab) == vocab_size:
+            break
+        vocab.setdefault(left + right, len(vocab))
+        used.append((left, right))
+    return vocab, used
+
+
+def new_tokenizer(vocab: dict[str, int], merges: Merges) -> Tokenizer:
+    """A lossless byte-level tokenizer that adds nothing of its own to a text."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, normalized=False, special=True)])
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, output_dir: Path) -> bool:
+    """Write the tokenizer's directory in one step; False if it is there already, identical."""
+    config: dict[str, Any] = dict(sorted(CONFIG.items()))
+    files = {
+        "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        if all((output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name] for name in files):
+            return False
+        raise UserError(f"{output_dir}: holds something else; choose another --output-dir, or remove that one")
+    staged = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    for name, content in files.items():
+        write_durably(staged / name, content)
+    os.replace(staged, output_dir)
+    fsync_directory(output_dir.absolute().parent)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
