@@ -21,7 +21,7 @@ from typing import Any
 
 from data_prep.corpus import UNIT_BYTES, WorkUnit, cut_units, find_files
 from data_prep.encode import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer, new_encoder, tokenizer_sha256
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import Mixture, load_mixture
 from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
 from data_prep.shards import (
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_prep.build_shards",
         description="Encode a mixture of sources into a data set of uint16 token shards.",
         epilog="On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output).",

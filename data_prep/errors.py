@@ -4,15 +4,28 @@ A command's `main` raises `UserError`; `exit_code` turns it into one line on std
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(ValueError):
     """Input that can't be used. The message says what, where, got, expected, and what to do."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s: one line, like all others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise UserError(f"{message}; --help lists the flags")
 
 
 def one_line(error: Exception) -> str:

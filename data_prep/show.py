@@ -1,6 +1,5 @@
 """Show what a data set holds: a table of its sources, samples of its documents, and where a token came from."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.encode import load_tokenizer
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import BLOCK_SAMPLES, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader
 
 SAMPLE_CHARACTERS = 300
@@ -19,7 +18,7 @@ HEADER = ("split", "source", "documents", "tokens", "chars/token", "bytes/token"
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.show", description=__doc__)
+    parser = CommandParser(prog="python -m data_prep.show", description=__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="documents shown per split (%(default)s)")
     parser.add_argument("--trace", metavar="SHARD:OFFSET", help="name the document that a token came from")

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data_prep.corpus import FORMATS, WorkUnit, cut_units, find_files, read_documents
 from data_prep.encode import tokenizer_sha256
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, write_durably
 
 EOS_TOKEN = "<|endoftext|>"
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer on text."
     )
     parser.add_argument(

@@ -3,7 +3,6 @@
 Prints a line for each bad file and exits with 2 if there is any.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ import xxhash
 from tqdm import tqdm
 
 from data_prep.encode import TOKENIZER_FILES, Offsets, tokenizer_sha256
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import (
     INDEX_DTYPE,
     MANIFEST_NAME,
@@ -36,7 +35,7 @@ BUILD_NAME = "build.json"
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.partition("\n")[0])
+    parser = CommandParser(prog="python -m data_prep.verify", description=__doc__.partition("\n")[0])
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     data_dir = parser.parse_args(argv).data_dir
     started = time.perf_counter()

@@ -168,8 +168,12 @@ def save_checkpoint(run_dir: Path, step: int, fragments: list[Fragment], about: 
 
 
 def prune_checkpoints(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints; each disappears by a rename, so none is ever seen half gone."""
-    for path in saved_steps(run_dir)[keep_last:]:
+    """Remove all but the newest checkpoints; each disappears by a rename, so none is ever seen half gone.
+
+    Counts from the published one: what is newer was passed over as damaged, and must not crowd out what is good.
+    """
+    published = read_pointer(run_dir).get("checkpoint")
+    for path in [path for path in saved_steps(run_dir) if not published or path.name <= published][keep_last:]:
         doomed = path.with_name(f".{path.name}.tmp")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
@@ -180,19 +184,19 @@ def saved_steps(run_dir: Path) -> list[Path]:
     return sorted(checkpoints_dir(run_dir).glob(f"{STEP_PREFIX}*"), reverse=True)
 
 
-def published_digest(run_dir: Path, name: str) -> str | None:
-    """The digest that the pointer `latest` gives for the manifest of a checkpoint, if it points to it."""
+def read_pointer(run_dir: Path) -> dict[str, str]:
+    """What `latest` says: the newest checkpoint and its manifest's digest; empty if it can't be read."""
     try:
         pointer = json.loads((checkpoints_dir(run_dir) / POINTER_NAME).read_bytes())
     except (OSError, ValueError):
-        return None
-    return pointer.get("manifest_xxh3_128") if pointer.get("checkpoint") == name else None
+        return {}
+    return pointer if isinstance(pointer, dict) else {}
 
 
 def open_checkpoint(run_dir: Path, path: Path) -> Checkpoint:
     """Read a checkpoint's manifest and hold it against the pointer. Raises ValueError or OSError if it is damaged."""
-    expected = published_digest(run_dir, path.name)
-    if expected is not None and digest_file(path / MANIFEST_NAME) != expected:
+    pointer = read_pointer(run_dir)
+    if pointer.get("checkpoint") == path.name and digest_file(path / MANIFEST_NAME) != pointer["manifest_xxh3_128"]:
         raise ValueError(f"{MANIFEST_NAME} differs from the digest in {POINTER_NAME}")
     return Checkpoint(path)
 
@@ -201,7 +205,7 @@ def examine(run_dir: Path, path: Path, part: int, parts: int) -> str | None:
     """What is wrong with this rank's part of a checkpoint, or None."""
     try:
         return open_checkpoint(run_dir, path).damage(part, parts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -213,6 +217,9 @@ def newest_good(run_dir: Path, world: World | None = None) -> tuple[Checkpoint |
     part, parts = (world.rank, world.world_size) if world else (0, 1)
     passed_over: list[str] = []
     paths: Iterable[Path] = gather(saved_steps(run_dir))[0]
+    published = read_pointer(run_dir).get("checkpoint")
+    if published and not (checkpoints_dir(run_dir) / published).is_dir():
+        passed_over.append(f"{checkpoints_dir(run_dir) / published}: missing; passed over")
     for path in paths:
         found = examine(run_dir, path, part, parts)
         damages = [damage for damage in gather(found) if damage is not None]

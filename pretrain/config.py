@@ -21,7 +21,7 @@ from data_prep.shards import MAX_VOCAB_SIZE
 from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # What a resumed run may change: none of it alters what a step computes.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -180,20 +180,23 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UserError(f"{argument}: {section} is a value, not a section of the recipe")
-        target[key] = yaml.safe_load(text)
+        try:
+            target[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{argument}: the value is not valid YAML: {error}") from None
 
 
 def as_numbers(content: dict[str, Any], recipe_class: Any) -> dict[str, Any]:
-    """Read what YAML leaves as text or integers where the recipe wants a float (`6e-4`, `1`) or an int (`17e9`)."""
+    """Read the numbers that YAML takes for text or another kind: a float `6e-4` or `1`, an int `17e9` or `2.0`."""
     types = {f.name: f.type for f in fields(recipe_class)}
     result = {}
     for key, value in content.items():
         if is_dataclass(types[key]):
             value = as_numbers(value, types[key])
-        elif types[key] in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
+        elif types[key] in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
             try:
                 number = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 number = None
             if number is not None:
                 exact = types[key] is int and number.is_integer()
@@ -209,14 +212,14 @@ def build_recipe(content: Any, origin: str) -> Recipe:
     check_keys(content, Recipe, origin)
     try:
         recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content, Recipe)))
-    except TypeError as error:  # a date or another YAML value that no recipe holds
-        raise UserError(f"{origin}: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         dotted = ".".join(map(str, first["loc"]))
         if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             raise UserError(f"{origin}: {dotted} is missing") from None
         raise UserError(f"{origin}: {dotted}: got {first['input']!r}; {first['msg']}") from None
+    except (TypeError, ValueError) as error:  # a date or another YAML value that no recipe holds
+        raise UserError(f"{origin}: {error}") from None
     check_recipe(recipe, origin)
     return recipe
 

@@ -7,7 +7,6 @@ first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes
 perplexity, it can be compared between tokenizers.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import ShardReader, Tokens, write_durably
 from pretrain.checkpoint import Checkpoint, load_for_reading, load_model
 from pretrain.loader import ValidationWindows
@@ -125,7 +124,7 @@ def report(checkpoint: Checkpoint, total: Score, by_source: dict[str, Score]) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pretrain.evaluate",
         description="Loss, perplexity and bits per byte over the whole validation split, "
         "with the fp32 masters of the newest good checkpoint; also written as RUN_DIR/evaluation.json.",

@@ -8,7 +8,6 @@
 Both give the same logits. An export is a function of the checkpoint: made twice, its files are equal bit for bit.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, fsync_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
@@ -196,7 +195,7 @@ def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pretrain.export_hf",
         description="Export the newest good checkpoint of a run to Hugging Face format.",
     )

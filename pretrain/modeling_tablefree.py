@@ -52,7 +52,7 @@ def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
     """Draw (A, b) with A in GL(code_bits, 2) by rejection; row i of A as an integer, bit j its column j."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        bits = torch.randint(0, 2, (code_bits + 1, code_bits), generator=generator).tolist()
+        bits = torch.randint(0, 2, (code_bits + 1, code_bits), generator=generator, device="cpu").tolist()
         *rows, offset = (sum(bit << j for j, bit in enumerate(row)) for row in bits)
         if gf2_rank(rows) == code_bits:
             return rows, offset
@@ -328,6 +328,6 @@ def initialise_parameters(model: TableFreeForCausalLM, seed: int) -> None:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
         scale = residual_scale if name.endswith(("attention.output.weight", "mlp.down.weight")) else 1.0
-        values = torch.empty(parameter.shape, dtype=torch.float32)
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         values.normal_(0.0, INIT_STD * scale, generator=parameter_generator(seed, name))
         parameter.copy_(values)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import UserError
+from data_prep.errors import CommandParser, UserError
 from data_prep.shards import ShardReader, Tokens
 from pretrain import engine as engines
 from pretrain.activation_checkpointing import apply_activation_checkpointing
@@ -51,13 +51,12 @@ class Run:
     stop_at_step: int
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pretrain.train",
         description="Train a recipe on a data set, or continue the run in --run-dir.",
         epilog="Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8.",
-        allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
     parser.add_argument("--data-dir", required=True, type=Path, help="data set made by data_prep.build_shards")
@@ -76,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(arguments: Sequence[str], world: World) -> Run:
     """Check everything that one rank can check alone. Raises UserError."""
     flags, overrides = build_parser().parse_known_args(arguments)
+    if flags.stop_at_step is not None and flags.stop_at_step < 1:
+        raise UserError(f"--stop-at-step {flags.stop_at_step}: expected a number of steps, 1 or more")
     recipe = load_recipe(flags.recipe, overrides)
     engine_config = engines.load_engine_config(flags.deepspeed_config or recipe.engine)
     merged = engines.merge_config(recipe, engine_config, world.world_size)

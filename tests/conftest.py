@@ -18,6 +18,11 @@ from data_prep.shards import Manifest, Shard, Source, integer_shares
 REPOSITORY = Path(__file__).parent.parent
 TINY_VOCAB_SIZE = 512
 
+# One thread and fixed CPU kernels for every rank, so that float sums come in the same order each time. They hold
+# for this process too: torch reads them when a test module imports it.
+FIXED_KERNELS = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"}
+os.environ.update(FIXED_KERNELS)
+
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
     """A recipe that trains in seconds; keyword arguments replace keys of its sections or top-level values."""
@@ -125,8 +130,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """One thread and fixed CPU kernels for every rank, so that float sums come in the same order each time."""
-    fixed = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(REPOSITORY)}
+    """What every command of the tests runs in."""
+    fixed = {**FIXED_KERNELS, "PYTHONPATH": str(REPOSITORY)}
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**inherited, **fixed, "PATH": path, **changes}
