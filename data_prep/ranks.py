@@ -114,7 +114,15 @@ class Progress:
         self.text_bytes = 0
         self.started = time.perf_counter()
         off = comm.rank > 0
-        self.bar = tqdm(total=max(total_bytes, 1), desc="building", bar_format=BAR, disable=off, mininterval=0.5)
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=max(total_bytes, 1),
+            desc="building",
+            bar_format=BAR,
+            disable=off,
+            mininterval=interval,
+            delay=interval,
+        )
 
     def add(self, input_bytes: int, text_bytes: int) -> None:
         """Report work done; rank 0 also collects what the others sent."""

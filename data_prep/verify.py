@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{data_dir}: {len(problems)} bad files, the first: {problems[0]}; {REBUILD}")
     seconds = time.perf_counter() - started
     size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in (shard.path, shard.index_path))
-    rate = f"{size / 1e9:.2f} GB at {size / 1e9 / seconds:.2f} GB/s"
+    rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
     print(f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint {manifest.fingerprint}")
 
 
@@ -70,7 +70,7 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[str]:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(check, manifest.shards)
-        for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False):
+        for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
             yield from lines
 
 

@@ -36,7 +36,9 @@ def generate(hf_dir: Path, prompt: str) -> str:
     """A continuation, sampled with a fixed seed, from the export alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True).eval()
     torch.manual_seed(0)

@@ -74,6 +74,9 @@ def load_engine_config(name: str) -> dict[str, Any]:
             raise UserError(f"{path}: {key} belongs to the recipe ({home}); remove it here")
     if '"auto"' in json.dumps(config):
         raise UserError(f'{path}: holds an "auto" value; write the value you want, or leave the key out')
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{path}: {key} is {config[key]!r}, expected a JSON object")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 2:
         raise UserError(f"{path}: zero_optimization.stage is {stage}, expected 2")
