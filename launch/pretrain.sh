@@ -34,7 +34,11 @@ launcher=(deepspeed --quiet)
 if [ -n "$hostfile" ]; then
   launcher+=(--hostfile "$hostfile")
 else
-  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+  # a free port, so that two runs on one machine don't meet
+  read -r gpus port < <(python -c '
+import socket, torch
+listener = socket.create_server(("", 0))
+print(torch.cuda.device_count(), listener.getsockname()[1])')
   ranks=${ranks:-$gpus}
   if [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu
@@ -44,7 +48,7 @@ else
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
-  launcher+=(--num_gpus "$ranks")
+  launcher+=(--num_gpus "$ranks" --master_port "$port")
 fi
 
 printf '+'

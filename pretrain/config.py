@@ -6,6 +6,7 @@ What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSO
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -196,7 +197,9 @@ def as_numbers(content: dict[str, Any], recipe_class: Any) -> dict[str, Any]:
         elif types[key] in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
             try:
                 number = float(value)
-            except (ValueError, OverflowError):
+            except OverflowError:  # a whole number of hundreds of digits
+                number = math.inf
+            except ValueError:
                 number = None
             if number is not None:
                 exact = types[key] is int and number.is_integer()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
@@ -22,6 +23,10 @@ TINY_VOCAB_SIZE = 512
 # for this process too: torch reads them when a test module imports it.
 FIXED_KERNELS = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"}
 os.environ.update(FIXED_KERNELS)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU by default; set it to run what needs a GPU
+
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:

@@ -1,0 +1,298 @@
+import json
+import re
+import resource
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.shards import digest_file
+from pretrain.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    Checkpoint,
+    Fragment,
+    checkpoints_dir,
+    load_for_reading,
+    load_model,
+    newest_good,
+    prune_checkpoints,
+    save_checkpoint,
+    saved_steps,
+    write_fragments,
+)
+from pretrain.config import ModelRecipe, model_config
+from pretrain.distributed import World
+from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+
+SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
+STATES = ("master", "exp_avg", "exp_avg_sq")
+ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def about(**more: object) -> dict[str, object]:
+    return {"optimizer_step": 7, "parameters": SHAPES, **more}
+
+
+def values_of(step: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Each state of each parameter, flat; every element its own number."""
+    numbers = iter(range(10_000))
+    return {
+        name: {
+            state: torch.tensor([step + next(numbers) / 7 for _ in range(torch.Size(shape).numel())])
+            for state in STATES
+        }
+        for name, shape in SHAPES.items()
+    }
+
+
+def fragments_between(low: int, high: int) -> list[Fragment]:
+    """What a rank owns of all parameters laid one after another, from element `low` up to `high`."""
+    fragments, first = [], 0
+    for name, states in values_of().items():
+        size = len(states["master"])
+        start, end = max(low - first, 0), min(high - first, size)
+        if start < end:
+            owned = {state: values[start:end] for state, values in states.items()}
+            fragments.append(Fragment(name=name, start=start, states=owned))
+        first += size
+    return fragments
+
+
+def save_as_ranks(run_dir: Path, cuts: list[int]) -> Checkpoint:
+    """A checkpoint whose ranks own the elements between one cut and the next."""
+    path = checkpoints_dir(run_dir) / "step-00000007"
+    path.mkdir(parents=True)
+    bounds = [0, *sorted(cuts), 25]
+    files = [
+        write_fragments(path / f"rank-{rank:05d}-of-{len(cuts) + 1:05d}.safetensors", fragments_between(low, high))
+        for rank, (low, high) in enumerate(pairwise(bounds))
+    ]
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": 7, **about(), "files": files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return Checkpoint(path)
+
+
+def save(run_dir: Path, step: int) -> Path:
+    """A checkpoint of one rank, the way training saves it."""
+    fragments = [Fragment(name=name, start=0, states=states) for name, states in values_of(step).items()]
+    return save_checkpoint(run_dir, step, fragments, about(), ALONE)
+
+
+def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
+    assert checkpoint is not None
+    assert checkpoint.step == step
+    for name, shape in SHAPES.items():
+        for state in STATES:
+            assert torch.equal(checkpoint.parameter(name, state), values_of(step)[name][state].view(shape))
+
+
+# What is saved reads back
+
+
+@settings(max_examples=40)
+@given(cuts=st.lists(st.integers(0, 25), max_size=3), data=st.data())
+def test_any_range_of_any_parameter_reads_back_whatever_ranks_saved_it(cuts: list[int], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(SHAPES)))
+    state = data.draw(st.sampled_from(STATES))
+    expected = values_of()[name][state]
+    start = data.draw(st.integers(0, len(expected)))
+    count = data.draw(st.integers(0, len(expected) - start))
+    with TemporaryDirectory() as directory:
+        checkpoint = save_as_ranks(Path(directory), cuts)
+        assert torch.equal(checkpoint.read(name, state, start, count), expected[start : start + count])
+        assert torch.equal(checkpoint.parameter(name, state), expected.view(SHAPES[name]))
+        assert checkpoint.damage() is None
+        assert newest_good(Path(directory))[1] == []
+
+
+def test_a_saved_checkpoint_is_plain_safetensors_and_json(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank-00000-of-00001.safetensors"]
+    tensors = load_file(path / "rank-00000-of-00001.safetensors")
+    assert sorted(tensors) == sorted(f"{name}/{state}" for name in SHAPES for state in STATES)
+    assert torch.equal(tensors["vector/exp_avg"], values_of(5)["vector"]["exp_avg"])
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["step"], manifest["optimizer_step"], manifest["parameters"]) == (5, 7, SHAPES)
+    pointer = json.loads((path.parent / "latest").read_text())
+    assert pointer == {"checkpoint": "step-00000005", "manifest_xxh3_128": digest_file(path / "manifest.json")}
+
+
+def test_a_part_that_no_file_holds_is_missed(tmp_path: Path) -> None:
+    checkpoint = save_as_ranks(tmp_path, [6])
+    checkpoint._where["matrix"] = checkpoint._where["matrix"][:1]
+    with pytest.raises(UserError, match="holds 6 of 12 elements of matrix"):
+        checkpoint.parameter("matrix")
+
+
+def test_a_model_s_masters_come_back_as_the_training_class(tmp_path: Path) -> None:
+    recipe = ModelRecipe(
+        vocab_size=40, d_model=24, num_layers=2, num_heads=2, seq_len=8, input_embedding="affine_code", code_bits=8
+    )
+    model = TableFreeForCausalLM(model_config(recipe))
+    initialise_parameters(model, 1)
+    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
+    flat = {name: value.detach().flatten() for name, value in model.named_parameters()}
+    fragments = [Fragment(name=n, start=0, states=dict.fromkeys(STATES, v)) for n, v in flat.items()]
+    for fragment in fragments:
+        fragment.states.update({state: values.clone() for state, values in fragment.states.items()})
+    more = {"parameters": shapes, "model_config": model.config.to_diff_dict()}
+    save_checkpoint(tmp_path, 1, fragments, about(**more), ALONE)
+    loaded, ids = load_model(load_for_reading(tmp_path)), torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+# Damage
+
+
+def flip_byte(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+TENSORS, MANIFEST = "rank-00000-of-00001.safetensors", "manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "how", "reason"),
+    [
+        (TENSORS, flip_byte, f"{TENSORS} differs from its digest"),
+        (TENSORS, truncate, rf"{TENSORS} has [\d,]+ bytes, expected [\d,]+"),
+        (TENSORS, Path.unlink, f"{TENSORS} is missing"),
+        (MANIFEST, flip_byte, "manifest.json differs from the digest in latest"),
+        (MANIFEST, truncate, "manifest.json differs from the digest in latest"),
+        (MANIFEST, Path.unlink, "FileNotFoundError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason_and_the_older_one_used(
+    damaged: str, how: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    assert_holds(newest_good(tmp_path)[0], 10)
+    how(newest / damaged)
+    checkpoint, passed_over = newest_good(tmp_path)
+    assert_holds(checkpoint, 5)
+    assert len(passed_over) == 1
+    assert re.search(rf"step-00000010: .*{reason}.*; passed over$", passed_over[0]), passed_over
+    assert load_for_reading(tmp_path).step == 5
+
+
+@settings(max_examples=30)
+@given(file=st.sampled_from([TENSORS, MANIFEST]), place=st.floats(0, 1))
+def test_one_flipped_bit_anywhere_in_the_newest_checkpoint_is_found(file: str, place: float) -> None:
+    with TemporaryDirectory() as directory:
+        run_dir = Path(directory)
+        save(run_dir, 5)
+        flip_byte(save(run_dir, 10) / file, place)
+        checkpoint, passed_over = newest_good(run_dir)
+        assert_holds(checkpoint, 5)
+        assert len(passed_over) == 1
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(["[]", "{}", "3", "null", '{"format": 1}', '"x"', "{", ""]) | st.text(max_size=5))
+def test_whatever_the_pointer_or_an_older_manifest_says_a_good_checkpoint_is_found(text: str) -> None:
+    with TemporaryDirectory() as directory:
+        run_dir = Path(directory)
+        save(run_dir, 5)
+        newest = save(run_dir, 10)
+        (checkpoints_dir(run_dir) / "latest").write_text(text)
+        assert_holds(newest_good(run_dir)[0], 10)
+        (newest / MANIFEST).write_text(text)  # the pointer no longer guards it
+        assert_holds(newest_good(run_dir)[0], 5)
+
+
+def test_the_first_rank_s_bad_file_is_named_among_many(tmp_path: Path) -> None:
+    checkpoint = save_as_ranks(tmp_path, [6, 12])
+    flip_byte(checkpoint.path / "rank-00001-of-00003.safetensors", 0.99)
+    found = [Checkpoint(checkpoint.path).damage(part, 2) for part in (0, 1)]  # two ranks share three files
+    assert found == [None, "rank-00001-of-00003.safetensors differs from its digest"]
+
+
+def test_a_checkpoint_removed_by_hand_is_said_to_be_missing(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    shutil.rmtree(save(tmp_path, 10))
+    checkpoint, passed_over = newest_good(tmp_path)
+    assert_holds(checkpoint, 5)
+    assert passed_over == [f"{checkpoints_dir(tmp_path)}/step-00000010: missing; passed over"]
+
+
+def test_reading_says_what_is_wrong_when_there_is_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory; train first"):
+        load_for_reading(tmp_path / "absent")
+    with pytest.raises(UserError, match="no checkpoints; train with "):
+        load_for_reading(tmp_path)
+    flip_byte(save(tmp_path, 5) / TENSORS)
+    with pytest.raises(UserError, match=r"1 damaged checkpoints \(.*differs from its digest"):
+        load_for_reading(tmp_path)
+
+
+# Saving
+
+
+def test_a_save_that_was_killed_half_way_is_ignored_then_cleared_away(tmp_path: Path) -> None:
+    good = save(tmp_path, 5)
+    staging = good.with_name(".step-00000010.tmp")
+    shutil.copytree(good, staging)
+    assert_holds(newest_good(tmp_path)[0], 5)
+    assert newest_good(tmp_path)[1] == []
+    save(tmp_path, 10)
+    assert sorted(path.name for path in good.parent.iterdir()) == ["latest", "step-00000005", "step-00000010"]
+    assert_holds(newest_good(tmp_path)[0], 10)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_next_save_works(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file of this process may grow beyond 100 bytes
+    try:
+        with pytest.raises(UserError, match=r"checkpoint of step 10 not written"):
+            save(tmp_path, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_holds(newest_good(tmp_path)[0], 5)
+    assert newest_good(tmp_path)[1] == []
+    save(tmp_path, 10)
+    assert_holds(newest_good(tmp_path)[0], 10)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    flip_byte(save(tmp_path, 5) / TENSORS)
+    assert newest_good(tmp_path)[0] is None
+    save(tmp_path, 5)
+    assert_holds(newest_good(tmp_path)[0], 5)
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, 2)
+    assert [path.name for path in saved_steps(tmp_path)] == ["step-00000020", "step-00000015"]
+    assert not list(checkpoints_dir(tmp_path).glob(".*"))
+    assert_holds(newest_good(tmp_path)[0], 20)
+
+
+def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    for path in saved_steps(tmp_path)[:2]:
+        flip_byte(path / TENSORS)
+    save(tmp_path, 7)  # training went on from step 5
+    prune_checkpoints(tmp_path, 1)
+    assert_holds(newest_good(tmp_path)[0], 7)

@@ -1,0 +1,104 @@
+"""The first steps of a tiny run, digit for digit: what a refactor must not change.
+
+python tests/test_golden.py --record        writes tests/golden.json anew; see WHEN_IT_FAILS
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from conftest import write_dataset, write_source
+from forked_ranks import train_on
+
+from pretrain.modeling_tablefree import INPUT_EMBEDDINGS
+
+RECORD = Path(__file__).parent / "golden.json"
+STEPS = 4
+RECIPE = """
+model: {vocab_size: 512, d_model: 48, num_layers: 2, num_heads: 4, seq_len: 32, input_embedding: binary_code,
+        code_bits: 16, code_seed: 3}
+batch: {global_batch_tokens: 192, micro_batch_size: 2}
+optimizer: {peak_learning_rate: 2.0e-3, beta1: 0.9, beta2: 0.95, eps: 1.0e-8, weight_decay: 0.1, gradient_clipping: 0.5}
+schedule: {warmup_fraction: 0.5, final_fraction: 0.1}
+validation: {every_steps: 4, eval_tokens: 64}
+checkpoints: {every_steps: 4}
+train_tokens: 768
+seed: 1
+engine: zero2_fp32
+"""
+Figures = dict[str, list[float]]  # loss and gradient norm, by step
+
+WHEN_IT_FAILS = f"""
+The first {STEPS} steps of a {{}} run are not what they were:
+  recorded {{}}
+  now      {{}}
+A step is a function of recipe, engine, data set, seed and step number, so something changed what it computes.
+- If you did not mean that (a refactor, an option, a speed-up, a new DeepSpeed): it is a bug. Find it; record nothing.
+- If you did (initial weights, order of samples, loss, optimizer, schedule, the manifest that the fingerprint digests):
+  make it a commit of its own, say there why the figures move, and record them in it:
+      python tests/test_golden.py --record
+- If only torch or the processor is new, figures agree to 1e-5 and this test passes; record when the pin in
+  .ci/constraints.txt moves."""
+
+
+def this_build() -> dict[str, str]:
+    """What decides the last digits: torch, and the kernels that its libraries choose for this processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = cpuinfo.read_text().split("\n\n")[0].split() if cpuinfo.exists() else []
+    vendor = next((word for word in words if word in ("AuthenticAMD", "GenuineIntel")), platform.processor())
+    widest = next((flag for flag in ("avx512f", "avx2", "avx") if flag in words), "")
+    return {
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{vendor} {widest}",
+    }
+
+
+def counting(first: int, stride: int) -> list[int]:
+    """A document of 40 ids; only arithmetic, so that no library's random numbers are in the figures."""
+    return [1 + (first + stride * i) % 511 for i in range(40)]
+
+
+def first_steps(input_embedding: str, home: Path) -> Figures:
+    """Train a few steps in a process of its own, one thread, fixed kernels."""
+    data = home / "data"
+    ups = write_source(data, "train", "up", [counting(17 * i, 1) for i in range(40)], eos_id=0)
+    threes = write_source(data, "train", "by-threes", [counting(29 * i, 3) for i in range(20)], eos_id=0)
+    held_out = write_source(data, "validation", "up", [counting(31 * i, 1) for i in range(4)], eos_id=0)
+    write_dataset(data, [ups, threes, held_out], {"up": 2.0, "by-threes": 1.0}, vocab_size=512)
+    recipe = home / "golden.yaml"
+    recipe.write_text(RECIPE)
+    train_on(1, recipe, data, home / "run", f"--model.input_embedding={input_embedding}")
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {name: [line[name] for line in lines] for name in ("loss", "gradient_norm")}
+
+
+@pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
+def test_the_first_steps_are_what_they_were(input_embedding: str, tmp_path: Path) -> None:
+    record = json.loads(RECORD.read_text())
+    recorded: Figures = record["figures"][input_embedding]
+    now = first_steps(input_embedding, tmp_path)
+    exact = record["build"] == this_build()
+    for name, expected in recorded.items():
+        agree = now[name] == (expected if exact else pytest.approx(expected, rel=1e-5))
+        assert agree, WHEN_IT_FAILS.format(input_embedding, recorded, now)
+
+
+def record() -> None:
+    """Write tests/golden.json."""
+    figures = {}
+    for input_embedding in INPUT_EMBEDDINGS:
+        with TemporaryDirectory() as directory:
+            figures[input_embedding] = first_steps(input_embedding, Path(directory))
+    RECORD.write_text(json.dumps({"build": this_build(), "figures": figures}, indent=1) + "\n")
+    print(f"wrote {RECORD}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--record"]:
+        sys.exit(__doc__)
+    record()

@@ -1,0 +1,124 @@
+"""The walls of the house: who may import whom, and how large it may grow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+SOURCES = sorted(path for folder in ("data_prep", "pretrain", "launch") for path in (REPOSITORY / folder).rglob("*.py"))
+DATA_PREP = [path for path in SOURCES if path.parts[-2] == "data_prep"]
+PRETRAIN = [path for path in SOURCES if path.parts[-2] == "pretrain"]
+TOP_LEVEL = {
+    "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci",
+    "pretrain", "data_prep", "ds_configs", "launch", "tests",
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports anywhere, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: line {node.lineno}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports."""
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def is_part_of(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def test_imports_sees_through_every_way_of_importing(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("import os.path as p\nfrom a.b import c\ndef f():\n    import torch.nn\n    from d import e\n")
+    assert imports(path) == {"os.path", "a.b", "a.b.c", "torch.nn", "d", "d.e"}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert REPOSITORY / "data_prep" / "shards.py" in DATA_PREP
+    assert REPOSITORY / "pretrain" / "engine.py" in PRETRAIN
+
+
+@pytest.mark.parametrize("path", DATA_PREP, ids=relative)
+def test_data_prep_never_sees_pretrain_or_torch(path: Path) -> None:
+    assert not packages(path) & {"pretrain", "torch", "deepspeed", "accelerate"}
+    if path.stem == "encode":
+        assert "transformers" not in packages(path)
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=relative)
+def test_pretrain_takes_only_the_shard_format_and_the_errors_from_data_prep(path: Path) -> None:
+    taken = {name for name in imports(path) if name.startswith("data_prep")} - {"data_prep"}
+    assert not {name for name in taken if not is_part_of(name, {"data_prep.shards", "data_prep.errors"})}
+    assert "launch" not in packages(path)
+
+
+def test_only_engine_py_imports_deepspeed() -> None:
+    assert [relative(path) for path in SOURCES if "deepspeed" in packages(path)] == ["pretrain/engine.py"]
+
+
+def test_the_modelling_file_is_self_contained() -> None:
+    others = packages(REPOSITORY / "pretrain" / "modeling_tablefree.py") - set(sys.stdlib_module_names)
+    assert others == {"torch", "transformers"}
+
+
+def test_no_module_hides_one_of_python_s() -> None:
+    assert not [relative(path) for path in SOURCES if path.stem in sys.stdlib_module_names]
+
+
+def test_imports_of_our_own_modules_run_in_no_circle() -> None:
+    module_of = {relative(path).removesuffix(".py").replace("/", "."): path for path in SOURCES}
+    uses = {module: imports(path) & module_of.keys() for module, path in module_of.items()}
+    while leaves := [module for module, used in uses.items() if not used]:
+        uses = {module: used - set(leaves) for module, used in uses.items() if module not in leaves}
+    assert not uses, f"these import each other: {sorted(uses)}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=relative)
+def test_an_init_file_holds_a_docstring_and_nothing_else(path: Path) -> None:
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    assert len(statements) == 1
+    assert isinstance(statements[0], ast.Expr)
+    assert isinstance(statements[0].value, ast.Constant)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def count_lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_the_source_stays_below_6000_lines() -> None:
+    scripts = [*(REPOSITORY / "launch").glob("*.sh"), *(REPOSITORY / "launch").glob("*.slurm")]
+    assert count_lines([*SOURCES, *scripts]) < 6_000
+
+
+def test_the_readme_stays_below_150_lines() -> None:
+    assert count_lines([REPOSITORY / "README.md"]) < 150
+
+
+def test_the_top_level_holds_what_the_readme_s_map_says_and_nothing_else() -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert {name.partition("/")[0] for name in listing.stdout.splitlines()} == TOP_LEVEL
