@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import UNIT_BYTES, WorkUnit, cut_units, find_files
-from data_prep.encode import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer, new_encoder, tokenizer_sha256
+from data_prep.encode import LoadedTokenizer, load_tokenizer, new_encoder
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import Mixture, load_mixture
 from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
@@ -28,6 +28,7 @@ from data_prep.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     SPLITS,
+    TOKENIZER_FILES,
     TOKENIZER_NAME,
     Manifest,
     Shard,
@@ -36,6 +37,7 @@ from data_prep.shards import (
     fsync_directory,
     integer_shares,
     load_manifest,
+    tokenizer_sha256,
     write_durably,
 )
 from data_prep.unit_shards import UnitBuilder, UnitResult, shard_path
@@ -121,6 +123,8 @@ def make_plan(mixture_path: Path) -> Plan:
     units: list[WorkUnit] = []
     for source in mixture.sources:
         files = find_files(mixture.base, source.path, f"{mixture_path}: source {source.name!r}")
+        if not any((mixture.base / name).stat().st_size for name in files):
+            raise UserError(f"{mixture_path}: source {source.name!r}: {source.path} is empty; check it or leave it out")
         units += cut_units(mixture.base, files, source=source.name, format=source.format, text_field=source.text_field)
     files_seen = [(unit.input, unit.path.stat().st_size, unit.path.stat().st_mtime_ns) for unit in units]
     about = [
@@ -147,7 +151,10 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     if not (output_dir / MANIFEST_NAME).exists():
         return False
     if signature != plan.signature:
-        raise UserError(f"{output_dir}: holds a data set of other inputs, tokenizer or mixture; {elsewhere}")
+        raise UserError(
+            f"{output_dir}: holds a data set of another mixture or tokenizer, or of inputs that were of another size "
+            f"or changed at another time; {elsewhere}"
+        )
     ShardReader(output_dir).check_files()
     return True
 

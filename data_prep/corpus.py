@@ -255,7 +255,8 @@ def _parse_line(unit: WorkUnit, line_number: int, line: bytes) -> bytes:
     """The text of one line of JSON, as UTF-8."""
     problem = ""
     try:
-        record = json.loads(line.decode())
+        is_first = line_number == 0 and unit.start == 0
+        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))  # a file may begin with a BOM
     except UnicodeDecodeError as error:
         problem = f"invalid UTF-8 at byte {error.start} of the line; convert the file to UTF-8"
     except (ValueError, RecursionError) as error:

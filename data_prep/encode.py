@@ -5,7 +5,6 @@ encoders give the same ids; where gigatoken is missing or can't load a tokenizer
 place, and that is said. Strings that spell a special token are ordinary text to both.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.shards import MAX_VOCAB_SIZE, tokenizer_sha256
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 SLOW_BATCH_DOCUMENTS = 256
 
@@ -77,13 +75,6 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         directory=directory, reference=reference, vocab_size=vocab_size, eos_id=eos_id, eos_token=eos_token,
         sha256=tokenizer_sha256(directory),
     )  # fmt: skip
-
-
-def tokenizer_sha256(directory: Path) -> str:
-    """The identity of a tokenizer: what `sha256sum FILES | sha256sum` prints in its directory."""
-    names = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    lines = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str, parallel: bool) -> Encoder:

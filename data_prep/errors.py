@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 USER_ERROR_EXIT_CODE = 2
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Input that can't be used. The message says what, where, got, expected, and what to do."""
 
 
@@ -28,13 +28,18 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def os_error_line(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    return f"{error.filename}: {error.strerror}; check the path" if error.filename else one_line(error)
+
+
 def one_line(error: Exception) -> str:
     """The error's text without line breaks, so that it stays one line of a log."""
     return " ".join(str(error).split())
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a command; 0 when it is done, 2 after printing the one line of a `UserError`."""
+    """Run a command; 0 when it is done, 2 after printing the one line of a `UserError` or of a refused file."""
     try:
         main()
         sys.stdout.flush()
@@ -43,4 +48,7 @@ def exit_code(main: Callable[[], None]) -> int:
         return USER_ERROR_EXIT_CODE
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {os_error_line(error)}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
     return 0

@@ -108,6 +108,10 @@ def _text(value: object, where: str) -> str:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan  # YAML leaves 2e-1 as text, which float reads
+    if not math.isfinite(number):
         raise UserError(f"{where} is {value!r}, expected a number")
-    return float(value)
+    return number

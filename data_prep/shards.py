@@ -15,6 +15,7 @@ The fingerprint of a data set is the xxh3-128 digest of its manifest, which hold
 file: two data sets with equal fingerprints are equal bit for bit.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ TOKEN_DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DIGEST_CHUNK_BYTES = 1 << 22
 REBUILD = "rebuild it with python -m data_prep.build_shards"
 
@@ -175,13 +177,21 @@ def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list
     return shares
 
 
+def tokenizer_sha256(directory: Path) -> str:
+    """The identity of a tokenizer: what `sha256sum FILES | sha256sum` prints in its directory."""
+    names = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    lines = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def load_manifest(data_dir: Path) -> Manifest:
     """Read and check `manifest.json`. Raises UserError if the data set is missing or not complete."""
     path = data_dir / MANIFEST_NAME
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such directory; build a data set with python -m data_prep.build_shards")
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = json.loads(raw)
     except FileNotFoundError:
         raise UserError(f"{data_dir}: no {MANIFEST_NAME}, so the data set is not complete; {REBUILD}") from None
     except ValueError as error:
@@ -194,9 +204,12 @@ def load_manifest(data_dir: Path) -> Manifest:
     try:
         sources = tuple(Source(**source) for source in content.pop("sources"))
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-        return Manifest(sources=sources, shards=shards, **content)
+        manifest = Manifest(sources=sources, shards=shards, **content)
     except (TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged manifest ({error}); {REBUILD}") from None
+    if manifest.to_bytes() != raw or sum(source.share for source in sources) != BLOCK_SAMPLES:
+        raise UserError(f"{path}: damaged manifest (not as build_shards writes it); {REBUILD}")
+    return manifest
 
 
 def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -235,7 +248,10 @@ class ShardReader:
         return index + np.array([0, shard.first_row], INDEX_DTYPE)
 
     def check_files(self) -> None:
-        """Cheap check before a run: every shard is there and as long as the manifest says."""
+        """Cheap check before a run: the tokenizer is the one, every shard is there and as long as it should be."""
+        expected_tokenizer = self.manifest.tokenizer_sha256
+        if expected_tokenizer and tokenizer_sha256(self.data_dir / TOKENIZER_NAME) != expected_tokenizer:
+            raise UserError(f"{self.data_dir / TOKENIZER_NAME}: not the tokenizer that made the shards; {REBUILD}")
         header_bytes = 128  # np.save pads its header of a one-dimensional array to this
         for shard in self.manifest.shards:
             path = self.data_dir / shard.path

@@ -20,9 +20,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.corpus import FORMATS, WorkUnit, cut_units, find_files, read_documents
-from data_prep.encode import tokenizer_sha256
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, write_durably
+from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, tokenizer_sha256, write_durably
 
 EOS_TOKEN = "<|endoftext|>"
 BYTE_IDS = 256
@@ -81,10 +80,10 @@ def source_units(arguments: argparse.Namespace) -> list[WorkUnit]:
     """The files of --source, cut into work units."""
     units: list[WorkUnit] = []
     for pattern in arguments.source:
-        files = find_files(Path(), pattern, "--source")
-        format_ = arguments.format or _format_of(files[0])
-        field = None if format_ == "txt" else arguments.text_field
-        units += cut_units(Path(), files, source="text", format=format_, text_field=field)
+        for name in find_files(Path(), pattern, "--source"):
+            format_ = arguments.format or _format_of(name)
+            field = None if format_ == "txt" else arguments.text_field
+            units += cut_units(Path(), [name], source="text", format=format_, text_field=field)
     return units
 
 

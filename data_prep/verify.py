@@ -14,23 +14,26 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.encode import TOKENIZER_FILES, Offsets, tokenizer_sha256
+from data_prep.encode import Offsets
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import (
     INDEX_DTYPE,
     MANIFEST_NAME,
     REBUILD,
     TOKEN_DTYPE,
+    TOKENIZER_FILES,
     TOKENIZER_NAME,
     Manifest,
     Shard,
     digest_file,
     load_manifest,
     open_array,
+    tokenizer_sha256,
 )
 
 CHUNK_TOKENS = 1 << 21
 BUILD_NAME = "build.json"
+REMOVE = "remove it"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     for problem in problems:
         print(f"bad: {problem}")
     if problems:
-        raise UserError(f"{data_dir}: {len(problems)} bad files, the first: {problems[0]}; {REBUILD}")
+        many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
+        advice = "" if REBUILD in problems[0] or REMOVE in problems[0] else f"; {REBUILD}"
+        raise UserError(f"{data_dir}: {many}: {problems[0]}{advice}")
     seconds = time.perf_counter() - started
     size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in (shard.path, shard.index_path))
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
@@ -52,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[str]:
-    """One line for each bad file, in the order of the manifest; the tokenizer's first."""
+    """One line for each bad file: the manifest, the tokenizer, then shards in the order of the manifest."""
+    built = data_dir / BUILD_NAME
+    if built.is_file() and manifest.fingerprint not in built.read_text(encoding="utf-8"):
+        yield f"{data_dir / MANIFEST_NAME}: fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
     if tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         yield f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
 
@@ -116,7 +124,7 @@ def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     known.update(path for shard in manifest.shards for path in (shard.path, shard.index_path))
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         if path.relative_to(data_dir).as_posix() not in known:
-            yield f"{path}: not part of the data set; remove it"
+            yield f"{path}: not part of the data set; {REMOVE}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ fail() {
 }
 
 find_environment() {
-  ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  ENVIRONMENT=${VIRTUAL_ENV:-}
+  if [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then # conda's base is active by itself; nobody chose it
+    ENVIRONMENT=${ENVIRONMENT:-$CONDA_PREFIX}
+  fi
   if [ -n "$ENVIRONMENT" ]; then
     echo "using the active environment $ENVIRONMENT"
     return
@@ -49,6 +52,8 @@ install_project() {
       return
     fi
   done
+  python -m pip --version > /dev/null 2>&1 || python -m ensurepip > /dev/null 2>&1 ||
+    fail "$ENVIRONMENT has no pip; install it there (python -m ensurepip, or uv pip install pip), or remove a .venv"
   echo "installing into $ENVIRONMENT (a few minutes, once)"
   write_constraints > "$ENVIRONMENT/.tablefree-constraints"
   python -m pip install --quiet --disable-pip-version-check --constraint "$ENVIRONMENT/.tablefree-constraints" \

@@ -25,6 +25,14 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ ${#flags[@]} -gt 0 ] || { usage >&2; exit 2; }
+if [[ ! "${ranks:-1}" =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: --ranks $ranks: expected a number, 1 or more" >&2
+  exit 2
+fi
+if [ -n "$hostfile" ] && [ -n "$ranks" ]; then
+  echo "error: --ranks and --hostfile: the hostfile's slots say how many ranks there are; leave --ranks out" >&2
+  exit 2
+fi
 if [ -n "$hostfile" ] && [ ! -f "$hostfile" ]; then
   echo "error: --hostfile $hostfile: no such file; it holds a line 'hostname slots=8' for each node" >&2
   exit 2

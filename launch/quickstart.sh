@@ -13,6 +13,10 @@ case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
 steps=${STEPS:-160}
+if [[ ! "$steps" =~ ^[1-9][0-9]*$ ]] || [ "$steps" -lt 2 ]; then
+  echo "error: STEPS=$steps: expected a number of steps, 2 or more" >&2
+  exit 2
+fi
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 # shellcheck source=launch/install.sh

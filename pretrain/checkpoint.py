@@ -14,6 +14,7 @@ Save: stage, digest, fsync, barrier, rename, then publish the pointer. Load: dig
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,8 @@ def load_for_reading(run_dir: Path) -> Checkpoint:
     if not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: no such directory; train first with pretrain.train")
     checkpoint, passed_over = newest_good(run_dir)
+    for line in passed_over:
+        print(line, file=sys.stderr)
     if checkpoint is None:
         found = f"{len(passed_over)} damaged checkpoints ({passed_over[0]})" if passed_over else "no checkpoints"
         raise UserError(f"{run_dir}: {found}; train with pretrain.train --run-dir {run_dir} first")

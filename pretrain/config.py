@@ -138,6 +138,23 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
 
 
+def dotted_keys(recipe_class: Any, prefix: str = "") -> list[str]:
+    """Every key of a recipe, sections and what is in them."""
+    keys = []
+    for name, section in known_keys(recipe_class).items():
+        keys.append(prefix + name)
+        keys += dotted_keys(section, f"{prefix}{name}.") if section is not None else []
+    return keys
+
+
+def nearest_key(dotted: str, siblings: Sequence[str]) -> str:
+    """A suggestion for a misspelt recipe key: by its last name anywhere, or close to it, or what its section has."""
+    keys = dotted_keys(Recipe)
+    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    close = same_name or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(siblings))}"
+
+
 def known_keys(recipe_class: Any) -> dict[str, Any]:
     """Field names of a recipe section and, for a nested one, its class."""
     return {f.name: f.type if is_dataclass(f.type) else None for f in fields(recipe_class)}
@@ -148,7 +165,7 @@ def check_keys(content: dict[str, Any], recipe_class: Any, origin: str, prefix: 
     known = known_keys(recipe_class)
     for key, value in content.items():
         if key not in known:
-            suggestion = nearest(str(key), [prefix + name for name in known])
+            suggestion = nearest_key(f"{prefix}{key}", [prefix + name for name in known])
             raise UserError(f"{origin}: unknown recipe key {prefix}{key}; {suggestion}")
         if known[key] is not None:
             if not isinstance(value, dict):
@@ -174,7 +191,9 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument}: not a known flag; recipe keys are set with --dotted.key=value")
+            raise UserError(
+                f"{argument}: not a known flag; recipe keys are set with --dotted.key=value, with the sign ="
+            )
         *sections, key = dotted.split(".")
         target = content
         for section in sections:

@@ -30,6 +30,7 @@ OPEN_MPI_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 MPICH_VARIABLES = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,10 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Read the launcher's variables; without any, a world of one."""
+    """Read the launcher's variables; without any, a world of one.
+
+    Raises UserError where only some are there: every rank would believe that it is alone.
+    """
     for names in (DEEPSPEED_VARIABLES, TORCH_VARIABLES, OPEN_MPI_VARIABLES, MPICH_VARIABLES):
         if all(name in os.environ for name in names):
             rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
@@ -59,6 +63,12 @@ def world_from_environment() -> World:
                 local_rank=local_rank,
                 local_world_size=local_world_size,
                 launched_by_mpi=names in (OPEN_MPI_VARIABLES, MPICH_VARIABLES),
+            )
+    for name in SIZE_VARIABLES:
+        if int(os.environ.get(name, 1)) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]} says that this is one of several ranks, but not all of RANK, WORLD_SIZE, "
+                f"LOCAL_RANK and LOCAL_WORLD_SIZE are set; start with deepspeed, torchrun or mpiexec, or set all four"
             )
     return World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -77,6 +87,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def own_address() -> str:
+    """This machine's address as other machines see it (its name may resolve to loopback)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("10.255.255.255", 1))  # sends nothing; only chooses the interface
+        return str(probe.getsockname()[0])
+
+
 def set_rendezvous(world: World) -> None:
     """Complete the environment that torch.distributed reads: an address and port that all ranks share."""
     address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 0)) or free_port())
@@ -89,7 +106,7 @@ def set_rendezvous(world: World) -> None:
                 f"its MPI library is another than mpiexec's; use the mpiexec that belongs to it"
             )
         if world.world_size > world.local_world_size and "MASTER_ADDR" not in os.environ:
-            address = (socket.gethostbyname(socket.gethostname()), address[1])
+            address = (own_address(), address[1])
         address = MPI.COMM_WORLD.bcast(address, root=0)
     os.environ.update(
         RANK=str(world.rank),
@@ -129,9 +146,13 @@ def together(action: Callable[[], T]) -> T:
 
 
 def exit_with(error: UserError, world: World) -> int:
-    """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit."""
-    if world.is_main:
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    else:
+    """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit.
+
+    A rank that is still there after that met an error that rank 0 did not, and prints its own.
+    """
+    where = ""
+    if not world.is_main:
         time.sleep(LET_RANK_0_SPEAK_S)
+        where = f" on rank {world.rank} ({socket.gethostname()})"
+    print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,28 @@ OWNED_BY_RECIPE = {
 # Keys of the merged configuration that may differ when a run is resumed: they don't change what a step computes.
 MAY_CHANGE_ON_RESUME = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"}
+)
+# What may stand in the JSON: DeepSpeed ignores a key it doesn't know, so a misspelt one would do nothing.
+KNOWN_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "data_types",
+        "communication_data_type",
+        "zero_allow_untested_optimizer",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "dump_state",
+        "memory_breakdown",
+        "wall_clock_breakdown",
+        "steps_per_print",
+        "flops_profiler",
+        "comms_logger",
+        "csv_monitor",
+        "tensorboard",
+        "wandb",
+    }
 )
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -77,6 +100,13 @@ def load_engine_config(name: str) -> dict[str, Any]:
     for key in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, expected a JSON object")
+    for key in config:
+        if key not in KNOWN_KEYS:
+            raise UserError(f"{path}: unknown key {key}; {nearest(key, sorted(KNOWN_KEYS))}")
+    if "enabled" not in config.get("bf16", {"enabled": False}):
+        raise UserError(f'{path}: bf16 has no key enabled; write "bf16": {{"enabled": true}}')
+    if "offload_optimizer" in config.get("zero_optimization", {}):
+        raise UserError(f"{path}: zero_optimization.offload_optimizer is not supported; remove it")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 2:
         raise UserError(f"{path}: zero_optimization.stage is {stage}, expected 2")
@@ -99,7 +129,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     if per_rank:
         ways.append(f"batch.micro_batch_size {per_rank[0]}")
     if fitting_ranks:
-        ways.append(f"{fitting_ranks[-1]} ranks")
+        ways.append(f"{fitting_ranks[-1]} rank{'s' if fitting_ranks[-1] > 1 else ''}")
     raise UserError(
         f"a step of {batch} windows does not divide over {world_size} ranks x micro-batch "
         f"{recipe.batch.micro_batch_size}; nearest that do: {', or '.join(ways)}"
@@ -107,8 +137,11 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def merge_config(recipe: Recipe, engine_config: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The one dictionary that DeepSpeed gets."""
+    """The one dictionary that DeepSpeed gets. Gradients add up and travel in fp32 unless the JSON says otherwise."""
     return {
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
         **engine_config,
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_batch_size,
@@ -144,9 +177,14 @@ class Engine:
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
         module = LanguageModelLoss(model)
         optimizer = build_optimizer(module.to(device), recipe.optimizer)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
 
     def rows_of(self, micro_step: int) -> slice:
         """Which rows of the global batch this rank takes in a micro-step."""

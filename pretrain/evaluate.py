@@ -54,7 +54,10 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
     """The data set that the run was trained on, there or at another place."""
-    reader = ShardReader(data_dir or Path(checkpoint.manifest["data_dir"]))
+    trained_on = Path(checkpoint.manifest["data_dir"])
+    if data_dir is None and not trained_on.is_dir():
+        raise UserError(f"the data set of this run is not at {trained_on} any more; say where with --data-dir")
+    reader = ShardReader(data_dir or trained_on)
     expected, got = checkpoint.manifest["fingerprint"], reader.manifest.fingerprint
     if got != expected:
         raise UserError(f"{reader.data_dir}: fingerprint {got}, but the run was trained on {expected}; give --data-dir")
@@ -125,7 +128,7 @@ def report(checkpoint: Checkpoint, total: Score, by_source: dict[str, Score]) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = CommandParser(
-        prog="pretrain.evaluate",
+        prog="python -m pretrain.evaluate",
         description="Loss, perplexity and bits per byte over the whole validation split, "
         "with the fp32 masters of the newest good checkpoint; also written as RUN_DIR/evaluation.json.",
     )

@@ -5,7 +5,8 @@
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
 
-Both give the same logits. An export is a function of the checkpoint: made twice, its files are equal bit for bit.
+Both give the same logits. An export is a function of the checkpoint and its evaluation: made twice, its files are
+equal bit for bit.
 """
 
 import json
@@ -106,7 +107,7 @@ ARCHITECTURES: dict[str, Callable[[Checkpoint, TableFreeConfig], tuple[dict[str,
 
 def config_json(config: PretrainedConfig, architecture: str, dtype: str, eos_id: int) -> str:
     """`config.json`; the stock one also in the words of transformers 4."""
-    content = config.to_dict() | {"dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    content = config.to_diff_dict() | {"dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id}
     content |= {"pad_token_id": eos_id, "use_cache": True}
     if architecture == "gpt_neox":
         content |= WHOLE_HEAD_ROTARY
@@ -118,13 +119,17 @@ def generation_config_json(eos_id: int) -> str:
     return json.dumps({"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2) + "\n"
 
 
-def copy_tokenizer(run_dir: Path, destination: Path) -> None:
-    """The run's tokenizer, file by file."""
+def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
+    """The run's tokenizer, file by file, told how long a text the model takes."""
     tokenizer = run_dir / TOKENIZER_NAME
-    if not tokenizer.is_dir():
-        raise UserError(f"{tokenizer}: missing; copy the tokenizer directory of the run's data set there")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (tokenizer / name).is_file():
+            raise UserError(f"{tokenizer / name}: missing; copy the tokenizer of the run's data set to {tokenizer}")
     for file in sorted(tokenizer.iterdir()):
         shutil.copyfile(file, destination / file.name)
+    path = destination / "tokenizer_config.json"
+    content = json.loads(path.read_bytes()) | {"model_max_length": seq_len}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_figures(run_dir: Path, step: int) -> Figures | None:
@@ -160,7 +165,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
         (directory / name).write_text(text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
-    copy_tokenizer(run_dir, directory)
+    copy_tokenizer(run_dir, directory, config.seq_len)
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
@@ -170,7 +175,11 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
     for leftover in (staged, old):
         shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir()
-    write(staged)
+    try:
+        write(staged)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
     for file in staged.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -196,7 +205,7 @@ def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> No
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = CommandParser(
-        prog="pretrain.export_hf",
+        prog="python -m pretrain.export_hf",
         description="Export the newest good checkpoint of a run to Hugging Face format.",
     )
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")

@@ -82,7 +82,9 @@ def data_section(manifest: dict[str, Any]) -> str:
 
 def loading_example(architecture: str) -> str:
     """How to load and generate; the stock form needs no remote code but does not mind the flag."""
-    return """```python
+    return """With this repository's name, or the path of a copy, for `REPOSITORY`:
+
+```python
 import torch
 from transformers import AutoTokenizer, AutoModelForCausalLM
 
@@ -131,9 +133,8 @@ Decoder-only: pre-LayerNorm, rotary positions, GELU, untied output projection.
 
 ## Training
 
-{manifest["step"] * recipe["batch"]["global_batch_tokens"]:,} tokens in {manifest["step"]:,} steps of
-{recipe["batch"]["global_batch_tokens"]:,} tokens; AdamW, peak learning rate
-{recipe["optimizer"]["peak_learning_rate"]:g}, seed {manifest["seed"]}.
+{manifest["step"] * recipe["batch"]["global_batch_tokens"]:,} tokens in {manifest["step"]:,} steps; AdamW, \
+peak learning rate {recipe["optimizer"]["peak_learning_rate"]:g}, seed {manifest["seed"]}. \
 Data set fingerprint `{manifest["fingerprint"]}`.
 
 ## Training data and licences

@@ -228,6 +228,9 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TableFreeConfig
     _no_split_modules = ["Block"]  # noqa: RUF012  (transformers declares it so)
     _supports_sdpa = True
+    _supports_static_cache = False
+    _can_compile_fullgraph = False  # no static cache
+    accepts_loss_kwargs = False  # the loss is a mean: a trainer that accumulates gradients divides it itself
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
@@ -297,8 +300,12 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` positions; with `labels`, the mean loss too.
 
-        Labels are the input ids themselves (the shift happens here); -100 is no target.
+        Labels are the input ids themselves (the shift happens here); -100 is no target. Raises ValueError for what
+        this class does not give: embeddings as input, hidden states or attentions as output.
         """
+        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise ValueError(f"{type(self).__name__} does not support {name}")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden_BTD = self.hidden_states(input_ids, position_ids, attention_mask, past_key_values)

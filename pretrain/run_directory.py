@@ -5,10 +5,12 @@ deepspeed.json   the merged engine dictionary   state.json      running | preemp
 checkpoints/     see pretrain/checkpoint.py     tokenizer/      a copy of the data set's
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -21,18 +23,24 @@ RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
 METRICS_NAME = "metrics.jsonl"
 STATE_NAME = "state.json"
+LOCK_NAME = ".lock"
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A YAML or JSON file of this directory. Raises UserError if something else wrote it."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it to continue from the checkpoints") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (no keys and values); remove it to continue from the checkpoints")
+    return content
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
     """How the run stands; empty if it never started."""
     path = run_dir / STATE_NAME
-    try:
-        state = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); remove it to continue from the checkpoints") from None
-    return dict(state)
+    return read_mapping(path, json.loads) if path.is_file() else {}
 
 
 def write_state(run_dir: Path, **changes: Any) -> None:
@@ -40,26 +48,20 @@ def write_state(run_dir: Path, **changes: Any) -> None:
     write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
 
 
-def read_recipe(run_dir: Path) -> Recipe:
-    """The recipe of an existing run."""
-    path = run_dir / RECIPE_NAME
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no {RECIPE_NAME}, so this is no run's directory; give the --run-dir of a run")
-    return config.load_recipe(str(path))
-
-
 def check_same_run(
     run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str, engine_may_change: frozenset[str]
 ) -> None:
     """Refuse to continue a run with another recipe, engine or data set. Does nothing for a new run."""
     recipe_path, engine_path = run_dir / RECIPE_NAME, run_dir / ENGINE_CONFIG_NAME
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: is a file; give a directory")
     if recipe_path.is_file():
-        saved_recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+        saved_recipe = read_mapping(recipe_path, yaml.safe_load)
         refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
     saved_fingerprint = read_state(run_dir).get("fingerprint", fingerprint)
     refuse_changes({"fingerprint": saved_fingerprint}, {"fingerprint": fingerprint}, frozenset(), str(run_dir))
     if engine_path.is_file():
-        saved_engine = json.loads(engine_path.read_bytes())
+        saved_engine = read_mapping(engine_path, json.loads)
         refuse_changes(saved_engine, engine_config, engine_may_change, str(engine_path))
 
 
@@ -69,6 +71,23 @@ def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], d
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
     for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
         write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Hold the directory for this process; the lock ends with the process, however that ends.
+
+    Raises UserError if another process of this machine, or of one that shares its locks, is training there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK_NAME).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{run_dir}: another process is training there; wait for it, or give another --run-dir"
+        ) from None
+    return file
 
 
 class MetricsFile:

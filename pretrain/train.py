@@ -13,6 +13,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import math
 import os
 import time
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import CommandParser, UserError
+from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens
 from pretrain import engine as engines
 from pretrain.activation_checkpointing import apply_activation_checkpointing
@@ -35,7 +36,7 @@ from pretrain.engine import Engine
 from pretrain.loader import TrainingLoader, ValidationWindows
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
-from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
+from pretrain.run_directory import MetricsFile, check_same_run, describe_run, lock, read_state, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Run:
 def build_parser() -> CommandParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     parser = CommandParser(
-        prog="pretrain.train",
+        prog="python -m pretrain.train",
         description="Train a recipe on a data set, or continue the run in --run-dir.",
         epilog="Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8.",
     )
@@ -116,9 +117,29 @@ def build_model(recipe: Recipe) -> TableFreeForCausalLM:
 
 
 def say(world: World, text: str) -> None:
-    """One line of the log, from rank 0."""
+    """One line of the log, from rank 0. Nobody has to read it: a closed pipe does not end a run."""
     if world.is_main:
-        tqdm.write(text, file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(text, file=sys.stderr)
+
+
+def announce(run: Run, engine: Engine, world: World) -> None:
+    """Say what is about to be trained, on what."""
+    recipe, loader = run.recipe, run.loader
+    sizes = {name: math.prod(shape) for name, shape in engine.parameter_shapes().items()}
+    in_input = sum(size for name, size in sizes.items() if name.startswith("input_embedding."))
+    epochs = loader.epochs(recipe.total_steps * recipe.global_batch_size)
+    tail = sum(loader.unseen_tail_tokens().values())
+    say(
+        world,
+        f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
+        f"of {recipe.batch.global_batch_tokens:,} tokens on {world.world_size} ranks",
+    )
+    say(
+        world,
+        f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in epochs.items())}; "
+        f"{tail:,} tokens at the ends of sources fill no window and are never seen",
+    )
 
 
 def restore(run: Run, engine: Engine, world: World) -> int:
@@ -152,7 +173,7 @@ def save(run: Run, engine: Engine, world: World, step: int) -> None:
         "optimizer_step": optimizer_step,
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
-        "data_dir": str(run.reader.data_dir),
+        "data_dir": str(run.reader.data_dir.resolve()),
         "data": {"eos_id": manifest.eos_id, "sources": [asdict(source) for source in manifest.sources]},
         "skips": [],
         "recipe": recipe_to_dict(run.recipe),
@@ -179,7 +200,8 @@ def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
     windows = min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
     if windows == 0 and world.is_main:  # the whole split is shorter than one window
         yield run.validation.window(0)[None]
-    mine = np.arange(world.rank, windows, world.world_size)
+    spread = np.arange(windows) * run.validation.whole_windows // max(1, windows)  # over all sources
+    mine = spread[world.rank :: world.world_size]
     for start in range(0, len(mine), run.recipe.batch.micro_batch_size):
         yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
 
@@ -280,47 +302,59 @@ def set_determinism(recipe: Recipe) -> None:
 
 
 def run_training(run: Run, world: World) -> None:
-    """From process group to final state."""
+    """From process group to final state. The directory is locked before anything in it changes."""
     set_determinism(run.recipe)
     device = engines.start_process_group(world)
+    held = together(lambda: lock(run.run_dir) if world.is_main else None)
+    try:
+        train_from_last_checkpoint(run, world, device)
+    except Exception as error:
+        if world.is_main:
+            write_state(run.run_dir, status="failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if held:
+            held.close()
+
+
+def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> None:
+    """Describe the run, load what was saved, train the rest."""
     if world.is_main:
         describe_run(run.run_dir, run.recipe, run.engine_config, run.reader.data_dir)
         write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
     engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device)
+    announce(run, engine, world)
     start_step = restore(run, engine, world)
     train(run, engine, world, start_step)
-    if world.is_main:
-        finish(run, max(start_step, run.stop_at_step))
+    finish(run, max(start_step, run.stop_at_step), world)
     engine.close()
 
 
-def finish(run: Run, step: int) -> None:
+def finish(run: Run, step: int, world: World) -> None:
     """Say how the run stands after its last step here."""
-    if step >= run.recipe.total_steps:
-        write_state(run.run_dir, status="done", reason=None)
-        tqdm.write(f"{run.run_dir}: finished after {step} steps", file=sys.stderr)
-    else:
-        write_state(run.run_dir, status="preempted", reason=f"stopped at step {step}, as --stop-at-step asked")
-        tqdm.write(f"{run.run_dir}: stopped at step {step}; the same command continues", file=sys.stderr)
+    done = step >= run.recipe.total_steps
+    if world.is_main:
+        reason = None if done else f"stopped at step {step}, as --stop-at-step asked"
+        write_state(run.run_dir, status="done" if done else "preempted", reason=reason)
+    end = f"finished after {step} steps" if done else f"stopped at step {step}; the same command continues"
+    say(world, f"{run.run_dir}: {end}")
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    world = world_from_environment()
-    share_cores(world)
+    world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
+        world = world_from_environment()
+        share_cores(world)
         run = prepare(arguments, world)
         if read_state(run.run_dir).get("status") == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
-            return 0
-        try:
+        else:
             run_training(run, world)
-        except Exception as error:
-            if world.is_main and run.run_dir.is_dir():
-                write_state(run.run_dir, status="failed", reason=f"{type(error).__name__}: {error}")
-            raise
     except UserError as error:
         return exit_with(error, world)
+    except OSError as error:
+        return exit_with(UserError(os_error_line(error)), world)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from conftest import environment, free_port
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 class Ended(NamedTuple):

@@ -193,7 +193,7 @@ def test_an_output_directory_with_something_else_is_left_alone(tmp_path: Path, m
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
     fingerprint = build(mixture, tmp_path / "out").fingerprint
     write_jsonl(tmp_path / "more" / "2.jsonl", ["changed"])
-    with pytest.raises(UserError, match="holds a data set of other inputs, tokenizer or mixture"):
+    with pytest.raises(UserError, match="holds a data set of another mixture or tokenizer"):
         build(mixture, tmp_path / "out")
     assert load_manifest(tmp_path / "out").fingerprint == fingerprint
 

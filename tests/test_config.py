@@ -161,10 +161,11 @@ def test_whatever_an_override_says_it_makes_a_recipe_or_one_line(key: str, text:
     ("sections", "says"),
     [
         ({"model": {"num_layer": 1}}, "tiny.yaml: unknown recipe key model.num_layer; did you mean model.num_layers?"),
+        ({"num_layers": 1}, "unknown recipe key num_layers; did you mean model.num_layers?"),
         ({"modle": {}}, "unknown recipe key modle; did you mean model?"),
         ({"batch": {"micro_batch": 1}}, "unknown recipe key batch.micro_batch; did you mean batch.micro_batch_size?"),
         ({"optimizer": {"weigth_decay": 0}}, "did you mean optimizer.weight_decay?"),
-        ({"xyzzy": 1}, "unknown recipe key xyzzy; expected one of activation_checkpointing, batch, "),
+        ({"xyzzy": 1}, "unknown recipe key xyzzy; expected one of activation_checkpointing, "),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(sections: dict[str, Any], says: str) -> None:

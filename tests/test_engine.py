@@ -242,6 +242,9 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 2"),
         ({}, "zero_optimization.stage is 0, expected 2"),
         ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
+        ({**STAGE_2, "zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        ({**STAGE_2, "bf16": {}}, "bf16 has no key enabled"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "offload_optimizer is not supported"),
         ({**STAGE_2, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
         ({**STAGE_2, "fp16": True}, "fp16 is True, expected a JSON object"),
         ("{", "not valid JSON"),
@@ -274,6 +277,14 @@ def test_the_merged_configuration_is_the_json_and_what_the_recipe_owns() -> None
     assert {key: merged[key] for key in engine_config} == engine_config == load_engine_config("zero2_fp32")
 
 
+def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and_one_that_does_keeps_it() -> None:
+    silent = merge_config(recipe_of(), STAGE_2, world_size=1)
+    assert silent["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert silent["communication_data_type"] == "fp32"
+    asked = merge_config(recipe_of(), {**STAGE_2, "communication_data_type": "bf16"}, world_size=1)
+    assert asked["communication_data_type"] == "bf16"
+
+
 # Dividing the batch
 
 
@@ -283,7 +294,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do() -> N
         accumulation_steps(recipe, world_size=2)
     assert str(caught.value) == (
         "a step of 6 windows does not divide over 2 ranks x micro-batch 2; nearest that do: "
-        "batch.global_batch_tokens 128 or 256, or batch.micro_batch_size 1, or 1 ranks"
+        "batch.global_batch_tokens 128 or 256, or batch.micro_batch_size 1, or 1 rank"
     )
 
 
@@ -307,5 +318,5 @@ def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
     if micro := re.search(r"micro_batch_size (\d+)", text):
         changed = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": int(micro[1])})
         accumulation_steps(changed, world_size)
-    if ranks := re.search(r"(\d+) ranks", text):
+    if ranks := re.search(r"(\d+) ranks?$", text):
         accumulation_steps(recipe, int(ranks[1]))

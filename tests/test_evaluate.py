@@ -81,3 +81,17 @@ def test_a_run_without_checkpoints_is_one_clear_line(module: str, text_run: Path
 def test_a_missing_run_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         main(["--run-dir", str(tmp_path / "nowhere")])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(text_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(text_run, run_dir)
+    fragments = next((run_dir / "checkpoints" / "step-00000020").glob("*.safetensors"))
+    content = bytearray(fragments.read_bytes())
+    content[-1] ^= 1
+    fragments.write_bytes(content)
+    result = run_command(sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir))
+    assert result.returncode == 0
+    assert "step-00000020: " in result.stderr
+    assert "differs from its digest; passed over" in result.stderr
+    assert "step-00000015" in result.stdout

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,22 @@ def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
     for part in ("library_name: transformers", "arxiv:2605.09751", "licences", "Intended use and limits", "@article"):
         assert part in card
     assert str(exports["tablefree"]) not in card
+
+
+def test_the_tokenizer_knows_how_long_a_text_the_model_takes(exports: dict[str, Path]) -> None:
+    assert AutoTokenizer.from_pretrained(exports["tablefree"]).model_max_length == 32
+
+
+def test_a_run_without_its_tokenizer_exports_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs["learned"], run_dir)
+    (run_dir / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+        main(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "e")])
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_the_class_does_not_give_is_refused(exports: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exports["tablefree"], trust_remote_code=True)
+    with pytest.raises(ValueError, match="does not support output_hidden_states"):
+        model(some_ids(), output_hidden_states=True)

@@ -93,3 +93,18 @@ def test_the_benchmark_of_training_runs() -> None:
     result = run_command(sys.executable, "tests/benchmarks/training_throughput.py", "--quick")
     assert result.returncode == 0, result.stderr
     assert re.search(r"engine \(DeepSpeed ZeRO-2\), chunked loss \| [\d,]+ \| \d\.\d\d", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "line"),
+    [
+        (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "abc"], {}, "error: --ranks abc: expected"),
+        (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "0"], {}, "error: --ranks 0: expected"),
+        (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS=1: expected"),
+    ],
+)
+def test_bad_numbers_are_one_clear_line(command: list[str], variables: dict[str, str], line: str) -> None:
+    result = run_command(*command, **variables)
+    assert result.returncode == 2
+    assert result.stderr.startswith(line)
+    assert len(result.stderr.splitlines()) == 1

@@ -31,6 +31,7 @@ from forked_ranks import run_ranks, train_on
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from pretrain.config import load_recipe
 from pretrain.distributed import World, world_from_environment
@@ -115,7 +116,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
@@ -339,6 +340,15 @@ def test_a_rank_knows_its_place_from_its_launcher_s_variables(
         monkeypatch.setenv(name, value)
     expected = World(rank=3, world_size=4, local_rank=1, local_world_size=2, launched_by_mpi=by_mpi)
     assert world_from_environment() == expected
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_a_rank_that_knows_only_its_world_s_size_does_not_believe_that_it_is_alone(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "4")
+    with pytest.raises(UserError, match=f"{variable}=4 says that this is one of several ranks"):
+        world_from_environment()
 
 
 def test_one_rank_computes_what_two_do(one_rank: Path, two_ranks: Path) -> None:

@@ -1,6 +1,7 @@
 """`verify` finds every kind of damage and names the file."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,8 @@ def rewrite(data_dir: Path, change: Callable[[dict], None]) -> Manifest:
     path = data_dir / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (data_dir / "build.json").unlink(missing_ok=True)
     return load_manifest(data_dir)
 
 
@@ -114,6 +116,26 @@ def test_rows_out_of_order(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     rewrite(copy, lambda content: content["shards"][0].update(index_xxh3_128=verify.digest_file(path)))
     (line,) = bad_lines(copy, capsys)
     assert f"{path}: rows are not increasing" in line
+
+
+def test_a_changed_figure_in_the_manifest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    old = load_manifest(copy).shards[0].text_bytes
+    path.write_text(text.replace(f'"text_bytes": {old}', f'"text_bytes": {old + 1}', 1), encoding="utf-8")
+    (line,) = bad_lines(copy, capsys)
+    assert "is not the one in build.json" in line
+
+
+@pytest.mark.parametrize("damage", ["a share", "an end"])
+def test_a_manifest_that_no_builder_wrote(copy: Path, damage: str) -> None:
+    path = copy / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    changed = re.sub(r'(?<="share": )\d', "9", text, count=1) if damage == "a share" else text + "\n"
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    with pytest.raises(UserError, match="damaged manifest"):
+        verify.main([str(copy)])
 
 
 def test_no_data_set(tmp_path: Path) -> None:

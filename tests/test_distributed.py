@@ -1,0 +1,47 @@
+"""Who a process is, from the launcher's variables alone."""
+
+import pytest
+
+from data_prep.errors import UserError
+from pretrain.distributed import own_address, world_from_environment
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_the_world_is_one() -> None:
+    assert world_from_environment().world_size == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
+        {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"},
+    ],
+)
+def test_each_launcher_is_understood(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = world_from_environment()
+    assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (5, 8, 1, 4)
+    assert not world.is_main
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_rank_that_cannot_tell_which_one_it_is_does_not_train_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"{name}=2 says that this is one of several ranks"):
+        world_from_environment()
+
+
+def test_own_address_is_an_address() -> None:
+    assert len(own_address().split(".")) == 4

@@ -1,0 +1,64 @@
+"""A run's directory: one trainer at a time, and damaged files named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_recipe_content
+
+from data_prep.errors import UserError
+from pretrain.config import Recipe, build_recipe, recipe_to_yaml
+from pretrain.run_directory import MetricsFile, check_same_run, lock, read_metrics, read_state, write_state
+
+HOLD = "import sys, time; from pathlib import Path; from pretrain.run_directory import lock; held = lock(Path({!r}))"
+
+
+def recipe() -> Recipe:
+    return build_recipe(tiny_recipe_content(), "tiny.yaml")
+
+
+def test_only_one_process_holds_a_directory_and_a_kill_frees_it(tmp_path: Path) -> None:
+    code = HOLD.format(str(tmp_path)) + "; print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is training there"):
+        lock(tmp_path)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    lock(tmp_path).close()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "deepspeed.json", "state.json"])
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        check_same_run(tmp_path, recipe(), {}, "f", frozenset())
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        check_same_run(tmp_path / "file", recipe(), {}, "f", frozenset())
+
+
+def test_state_keeps_what_is_not_changed(tmp_path: Path) -> None:
+    assert read_state(tmp_path) == {}
+    write_state(tmp_path, status="running", fingerprint="f")
+    write_state(tmp_path, status="done")
+    assert read_state(tmp_path) == {"status": "done", "fingerprint": "f"}
+
+
+def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    whole = "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(4))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    metrics = MetricsFile(tmp_path, 2)
+    metrics.append({"step": 2, "loss": 9.0})
+    metrics.close()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.0, 1.0, 9.0]
