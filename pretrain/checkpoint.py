@@ -182,7 +182,7 @@ def prune_checkpoints(run_dir: Path, keep_last: int) -> None:
 
 def saved_steps(run_dir: Path) -> list[Path]:
     """Directories of the checkpoints of a run, newest first."""
-    return sorted(checkpoints_dir(run_dir).glob(f"{STEP_PREFIX}*"), reverse=True)
+    return sorted(checkpoints_dir(run_dir).glob(STEP_PREFIX + "[0-9]" * 8), reverse=True)
 
 
 def read_pointer(run_dir: Path) -> dict[str, str]:

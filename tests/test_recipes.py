@@ -1,7 +1,13 @@
+"""Every shipped recipe loads, and counts what its readers were promised."""
+
+import re
+
 import pytest
 import torch
+import yaml
+from conftest import REPOSITORY
 
-from pretrain.config import RECIPES_DIR, flatten, load_recipe, model_config, recipe_to_dict
+from pretrain.config import RECIPES_DIR, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -63,3 +69,10 @@ def test_the_paper_recipes_are_the_runs_that_design_md_states() -> None:
     assert (recipe.schedule.warmup_fraction, recipe.schedule.final_fraction) == (0.01, 0.1)
     assert recipe.validation.eval_tokens == 2_097_152
     assert recipe.engine == "zero2_bf16"
+
+
+def test_the_recipe_in_the_readme_is_one() -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert block
+    assert build_recipe(yaml.safe_load(block[1]), "pretrain/README.md").total_steps == 1221
