@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Puts the project and what it needs into an environment, once. Sourced by quickstart.sh and test.sh:
 #
 #   install_project EXTRA      EXTRA is demo or dev, see pyproject.toml
@@ -57,7 +58,7 @@ install_project() {
   echo "installing into $ENVIRONMENT (a few minutes, once)"
   write_constraints > "$ENVIRONMENT/.tablefree-constraints"
   python -m pip install --quiet --disable-pip-version-check --constraint "$ENVIRONMENT/.tablefree-constraints" \
-    --editable "$REPOSITORY[$extra]" > "$ENVIRONMENT/.tablefree-log" 2>&1 || {
+    --editable "${REPOSITORY}[$extra]" > "$ENVIRONMENT/.tablefree-log" 2>&1 || {
     tail -n 20 "$ENVIRONMENT/.tablefree-log" >&2
     fail "installation failed; the whole log is $ENVIRONMENT/.tablefree-log"
   }
