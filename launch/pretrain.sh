@@ -52,8 +52,6 @@ print(torch.cuda.device_count(), listener.getsockname()[1])')
     export DS_ACCELERATOR=cpu
     [ "$ranks" != 0 ] || ranks=2
     [ -n "$config_given" ] || flags+=(--deepspeed-config zero2_fp32)
-    # glibc gives every large tensor back to the system and fetches it anew; kept, steps take a fifth less time
-    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
   launcher+=(--num_gpus "$ranks" --master_port "$port")

@@ -3,7 +3,7 @@
 # evaluation -> Hugging Face export -> a generated continuation.
 #
 #   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
-#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 160 steps)
+#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps)
 #
 # Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
@@ -12,7 +12,7 @@ set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
-steps=${STEPS:-160}
+steps=${STEPS:-320}
 if [[ ! "$steps" =~ ^[1-9][0-9]*$ ]] || [ "$steps" -lt 2 ]; then
   echo "error: STEPS=$steps: expected a number of steps, 2 or more" >&2
   exit 2
@@ -45,7 +45,7 @@ python -m data_prep.verify "$run_dir/dataset"
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus > 0 ? gpus : 2))
-windows=$(((12 + ranks - 1) / ranks)) # of each rank: 12 in all, or a few more where 12 does not divide
+windows=$(((6 + ranks - 1) / ranks)) # of each rank: 6 in all, or a few more where 6 does not divide
 train() {
   ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" --ranks "$ranks" \
     --batch.micro_batch_size=$windows --batch.global_batch_tokens=$((windows * ranks * 128)) \

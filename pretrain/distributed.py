@@ -4,6 +4,7 @@ Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process
 before the process group exists needs only the environment that the launcher set.
 """
 
+import ctypes
 import os
 import socket
 import sys
@@ -78,6 +79,20 @@ def share_cores(world: World) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // world.local_world_size))
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, have the C library keep the memory of freed tensors.
+
+    glibc returns every block above 32 MB to the system and fetches it anew, page by page: at V = 65,536 that was a
+    quarter of the loss head's time and a third of an evaluation's. Without glibc this does nothing.
+    """
+    library = ctypes.CDLL(None)
+    if torch.accelerator.is_available() or not hasattr(library, "mallopt"):
+        return
+    mmap_max, trim_threshold = -4, -1  # as malloc.h numbers them
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def free_port() -> int:

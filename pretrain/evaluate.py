@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import ShardReader, Tokens, write_durably
 from pretrain.checkpoint import Checkpoint, load_for_reading, load_model
+from pretrain.distributed import keep_freed_memory
 from pretrain.loader import ValidationWindows
 from pretrain.loss import LanguageModelLoss
 
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
     parser.add_argument("--data-dir", type=Path, help="the data set, if it moved since training")
     flags = parser.parse_args(arguments)
+    keep_freed_memory()
     checkpoint = load_for_reading(flags.run_dir)
     reader = open_data(checkpoint, flags.data_dir)
     total, by_source = evaluate(checkpoint, reader)

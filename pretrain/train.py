@@ -31,7 +31,7 @@ from pretrain import engine as engines
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.checkpoint import newest_good, prune_checkpoints, save_checkpoint
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
-from pretrain.distributed import World, exit_with, share_cores, together, world_from_environment
+from pretrain.distributed import World, exit_with, keep_freed_memory, share_cores, together, world_from_environment
 from pretrain.engine import Engine
 from pretrain.loader import TrainingLoader, ValidationWindows
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
@@ -346,6 +346,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         world = world_from_environment()
         share_cores(world)
+        keep_freed_memory()
         run = prepare(arguments, world)
         if read_state(run.run_dir).get("status") == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data_prep.shards import Tokens
 from pretrain import engine as engines
 from pretrain.config import Recipe, load_recipe
-from pretrain.distributed import share_cores, world_from_environment
+from pretrain.distributed import keep_freed_memory, share_cores, world_from_environment
 from pretrain.engine import Engine
 from pretrain.loss import LanguageModelLoss
 from pretrain.optim import build_optimizer
@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += ["--batch.micro_batch_size=1"]
         flags.rounds, flags.steps = 2, 1
     share_cores(world_from_environment())
+    keep_freed_memory()  # as pretrain.train does, and for every contestant
     recipe = load_recipe(flags.recipe, overrides)
     model = recipe.model
     rates = measure(recipe, flags.rounds, flags.steps)
