@@ -57,8 +57,8 @@ def test_every_script_has_help(script: str) -> None:
 
 
 def quick_start(run_dir: Path) -> subprocess.CompletedProcess[str]:
-    """The quick start with four steps, in the environment that runs the tests."""
-    env = environment(STEPS="4", VIRTUAL_ENV=sys.prefix)
+    """The whole quick start, in the environment that runs the tests."""
+    env = environment(VIRTUAL_ENV=sys.prefix)
     for name in ("PYTHONPATH", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY"):
         del env[name]
     command = [str(REPOSITORY / "launch" / "quickstart.sh"), str(run_dir)]
@@ -66,6 +66,7 @@ def quick_start(run_dir: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
     first = quick_start(tmp_path / "run")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -73,11 +74,10 @@ def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["vocab_size"] == 65_536
     assert summary["trainable_input_parameters"] == 0
-    assert summary["steps"] == 4
-    assert summary["stopped_at_step"] == 2
-    assert len(losses(tmp_path / "run")) == 4
+    assert summary["steps"] == len(losses(tmp_path / "run")) == 320
+    assert summary["stopped_at_step"] == 160
     assert summary["sample"].startswith(summary["prompt"])
-    assert 1.5 < summary["xz_bits_per_byte"] < summary["gzip_bits_per_byte"] < 3.5
+    assert summary["val_bits_per_byte"] < summary["xz_bits_per_byte"] < summary["gzip_bits_per_byte"]
     for key in ("hf_dir", "gpt_neox_dir"):
         assert Path(summary[key], "model.safetensors").is_file()
     assert "continuing from" in first.stderr
