@@ -18,22 +18,6 @@ def test_without_a_launcher_the_world_is_one() -> None:
     assert world_from_environment().world_size == 1
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
-        {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"},
-    ],
-)
-def test_each_launcher_is_understood(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    world = world_from_environment()
-    assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (5, 8, 1, 4)
-    assert not world.is_main
-
-
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_rank_that_cannot_tell_which_one_it_is_does_not_train_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
