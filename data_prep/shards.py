@@ -41,7 +41,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DIGEST_CHUNK_BYTES = 1 << 22
-REBUILD = "rebuild it with python -m data_prep.build_shards"
+REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
 
 Tokens = npt.NDArray[np.uint16]
 Index = npt.NDArray[np.uint64]
@@ -193,7 +193,9 @@ def load_manifest(data_dir: Path) -> Manifest:
         raw = path.read_bytes()
         content = json.loads(raw)
     except FileNotFoundError:
-        raise UserError(f"{data_dir}: no {MANIFEST_NAME}, so the data set is not complete; {REBUILD}") from None
+        raise UserError(
+            f"{data_dir}: no {MANIFEST_NAME}, so the data set is not complete; run python -m data_prep.build_shards"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); {REBUILD}") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:

@@ -190,10 +190,10 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as YAML."""
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(
-                f"{argument}: not a known flag; recipe keys are set with --dotted.key=value, with the sign ="
-            )
+        if not argument.startswith("--"):
+            raise UserError(f"{argument}: not a known flag; recipe keys are set as --dotted.key=value, with the sign =")
+        if not equals:
+            raise UserError(f"{argument}: not a known flag; to set a recipe key write {argument}=VALUE")
         *sections, key = dotted.split(".")
         target = content
         for section in sections:

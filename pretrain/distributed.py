@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line
 
 T = TypeVar("T")
 LET_RANK_0_SPEAK_S = 10.0
@@ -152,8 +152,10 @@ def together(action: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = action()
-    except (UserError, OSError) as error:
+    except UserError as error:
         failure = one_line(error)
+    except OSError as error:
+        failure = os_error_line(error)
     failures = [message for message in gather(failure) if message is not None]
     if failures:
         raise UserError(failures[0])

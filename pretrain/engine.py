@@ -30,6 +30,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
 OWNED_BY_RECIPE = {
@@ -103,6 +104,10 @@ def load_engine_config(name: str) -> dict[str, Any]:
     for key in config:
         if key not in KNOWN_KEYS:
             raise UserError(f"{path}: unknown key {key}; {nearest(key, sorted(KNOWN_KEYS))}")
+    zero_keys = sorted(DeepSpeedZeroConfig.model_fields)
+    for key in config.get("zero_optimization", {}):
+        if key not in zero_keys:
+            raise UserError(f"{path}: unknown key zero_optimization.{key}; {nearest(key, zero_keys)}")
     if "enabled" not in config.get("bf16", {"enabled": False}):
         raise UserError(f'{path}: bf16 has no key enabled; write "bf16": {{"enabled": true}}')
     if "offload_optimizer" in config.get("zero_optimization", {}):

@@ -17,6 +17,7 @@ import yaml
 from data_prep.errors import UserError
 from data_prep.shards import TOKENIZER_NAME, write_durably
 from pretrain import config
+from pretrain.checkpoint import saved_steps
 from pretrain.config import Recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 
 RECIPE_NAME = "recipe.yaml"
@@ -51,18 +52,26 @@ def write_state(run_dir: Path, **changes: Any) -> None:
 def check_same_run(
     run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str, engine_may_change: frozenset[str]
 ) -> None:
-    """Refuse to continue a run with another recipe, engine or data set. Does nothing for a new run."""
+    """Refuse to continue a run with another recipe, engine or data set.
+
+    A run that has saved nothing yet has nothing to continue: it may start over with other values.
+    """
+    has_saved = bool(saved_steps(run_dir)) or "saved_step" in read_state(run_dir)
     recipe_path, engine_path = run_dir / RECIPE_NAME, run_dir / ENGINE_CONFIG_NAME
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: is a file; give a directory")
     if recipe_path.is_file():
         saved_recipe = read_mapping(recipe_path, yaml.safe_load)
-        refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
+        if has_saved:
+            refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
     saved_fingerprint = read_state(run_dir).get("fingerprint", fingerprint)
-    refuse_changes({"fingerprint": saved_fingerprint}, {"fingerprint": fingerprint}, frozenset(), str(run_dir))
+    if has_saved:
+        refuse_changes({"fingerprint": saved_fingerprint}, {"fingerprint": fingerprint}, frozenset(), str(run_dir))
     if engine_path.is_file():
         saved_engine = read_mapping(engine_path, json.loads)
-        refuse_changes(saved_engine, engine_config, engine_may_change, str(engine_path))
+        if has_saved:
+            origin = f"{engine_path} (chosen with --deepspeed-config)"
+            refuse_changes(saved_engine, engine_config, engine_may_change, origin)
 
 
 def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], data_dir: Path) -> None:

@@ -115,7 +115,7 @@ def test_an_override_can_set_a_key_whose_section_the_file_leaves_out(tmp_path: P
     [
         ("--model.num_layer=3", "unknown recipe key model.num_layer; did you mean model.num_layers?"),
         ("--sede=3", "unknown recipe key sede; did you mean seed?"),
-        ("--verbose", "--verbose: not a known flag; recipe keys are set with --dotted.key=value"),
+        ("--verbose", "--verbose: not a known flag; to set a recipe key write --verbose=VALUE"),
         ("stray", "stray: not a known flag"),
         ("--seed.x=1", "seed is a value, not a section"),
         ("--model=3", "model: got 3, expected the keys of a section"),

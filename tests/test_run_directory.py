@@ -62,3 +62,12 @@ def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: P
     metrics.append({"step": 2, "loss": 9.0})
     metrics.close()
     assert [line["loss"] for line in read_metrics(tmp_path)] == [0.0, 1.0, 9.0]
+
+
+def test_a_run_that_has_saved_nothing_may_start_over_with_other_values(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
+    other = build_recipe(tiny_recipe_content(seed=2), "tiny.yaml")
+    check_same_run(tmp_path, other, {}, "f", frozenset())
+    write_state(tmp_path, saved_step=5)
+    with pytest.raises(UserError, match="was started with seed=1, got 2"):
+        check_same_run(tmp_path, other, {}, "f", frozenset())

@@ -428,7 +428,10 @@ def untouched(directory: Path) -> dict[str, bytes]:
         (["--model.input_embedding=learned"], "started with model.input_embedding='binary_code', got 'learned'"),
         (["--train_tokens=7680"], "started with train_tokens=3840, got 7680"),
         (["--optimizer.peak_learning_rate=0.02"], "started with optimizer.peak_learning_rate=0.01, got 0.02"),
-        (["--deepspeed-config=zero2_bf16"], "deepspeed.json: this run was started with bf16.enabled=None, got True"),
+        (
+            ["--deepspeed-config=zero2_bf16"],
+            "deepspeed.json (chosen with --deepspeed-config): this run was started with bf16.enabled=None, got True",
+        ),
         (["--deepspeed-config=zero3"], "engine zero3: no such DeepSpeed configuration"),
         (["--no-such-flag"], "--no-such-flag: not a known flag"),
         (["--model.layers=3"], "unknown recipe key model.layers; did you mean model."),
@@ -488,7 +491,7 @@ def with_a_missing_shard(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "more", "says"),
     [
-        (without_manifest, [], "no manifest.json, so the data set is not complete; rebuild it with"),
+        (without_manifest, [], "no manifest.json, so the data set is not complete; run python -m"),
         (with_a_truncated_shard, [], "more/00000.npy: "),
         (with_a_missing_shard, [], "validation/up/00000.npy: missing, but the manifest lists it"),
         (shutil.rmtree, [], "no such directory; build a data set with"),
