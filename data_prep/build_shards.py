@@ -6,30 +6,33 @@ from any number of ranks and from either encoder.
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from data_prep.corpus import UNIT_BYTES, WorkUnit, cut_units, find_files
-from data_prep.encode import LoadedTokenizer, load_tokenizer, new_encoder
+from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.mixture import Mixture, load_mixture
-from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
+from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
+from data_prep.mixture import Mixture, MixtureSource, load_mixture, mixture_path
+from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, keep_freed_memory, together
 from data_prep.shards import (
-    FORMAT_VERSION,
+    LOCK_NAME,
     MANIFEST_NAME,
+    REBUILD,
     SPLITS,
-    TOKENIZER_FILES,
     TOKENIZER_NAME,
+    UNITS_NAME,
+    BadDocument,
     Manifest,
     Shard,
     ShardReader,
@@ -37,12 +40,24 @@ from data_prep.shards import (
     fsync_directory,
     integer_shares,
     load_manifest,
-    tokenizer_sha256,
+    lock,
     write_durably,
 )
-from data_prep.unit_shards import UnitBuilder, UnitResult, shard_path
+from data_prep.unit_shards import (
+    StoppedError,
+    UnitBuilder,
+    UnitResult,
+    read_record,
+    record_path,
+    shard_path,
+    unit_signature,
+    writing,
+)
+from data_prep.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 
 BUILD_NAME = "build.json"
+BAD_DOCUMENTS_LISTED = 1_000  # of each source
+MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +65,8 @@ class Plan:
     """What is to be built, from what."""
 
     mixture: Mixture
-    tokenizer_dir: Path
+    tokenizer_sha256: str
+    sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
     units: tuple[WorkUnit, ...]
     signature: str  # of inputs, tokenizer and mixture as they lie on this machine
 
@@ -58,9 +74,7 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     arguments = parse_arguments(argv)
-    comm, local_ranks = connect()
-    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    comm, threads = connect()
     with abort_on_defect(comm):
         build(arguments, comm, threads)
 
@@ -72,7 +86,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Encode a mixture of sources into a data set of uint16 token shards.",
         epilog="On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output).",
     )
-    parser.add_argument("--mixture", type=Path, required=True, help="mixture file; see data_prep/mixtures/example.yaml")
+    parser.add_argument(
+        "--mixture",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="see data_prep/mixtures: a name there, or your own file",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="the data set; new, or an unfinished build of it"
     )
@@ -82,6 +102,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="gigatoken",
         help="both give the same ids (%(default)s)",
     )
+    parser.add_argument(
+        "--train-tokens", type=float, metavar="N", help="say how often training on so many tokens sees each source"
+    )
     return parser.parse_args(argv)
 
 
@@ -89,87 +112,146 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
     """Plan, encode, finish; every rank calls this."""
     started = time.perf_counter()
     output_dir: Path = arguments.output_dir
-    plan: Plan = comm.bcast(together(comm, lambda: make_plan(arguments.mixture) if comm.rank == 0 else None))
+    mixture: Mixture = together(comm, lambda: load_mixture(mixture_path(arguments.mixture), arguments.tokenizer))
+    tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(mixture.tokenizer_dir))
+    plan: Plan = comm.bcast(together(comm, lambda: make_plan(mixture, tokenizer) if comm.rank == 0 else None))
     if comm.bcast(together(comm, lambda: comm.rank == 0 and is_complete(output_dir, plan))):
         if comm.rank == 0:
             print(f"already complete: {output_dir}, fingerprint {load_manifest(output_dir).fingerprint}")
-        return
-    tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(plan.tokenizer_dir))
-    encoder = new_encoder(tokenizer, prefer=arguments.encoder, parallel=threads > 1)
-    together(comm, lambda: prepare_directory(output_dir, plan) if comm.rank == 0 else None)
-    if encoder.fallback_reason and comm.rank == 0:
-        print(f"note: {encoder.fallback_reason}; encoding with {encoder.name}, slower, same output", file=sys.stderr)
+    else:
+        held = together(comm, lambda: prepare_directory(output_dir, plan, tokenizer) if comm.rank == 0 else None)
+        with held or contextlib.nullcontext():
+            results, encoder = build_units(output_dir, plan, tokenizer, comm, prefer=arguments.encoder, threads=threads)
+            facts = {"encoder": encoder, "ranks": comm.size, "threads_per_rank": threads, "started": started}
+            facts |= {"mixture": str(mixture.path.absolute()), "tokenizer": str(mixture.tokenizer_dir.absolute())}
+            together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
+            if held:
+                (output_dir / LOCK_NAME).unlink()
+    if arguments.train_tokens and comm.rank == 0:
+        print("\n".join(epoch_lines(load_manifest(output_dir), int(arguments.train_tokens))))
+
+
+def build_units(
+    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, comm: Communicator, *, prefer: str, threads: int
+) -> tuple[dict[str, UnitResult], str]:
+    """Build every unit that isn't there yet; results by record path, and the encoder's name. Every rank calls this."""
+    keep_freed_memory()
     builder = UnitBuilder(
-        output_dir=output_dir, tokenizer=tokenizer, encoder=encoder,
+        output_dir=output_dir, tokenizer=tokenizer, prefer=prefer, threads=threads,
         validation_fraction=plan.mixture.validation_fraction,
     )  # fmt: skip
+    name, reason = builder.encoder.name, builder.encoder.fallback_reason
+    if reason and comm.rank == 0:
+        print(f"note: {reason}; encoding with {name}, slower, same output", file=sys.stderr)
     progress = Progress(comm, sum(unit.size_bytes for unit in plan.units))
+    units = assign(plan.units, comm.size)[comm.rank]
 
-    def work() -> list[UnitResult]:
+    def work() -> dict[str, UnitResult]:
+        results: list[UnitResult] = []
         try:
-            return builder.build(assign(plan.units, comm.size)[comm.rank], progress)
-        finally:
+            results = builder.build(units, progress)
+        except UserError:
+            progress.stop_others()
             progress.finish()
+            raise
+        except StoppedError:  # by the error of another rank, which that one raises
+            pass
+        progress.finish()
+        return {record_path(unit): result for unit, result in zip(units, results, strict=False)}
 
-    results = [result for part in comm.allgather(together(comm, work)) for result in part]
-    facts = {"encoder": encoder.name, "ranks": comm.size, "threads_per_rank": threads, "started": started}
-    together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
+    parts = comm.allgather(together(comm, work))
+    return {path: result for part in parts for path, result in part.items()}, name
 
 
-def make_plan(mixture_path: Path) -> Plan:
-    """Read the mixture, find its files, cut them into units. Nothing is written."""
-    mixture = load_mixture(mixture_path)
-    tokenizer_dir = mixture.base / mixture.tokenizer
+def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
+    """Find the files of a mixture and cut them into units. Nothing is written."""
     units: list[WorkUnit] = []
+    sources = []
     for source in mixture.sources:
-        files = find_files(mixture.base, source.path, f"{mixture_path}: source {source.name!r}")
-        if not any((mixture.base / name).stat().st_size for name in files):
-            raise UserError(f"{mixture_path}: source {source.name!r}: {source.path} is empty; check it or leave it out")
-        units += cut_units(mixture.base, files, source=source.name, format=source.format, text_field=source.text_field)
-    files_seen = [(unit.input, unit.path.stat().st_size, unit.path.stat().st_mtime_ns) for unit in units]
-    about = [
-        FORMAT_VERSION,
-        UNIT_BYTES,
-        repr(mixture.sources),
-        mixture.validation_fraction,
-        tokenizer_sha256(tokenizer_dir),
-        files_seen,
-    ]
+        where = f"{mixture.path}: source {source.name!r}"
+        files, format_, revision = source_files(mixture.path.parent, source, where)
+        if not any(file.size for file in files):
+            raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
+        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
+        units += cut_units(
+            files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad,
+            eos_id=tokenizer.eos_id,
+        )  # fmt: skip
+        sources.append({
+            "name": source.name, "weight": source.weight, "origin": source.origin, "format": format_,
+            "text_field": text_field, "revision": revision, "license": source.license,
+        })  # fmt: skip
+    fraction = mixture.validation_fraction
+    about = [sources, [unit_signature(unit, tokenizer.sha256, fraction) for unit in units], mixture.skip_bad]
     signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Plan(mixture=mixture, tokenizer_dir=tokenizer_dir, units=tuple(units), signature=signature)
+    return Plan(
+        mixture=mixture, tokenizer_sha256=tokenizer.sha256, sources=tuple(sources), units=tuple(units),
+        signature=signature,
+    )  # fmt: skip
+
+
+def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:
+    """The files of a source, their format, and the revision if they are of the hub."""
+    if source.hub:
+        files, revision, found = find_hub_inputs(source.hub, source.configs, source.split, source.revision, where)
+        return files, source.format or found, revision
+    if source.format == "save_to_disk":
+        files = find_inputs(base, f"{source.path}/*.arrow", where)
+        state = find_inputs(base, f"{source.path}/state.json", where)[0]
+        size = sum(file.size for file in files)
+        return [replace(state, size=size, version=",".join(file.version for file in files))], "save_to_disk", None
+    files = find_inputs(base, source.path or "", where)
+    if source.format == "megatron":
+        indexes = [find_inputs(base, str(Path(file.name).with_suffix(".idx")), where)[0] for file in files]
+        files = [replace(f, version=f"{f.version}, {i.version}") for f, i in zip(files, indexes, strict=True)]
+    formats = {source.format or format_of(file.name, where) for file in files}
+    if len(formats) > 1:
+        raise UserError(f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of its own")
+    return files, formats.pop(), None
 
 
 def is_complete(output_dir: Path, plan: Plan) -> bool:
     """Whether this very data set is there already. Raises UserError if something else is."""
     elsewhere = "choose another --output-dir, or remove that one"
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    begun = {LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
+    if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= begun):
         return False
     try:
-        signature = json.loads((output_dir / BUILD_NAME).read_bytes())["signature"]
+        built = json.loads((output_dir / BUILD_NAME).read_bytes())
+        signature = built["signature"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{output_dir}: exists, and is not a data set of this command; {elsewhere}") from None
     if not (output_dir / MANIFEST_NAME).exists():
+        records = {path.relative_to(output_dir).as_posix() for path in (output_dir / UNITS_NAME).glob("*/*.json")}
+        fraction = plan.mixture.validation_fraction
+        signatures = ((record_path(unit), unit_signature(unit, plan.tokenizer_sha256, fraction)) for unit in plan.units)
+        ours = (path in records and read_record(output_dir / path, of) for path, of in signatures)
+        if signature != plan.signature and records and not any(ours):
+            raise UserError(f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}")
         return False
     if signature != plan.signature:
         raise UserError(
             f"{output_dir}: holds a data set of another mixture or tokenizer, or of inputs that were of another size "
-            f"or changed at another time; {elsewhere}"
+            f"or changed at another time; {elsewhere}; to build this mixture from the units in it, {REBUILD}"
         )
     ShardReader(output_dir).check_files()
     return True
 
 
-def prepare_directory(output_dir: Path, plan: Plan) -> None:
-    """An output directory without shards, that says what is being built in it."""
-    shutil.rmtree(output_dir / "shards", ignore_errors=True)
-    try:
+def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> IO[str]:
+    """The output directory says what is being built in it, and is held. Finished units of an earlier build stay."""
+    with writing(output_dir, "the tokenizer"):
+        held = lock(output_dir, "building it", "--output-dir")
         write_json(output_dir / BUILD_NAME, {"state": "incomplete", "signature": plan.signature})
-        for name in TOKENIZER_FILES:
-            (output_dir / TOKENIZER_NAME / name).unlink(missing_ok=True)
-            if (plan.tokenizer_dir / name).is_file():
-                write_durably(output_dir / TOKENIZER_NAME / name, (plan.tokenizer_dir / name).read_bytes())
-    except OSError as error:
-        raise UserError(f"{output_dir}: can't be written ({error.strerror}); choose another --output-dir") from None
+        write_tokenizer(output_dir, tokenizer)
+    return held
+
+
+def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
+    """The copy of the tokenizer beside the shards; whatever was there goes."""
+    shutil.rmtree(output_dir / TOKENIZER_NAME, ignore_errors=True)
+    for name, content in tokenizer.files.items():
+        write_durably(output_dir / TOKENIZER_NAME / name, content)
 
 
 def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
@@ -183,11 +265,13 @@ def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
 
 
 def finish(
-    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: list[UnitResult], facts: dict[str, Any]
+    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult], facts: dict[str, Any]
 ) -> None:
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
+    files = {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
+    remove_strays(output_dir, files | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         fsync_directory(directory)
     seconds = time.perf_counter() - facts.pop("started")
@@ -199,47 +283,63 @@ def finish(
         "host": platform.node(),
         "seconds": round(seconds, 3),
         "mb_per_s": round(sum(shard.text_bytes for shard in manifest.shards) / 1e6 / seconds, 2),
-        "empty_documents": sum(result.empty_documents for result in results),
         "versions": {name: version(name) for name in ("numpy", "pyarrow", "tokenizers")},
         **facts,
     }
-    write_json(output_dir / BUILD_NAME, about)
-    write_durably(output_dir / MANIFEST_NAME, manifest.to_bytes())
+    with writing(output_dir, "the manifest"):
+        write_json(output_dir / BUILD_NAME, about)
+        write_durably(output_dir / MANIFEST_NAME, manifest.to_bytes())
     print(summary(output_dir, manifest, about))
 
 
-def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: list[UnitResult]) -> Manifest:
-    """The manifest, from the finished units in any order."""
-    mixture = plan.mixture
-    shares = integer_shares([source.weight for source in mixture.sources])
+def remove_strays(output_dir: Path, known: set[str]) -> None:
+    """Remove what earlier builds left of units that are no longer part of the data set."""
+    for folder in ("shards", UNITS_NAME):
+        for path in (output_dir / folder).rglob("*"):
+            if path.is_file() and path.relative_to(output_dir).as_posix() not in known:
+                path.unlink()
+
+
+def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult]) -> Manifest:
+    """The manifest, from the finished units by record path."""
+    shares = integer_shares([source.weight for source in plan.mixture.sources])
+    units = [(unit, results[record_path(unit)]) for unit in plan.units]
     sources = tuple(
         Source(
-            name=source.name, share=share, weight=source.weight, origin=source.path, format=source.format,
-            text_field=source.text_field, revision=None, license=source.license,
+            **about, share=share,
+            empty_documents=sum(result.empty_documents for unit, result in units if unit.source == about["name"]),
+            bad_documents=sum(len(result.bad_documents) for unit, result in units if unit.source == about["name"]),
         )
-        for source, share in zip(mixture.sources, shares, strict=True)
+        for about, share in zip(plan.sources, shares, strict=True)
     )  # fmt: skip
-    shards = shards_in_order(plan.units, results)
+    shards, bad = shards_in_order(units)
     return Manifest(
         vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, eos_token=tokenizer.eos_token,
-        tokenizer_sha256=tokenizer.sha256, validation_fraction=mixture.validation_fraction, sources=sources,
-        shards=tuple(shard for split in SPLITS for shard in shards if shard.split == split),
+        tokenizer_sha256=tokenizer.sha256, special_tokens=tokenizer.special_tokens,
+        validation_fraction=plan.mixture.validation_fraction, sources=sources,
+        shards=tuple(shard for split in SPLITS for shard in shards if shard.split == split), bad_documents=tuple(bad),
     )  # fmt: skip
 
 
-def shards_in_order(units: tuple[WorkUnit, ...], results: list[UnitResult]) -> list[Shard]:
-    """Every shard in the order of the plan; rows of a file are counted through its units."""
-    by_name = {(result.unit.source, result.unit.name): result for result in results}
-    rows_before: dict[tuple[str, str], int] = {}
-    shards = []
-    for unit in units:
-        result = by_name[unit.source, unit.name]
-        first_row = rows_before.get((unit.source, unit.input), 0)
-        rows_before[unit.source, unit.input] = first_row + result.rows
-        for shard in result.shards:
-            place: dict[str, Any] = {"source": unit.source, "path": shard_path(shard.split, unit), "input": unit.input}
-            shards.append(Shard(**vars(shard), **place, first_row=first_row, rows=result.rows))
-    return shards
+def shards_in_order(units: list[tuple[WorkUnit, UnitResult]]) -> tuple[list[Shard], list[BadDocument]]:
+    """Every shard, and the first bad documents of each source, in the order of the plan; rows of a file are counted
+    through its units.
+    """
+    rows_before: Counter[tuple[str, str]] = Counter()
+    listed: Counter[str] = Counter()
+    shards, bad_documents = [], []
+    for unit, result in units:
+        inputs = tuple(file.name for file in unit.files)
+        first_row = rows_before[unit.source, inputs[0]]
+        rows_before[unit.source, inputs[0]] += result.rows if unit.format != "txt" else 0
+        for facts in result.shards:
+            place: dict[str, Any] = {"source": unit.source, "path": shard_path(facts.split, unit), "inputs": inputs}
+            shards.append(Shard(**vars(facts), **place, first_row=first_row, rows=result.rows))
+        for row, reason in result.bad_documents[: BAD_DOCUMENTS_LISTED - listed[unit.source]]:
+            name, at = (inputs[row], 0) if unit.format == "txt" else (inputs[0], first_row + row)
+            bad_documents.append(BadDocument(source=unit.source, input=name, row=at, reason=reason))
+            listed[unit.source] += 1
+    return shards, bad_documents
 
 
 def check_documents(manifest: Manifest) -> None:
@@ -271,12 +371,22 @@ def summary(output_dir: Path, manifest: Manifest, about: dict[str, Any]) -> str:
         lines.append(
             f"{split:<12} {documents:>12,} documents {tokens:>16,} tokens {per_token:>6.2f} characters per token"
         )
-    if about["empty_documents"]:
-        lines.append(f"left out     {about['empty_documents']:>12,} empty documents")
+    for kind in ("empty", "bad"):
+        if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
+            lines.append(f"left out     {left_out:>12,} {kind} documents")
     lines.append(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
     lines.append(f"fingerprint  {manifest.fingerprint}")
     lines.append(f"data set     {output_dir}")
     return "\n".join(lines)
+
+
+def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:
+    """How often a training run sees each source; a source seen too often is warned of."""
+    lines = []
+    for name, epochs in manifest.epochs(train_tokens).items():
+        warning = f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight" * (epochs > MAX_EPOCHS)
+        lines.append(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@ encoders give the same ids; where gigatoken is missing or can't load a tokenizer
 place, and that is said. Strings that spell a special token are ordinary text to both.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from data_prep.errors import UserError
-from data_prep.shards import MAX_VOCAB_SIZE, tokenizer_sha256
+from data_prep.errors import UserError, one_line
+from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 SLOW_BATCH_DOCUMENTS = 256
@@ -25,6 +28,7 @@ SLOW_BATCH_DOCUMENTS = 256
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
 Encode = Callable[[pa.LargeStringArray], tuple[Ids, Offsets]]
+Decode = Callable[[Ids, Offsets], pa.LargeStringArray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,31 +36,46 @@ class LoadedTokenizer:
     """A tokenizer that fits the shards: at most 65,536 ids, and an end-of-document id."""
 
     directory: Path
+    files: dict[str, bytes]
     reference: Tokenizer
     vocab_size: int
     eos_id: int
     eos_token: str
+    special_tokens: dict[str, int]
     sha256: str
+
+    @cached_property
+    def token_bytes(self) -> pa.LargeBinaryArray | None:
+        """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has no token."""
+        if not isinstance(self.reference.decoder, decoders.ByteLevel):
+            return None
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # first the bytes that are printed as they are
+        own = [ord(letter) for letter in letters if ord(letter) < 256]
+        byte_of = dict(zip(letters, [*own, *sorted(set(range(256)) - set(own))], strict=True))
+        table = [b"\xff"] * self.vocab_size
+        for token, id_ in self.reference.get_vocab(with_added_tokens=False).items():
+            table[id_] = bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
+        for id_, added in self.reference.get_added_tokens_decoder().items():
+            table[id_] = added.content.encode()
+        return pa.array(table, pa.large_binary())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Texts to ids: flat ids, and offsets of each text's ids (texts + 1)."""
+    """Texts to ids: flat ids, and offsets of each text's ids (texts + 1). And back: not validated, if byte-level."""
 
     name: str  # with its version
     encode: Encode
+    decode: Decode
     is_reference: bool
     fallback_reason: str | None = None
 
 
 def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it."""
+    files, eos_token = read_files(directory)
     try:
-        config = json.loads(_read(directory, "tokenizer_config.json"))
-    except ValueError as error:
-        raise UserError(f"{directory / 'tokenizer_config.json'}: not valid JSON ({error}); {TRAIN}") from None
-    try:
-        reference = Tokenizer.from_buffer(_read(directory, "tokenizer.json"))
+        reference = Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{directory / 'tokenizer.json'}: not a loadable tokenizer ({error}); {TRAIN}") from None
     reference.encode_special_tokens = True
@@ -65,32 +84,71 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     vocab_size = max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f"{directory}: {vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
-    eos = config.get("eos_token") if isinstance(config, dict) else None
-    eos_token = eos.get("content") if isinstance(eos, dict) else eos
     eos_id = reference.token_to_id(eos_token) if isinstance(eos_token, str) else None
     if not isinstance(eos_token, str) or eos_id is None:
         where = directory / "tokenizer_config.json"
         raise UserError(f"{where}: eos_token is {eos_token!r}, expected a token of the vocabulary; set it")
+    special = {token.content: id_ for id_, token in reference.get_added_tokens_decoder().items() if token.special}
     return LoadedTokenizer(
-        directory=directory, reference=reference, vocab_size=vocab_size, eos_id=eos_id, eos_token=eos_token,
-        sha256=tokenizer_sha256(directory),
+        directory=directory, files=files, reference=reference, vocab_size=vocab_size, eos_id=eos_id,
+        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files),
     )  # fmt: skip
 
 
-def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str, parallel: bool) -> Encoder:
+def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
+    """The files that make a tokenizer, and the token that ends documents; transformers supplies what they lack."""
+    files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            content = json.loads(files.get(name, b"{}"))
+        except ValueError as error:
+            raise UserError(f"{directory / name}: not valid JSON ({error}); {TRAIN}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}")
+        config |= content
+    eos = config.get("eos_token")
+    if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+        return files, eos.get("content") if isinstance(eos, dict) else eos
+    if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
+        missing = next(name for name in TOKENIZER_FILES if name not in files)
+        raise UserError(f"{directory / missing}: No such file or directory; a tokenizer directory needs it; {TRAIN}")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        files.setdefault("tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
+    except Exception as error:  # whatever it raises, the directory is of no use
+        raise UserError(f"{directory}: AutoTokenizer can't load it ({one_line(error)}); {TRAIN}") from None
+    config = {**config, "eos_token": tokenizer.eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
+    files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return {name: files[name] for name in TOKENIZER_FILES if name in files}, tokenizer.eos_token
+
+
+def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred, installed and able; else the reference, with the reason."""
-    reason = None
+    reason, decode = None, partial(decode_ids, tokenizer)
     if prefer == "gigatoken":
         try:
-            encode = _gigatoken_encode(tokenizer, parallel)
-            return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
+            encode = _gigatoken_encode(tokenizer)
+            return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, decode=decode, is_reference=False)
         except ImportError:
             reason = "gigatoken is not installed"
         except Exception as error:  # whatever its loader raises, the reference can do the work
             reason = f"gigatoken can't load {tokenizer.directory} ({error})"
     encode = _reference_encode(tokenizer.reference)
     name = f"tokenizers {version('tokenizers')}"
-    return Encoder(name=name, encode=encode, is_reference=True, fallback_reason=reason)
+    return Encoder(name=name, encode=encode, decode=decode, is_reference=True, fallback_reason=reason)
+
+
+def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:
+    """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for the caller to find."""
+    if tokenizer.token_bytes is None:
+        rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
+        return pa.array(tokenizer.reference.decode_batch(rows, skip_special_tokens=False), pa.large_string())
+    _, bounds, data = tokenizer.token_bytes.take(pa.array(ids)).buffers()
+    text_offsets = np.frombuffer(bounds, np.int64)[offsets]
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(text_offsets), data)
 
 
 def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
@@ -98,19 +156,12 @@ def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
     return np.array(tokenizer.reference.encode(text, add_special_tokens=False).ids, np.uint32)
 
 
-def _read(directory: Path, name: str) -> bytes:
-    try:
-        return (directory / name).read_bytes()
-    except OSError as error:
-        raise UserError(f"{directory / name}: {error.strerror}; a tokenizer directory needs it; {TRAIN}") from None
-
-
-def _gigatoken_encode(tokenizer: LoadedTokenizer, parallel: bool) -> Encode:
+def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
     """Arrow buffers in, flat ids out, no Python object per document."""
     import awkward as ak
     from gigatoken.gigatoken_rs import load_hf_json
 
-    model = json.loads(_read(tokenizer.directory, "tokenizer.json"))
+    model = json.loads(tokenizer.files["tokenizer.json"])
     # gigatoken always parses special tokens in text, so it must not know them
     model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
     backend = load_hf_json(json.dumps(model))
@@ -120,7 +171,7 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, parallel: bool) -> Encode:
         bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
         characters = ak.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "char"})
         strings = ak.contents.ListOffsetArray(ak.index.Index64(bounds), characters, parameters={"__array__": "string"})
-        rows = backend.encode_batch(ak.Array(strings), parallel=parallel).layout
+        rows = backend.encode_batch(ak.Array(strings), parallel=False).layout
         return rows.content.data, rows.offsets.data
 
     return encode

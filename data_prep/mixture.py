@@ -12,12 +12,15 @@ from typing import Any
 
 import yaml
 
-from data_prep.corpus import FORMATS
 from data_prep.errors import UserError
 from data_prep.shards import integer_shares
+from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD
 
-MIXTURE_KEYS = ("tokenizer", "validation_fraction", "sources")
-SOURCE_KEYS = ("name", "path", "format", "text_field", "weight", "license")
+MIXTURE_KEYS = ("tokenizer", "validation_fraction", "on_bad_document", "sources")
+MIXTURES_DIR = Path(__file__).parent / "mixtures"
+HUB_KEYS = ("config", "split", "revision")
+SOURCE_KEYS = ("name", "path", "hub", *HUB_KEYS, "format", "text_field", "weight", "license")
+BAD_DOCUMENT_POLICIES = ("error", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,27 +28,53 @@ class MixtureSource:
     """One named part of the corpus."""
 
     name: str
-    path: str  # file or glob, as written
-    format: str
-    text_field: str | None  # None for txt
+    path: str | None  # file, glob or URL, as written; None for a data set of the hub
+    hub: str | None  # owner/name
+    configs: tuple[str, ...]  # of the hub data set
+    split: str
+    revision: str | None
+    format: str | None  # None: the files' names tell
+    text_field: str
     weight: float
     license: str | None  # of the texts, handed on to the model card
+
+    @property
+    def origin(self) -> str:
+        """Where the source comes from, as the manifest says it."""
+        return self.path or f"hf://datasets/{self.hub} {' + '.join(self.configs) or 'default'} {self.split}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """A checked mixture file."""
 
-    base: Path  # directory of the mixture file
-    tokenizer: str  # directory, as written
+    path: Path  # of the mixture file
+    tokenizer_dir: Path
     validation_fraction: float
+    skip_bad: bool
     sources: tuple[MixtureSource, ...]
 
 
-def load_mixture(path: Path) -> Mixture:
-    """Read and check a mixture file. Raises UserError naming the file and key."""
+def mixture_path(name: str) -> Path:
+    """The file of a shipped mixture's name, or the path itself."""
+    shipped = sorted(path.stem for path in MIXTURES_DIR.glob("*.yaml"))
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    if name not in shipped:
+        raise UserError(f"--mixture {name}: no such mixture; give a .yaml file or one of {', '.join(shipped)}")
+    return MIXTURES_DIR / f"{name}.yaml"
+
+
+def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
+    """Read and check a mixture file; a tokenizer given here takes the place of the file's.
+
+    Raises UserError naming the file and key.
+    """
     content = _parse(path)
-    _check_keys(content, MIXTURE_KEYS, MIXTURE_KEYS, str(path))
+    _check_keys(content, MIXTURE_KEYS, ("validation_fraction", "sources"), str(path))
+    policy = content.get("on_bad_document", "error")
+    if policy not in BAD_DOCUMENT_POLICIES:
+        raise UserError(f"{path}: on_bad_document is {policy!r}, expected one of {', '.join(BAD_DOCUMENT_POLICIES)}")
     fraction = _number(content["validation_fraction"], f"{path}: validation_fraction")
     if not 0 < fraction < 1:
         raise UserError(f"{path}: validation_fraction is {fraction}, expected above 0 and below 1, such as 0.005")
@@ -56,8 +85,13 @@ def load_mixture(path: Path) -> Mixture:
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two sources are named {repeated[0]!r}; give each its own name")
     integer_shares([source.weight for source in sources])
-    tokenizer = _text(content["tokenizer"], f"{path}: tokenizer")
-    return Mixture(base=path.parent, tokenizer=tokenizer, validation_fraction=fraction, sources=sources)
+    if tokenizer is None and "tokenizer" not in content:
+        raise UserError(f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first")
+    tokenizer = tokenizer or path.parent / _text(content["tokenizer"], f"{path}: tokenizer")
+    return Mixture(
+        path=path, tokenizer_dir=tokenizer, validation_fraction=fraction,
+        skip_bad=policy == "skip", sources=sources,
+    )  # fmt: skip
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -65,7 +99,7 @@ def _parse(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; see data_prep/mixtures/example.yaml") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({error}); see data_prep/mixtures/example.yaml") from None
     return content
 
@@ -82,23 +116,35 @@ def _check_keys(content: object, known: tuple[str, ...], required: tuple[str, ..
 
 
 def _source(item: object, where: str) -> MixtureSource:
-    _check_keys(item, SOURCE_KEYS, ("name", "path", "format", "weight"), where)
+    _check_keys(item, SOURCE_KEYS, ("name", "weight"), where)
     assert isinstance(item, dict)
     name = _text(item["name"], f"{where}: name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"{where}: name {name!r}: expected letters, digits, '.', '_' and '-' (it names a directory)")
-    format_ = _text(item["format"], f"{where}: format")
-    if format_ not in FORMATS:
+    if ("path" in item) == ("hub" in item):
+        raise UserError(f"{where}: expected either path or hub; see data_prep/mixtures/example.yaml")
+    if "path" in item and (meaningless := [key for key in HUB_KEYS if key in item]):
+        raise UserError(f"{where}: {meaningless[0]} has a meaning only beside hub; remove it")
+    format_ = item.get("format")
+    if format_ is not None and format_ not in FORMATS:
         raise UserError(f"{where}: format {format_!r}, expected one of {', '.join(FORMATS)}")
-    if format_ == "txt" and "text_field" in item:
-        raise UserError(f"{where}: text_field has no meaning for txt (a file is a document); remove it")
-    text_field = None if format_ == "txt" else _text(item.get("text_field", "text"), f"{where}: text_field")
+    if format_ in FORMATS_WITHOUT_FIELD and "text_field" in item:
+        raise UserError(f"{where}: text_field has no meaning for {format_}; remove it")
     weight = _number(item["weight"], f"{where}: weight")
     if weight <= 0:
         raise UserError(f"{where}: weight is {weight}, expected a positive number")
-    path = _text(item["path"], f"{where}: path")
-    license_ = _text(item["license"], f"{where}: license") if "license" in item else None
-    return MixtureSource(name=name, path=path, format=format_, text_field=text_field, weight=weight, license=license_)
+    keys = [key for key in ("path", "hub", "split", "revision", "license") if key in item]
+    texts = {key: _text(item[key], f"{where}: {key}") for key in keys}
+    configs = item.get("config", [])
+    configs = [configs] if isinstance(configs, str) else configs
+    if not isinstance(configs, list) or not all(isinstance(config, str) and config for config in configs):
+        raise UserError(f"{where}: config is {item['config']!r}, expected a name or a list of names")
+    return MixtureSource(
+        name=name, path=texts.get("path"), hub=texts.get("hub"), configs=tuple(configs),
+        split=texts.get("split", "train"), revision=texts.get("revision"), format=format_,
+        text_field=_text(item.get("text_field", "text"), f"{where}: text_field"), weight=weight,
+        license=texts.get("license"),
+    )  # fmt: skip
 
 
 def _text(value: object, where: str) -> str:

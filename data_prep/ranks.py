@@ -1,7 +1,9 @@
 """One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a launcher."""
 
+import ctypes
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -11,11 +13,11 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-PROGRESS_TAG = 1
+PROGRESS_TAG, STOP_TAG = 1, 2
 POLL_SECONDS = 0.02
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
@@ -44,13 +46,18 @@ class SingleProcess:
 
 
 def connect() -> tuple[Communicator, int]:
-    """The communicator and the number of ranks on this machine.
+    """The communicator, and how many cores this rank may use: its share of what the ranks of its machine have.
 
     Raises UserError if the launcher started another number of ranks than MPI sees: every rank would
     then believe to be alone and write the same files.
     """
+    cores = os.sched_getaffinity(0)
     if not any(name in os.environ for name in RANK_VARIABLES):
-        return SingleProcess(), 1
+        if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+            if os.environ.get("SLURM_PROCID", "0") != "0":
+                sys.exit(USER_ERROR_EXIT_CODE)
+            raise UserError(f"srun started {tasks} tasks without MPI; add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)")
+        return SingleProcess(), len(cores)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
@@ -68,20 +75,33 @@ def connect() -> tuple[Communicator, int]:
             f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs; "
             "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
         )
-    return world, world.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    all_cores = set().union(*local.allgather(cores))  # those of one rank, if the launcher binds each to its own
+    return world, max(1, min(len(cores), len(all_cores) // local.size))
 
 
 def _launcher_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: to get every large array anew from the system costs a fifth of a build's time."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
+        library.mallopt(mmap_threshold, 1 << 30)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
 def together(comm: Communicator, work: Callable[[], Any]) -> Any:
-    """Do this rank's part; if any rank meets a UserError, the first is raised on rank 0 and all stop with it."""
+    """Do this rank's part; if any rank meets an error of use, the first is raised on rank 0 and all stop with it."""
     result, error = None, None
     try:
         result = work()
     except UserError as raised:
         error = one_line(raised)
+    except OSError as raised:
+        error = os_error_line(raised)
     errors = [message for message in comm.allgather(error) if message is not None]
     if errors and comm.rank > 0:
         sys.exit(USER_ERROR_EXIT_CODE)
@@ -106,34 +126,48 @@ def abort_on_defect(comm: Communicator) -> Iterator[None]:
 
 
 class Progress:
-    """One bar for the whole job, on rank 0: part of the input done, text per second, time left."""
+    """One bar for the whole job, on rank 0: part of the input done, text per second, time left.
+
+    `add` may be called from any thread; `report` and `finish` from the main one, which alone talks MPI.
+    """
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
         self.comm: Any = comm
         self.running = comm.size - 1
         self.text_bytes = 0
         self.started = time.perf_counter()
-        off = comm.rank > 0
+        self._lock = threading.Lock()
+        self._done = (0, 0)
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
-            total=max(total_bytes, 1),
-            desc="building",
-            bar_format=BAR,
-            disable=off,
-            mininterval=interval,
+            total=max(total_bytes, 1), desc="building", bar_format=BAR, disable=comm.rank > 0, mininterval=interval,
             delay=interval,
-        )
+        )  # fmt: skip
 
     def add(self, input_bytes: int, text_bytes: int) -> None:
-        """Report work done; rank 0 also collects what the others sent."""
-        if self.comm.rank > 0:
-            self.comm.send((input_bytes, text_bytes), dest=0, tag=PROGRESS_TAG)
-        else:
-            self._show(input_bytes, text_bytes)
+        """Count work done."""
+        with self._lock:
+            self._done = (self._done[0] + input_bytes, self._done[1] + text_bytes)
+
+    def report(self) -> bool:
+        """Show what was done since, by all ranks; True if another rank has met an error."""
+        with self._lock:
+            done, self._done = self._done, (0, 0)
+        if self.comm.rank == 0:
+            self._show(*done)
             self._collect()
+        elif any(done):
+            self.comm.send(done, dest=0, tag=PROGRESS_TAG)
+        return self.comm.size > 1 and bool(self.comm.iprobe(tag=STOP_TAG))
+
+    def stop_others(self) -> None:
+        """Tell all other ranks to give up."""
+        for rank in set(range(self.comm.size)) - {self.comm.rank}:
+            self.comm.isend(None, dest=rank, tag=STOP_TAG)
 
     def finish(self) -> None:
         """Rank 0 shows the others' work until all of them are done."""
+        self.report()
         if self.comm.rank > 0:
             self.comm.send(None, dest=0, tag=PROGRESS_TAG)
         while self.comm.rank == 0 and self.running:

@@ -7,6 +7,7 @@ A data set is a directory:
     tokenizer/                                   a copy of the tokenizer that made the ids
     shards/<split>/<source>/<unit>.npy           token ids, one dimension, "<u2"
     shards/<split>/<source>/<unit>.documents.npy start offset and row of every document, (documents, 2), "<u8"
+    units/<source>/<unit>.json                   what a finished work unit gave: a build that was killed goes on here
 
 A shard holds whole documents, each followed by the end-of-document id and nothing else. Every id from 0
 to 65,535 is an ordinary id. Both kinds of file are plain NumPy files: `np.load(path, mmap_mode="r")`.
@@ -15,14 +16,17 @@ The fingerprint of a data set is the xxh3-128 digest of its manifest, which hold
 file: two data sets with equal fingerprints are equal bit for bit.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +35,7 @@ import xxhash
 from data_prep.errors import UserError
 
 FORMAT = "tablefree-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_VOCAB_SIZE = 65_536
 BLOCK_SAMPLES = 4_096  # sources share a block of this many samples in whole numbers
 SPLITS = ("train", "validation")
@@ -39,8 +43,12 @@ TOKEN_DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
+UNITS_NAME = "units"
+LOCK_NAME = ".lock"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DIGEST_CHUNK_BYTES = 1 << 22
+SEPARATOR = "eos after every document"
+SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
 
 Tokens = npt.NDArray[np.uint16]
@@ -59,6 +67,8 @@ class Source:
     text_field: str | None
     revision: str | None
     license: str | None = None  # of the texts, as the mixture states it
+    empty_documents: int = 0  # left out
+    bad_documents: int = 0  # left out, with `on_bad_document: skip`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +82,9 @@ class Shard:
     documents: int
     text_bytes: int  # UTF-8, without end-of-document
     text_characters: int
-    input: str  # the input file, as the mixture names it
-    first_row: int  # row of the input file at which this shard's work unit starts
-    rows: int  # rows of the input file that this shard's work unit covers
+    inputs: tuple[str, ...]  # the input file, as the mixture names it; of text files, all of this shard's work unit
+    first_row: int  # row of the input file at which this shard's work unit starts; 0 for text files
+    rows: int  # rows that this shard's work unit covers; a text file is a row
     xxh3_128: str
     index_xxh3_128: str
 
@@ -82,6 +92,20 @@ class Shard:
     def index_path(self) -> str:
         """Path of the document index, relative to the data set."""
         return self.path.removesuffix(".npy") + ".documents.npy"
+
+    def origin(self, row: int) -> tuple[str, int]:
+        """Input file and row in it of a row of `ShardReader.documents`."""
+        return (self.inputs[row], 0) if len(self.inputs) > 1 else (self.inputs[0], row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadDocument:
+    """A document that could not be read and was left out."""
+
+    source: str
+    input: str
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +119,9 @@ class Manifest:
     validation_fraction: float
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
+    document_separator: str = SEPARATOR
+    special_tokens: dict[str, int] = field(default_factory=dict)  # of the tokenizer; text never gives their ids
+    bad_documents: tuple[BadDocument, ...] = ()  # the first of each source; `Source.bad_documents` counts all
 
     def to_bytes(self) -> bytes:
         """The manifest file, byte for byte reproducible."""
@@ -113,6 +140,11 @@ class Manifest:
     def tokens(self, split: str, source: str | None = None) -> int:
         """Number of token ids in a split, end-of-document ids included."""
         return sum(s.tokens for s in self.shards_of(split, source))
+
+    def epochs(self, train_tokens: int) -> dict[str, float]:
+        """How often training on so many tokens goes through each source."""
+        drawn = {source.name: train_tokens * source.share / BLOCK_SAMPLES for source in self.sources}
+        return {name: drawn[name] / self.tokens("train", name) for name in drawn}
 
 
 def fsync_directory(path: Path) -> None:
@@ -150,6 +182,64 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> str:
     return digest
 
 
+def lock(directory: Path, work: str, flag: str) -> IO[str]:
+    """Hold a directory for this process; the lock ends with the process, however that ends.
+
+    Raises UserError if another process of this machine, or of one that shares its locks, is at work there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / LOCK_NAME).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{directory}: another process is {work}; wait for it, or give another {flag}") from None
+    return file
+
+
+class ShardWriter:
+    """Writes one shard and its document index, piece by piece and beside; `finish` makes them durable and names them.
+
+    What it keeps in memory is the index alone: 16 bytes a document.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = 0
+        self._index: list[Index] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._staged = path.with_name(path.name + ".tmp")
+        self._file = self._staged.open("wb")
+        self._file.write(bytes(SHARD_HEADER_BYTES))
+
+    def add(self, tokens: Tokens, starts: npt.NDArray[Any], rows: Index) -> None:
+        """Append whole documents: their tokens, where each starts in them, and its row."""
+        self._index.append(np.stack([starts.astype(INDEX_DTYPE) + np.uint64(self.tokens), rows], axis=1))
+        self._file.write(np.ascontiguousarray(tokens, TOKEN_DTYPE).data)
+        self.tokens += len(tokens)
+
+    def finish(self) -> tuple[str, str]:
+        """The digests of shard and index, both on the disk."""
+        header = io.BytesIO()
+        description = {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(header, description)
+        with self._file as file:
+            file.seek(0)
+            file.write(header.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        digest = digest_file(self._staged)
+        os.replace(self._staged, self.path)
+        index_path = self.path.with_name(self.path.stem + ".documents.npy")
+        return digest, write_array(index_path, np.concatenate(self._index))  # also makes the rename durable
+
+    def close(self) -> None:
+        """After an error: give the file back, and the space it takes. Nothing counts as written."""
+        self._staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what it still holds may find the disk full
+            self._file.close()
+
+
 def digest_file(path: Path) -> str:
     """xxh3-128 of a file's bytes, as 32 hexadecimal digits."""
     state = xxhash.xxh3_128()
@@ -179,8 +269,12 @@ def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list
 
 def tokenizer_sha256(directory: Path) -> str:
     """The identity of a tokenizer: what `sha256sum FILES | sha256sum` prints in its directory."""
-    names = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    lines = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    return sha256_of_files({n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).is_file()})
+
+
+def sha256_of_files(files: dict[str, bytes]) -> str:
+    """The same for a tokenizer's files by name, in the order of TOKENIZER_FILES."""
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -205,8 +299,9 @@ def load_manifest(data_dir: Path) -> Manifest:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {REBUILD}")
     try:
         sources = tuple(Source(**source) for source in content.pop("sources"))
-        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-        manifest = Manifest(sources=sources, shards=shards, **content)
+        shards = tuple(Shard(**shard | {"inputs": tuple(shard["inputs"])}) for shard in content.pop("shards"))
+        bad = tuple(BadDocument(**document) for document in content.pop("bad_documents"))
+        manifest = Manifest(sources=sources, shards=shards, bad_documents=bad, **content)
     except (TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged manifest ({error}); {REBUILD}") from None
     if manifest.to_bytes() != raw or sum(source.share for source in sources) != BLOCK_SAMPLES:
@@ -254,12 +349,11 @@ class ShardReader:
         expected_tokenizer = self.manifest.tokenizer_sha256
         if expected_tokenizer and tokenizer_sha256(self.data_dir / TOKENIZER_NAME) != expected_tokenizer:
             raise UserError(f"{self.data_dir / TOKENIZER_NAME}: not the tokenizer that made the shards; {REBUILD}")
-        header_bytes = 128  # np.save pads its header of a one-dimensional array to this
         for shard in self.manifest.shards:
             path = self.data_dir / shard.path
             if not path.is_file():
                 raise UserError(f"{path}: missing, but the manifest lists it; {REBUILD}")
-            expected = header_bytes + TOKEN_DTYPE.itemsize * shard.tokens
+            expected = SHARD_HEADER_BYTES + TOKEN_DTYPE.itemsize * shard.tokens
             if path.stat().st_size != expected:
                 got = path.stat().st_size
                 raise UserError(f"{path}: {got:,} bytes, expected {expected:,}: truncated or damaged; {REBUILD}")

@@ -1,16 +1,22 @@
-"""One work unit to its shards: encode, prove, split, append end-of-document ids, write.
+"""One work unit to its shards: read, encode, prove, split, append end-of-document ids, write.
 
-The inner loop of `build_shards`: a line of four threads that read, encode, assemble and write, so that
-encoding never waits. Ids stay in flat arrays all the way.
+The inner loop of `build_shards`. Every core takes a unit of its own through all of this, batch by batch,
+with an encoder of its own: nothing waits for anything, and memory holds a batch for each core. Ids stay
+in flat arrays all the way. A finished unit leaves a record beside the shards; a build that was killed
+takes it from there.
 """
 
+import functools
+import hashlib
 import itertools
-import operator
+import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +24,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_prep.corpus import Documents, WorkUnit, read_documents
-from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, reference_ids
+from data_prep import pretokenized
+from data_prep.corpus import Documents, check_unchanged, clean, read_documents
+from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
 from data_prep.errors import UserError
+from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
-from data_prep.shards import INDEX_DTYPE, SPLITS, TOKEN_DTYPE, Index, Tokens, write_array
+from data_prep.shards import (
+    FORMAT_VERSION,
+    SPLITS,
+    TOKEN_DTYPE,
+    UNITS_NAME,
+    Index,
+    ShardWriter,
+    Tokens,
+    digest_file,
+    write_durably,
+)
+from data_prep.work_units import WorkUnit
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
 PARITY_CHARACTERS = 64 << 10  # of a document, at most
+PARITY_MARGIN = 64  # tokens at the end of a document that was cut for the comparison
+POLL_SECONDS = 0.1
+SPACE = "make space or choose another --output-dir, and build again: finished units are kept"
 
-SPACE = "make space or choose another --output-dir, and build again"
-
-T = TypeVar("T")
+Encoded = tuple[Ids, Offsets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,87 +69,179 @@ class ShardFacts:
 class UnitResult:
     """A finished work unit."""
 
-    unit: WorkUnit
     rows: int
     empty_documents: int
+    bad_documents: Reasons
     shards: tuple[ShardFacts, ...]
 
 
-@dataclass(kw_only=True)
-class SplitContent:
-    """What has come together for one split of a unit."""
+class StoppedError(Exception):
+    """Another unit met an error; this one is given up."""
 
-    tokens: list[Tokens] = field(default_factory=list)
-    index: list[Index] = field(default_factory=list)
-    size: int = 0
-    text_bytes: int = 0
-    text_characters: int = 0
+
+class SplitWriter:
+    """What comes together for one split of a unit; its file appears with the first document."""
+
+    def __init__(self, split: str, path: Path) -> None:
+        self.split, self.path = split, path
+        self.writer: ShardWriter | None = None
+        self.documents = self.text_bytes = self.text_characters = 0
 
     def add(self, tokens: Tokens, starts: Offsets, rows: npt.NDArray[np.uint64]) -> None:
         """Append whole documents: their tokens, where each starts in them, and their rows."""
-        self.index.append(np.stack([starts.astype(INDEX_DTYPE) + np.uint64(self.size), rows], axis=1))
-        self.tokens.append(tokens)
-        self.size += len(tokens)
+        self.writer = self.writer or ShardWriter(self.path)
+        self.writer.add(tokens, starts, rows)
+        self.documents += len(rows)
+
+    def finish(self) -> ShardFacts:
+        """Put the shard on the disk."""
+        assert self.writer is not None
+        digest, index_digest = self.writer.finish()
+        return ShardFacts(
+            split=self.split, tokens=self.writer.tokens, documents=self.documents, text_bytes=self.text_bytes,
+            text_characters=self.text_characters, xxh3_128=digest, index_xxh3_128=index_digest,
+        )  # fmt: skip
 
 
 class UnitBuilder:
     """Turns work units into shards; one for each rank."""
 
     def __init__(
-        self, *, output_dir: Path, tokenizer: LoadedTokenizer, encoder: Encoder, validation_fraction: float
+        self, *, output_dir: Path, tokenizer: LoadedTokenizer, prefer: str, validation_fraction: float, threads: int
     ) -> None:
         self.output_dir = output_dir
         self.tokenizer = tokenizer
-        self.encoder = encoder
+        self.validation_fraction = validation_fraction
         self.validation_below = np.uint64(min(int(validation_fraction * 2**64), 2**64 - 1))
+        self.threads = threads
+        self._new_encoder = functools.partial(new_encoder, tokenizer, prefer=prefer)
+        self.encoder = self._new_encoder()  # of the first thread; each has its own
+        self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> list[UnitResult]:
-        """Build the units in order; returns once every file is on the disk."""
-        written: list[Future[UnitResult]] = []
-        with ThreadPoolExecutor(1) as writer:
-            for unit, batches in itertools.groupby(read_ahead(self._encode_units(units)), operator.itemgetter(0)):
-                content = {split: SplitContent() for split in SPLITS}
-                rows = empty = 0
-                for _, documents, encoded in batches:
-                    if encoded is not None:
-                        self._add(unit, documents, *encoded, content, is_first=rows == 0)
-                    rows, empty = rows + documents.rows_read, empty + documents.empty
-                    progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
-                for earlier in written[-1:]:
-                    earlier.result()  # at most two units in memory
-                written.append(writer.submit(self._write, unit, rows, empty, content))
-            return [unit_written.result() for unit_written in written]
+        """Build the units, a core each; returns once every file is on the disk. The first error stops all."""
+        free = [self.encoder]
 
-    def _encode_units(
-        self, units: Iterable[WorkUnit]
-    ) -> Iterator[tuple[WorkUnit, Documents, tuple[Ids, Offsets] | None]]:
-        """The units' batches with their ids; None where a batch has no documents."""
-        for unit, documents in read_ahead(_read_units(units)):
-            yield unit, documents, self.encoder.encode(documents.texts) if len(documents.texts) else None
+        def work(unit: WorkUnit) -> UnitResult:
+            try:
+                encoder = free.pop()
+            except IndexError:
+                encoder = self._new_encoder()
+            try:
+                with writing(self.output_dir, f"unit {unit.name}"):
+                    return self._build_unit(unit, encoder, progress)
+            finally:
+                free.append(encoder)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(work, unit) for unit in units]
+            try:
+                self._watch(futures, progress)
+            finally:
+                self._stopping.set()
+                pool.shutdown(cancel_futures=True)
+        return [future.result() for future in futures]
+
+    def _watch(self, futures: Sequence[Future[UnitResult]], progress: Progress) -> None:
+        """Report progress until all is done, or raise the first error."""
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if progress.report():
+                raise StoppedError
+
+    def _build_unit(self, unit: WorkUnit, encoder: Encoder, progress: Progress) -> UnitResult:
+        signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
+        if (finished := self._finished(unit, signature)) is not None:
+            progress.add(unit.size_bytes, 0)
+            return finished
+        splits = {split: SplitWriter(split, self.output_dir / shard_path(split, unit)) for split in SPLITS}
+        rows = empty = taken = 0
+        bad: Reasons = []
+        try:
+            for documents, encoded in self._batches(unit, encoder):
+                if self._stopping.is_set():
+                    raise StoppedError
+                if len(documents.texts):
+                    is_first = not any(part.documents for part in splits.values())
+                    self._add(unit, documents, encoded, encoder, splits, is_first=is_first)
+                rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
+                taken += documents.input_bytes
+                progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
+            shards = tuple(part.finish() for part in splits.values() if part.documents)
+        finally:
+            for part in splits.values():
+                if part.writer is not None:
+                    part.writer.close()
+        progress.add(unit.size_bytes - taken, 0)
+        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=shards)
+        write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
+        return result
+
+    def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
+        """What an earlier build left of a unit, if it is whole: its record, and files with the digests in it."""
+        result = read_record(self.output_dir / record_path(unit), signature)
+        if result is None or (result.bad_documents and not unit.skip_bad):
+            return None
+        for shard in result.shards:
+            path = self.output_dir / shard_path(shard.split, unit)
+            files = {path: shard.xxh3_128, path.with_name(f"{unit.name}.documents.npy"): shard.index_xxh3_128}
+            if not all(file.is_file() and digest_file(file) == digest for file, digest in files.items()):
+                return None
+        return result
+
+    def _batches(self, unit: WorkUnit, encoder: Encoder) -> Iterator[tuple[Documents, Encoded | None]]:
+        """The unit's documents, with their ids if the input holds ids already."""
+        if unit.format not in pretokenized.FORMATS:
+            yield from ((documents, None) for documents in read_documents(unit))
+            return
+        check_unchanged(unit)
+        row, eos_id = 0, self.tokenizer.eos_id
+        for ids, offsets, taken in pretokenized.read_ids(unit.files[0], unit.format, unit.start, unit.stop, eos_id):
+            if len(ids) and ids.max() >= self.tokenizer.vocab_size:
+                size = self.tokenizer.vocab_size
+                raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
+            if len(special := ids[np.isin(ids, list(self.tokenizer.special_tokens.values()))]):
+                token = self.tokenizer.reference.id_to_token(int(special[0]))
+                raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
+            count = len(offsets) - 1
+            documents = Documents(
+                texts=encoder.decode(ids, offsets), rows=np.arange(count, dtype=np.uint64), rows_read=count,
+                input_bytes=taken,
+            )  # fmt: skip
+            documents = clean(unit, documents, row)
+            kept = np.zeros(count, bool)
+            kept[documents.rows.astype(np.int64) - row] = True
+            lengths = np.diff(offsets)
+            yield documents, (ids[np.repeat(kept, lengths)], np.append(0, np.cumsum(lengths[kept])))
+            row += count
 
     def _add(
-        self, unit: WorkUnit, documents: Documents, ids: Ids, offsets: Offsets, content: dict[str, SplitContent],
-        *, is_first: bool,
+        self, unit: WorkUnit, documents: Documents, encoded: Encoded | None, encoder: Encoder,
+        splits: dict[str, SplitWriter], *, is_first: bool,
     ) -> None:  # fmt: skip
-        """Prove a batch and add its documents to their splits."""
+        """Encode a batch, prove it, and add its documents to their splits."""
+        ids, offsets = encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
-        self._prove(unit, documents, ids, offsets, _parity_sample(hashes, at_least_one=is_first))
-        tokens, starts = self._with_eos(ids, offsets)
+        for i in _parity_sample(hashes, at_least_one=is_first):
+            self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder, is_import=encoded is not None)
+        tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
         lengths = pc.binary_length(documents.texts).to_numpy()
         characters = pc.utf8_length(documents.texts).to_numpy()
-        for split, chosen in zip(SPLITS, (~is_validation, is_validation), strict=True):
-            part = content[split]
+        for part, chosen in zip(splits.values(), (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
 
-    def _with_eos(self, ids: Ids, offsets: Offsets) -> tuple[Tokens, Offsets]:
+    def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
         if len(ids) and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(f"{self.encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
+            raise UserError(f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
         documents = len(offsets) - 1
         starts = offsets + np.arange(documents + 1)
         tokens = np.full(len(ids) + documents, self.tokenizer.eos_id, TOKEN_DTYPE)
@@ -143,46 +255,77 @@ class UnitBuilder:
             )
         return tokens, starts
 
-    def _prove(self, unit: WorkUnit, documents: Documents, ids: Ids, offsets: Offsets, sample: Iterable[int]) -> None:
-        """Compare documents with the reference. Raises UserError naming the one that differs."""
-        if self.encoder.is_reference:
+    def _prove(
+        self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder, *, is_import: bool
+    ) -> None:
+        """Compare a document with the reference. Raises UserError naming it if they differ."""
+        if encoder.is_reference and not is_import:
             return
-        for i in sample:
-            text, got = documents.texts[i].as_py(), ids[offsets[i] : offsets[i + 1]]
-            if len(text) > PARITY_CHARACTERS:
-                text = text[:PARITY_CHARACTERS]
-                got, _ = self.encoder.encode(pa.array([text], pa.large_string()))
-            if not np.array_equal(got, reference_ids(self.tokenizer, text)):
-                document = f"{unit.path}: document in row {documents.rows[i]} of unit {unit.name}"
-                different = f"{self.encoder.name} and tokenizers give different ids"
-                raise UserError(f"{document}: {different}; build with --encoder tokenizers")
-
-    def _write(self, unit: WorkUnit, rows: int, empty: int, content: dict[str, SplitContent]) -> UnitResult:
-        """Write the unit's shards and indexes durably."""
-        parts = {split: part for split, part in content.items() if part.size}
-        try:
-            shards = tuple(self._write_shard(unit, split, part) for split, part in parts.items())
-        except OSError as error:
-            raise UserError(f"{self.output_dir}: can't write unit {unit.name} ({error.strerror}); {SPACE}") from None
-        return UnitResult(unit=unit, rows=rows, empty_documents=empty, shards=shards)
-
-    def _write_shard(self, unit: WorkUnit, split: str, part: SplitContent) -> ShardFacts:
-        path = self.output_dir / shard_path(split, unit)
-        index = np.concatenate(part.index)
-        return ShardFacts(
-            split=split,
-            tokens=part.size,
-            documents=len(index),
-            text_bytes=part.text_bytes,
-            text_characters=part.text_characters,
-            xxh3_128=write_array(path, np.concatenate(part.tokens)),
-            index_xxh3_128=write_array(path.with_name(f"{unit.name}.documents.npy"), index),
-        )
+        text = documents.texts[i].as_py()
+        is_cut = len(text) > PARITY_CHARACTERS
+        text = text[:PARITY_CHARACTERS]
+        expected = reference_ids(self.tokenizer, text)
+        if is_cut and is_import:
+            expected = expected[:-PARITY_MARGIN]
+            got = got[: len(expected)]
+        elif is_cut:
+            got, _ = encoder.encode(pa.array([text], pa.large_string()))
+        if np.array_equal(got, expected):
+            return
+        document = f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}"
+        if is_import:
+            own = f"its ids are not what {self.tokenizer.directory} gives for their text"
+            raise UserError(f"{document}: {own}; name the tokenizer that made them")
+        different = f"{encoder.name} and tokenizers give different ids"
+        raise UserError(f"{document}: {different}; build with --encoder tokenizers")
 
 
 def shard_path(split: str, unit: WorkUnit) -> str:
     """Where a unit's shard of a split lies in the data set."""
     return f"shards/{split}/{unit.source}/{unit.name}.npy"
+
+
+def record_path(unit: WorkUnit) -> str:
+    """Where the record of a finished unit lies in the data set."""
+    return f"{UNITS_NAME}/{unit.source}/{unit.name}.json"
+
+
+def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: float) -> str:
+    """All that the shards of a unit depend on, as a digest."""
+    about = asdict(unit) | {"skip_bad": None, "tokenizer": tokenizer_sha256, "validation": validation_fraction}
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
+
+
+def record_bytes(signature: str, result: UnitResult) -> bytes:
+    """The record of a finished unit, as a file: what it gave, sealed with the unit's signature."""
+    content = asdict(result)
+    return (json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n").encode()
+
+
+def _seal(signature: str, content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([signature, content]).encode()).hexdigest()
+
+
+def read_record(path: Path, signature: str) -> UnitResult | None:
+    """The record of a finished unit; None if there is none, a damaged one, or one of other inputs."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        if content.pop("seal") != _seal(signature, content):
+            return None
+        shards = tuple(ShardFacts(**shard) for shard in content.pop("shards"))
+        bad = [(int(row), str(reason)) for row, reason in content.pop("bad_documents")]
+        return UnitResult(shards=shards, bad_documents=bad, **content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def writing(output_dir: Path, what: str) -> Iterator[None]:
+    """A full disk, or one that can't be written to, is a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output_dir}: can't write {what} ({error.strerror or error}); {SPACE}") from None
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:
@@ -194,20 +337,7 @@ def hash_texts(texts: pa.LargeStringArray) -> Index:
     return np.fromiter(hashes, np.uint64, len(texts))
 
 
-def read_ahead(batches: Iterator[T]) -> Iterator[T]:
-    """The same batches; the next one is read while the last one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next, batches, None)
-        while (batch := ahead.result()) is not None:
-            ahead = reader.submit(next, batches, None)
-            yield batch
-
-
-def _read_units(units: Iterable[WorkUnit]) -> Iterator[tuple[WorkUnit, Documents]]:
-    return ((unit, documents) for unit in units for documents in read_documents(unit))
-
-
-def _parity_sample(hashes: Index, *, at_least_one: bool) -> list[int]:
+def _parity_sample(hashes: Index, *, at_least_one: bool) -> Iterable[int]:
     sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
     return sample or ([int(hashes.argmin())] if at_least_one else [])
 

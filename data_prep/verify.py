@@ -1,12 +1,15 @@
 """Verify a data set: every digest, every id, every document boundary, on all cores.
 
-Prints a line for each bad file and exits with 2 if there is any.
+Prints a line for each bad file and exits with 2 if there is any. With --repair, the work units of bad
+files are built again from their sources, and put in place if they are what the manifest says.
 """
 
+import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,72 +17,137 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.encode import Offsets
+from data_prep.build_shards import BUILD_NAME, make_plan, write_tokenizer
+from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.mixture import load_mixture
+from data_prep.ranks import Progress, SingleProcess, keep_freed_memory
 from data_prep.shards import (
     INDEX_DTYPE,
+    LOCK_NAME,
     MANIFEST_NAME,
     REBUILD,
+    SHARD_HEADER_BYTES,
+    SPLITS,
     TOKEN_DTYPE,
     TOKENIZER_FILES,
     TOKENIZER_NAME,
+    UNITS_NAME,
     Manifest,
     Shard,
     digest_file,
+    fsync_directory,
     load_manifest,
     open_array,
     tokenizer_sha256,
 )
+from data_prep.unit_shards import UnitBuilder, shard_path
 
-CHUNK_TOKENS = 1 << 21
-BUILD_NAME = "build.json"
+CHUNK_TOKENS = 1 << 20
 REMOVE = "remove it"
+ADVICE = f"run this with --repair, or {REBUILD}"
+
+Problem = tuple[Shard | None, str]  # the shard that is bad, if it is one, and the line
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = CommandParser(prog="python -m data_prep.verify", description=__doc__.partition("\n")[0])
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
-    data_dir = parser.parse_args(argv).data_dir
+    parser.add_argument("--repair", action="store_true", help="build what is bad again from the sources")
+    parser.add_argument("--mixture", type=Path, help="where the mixture file is now, for --repair, if it was moved")
+    arguments = parser.parse_args(argv)
+    data_dir: Path = arguments.data_dir
     started = time.perf_counter()
+    keep_freed_memory()
     manifest = load_manifest(data_dir)
-    problems = [*find_problems(data_dir, manifest), *find_strays(data_dir, manifest)]
-    for problem in problems:
+    problems = list(find_problems(data_dir, manifest))
+    for _, problem in problems:
         print(f"bad: {problem}")
+    if arguments.repair and problems:
+        repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
+        problems = list(find_problems(data_dir, manifest))
     if problems:
+        shard, first = problems[0]
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
-        advice = "" if REBUILD in problems[0] or REMOVE in problems[0] else f"; {REBUILD}"
-        raise UserError(f"{data_dir}: {many}: {problems[0]}{advice}")
+        advice = ", or this with --repair" if shard else ""
+        advice = advice if REBUILD in first or REMOVE in first else f"; {ADVICE}"
+        raise UserError(f"{data_dir}: {many}: {first}{advice}")
     seconds = time.perf_counter() - started
     size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in (shard.path, shard.index_path))
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
     print(f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint {manifest.fingerprint}")
 
 
-def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[str]:
-    """One line for each bad file: the manifest, the tokenizer, then shards in the order of the manifest."""
+def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
+    """A line for each bad file: the manifest, the tokenizer, shards in the order of the manifest, files unknown."""
     built = data_dir / BUILD_NAME
     if built.is_file() and manifest.fingerprint not in built.read_text(encoding="utf-8"):
-        yield f"{data_dir / MANIFEST_NAME}: fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
+        other = f"fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
+        yield None, f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
     if tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
-        yield f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
+        yield None, f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
 
-    def check(shard: Shard) -> list[str]:
-        found, starts = [], None
+    def check(shard: Shard) -> list[Problem]:
+        found: list[Problem] = []
+        starts = None
         try:
             starts = check_index(data_dir, shard)
         except UserError as error:
-            found.append(str(error))
+            found.append((shard, str(error)))
         try:
             check_tokens(data_dir, manifest, shard, starts)
         except UserError as error:
-            found.append(str(error))
+            found.append((shard, str(error)))
         return found
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(check, manifest.shards)
         for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
             yield from lines
+    yield from ((None, line) for line in find_strays(data_dir, manifest))
+
+
+def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_path: Path | None) -> None:
+    """Build the units of bad shards again, beside; put them in place if they are what the manifest says."""
+    try:
+        built = dict(json.loads((data_dir / BUILD_NAME).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        built = {}
+    path = mixture_path or Path(built.get("mixture", "its mixture file"))
+    if not path.is_file():
+        raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
+    tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
+    is_own_good = tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
+    mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
+    tokenizer = load_tokenizer(mixture.tokenizer_dir)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back")
+    if not is_own_good:
+        write_tokenizer(data_dir, tokenizer)
+    plan = make_plan(mixture, tokenizer)
+    names = {shard.path for shard in bad}
+    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in SPLITS}]
+    scratch = data_dir / "repair.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    builder = UnitBuilder(
+        output_dir=scratch, tokenizer=tokenizer, prefer="gigatoken", validation_fraction=manifest.validation_fraction,
+        threads=len(os.sched_getaffinity(0)),
+    )  # fmt: skip
+    try:
+        builder.build(units, Progress(SingleProcess(), sum(unit.size_bytes for unit in units)))
+        for shard in bad:
+            for digest, name in ((shard.xxh3_128, shard.path), (shard.index_xxh3_128, shard.index_path)):
+                if not (scratch / name).is_file() or digest_file(scratch / name) != digest:
+                    where = f"{shard.inputs[0]}: rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
+                    raise UserError(f"{where}: not the text any more that {shard.path} was made of; bring it back")
+        for name in sorted({path for shard in bad for path in (shard.path, shard.index_path)}):
+            (data_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, data_dir / name)
+            fsync_directory((data_dir / name).parent)
+            print(f"repaired: {data_dir / name}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
@@ -97,16 +165,17 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
     """The ids are as the manifest says, below vocab_size, and documents end where a good index says."""
     path = data_dir / shard.path
-    tokens = open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        state.update(file.read(path.stat().st_size - tokens.nbytes))
-    ends, largest = [], 0
-    for start in range(0, len(tokens), CHUNK_TOKENS):
-        chunk = tokens[start : start + CHUNK_TOKENS]
-        state.update(chunk.data)
-        largest = max(largest, int(chunk.max()))
-        ends.append(np.flatnonzero(chunk == manifest.eos_id) + start)
+    open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+    state, ends, largest, position = xxhash.xxh3_128(), [], 0, 0
+    buffer = np.empty(CHUNK_TOKENS, TOKEN_DTYPE)
+    with path.open("rb", buffering=0) as file:
+        state.update(file.read(SHARD_HEADER_BYTES))
+        while count := file.readinto(buffer) // TOKEN_DTYPE.itemsize:  # type: ignore[arg-type]
+            chunk = buffer[:count]
+            state.update(chunk.data)
+            largest = max(largest, int(chunk.max()))
+            ends.append(np.flatnonzero(chunk == manifest.eos_id) + position)
+            position += count
     if state.hexdigest() != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     if largest >= manifest.vocab_size:
@@ -120,10 +189,11 @@ def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offse
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {MANIFEST_NAME, BUILD_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in TOKENIZER_FILES)}
+    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in TOKENIZER_FILES)}
     known.update(path for shard in manifest.shards for path in (shard.path, shard.index_path))
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
-        if path.relative_to(data_dir).as_posix() not in known:
+        name = path.relative_to(data_dir).as_posix()
+        if name not in known and not (name.startswith(f"{UNITS_NAME}/") and name.endswith(".json")):
             yield f"{path}: not part of the data set; {REMOVE}"
 
 

@@ -5,12 +5,11 @@ deepspeed.json   the merged engine dictionary   state.json      running | preemp
 checkpoints/     see pretrain/checkpoint.py     tokenizer/      a copy of the data set's
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -24,7 +23,6 @@ RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
 METRICS_NAME = "metrics.jsonl"
 STATE_NAME = "state.json"
-LOCK_NAME = ".lock"
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -80,23 +78,6 @@ def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], d
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
     for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
         write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())
-
-
-def lock(run_dir: Path) -> IO[str]:
-    """Hold the directory for this process; the lock ends with the process, however that ends.
-
-    Raises UserError if another process of this machine, or of one that shares its locks, is training there.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK_NAME).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{run_dir}: another process is training there; wait for it, or give another --run-dir"
-        ) from None
-    return file
 
 
 class MetricsFile:

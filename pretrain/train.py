@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, os_error_line
-from data_prep.shards import ShardReader, Tokens
+from data_prep.shards import ShardReader, Tokens, lock
 from pretrain import engine as engines
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.checkpoint import newest_good, prune_checkpoints, save_checkpoint
@@ -36,7 +36,7 @@ from pretrain.engine import Engine
 from pretrain.loader import TrainingLoader, ValidationWindows
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
-from pretrain.run_directory import MetricsFile, check_same_run, describe_run, lock, read_state, write_state
+from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
     set_determinism(run.recipe)
     device = engines.start_process_group(world)
-    held = together(lambda: lock(run.run_dir) if world.is_main else None)
+    held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         train_from_last_checkpoint(run, world, device)
     except Exception as error:

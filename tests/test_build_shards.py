@@ -4,9 +4,10 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,38 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from prep_helpers import (
+    MPIEXEC,
     NASTY_TEXTS,
+    REPOSITORY,
     VOCAB_SIZE,
     build,
+    build_command,
     build_error,
     decoded,
+    error_line,
+    flip_byte,
+    needs_mpi,
+    run,
     source,
+    stamps,
     write_jsonl,
     write_mixture,
     write_parquet,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep import corpus, unit_shards
+from data_prep import train_tokenizer, unit_shards, work_units
 from data_prep.build_shards import assign
-from data_prep.corpus import WorkUnit
-from data_prep.encode import Encoder
+from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError
 from data_prep.mixture import load_mixture
-from data_prep.shards import ShardReader, load_manifest
+from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
+from data_prep.work_units import WorkUnit
 
 pytest_plugins = ("prep_fixtures",)
 
-REPOSITORY = Path(__file__).parent.parent
-MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+A_SOURCE = source("a", "a.parquet")
 
 
 @pytest.fixture
@@ -53,15 +62,10 @@ def mixture(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> Path:
     return write_mixture(tmp_path, tokenizer_dir, sources)
 
 
-def run_build(mixture: Path, output_dir: Path, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own; one thread for each rank, so that few cores do."""
-    command = [*launcher, sys.executable, "-m", "data_prep.build_shards"]
-    flags = ["--mixture", str(mixture), "--output-dir", str(output_dir)]
-    path = os.pathsep.join([*environment.pop("PYTHONPATH", "").split(), str(REPOSITORY)])
-    return subprocess.run(
-        [*command, *flags], env={**os.environ, **environment, "PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work units of 20 kB, so that tiny sources have several."""
+    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 20_000)
 
 
 def test_every_document_comes_back(dataset: Path, texts: list[str]) -> None:
@@ -82,12 +86,15 @@ def test_the_manifest_tells_the_truth(dataset: Path, tokenizer_dir: Path, texts:
     assert sum(shard.documents for shard in speeches) == len(texts)
     assert sum(shard.text_bytes for shard in speeches) == sum(len(text.encode()) for text in texts)
     assert sum(shard.text_characters for shard in speeches) == sum(map(len, texts))
+    assert manifest.special_tokens == {"<|endoftext|>": 0}
+    assert manifest.document_separator == "eos after every document"
+    assert manifest.bad_documents == ()
     assert (dataset / "tokenizer" / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
 def test_copies_of_a_text_stay_on_one_side(dataset: Path) -> None:
     """The jsonl files repeat texts of the parquet file."""
-    splits = {(shard.input, shard.split) for shard in load_manifest(dataset).shards}
+    splits = {(*shard.inputs, shard.split) for shard in load_manifest(dataset).shards}
     assert ("more/1.jsonl", "validation") in splits
     reader, side = ShardReader(dataset), {}
     for shard in reader.manifest.shards:
@@ -99,39 +106,32 @@ def test_copies_of_a_text_stay_on_one_side(dataset: Path) -> None:
 def test_rows_count_through_the_units_of_a_file(
     tmp_path: Path, mixture: Path, texts: list[str], dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus.cut_units, "__kwdefaults__", {"unit_bytes": 5_000})
+    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 5_000)
     manifest = build(mixture, tmp_path / "out")
     assert len(manifest.shards_of("train", "speeches")) > 3
     assert decoded(tmp_path / "out").items() >= decoded(dataset).items()
 
 
-@pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is missing: pip install mpich")
-def test_the_same_bits_from_any_number_of_ranks(tmp_path: Path, mixture: Path) -> None:
-    one = build(mixture, tmp_path / "one").fingerprint
-    for ranks in ("2", "3"):
-        result = run_build(mixture, tmp_path / ranks, str(MPIEXEC), "-n", ranks)
-        assert result.returncode == 0, result.stderr
-        assert load_manifest(tmp_path / ranks).fingerprint == one
-        assert json.loads((tmp_path / ranks / "build.json").read_text())["ranks"] == int(ranks)
-
-
-@pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is missing: pip install mpich")
-def test_an_error_on_any_rank_is_one_line_and_the_end_of_all(tmp_path: Path, mixture: Path) -> None:
+@needs_mpi
+def test_an_error_on_any_rank_is_one_line_and_the_end_of_all(
+    tmp_path: Path, tokenizer_dir: Path, mixture: Path
+) -> None:
+    """One rank meets it at once; the other has half a minute of work before it."""
     (tmp_path / "more" / "1.jsonl").write_text('{"text": "x"}\nnonsense\n')
-    result = run_build(mixture, tmp_path / "out", str(MPIEXEC), "-n", "2")
-    assert result.returncode == 2
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1
-    assert "1.jsonl: line 2: not valid JSON" in errors[0]
-    assert "Traceback" not in result.stderr
+    write_parquet(tmp_path / "a.parquet", [f"{i} " * 1000 for i in range(10_000)], group_rows=50)
+    sources = [source("more", "more/*.jsonl", format="jsonl"), A_SOURCE]
+    mixture = write_mixture(tmp_path, tokenizer_dir, sources)
+    command = build_command(mixture, tmp_path / "out", "--encoder", "tokenizers", ranks=2, unit_bytes=500_000)
+    assert "1.jsonl: line 2: not valid JSON" in error_line(run(command))
+    assert len(list((tmp_path / "out" / "units").glob("a/*.json"))) < 20
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_many_worlds_of_one_rank_are_refused(tmp_path: Path, mixture: Path) -> None:
     pytest.importorskip("mpi4py.MPI", exc_type=ImportError)
-    result = run_build(mixture, tmp_path / "out", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
-    assert result.returncode == 2
-    assert "the launcher started 2 ranks, but mpi4py sees 1" in result.stderr
+    world = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    line = error_line(run(build_command(mixture, tmp_path / "out"), **world))
+    assert "the launcher started 2 ranks, but mpi4py sees 1" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +139,7 @@ def test_the_same_bits_without_gigatoken(tmp_path: Path, mixture: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "gigatoken.py").write_text("raise ImportError('blocked')\n")
-    result = run_build(mixture, tmp_path / "slow", PYTHONPATH=str(blocked))
+    result = run(build_command(mixture, tmp_path / "slow"), PYTHONPATH=str(blocked))
     assert result.returncode == 0, result.stderr
     assert "note: gigatoken is not installed; encoding with tokenizers" in result.stderr
     assert load_manifest(tmp_path / "slow").fingerprint == build(mixture, tmp_path / "fast").fingerprint
@@ -177,38 +177,191 @@ def test_a_second_call_does_nothing(tmp_path: Path, mixture: Path, capsys: pytes
         build(mixture, tmp_path / "out")
 
 
-def test_an_unfinished_build_is_built_again(tmp_path: Path, mixture: Path) -> None:
+def unfinish(output_dir: Path) -> dict[str, tuple[int, int]]:
+    """As a kill just before the manifest leaves it; stamps of what is there."""
+    (output_dir / "manifest.json").unlink()
+    return stamps(output_dir)
+
+
+def rewritten(output_dir: Path, before: dict[str, tuple[int, int]]) -> set[str]:
+    """Records, shards and indexes that are not the files they were."""
+    now = stamps(output_dir)
+    return {name for name in before | now if name[:5] in ("shard", "units") and before.get(name) != now.get(name)}
+
+
+def files_of_unit(manifest: Manifest, of: Shard) -> set[str]:
+    name = Path(of.path).stem
+    shards = [shard for shard in manifest.shards if Path(shard.path).stem == name]
+    assert {shard.source for shard in shards} == {of.source}
+    return {f"units/{of.source}/{name}.json", *(path for s in shards for path in (s.path, s.index_path))}
+
+
+def test_an_unfinished_build_goes_on(tmp_path: Path, mixture: Path, small_units: None) -> None:
     manifest = build(mixture, tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").unlink()
-    (tmp_path / "out" / "shards" / "train" / "stale.npy").write_bytes(b"")
+    before = unfinish(tmp_path / "out")
+    for stray in ("shards/train/stale.npy", "shards/train/more/9.npy.tmp", "units/more/9.json"):
+        (tmp_path / "out" / stray).write_bytes(b"")
     assert build(mixture, tmp_path / "out") == manifest
-    assert not (tmp_path / "out" / "shards" / "train" / "stale.npy").exists()
+    assert not rewritten(tmp_path / "out", before)
+    assert stamps(tmp_path / "out").keys() == before.keys() | {"manifest.json"}
 
 
-def test_an_output_directory_with_something_else_is_left_alone(tmp_path: Path, mixture: Path) -> None:
+DAMAGES: dict[str, Callable[[Path, Path, Path], object]] = {
+    "a flipped byte of the shard": lambda shard, index, record: flip_byte(shard),
+    "a flipped byte of the index": lambda shard, index, record: flip_byte(index),
+    "a truncated shard": lambda shard, index, record: os.truncate(shard, 200),
+    "no index": lambda shard, index, record: index.unlink(),
+    "a truncated record": lambda shard, index, record: os.truncate(record, 200),
+    "an empty record": lambda shard, index, record: os.truncate(record, 0),
+    "a record of nothing": lambda shard, index, record: record.write_text("null"),
+    "a wrong figure in a record": lambda shard, index, record: record.write_text(
+        record.read_text().replace('"text_bytes": ', '"text_bytes": 1')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_unit_alone_is_built_again(tmp_path: Path, mixture: Path, small_units: None, damage: str) -> None:
+    manifest = build(mixture, tmp_path / "out")
+    before = unfinish(tmp_path / "out")
+    shard = manifest.shards_of("train", "speeches")[1]
+    record = tmp_path / "out" / "units" / "speeches" / f"{Path(shard.path).stem}.json"
+    DAMAGES[damage](tmp_path / "out" / shard.path, tmp_path / "out" / shard.index_path, record)
+    assert build(mixture, tmp_path / "out") == manifest
+    assert rewritten(tmp_path / "out", before) == files_of_unit(manifest, shard)
+
+
+def test_every_record_damaged(tmp_path: Path, mixture: Path, small_units: None) -> None:
+    manifest = build(mixture, tmp_path / "out")
+    unfinish(tmp_path / "out")
+    for record in (tmp_path / "out" / "units").glob("*/*.json"):
+        flip_byte(record, 20)
+    assert build(mixture, tmp_path / "out") == manifest
+
+
+def test_a_changed_input_costs_its_own_units(tmp_path: Path, mixture: Path, texts: list[str]) -> None:
+    build(mixture, tmp_path / "out")
+    before = unfinish(tmp_path / "out")
+    write_jsonl(tmp_path / "more" / "2.jsonl", texts[21:22])
+    build(mixture, tmp_path / "out")
+    assert {Path(name).name.split(".")[0] for name in rewritten(tmp_path / "out", before)} == {"00002-2-00000"}
+    assert decoded(tmp_path / "out")["more/2.jsonl", 0] == texts[21]
+
+
+def test_other_weights_take_the_units_that_are_there(tmp_path: Path, mixture: Path) -> None:
+    old = build(mixture, tmp_path / "out")
+    before = stamps(tmp_path / "out")
+    mixture.write_text(mixture.read_text().replace("weight: 3", "weight: 1"))
+    with pytest.raises(UserError, match=r"holds a data set of another mixture .* remove its manifest\.json and run"):
+        build(mixture, tmp_path / "out")
+    assert stamps(tmp_path / "out") == before
+    (tmp_path / "out" / "manifest.json").unlink()
+    new = build(mixture, tmp_path / "out")
+    assert [source.share for source in new.sources] == [2048, 2048]
+    assert new.shards == old.shards
+    assert not rewritten(tmp_path / "out", before)
+
+
+def test_bad_documents_stop_the_build_or_are_left_out(
+    tmp_path: Path, tokenizer_dir: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When the policy changes, the units that are there serve as far as they may."""
+    write_jsonl(tmp_path / "0.jsonl", texts[:20])
+    write_jsonl(tmp_path / "1.jsonl", texts[20:30])
+    with (tmp_path / "1.jsonl").open("a") as file:
+        file.write('nonsense\n{"text": "good"}\n{"text": null}\n')
+    sources = [source("a", "*.jsonl", format="jsonl")]
+    lenient = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip").rename(tmp_path / "lenient.yaml")
+    strict = write_mixture(tmp_path, tokenizer_dir, sources)
+    assert "1.jsonl: line 11: not valid JSON" in build_error(strict, tmp_path / "out")
+    manifest = build(lenient, tmp_path / "out")
+    assert "left out                2 bad documents" in capsys.readouterr().out
+    bad = [(document.source, document.input, document.row) for document in manifest.bad_documents]
+    assert bad == [("a", "1.jsonl", 10), ("a", "1.jsonl", 12)]
+    assert "not valid JSON" in manifest.bad_documents[0].reason
+    assert (manifest.sources[0].bad_documents, manifest.sources[0].empty_documents) == (2, 0)
+    assert decoded(tmp_path / "out")["1.jsonl", 11] == "good"
+    before = unfinish(tmp_path / "out")
+    assert "1.jsonl: line 11: not valid JSON" in build_error(strict, tmp_path / "out")
+    assert build(lenient, tmp_path / "out") == manifest
+    assert not rewritten(tmp_path / "out", before)
+
+
+def test_an_output_directory_with_something_else_is_left_alone(
+    tmp_path: Path, mixture: Path, small_units: None
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
     assert "not a data set of this command" in build_error(mixture, other)
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
-    fingerprint = build(mixture, tmp_path / "out").fingerprint
-    write_jsonl(tmp_path / "more" / "2.jsonl", ["changed"])
+    assert "not a data set of this command" in build_error(mixture, other / "thesis.txt")
+    assert "can't write the tokenizer (Not a directory)" in build_error(mixture, other / "thesis.txt" / "out")
+    build(mixture, tmp_path / "out")
+    before = stamps(tmp_path / "out")
+    mixture.write_text(mixture.read_text().replace("speeches.parquet", "more/0.jsonl").replace("parquet", "jsonl"))
     with pytest.raises(UserError, match="holds a data set of another mixture or tokenizer"):
         build(mixture, tmp_path / "out")
-    assert load_manifest(tmp_path / "out").fingerprint == fingerprint
+    assert stamps(tmp_path / "out") == before
+
+
+def test_units_of_another_tokenizer_are_left_alone(tmp_path: Path, mixture: Path, small_units: None) -> None:
+    """Complete or not."""
+    train_tokenizer.main([
+        "--vocab-size", "300", "--source", str(tmp_path / "more" / "0.jsonl"), "--output-dir", str(tmp_path / "other")
+    ])  # fmt: skip
+    build(mixture, tmp_path / "out")
+    before = stamps(tmp_path / "out")
+    with pytest.raises(UserError, match="holds a data set of another mixture or tokenizer"):
+        build(mixture, tmp_path / "out", "--tokenizer", str(tmp_path / "other"))
+    assert stamps(tmp_path / "out") == before
+    before = unfinish(tmp_path / "out")
+    with pytest.raises(UserError, match="holds finished units of another mixture or tokenizer; choose another"):
+        build(mixture, tmp_path / "out", "--tokenizer", str(tmp_path / "other"))
+    assert stamps(tmp_path / "out") == before
+
+
+def test_a_directory_in_which_a_build_had_just_begun(tmp_path: Path, mixture: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "build.json.tmp").write_text("{")
+    (tmp_path / "out" / ".lock").write_text("")
+    build(mixture, tmp_path / "out")
+    assert not [name for name in stamps(tmp_path / "out") if name.endswith((".tmp", ".lock"))]
+
+
+def test_two_builds_of_one_directory(tmp_path: Path, mixture: Path) -> None:
+    with lock(tmp_path / "out", "building it", "--output-dir"):
+        assert "out: another process is building it; wait for it" in build_error(mixture, tmp_path / "out")
+    build(mixture, tmp_path / "out")
+
+
+def test_how_often_training_sees_each_source(tmp_path: Path, mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = build(mixture, tmp_path / "out")
+    speeches, more = (manifest.tokens("train", name) for name in ("speeches", "more"))
+    capsys.readouterr()
+    build(mixture, tmp_path / "out", "--train-tokens", f"{4 * speeches:.1e}")
+    _, first, second = capsys.readouterr().out.splitlines()
+    tokens = float(f"{4 * speeches:.1e}")
+    assert first == f"epochs       speeches: {0.75 * tokens / speeches:,.2f} over {int(tokens):,} training tokens"
+    assert second.startswith(f"epochs       more: {0.25 * tokens / more:,.2f} over ")
+    assert second.endswith("; above 4 repeats teach little: add text or lower its weight") == (tokens > 16 * more)
 
 
 def test_wrong_ids_of_the_fast_encoder_stop_the_build(
     tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = unit_shards.UnitBuilder._prove
+    def off_by_one(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
+        honest = new_encoder(tokenizer, prefer=prefer)
 
-    def off_by_one(self: unit_shards.UnitBuilder, unit: WorkUnit, documents: Any, ids: Any, *more: Any) -> None:
-        honest(self, unit, documents, ids + 1, *more)
+        def encode(texts: Any) -> tuple[Any, Any]:
+            ids, offsets = honest.encode(texts)
+            return ids + 1, offsets
 
-    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", off_by_one)
+        return replace(honest, encode=encode)
+
+    monkeypatch.setattr(unit_shards, "new_encoder", off_by_one)
     message = build_error(mixture, tmp_path / "out")
-    assert "speeches.parquet: document in row" in message
+    assert re.search(r"(speeches\.parquet|more/\d\.jsonl): document in row \d+ of unit 0000\d-", message)
     assert "tokenizers give different ids; build with --encoder tokenizers" in message
 
 
@@ -258,15 +411,16 @@ def test_a_source_without_documents(
     assert "source 'b': no documents in b.parquet" in message
 
 
-A_SOURCE = source("a", "a.parquet")
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"validation_fracton": 0.1}, "unknown key 'validation_fracton'; did you mean 'validation_fraction'?"),
         ({"sources": [{**A_SOURCE, "wieght": 1}]}, "sources[0]: unknown key 'wieght'; did you mean 'weight'?"),
-        ({"sources": [{"name": "a"}]}, "sources[0]: 'path' is missing"),
+        ({"sources": [{"name": "a"}]}, "sources[0]: 'weight' is missing"),
+        ({"sources": [{"name": "a", "weight": 1}]}, "sources[0]: expected either path or hub"),
+        ({"sources": [{**A_SOURCE, "hub": "a/b"}]}, "sources[0]: expected either path or hub"),
+        ({"sources": [{**A_SOURCE, "split": "train"}]}, "sources[0]: split has a meaning only beside hub; remove it"),
+        ({"on_bad_document": "warn"}, "on_bad_document is 'warn', expected one of error, skip"),
         ({"sources": []}, "expected a list of at least one source"),
         ({"sources": ["a.parquet"]}, "sources[0]: expected the keys name, path"),
         ({"sources": [A_SOURCE, A_SOURCE]}, "two sources are named 'a'"),
@@ -276,13 +430,13 @@ A_SOURCE = source("a", "a.parquet")
         ({"sources": [{**A_SOURCE, "weight": True}]}, "weight is True, expected a number"),
         ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight is nan, expected a number"),
         ({"sources": [A_SOURCE, {**A_SOURCE, "name": "b", "weight": 1e-6}]}, "below 1/4096 of the whole"),
-        ({"sources": [{**A_SOURCE, "format": "csv"}]}, "format 'csv', expected one of parquet, jsonl, jsonl.gz"),
+        ({"sources": [{**A_SOURCE, "format": "xml"}]}, "format 'xml', expected one of parquet, jsonl, jsonl.gz"),
         ({"sources": [{**A_SOURCE, "format": "txt", "text_field": "x"}]}, "text_field has no meaning for txt"),
         ({"sources": [{**A_SOURCE, "path": "b.parquet"}]}, "source 'a': no file matches b.parquet"),
         ({"sources": [{**A_SOURCE, "text_field": "body"}]}, "no column 'body', it has: id, text"),
         ({"validation_fraction": 0}, "validation_fraction is 0.0, expected above 0 and below 1"),
         ({"validation_fraction": "much"}, "validation_fraction is 'much', expected a number"),
-        ({"tokenizer": "nowhere"}, "nowhere/tokenizer_config.json: No such file"),
+        ({"tokenizer": "nowhere"}, "nowhere/tokenizer.json: No such file"),
     ],
 )
 def test_bad_mixtures_touch_nothing(
@@ -313,7 +467,7 @@ def test_the_shipped_mixture_is_valid() -> None:
 def test_units_are_dealt_out_once_and_evenly(sizes: list[int], ranks: int) -> None:
     units = tuple(
         WorkUnit(
-            source="s", name=f"{i:02d}", path=Path(), input="", format="txt", text_field=None, start=0, stop=0,
+            source="s", name=f"{i:02d}", files=(), format="txt", text_field=None, skip_bad=False, start=0, stop=0,
             size_bytes=size,
         )
         for i, size in enumerate(sizes)
@@ -337,21 +491,14 @@ def test_text_that_encodes_to_the_end_of_document_id(tmp_path: Path, texts: list
 def test_ids_beyond_the_vocabulary_stop_the_build(
     tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def encode(texts: Any) -> tuple[Any, Any]:
+        return np.full(len(texts), VOCAB_SIZE, np.uint32), np.arange(len(texts) + 1)
+
     monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: None)
-    monkeypatch.setattr("data_prep.build_shards.new_encoder", lambda *_, **__: Encoder(
-        name="odd", encode=lambda texts: (np.full(len(texts), VOCAB_SIZE, np.uint32), np.arange(len(texts) + 1)),
-        is_reference=False,
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        unit_shards, "new_encoder", lambda *_, **__: Encoder(name="odd", encode=encode, decode=None, is_reference=False)
+    )
     assert f"odd gave id {VOCAB_SIZE}, beyond the vocabulary" in build_error(mixture, tmp_path / "out")
-
-
-def test_a_full_disk_is_one_clear_line(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(unit_shards, "write_array", full)
-    message = build_error(mixture, tmp_path / "out")
-    assert "can't write unit 00000-speeches-00000 (No space left on device); make space" in message
 
 
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,4 +507,9 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     benchmark.main(["--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("median of 1:")
-    assert [line.split("|")[1].split()[0] for line in lines[4:]] == ["`build_shards`,", "gigatoken", "`tokenizers`"]
+    routes = ["`build_shards`, one process", "`build_shards`, 2 MPI ranks", "gigatoken", "`tokenizers`"]
+    rows = [line for line in lines if line.startswith("| ") and line.count("|") == 7][1:]
+    for route in routes if MPIEXEC else [routes[0], *routes[2:]]:
+        assert rows.pop(0).startswith(f"| {route}")
+    assert not rows
+    assert any(line.startswith("| `verify`") for line in lines)

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prep_helpers import VOCAB_SIZE
+from prep_helpers import NASTY_TEXTS, VOCAB_SIZE, build, decoded, source, write_mixture, write_parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.encode import Encoder, load_tokenizer, new_encoder, reference_ids, tokenizer_sha256
+from data_prep.encode import Encoder, load_tokenizer, new_encoder, reference_ids
 from data_prep.errors import UserError
+from data_prep.shards import tokenizer_sha256
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -30,14 +31,15 @@ def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def encoders(tokenizer_dir: Path) -> tuple[Encoder, Encoder]:
     tokenizer = load_tokenizer(tokenizer_dir)
-    fast = new_encoder(tokenizer, prefer="gigatoken", parallel=True)
+    fast = new_encoder(tokenizer, prefer="gigatoken")
     assert fast.name.startswith("gigatoken")
-    return fast, new_encoder(tokenizer, prefer="tokenizers", parallel=True)
+    return fast, new_encoder(tokenizer, prefer="tokenizers")
 
 
 def test_the_facts_of_a_tokenizer(tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_token) == (VOCAB_SIZE, 0, "<|endoftext|>")
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0}
     assert tokenizer.sha256 == tokenizer_sha256(tokenizer_dir)
 
 
@@ -75,14 +77,14 @@ def test_added_tokens_that_are_not_special_still_count(tmp_path: Path, tokenizer
     extended.save(str(directory / "tokenizer.json"))
     tokenizer = load_tokenizer(directory)
     text = "to Congress, <|endoftext|>"
-    encoder = new_encoder(tokenizer, prefer="gigatoken", parallel=False)
+    encoder = new_encoder(tokenizer, prefer="gigatoken")
     assert encode(encoder, [text]) == [reference_ids(tokenizer, text).tolist()]
     assert VOCAB_SIZE in reference_ids(tokenizer, text)
 
 
 def test_what_gigatoken_cannot_load_falls_back(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_word_tokenizer(tmp_path, 5))
-    encoder = new_encoder(tokenizer, prefer="gigatoken", parallel=True)
+    encoder = new_encoder(tokenizer, prefer="gigatoken")
     assert encoder.is_reference
     assert encoder.fallback_reason is not None
     assert "can't load" in encoder.fallback_reason
@@ -104,11 +106,14 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
         return str(caught.value)
 
-    assert "tokenizer_config.json: No such file" in error()
+    assert "tokenizer.json: No such file or directory; a tokenizer directory needs it; train one with" in error()
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json: not valid JSON" in error()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    assert "tokenizer_config.json: a JSON list, expected an object" in error()
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert "tokenizer.json: No such file" in error()
+    assert f"{tmp_path}: AutoTokenizer can't load it (" in error()
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "w2"}')
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: not a loadable tokenizer" in error()
     write_word_tokenizer(tmp_path, 65_537)
@@ -117,3 +122,80 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
     for eos in (None, "nowhere"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         assert f"eos_token is {eos!r}, expected a token of the vocabulary" in error()
+
+
+def write_gpt2(directory: Path, tokenizer_dir: Path) -> None:
+    """The same tokenizer in the form in which GPT-2 was published; what ends documents, only its class knows."""
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    directory.mkdir()
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+MORE_FILES: dict[str, dict[str, object]] = {
+    "vocab and merges": {},
+    "a configuration without eos": {"tokenizer_config.json": {"model_max_length": 1024}},
+    "tokenizer.json too": {"tokenizer.json": None},
+    "tokenizer.json and a configuration": {"tokenizer.json": None, "tokenizer_config.json": {}},
+    "special_tokens_map.json": {
+        "tokenizer.json": None,
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": {"eos_token": {"content": "<|endoftext|>", "special": True}},
+    },
+    "another eos": {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+}
+
+
+@pytest.mark.parametrize("more", MORE_FILES)
+def test_a_directory_that_auto_tokenizer_loads(
+    tmp_path: Path, tokenizer_dir: Path, texts: list[str], more: str
+) -> None:
+    """A data set built with it holds AutoTokenizer's ids, and a tokenizer that needs no GPT-2."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    directory = tmp_path / "tokenizer"
+    write_gpt2(directory, tokenizer_dir)
+    for name, content in MORE_FILES[more].items():
+        (directory / name).write_text(json.dumps(content))
+        if content is None:
+            shutil.copy(tokenizer_dir / name, directory)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    write_parquet(tmp_path / "a.parquet", texts)
+    manifest = build(write_mixture(tmp_path, directory, [source("a", "a.parquet")]), tmp_path / "out")
+    eos = "<|im_end|>" if more == "another eos" else "<|endoftext|>"
+    assert (manifest.eos_token, manifest.eos_id) == (eos, VOCAB_SIZE if more == "another eos" else 0)
+    assert (theirs.eos_token, theirs.eos_token_id) == (manifest.eos_token, manifest.eos_id)
+    assert decoded(tmp_path / "out") == {("a.parquet", row): text for row, text in enumerate(texts)}
+    for class_ in (AutoTokenizer, PreTrainedTokenizerFast):
+        ours = class_.from_pretrained(tmp_path / "out" / "tokenizer")
+        assert (ours.eos_token, ours.eos_token_id) == (manifest.eos_token, manifest.eos_id)
+        for text in texts:
+            ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+            assert ours.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+            assert reference_ids(load_tokenizer(directory), text).tolist() == ids
+    assert tokenizer_sha256(tmp_path / "out" / "tokenizer") == load_tokenizer(directory).sha256
+
+
+def test_code_of_a_tokenizer_directory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto_map = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(UserError, match="AutoTokenizer can't load it"):
+        load_tokenizer(tmp_path)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=st.lists(ANY_TEXT.filter(bool), max_size=30))
+def test_any_text_comes_back_out_of_the_shards(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, documents: list[str]
+) -> None:
+    """Through parquet, the fast encoder, units and shards, byte for byte."""
+    base = tmp_path_factory.mktemp("round-trip")
+    documents = [*documents, *NASTY_TEXTS]  # these fall on both sides
+    write_parquet(base / "a.parquet", documents)
+    mixture = write_mixture(base, tokenizer_dir, [source("a", "a.parquet")], validation_fraction=0.5)
+    build(mixture, base / "out")
+    found = decoded(base / "out")
+    assert [found["a.parquet", row].encode() for row in range(len(documents))] == [text.encode() for text in documents]

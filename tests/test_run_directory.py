@@ -9,10 +9,18 @@ import pytest
 from conftest import tiny_recipe_content
 
 from data_prep.errors import UserError
+from data_prep.shards import lock
 from pretrain.config import Recipe, build_recipe, recipe_to_yaml
-from pretrain.run_directory import MetricsFile, check_same_run, lock, read_metrics, read_state, write_state
+from pretrain.run_directory import MetricsFile, check_same_run, read_metrics, read_state, write_state
 
-HOLD = "import sys, time; from pathlib import Path; from pretrain.run_directory import lock; held = lock(Path({!r}))"
+HOLD = """
+import time
+from pathlib import Path
+from data_prep.shards import lock
+held = lock(Path({!r}), "training there", "--run-dir")
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def recipe() -> Recipe:
@@ -20,16 +28,16 @@ def recipe() -> Recipe:
 
 
 def test_only_one_process_holds_a_directory_and_a_kill_frees_it(tmp_path: Path) -> None:
-    code = HOLD.format(str(tmp_path)) + "; print('held', flush=True); time.sleep(60)"
+    code = HOLD.format(str(tmp_path))
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another process is training there"):
-        lock(tmp_path)
+        lock(tmp_path, "training there", "--run-dir")
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    lock(tmp_path).close()
+    lock(tmp_path, "training there", "--run-dir").close()
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "deepspeed.json", "state.json"])

@@ -1,6 +1,7 @@
 """`verify` finds every kind of damage and names the file."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prep_helpers import build, contents, flip_byte, source, stamps, write_jsonl, write_mixture
 
 from data_prep import verify
 from data_prep.errors import UserError
@@ -33,12 +35,6 @@ def bad_lines(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return lines
 
 
-def flip_byte(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_good_data_set(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify.main([str(dataset)])
     out = capsys.readouterr().out
@@ -61,6 +57,7 @@ def test_truncated_and_missing_files(copy: Path, capsys: pytest.CaptureFixture[s
     path.write_bytes(path.read_bytes()[:-2])
     (line,) = bad_lines(copy, capsys)
     assert f"{path}: truncated or damaged" in line
+    assert line.endswith("; remove its manifest.json and run python -m data_prep.build_shards again")
     path.unlink()
     (line,) = bad_lines(copy, capsys)
     assert f"{path}: missing" in line
@@ -71,6 +68,7 @@ def test_every_bad_file_is_named(copy: Path, capsys: pytest.CaptureFixture[str])
     flip_byte(copy / first.path, -1)
     flip_byte(copy / last.path, -1)
     (copy / "shards" / "stray.npy").write_bytes(b"")
+    (copy / "units" / "more" / "stray.json.tmp").write_bytes(b"")
     flip_byte(copy / "tokenizer" / "tokenizer.json", -1)
     lines = bad_lines(copy, capsys)
     assert [line.split(":")[1].strip() for line in lines] == [
@@ -78,6 +76,7 @@ def test_every_bad_file_is_named(copy: Path, capsys: pytest.CaptureFixture[str])
         str(copy / first.path),
         str(copy / last.path),
         str(copy / "shards" / "stray.npy"),
+        str(copy / "units" / "more" / "stray.json.tmp"),
     ]
 
 
@@ -124,7 +123,20 @@ def test_a_changed_figure_in_the_manifest(copy: Path, capsys: pytest.CaptureFixt
     old = load_manifest(copy).shards[0].text_bytes
     path.write_text(text.replace(f'"text_bytes": {old}', f'"text_bytes": {old + 1}', 1), encoding="utf-8")
     (line,) = bad_lines(copy, capsys)
-    assert "is not the one in build.json" in line
+    assert "is not the one in build.json; remove its manifest.json and run python -m" in line
+
+
+def test_a_damaged_manifest_is_made_again_from_the_units(dataset: Path, copy: Path) -> None:
+    """What the advice says."""
+    flip_byte(copy / "manifest.json", 200)
+    with pytest.raises(UserError, match=r"; remove its manifest\.json and run python -m data_prep\.build_shards again"):
+        verify.main([str(copy)])
+    (copy / "manifest.json").unlink()
+    before = stamps(copy)
+    build(dataset.parent / "mixture.yaml", copy)
+    assert contents(copy) == contents(dataset)
+    assert all(stamps(copy)[name] == stamp for name, stamp in before.items() if name.startswith(("shards/", "units/")))
+    verify.main([str(copy)])
 
 
 @pytest.mark.parametrize("damage", ["a share", "an end"])
@@ -136,6 +148,105 @@ def test_a_manifest_that_no_builder_wrote(copy: Path, damage: str) -> None:
     path.write_text(changed, encoding="utf-8")
     with pytest.raises(UserError, match="damaged manifest"):
         verify.main([str(copy)])
+
+
+def repair(data_dir: Path, *flags: str) -> set[str]:
+    """Names of the files that a repair wrote again."""
+    before = stamps(data_dir)
+    verify.main([str(data_dir), "--repair", *flags])
+    return {name for name, stamp in stamps(data_dir).items() if before.get(name) != stamp}
+
+
+def test_repair_builds_the_bad_shards_and_nothing_else(
+    dataset: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many damages at once: flipped, truncated, missing; the tokenizer, and one more file in it."""
+    first, second, *_, last = load_manifest(copy).shards
+    flip_byte(copy / first.path, 200)
+    flip_byte(copy / first.index_path, 200)
+    os.truncate(copy / second.path, 300)
+    (copy / last.index_path).unlink()
+    flip_byte(copy / "tokenizer" / "tokenizer.json", 200)
+    (copy / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    bad = [path for shard in (first, second, last) for path in (shard.path, shard.index_path)]
+    assert repair(copy) == {*bad, "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    out = capsys.readouterr().out
+    assert f"repaired: {copy / first.path}\n" in out
+    assert "OK: " in out.splitlines()[-1]
+    assert contents(copy) == contents(dataset)
+    assert repair(copy) == set()
+
+
+def test_repair_of_one_split_leaves_the_other_alone(dataset: Path, copy: Path) -> None:
+    shard = load_manifest(copy).shards_of("validation")[0]
+    shutil.rmtree((copy / shard.path).parent)
+    assert shard.path in repair(copy)
+    assert contents(copy) == contents(dataset)
+
+
+def test_repair_leaves_strays_to_their_owner(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_byte(copy / load_manifest(copy).shards[0].path)
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"1 bad file, the first: .*notes\.txt: not part of the data set; remove it$"):
+        verify.main([str(copy), "--repair"])
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert "repaired: " in capsys.readouterr().out
+
+
+def test_repair_where_the_mixture_is_now(dataset: Path, tmp_path: Path, texts: list[str], tokenizer_dir: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    write_jsonl(base / "a.jsonl", texts)
+    mixture = write_mixture(base, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")])
+    build(mixture, tmp_path / "out")
+    shard = load_manifest(tmp_path / "out").shards[0]
+    base.rename(tmp_path / "moved")
+    flip_byte(tmp_path / "out" / shard.path)
+    before = stamps(tmp_path / "out")
+    with pytest.raises(UserError, match=r"base/mixture\.yaml: not there, .* say where it is with --mixture FILE"):
+        verify.main([str(tmp_path / "out"), "--repair"])
+    assert stamps(tmp_path / "out") == before
+    moved = ("--mixture", str(tmp_path / "moved" / "mixture.yaml"))
+    assert repair(tmp_path / "out", *moved) == {shard.path, shard.index_path}
+    flip_byte(tmp_path / "out" / shard.path)
+    (tmp_path / "out" / "build.json").unlink()
+    with pytest.raises(UserError, match="say where it is with --mixture FILE"):
+        verify.main([str(tmp_path / "out"), "--repair"])
+    assert repair(tmp_path / "out", *moved) == {shard.path, shard.index_path}
+
+
+@pytest.mark.parametrize("change", ["another text", "fewer texts", "no file", "not JSON"])
+def test_sources_that_are_not_what_they_were(
+    tmp_path: Path, texts: list[str], tokenizer_dir: Path, change: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    build(write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")]), tmp_path / "out")
+    shard = load_manifest(tmp_path / "out").shards[0]
+    flip_byte(tmp_path / "out" / shard.path)
+    if change == "no file":
+        path.unlink()
+    elif change == "not JSON":
+        path.write_text("nonsense")
+    else:
+        write_jsonl(path, texts[::-1] if change == "another text" else texts[:-9])
+    before = stamps(tmp_path / "out")
+    with pytest.raises(UserError) as caught:
+        verify.main([str(tmp_path / "out"), "--repair"])
+    rows = f"a.jsonl: rows 0 to {len(texts) - 1}: not the text any more that {shard.path} was made of; bring it back"
+    expected = {"no file": "no file matches a.jsonl", "not JSON": "a.jsonl: line 1: not valid JSON"}.get(change, rows)
+    assert expected in str(caught.value)
+    assert stamps(tmp_path / "out") == before
+
+
+def test_repair_of_a_data_set_of_another_tokenizer(copy: Path, tmp_path: Path) -> None:
+    """Neither the data set's own copy nor the mixture's tokenizer is the one."""
+    shutil.copytree(copy / "tokenizer", tmp_path / "other")
+    flip_byte(copy / "tokenizer" / "tokenizer.json", -1)
+    built = json.loads((copy / "build.json").read_bytes()) | {"tokenizer": str(tmp_path / "other")}
+    (copy / "build.json").write_text(json.dumps(built))
+    (tmp_path / "other" / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(UserError, match="other: not the tokenizer that made"):
+        verify.main([str(copy), "--repair"])
 
 
 def test_no_data_set(tmp_path: Path) -> None:

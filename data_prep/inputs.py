@@ -1,0 +1,275 @@
+"""Which files a source names, and how their bytes are read: paths, URLs (fsspec), data sets of the Hugging Face hub.
+
+A network may fail for half a minute: each failed request is announced and made again. What can't succeed later
+(not found, access refused, changed since it was listed) fails at once.
+"""
+
+import glob
+import io
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
+
+from data_prep.errors import UserError, one_line
+
+T = TypeVar("T")
+RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+REQUEST_BYTES = 16 << 20  # the largest request, and how far sequential reading reads ahead
+LINE_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
+VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
+CLIENTS = (
+    "aiohttp",
+    "aiobotocore",
+    "botocore",
+    "httpx",
+    "httpx2",
+    "gcsfs",
+    "azure",
+)  # not all they raise is an OSError
+PERMANENT = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One file of a source, as it was when it was listed."""
+
+    name: str  # as the manifest names it: the path as written, the URL, or the path inside the hub data set
+    url: str  # absolute local path, or URL
+    size: int  # bytes
+    version: str  # another one when the content may be another: mtime_ns, etag, commit of the hub data set
+
+
+def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
+    """The files that a path (relative to `base`), glob or URL names, sorted by name. UserError if there are none."""
+    if pattern.startswith("file://"):
+        files = _find_local(Path("/"), pattern.removeprefix("file://"), where)
+        return [replace(file, name=f"file://{file.name}") for file in files]
+    return _find_remote(pattern, where) if re.match(r"[\w.+:-]+://", pattern) else _find_local(base, pattern, where)
+
+
+def find_hub_inputs(
+    name: str, configs: Sequence[str], split: str, revision: str | None, where: str
+) -> tuple[list[InputFile], str, str]:
+    """The files of a hub data set's split in the order of `datasets`, their commit (40 hex digits) and format."""
+    what = f"{where}: {name}"
+    repository, commit = _with_retries(what, _resolve, name, revision, what)
+    root = f"hf://datasets/{repository}@{commit}/"
+    sizes: dict[str, int] = {}
+    for config in configs or (None,):
+        found = _with_retries(what, _data_files, repository, config, commit, split, what)
+        if sizes.keys() & found:
+            raise UserError(f"{what}: the configs {', '.join(configs)} share files; name configs that don't")
+        sizes |= found
+    formats = {_format(url): url.removeprefix(root) for url in sizes}
+    if len(formats) > 1:
+        raise UserError(f"{what}: several formats ({', '.join(formats.values())}); name files of one by their URLs")
+    sized = sizes.items()
+    files = [InputFile(name=url.removeprefix(root), url=url, size=size, version=commit) for url, size in sized]
+    return files, commit, next(iter(formats))
+
+
+def open_input(file: InputFile) -> BinaryIO:
+    """The file's bytes, seekable. What goes wrong while reading a remote one is a UserError."""
+    return cast(BinaryIO, RemoteFile(file)) if "://" in file.url else Path(file.url).open("rb")
+
+
+class RemoteFile(io.RawIOBase):
+    """Requests just the bytes that are asked for, or REQUEST_BYTES where reading goes on where it left off."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._file, self._handle, self._position = file, None, 0
+        self._block, self._block_start = b"", 0  # the last bytes that came
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self._file.size)[whence])
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """All of `size` bytes; fewer only at the end of the file."""
+        content = self._next_bytes(self._file.size if size is None or size < 0 else size)
+        self._position += len(content)
+        return content
+
+    def readline(self, size: int | None = -1) -> bytes:  # Python's own asks for byte after byte
+        line, left = b"", self._file.size if size is None or size < 0 else size
+        while not line.endswith(b"\n") and (piece := self._next_bytes(min(left, LINE_BYTES))):
+            piece = piece[: piece.find(b"\n") + 1 or None]
+            self._position, left, line = self._position + len(piece), left - len(piece), line + piece
+        return line
+
+    def _next_bytes(self, size: int) -> bytes:
+        at, stop = self._position, min(self._position + size, self._file.size)
+        goes_on, parts = self._block_start <= at <= self._block_start + len(self._block), []
+        while at < stop:
+            if not self._block_start <= at < self._block_start + len(self._block):
+                until = min(at + REQUEST_BYTES, self._file.size if goes_on else stop)
+                self._block = _with_retries(self._file.name, self._request, at, until)
+                self._block_start = at
+            parts.append(self._block[at - self._block_start : stop - self._block_start])
+            at += len(parts[-1])
+        return b"".join(parts)
+
+    def _request(self, start: int, stop: int) -> bytes:
+        handle: Any = self._handle or _open_remote(self._file)
+        self._handle = None  # until it is seen to work: after a failure the file is opened anew
+        handle.seek(start)
+        try:
+            content = cast(bytes, handle.read(stop - start))
+        except ValueError as error:  # a server that sends nothing but whole files
+            raise UserError(f"{self._file.name}: {one_line(error)} Download the file and name its path") from None
+        if len(content) != stop - start:
+            raise ConnectionError(f"the answer ended at byte {start + len(content)} of {self._file.size}")
+        self._handle = handle
+        return content
+
+
+def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
+    if (base / pattern).is_dir():
+        raise UserError(f"{where}: {pattern} is a directory; name its files, for example {pattern.rstrip('/')}/*")
+    found = [pattern] if (base / pattern).is_file() else glob.glob(pattern, root_dir=base, recursive=True)
+    paths = {name: (base / name).absolute() for name in sorted(set(found)) if (base / name).is_file()}
+    if not paths:
+        raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); check the path")
+    stats = [(name, str(path), path.stat()) for name, path in paths.items()]
+    return [InputFile(name=name, url=url, size=s.st_size, version=str(s.st_mtime_ns)) for name, url, s in stats]
+
+
+def _find_remote(url: str, where: str) -> list[InputFile]:
+    fs, path = _filesystem(url)
+    is_glob = any(sign in path for sign in ("*[" if url.startswith("http") else "*[?"))  # http: ? begins the query
+
+    def list_files() -> list[dict[str, Any]]:
+        infos = fs.glob(path, detail=True).values() if is_glob else [fs.info(path)]
+        return [fs.info(info["name"]) if info["size"] is None else info for info in infos]
+
+    infos = sorted(_with_retries(f"{where}: {url}", list_files), key=lambda info: str(info["name"]))
+    if not is_glob and infos[0]["type"] == "directory":
+        raise UserError(f"{where}: {url} is a directory; name its files, for example {url.rstrip('/')}/*")
+    found = [(fs.unstrip_protocol(info["name"]), info) for info in infos if info["type"] == "file"]
+    if not found:
+        raise UserError(f"{where}: no file matches {url}; check the URL")
+    if unsized := [name for name, info in found if info["size"] is None]:
+        raise UserError(f"{where}: {unsized[0]}: the server doesn't tell its size; download it and name its path")
+    return [InputFile(name=name, url=name, size=info["size"], version=_version(fs, info)) for name, info in found]
+
+
+def _open_remote(file: InputFile) -> Any:
+    """The file as fsspec opens it, without a buffer. UserError if it isn't the one that was listed."""
+    fs, path = _filesystem(file.url)
+    if f"@{file.version}/" not in file.url:  # a commit of the hub never changes
+        fs.invalidate_cache()
+        info = fs.info(path)
+        if (info["size"], _version(fs, info)) != (file.size, file.version):
+            raise UserError(f"{file.name}: changed since this command began; begin again, and leave it alone")
+    return fs.open(path, "rb", cache_type="none", size=file.size)
+
+
+def _version(fs: Any, info: dict[str, Any]) -> str:
+    known = (str(info[key]) for key in VERSION_KEYS if info.get(key))
+    return next(known, None) or str(fs.ukey(info["name"]))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec.core
+
+    protocol = url.partition(":")[0]
+    options = {"headers": {"Accept-Encoding": "identity"}} if protocol in ("http", "https") else {}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or one_line(error)
+        install = "'tablefree[remote]'" if protocol in ("s3", "http", "https") else package
+        raise UserError(f"{protocol}:// needs the package {package}; pip install {install}") from None
+    except ValueError as error:
+        raise UserError(f"{url}: {one_line(error)}; expected a path, or a URL such as s3://bucket/key") from None
+
+
+def _resolve(name: str, revision: str | None, what: str) -> tuple[str, str]:
+    """A hub data set's name as the hub spells it, and the commit that a revision is now."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        info = HfApi().dataset_info(name, revision=revision)
+        if info.gated:
+            HfApi().auth_check(info.id, repo_type="dataset")
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{what}: no revision {revision!r}; name a branch, a tag or a commit") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        is_gated = isinstance(error, errors.GatedRepoError)
+        hint = "gated: accept its terms, then" if is_gated else "no such data set; check the name, or, if private,"
+        raise UserError(f"{what}: {hint} run `hf auth login` or set HF_TOKEN") from None
+    return info.id, str(info.sha)
+
+
+def _data_files(repository: str, config: str | None, commit: str, split: str, what: str) -> dict[str, int]:
+    """URL and size of a split's files as `datasets` finds them; it runs no code of the data set."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = f"hf://datasets/{repository}"
+    try:
+        with tempfile.TemporaryDirectory() as empty:  # where the hub is silent, a cached copy is no answer
+            builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
+    except (ValueError, RuntimeError) as error:  # no such config; a data set made by a script
+        raise UserError(f"{what}: {one_line(error)}") from None
+    urls = (builder.config.data_files or {}).get(split)
+    if not urls:
+        raise UserError(f"{what}: no split {split!r}, it has: {', '.join(map(str, builder.config.data_files or ()))}")
+    if outside := [url for url in urls if not url.startswith(f"{path}@{commit}/")]:
+        raise UserError(f"{what}: {outside[0]} lies outside of it; name that file by its URL, as a path")
+    fs, _ = _filesystem(path)
+    return {url: fs.info(url)["size"] for url in urls}
+
+
+def _format(url: str) -> str:
+    """The end of a file's name, as we call that format."""
+    parts = PurePosixPath(url).name.lower().split(".")
+    end = parts[-2:] if parts[-1] in ("gz", "zst", "bz2", "xz") else parts[-1:]
+    return ".".join("jsonl" if part in ("json", "ndjson") else part for part in end)
+
+
+def _with_retries(what: str, action: Callable[..., T], *arguments: Any) -> T:
+    """The action's result; network errors lead to further tries, and at last to a UserError."""
+    waits_s = iter(RETRY_WAITS_S)
+    while True:
+        try:
+            return action(*arguments)
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+                raise
+            reason, is_permanent = _reason(error)
+        wait_s = None if is_permanent else next(waits_s, None)
+        if wait_s is None:
+            tries = "" if is_permanent else f" after {len(RETRY_WAITS_S) + 1} tries"
+            raise UserError(f"{what}: {reason}{tries}; check the name, your access and the network")
+        print(f"note: {what}: {reason}; retrying in {wait_s:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+
+
+def _reason(error: Any) -> tuple[str, bool]:
+    """What was wrong at bottom, and whether it will be next time."""
+    while True:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # botocore's
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            status = getattr(response, "status_code", None) or getattr(error, "status", None)
+        if status:
+            meaning = {401: "access refused, ", 403: "access refused, ", 404: "not found, "}.get(status, "")
+            return f"{meaning}HTTP status {status}", 300 <= status < 500 and status not in (408, 429)
+        if not error.__cause__:
+            name = type(error).__name__
+            return one_line(error) or name, isinstance(error, FileNotFoundError | PermissionError) or name in PERMANENT
+        error = error.__cause__

@@ -1,0 +1,194 @@
+"""Texts out of JSON lines, plain, gzip or zstd; how `corpus` reads them.
+
+A block of lines goes through Arrow's parser, which makes no Python object of a line. Where that one is not content, or
+where it might take two lines for one object or one line for two, the block is read line by line, and each bad line gets
+its reason. Both ways keep the same lines and read the same text in them, with one exception that no real file holds: a
+field beside the text, nested deeper than Python's recursion limit, is bad line by line only.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.json
+import zstandard
+
+READ_BYTES = 1 << 20
+COMPRESSED_BYTES = 4 << 10  # read at a time: in zstd it may stand for 128 MiB
+MAX_LINE_BYTES = 256 << 20
+TOO_LONG = b"\0too long"  # takes the place of a longer line; no JSON holds a NUL
+DAMAGED = (OSError, EOFError, zlib.error, zstandard.ZstdError)  # what a broken stream raises
+
+Reasons = list[tuple[int, str]]  # row and what is wrong with it
+
+
+def line_cuts(stream: BinaryIO, size: int, unit_bytes: int) -> list[int]:
+    """Byte offsets at line starts, about unit_bytes apart, from 0 to the size of the file."""
+    cuts = [0]
+    while cuts[-1] + unit_bytes < size:
+        stream.seek(cuts[-1] + unit_bytes - 1)
+        while (part := stream.readline(READ_BYTES)) and not part.endswith(b"\n"):
+            pass
+        cuts.append(stream.tell())
+    return cuts if cuts[-1] == size and len(cuts) > 1 else [*cuts, size]
+
+
+def read_chunks(stream: BinaryIO, format: str, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes from start to stop of a plain stream; those of a compressed one whole, and decompressed."""
+    if format == "jsonl.gz":
+        return _decompress(stream, lambda: zlib.decompressobj(wbits=31))
+    if format == "jsonl.zst":
+        return _decompress(stream, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj())
+    stream.seek(start)
+    return _read_range(stream, start, stop)
+
+
+def _read_range(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        chunk = stream.read(min(READ_BYTES, stop - start))
+        if not chunk:
+            raise OSError(f"the file ends at byte {start:,} of {stop:,}")
+        start += len(chunk)
+        yield chunk
+
+
+def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """One compressed stream after the other; a stream that ends early is an OSError."""
+    decompressor, inside, is_empty = new_decompressor(), False, True
+    while chunk := stream.read(COMPRESSED_BYTES):
+        while chunk := chunk if inside else chunk.lstrip(b"\0"):
+            inside, is_empty = True, False
+            yield decompressor.decompress(chunk)
+            chunk = decompressor.unused_data if decompressor.eof else b""
+            if decompressor.eof:
+                decompressor, inside = new_decompressor(), False
+    if inside or is_empty:
+        raise OSError("the compressed stream ends early")
+
+
+def blocks(chunks: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The same bytes in blocks of whole lines, about block_bytes each; a line too long becomes TOO_LONG.
+
+    What broke the stream is raised after the whole lines before it.
+    """
+    lines: list[bytes] = []
+    begun: list[bytes] = []  # of the line that is not at its end yet
+    size = begun_size = 0
+    damage = None
+    try:
+        for chunk in chunks:
+            first, end = chunk.find(b"\n"), chunk.rfind(b"\n") + 1
+            if end:
+                is_too_long = begun_size + first > MAX_LINE_BYTES
+                lines += [TOO_LONG, chunk[first:end]] if is_too_long else [*begun, chunk[:end]]
+                size, begun, begun_size = size + begun_size + end, [], 0
+            if size >= block_bytes:
+                block, lines, size = b"".join(lines), [], 0
+                yield block
+            begun.append(chunk[end:])
+            begun_size += len(chunk) - end
+            if begun_size > MAX_LINE_BYTES:
+                begun = []
+    except DAMAGED as error:
+        damage = error
+    if begun_size and not damage:
+        lines += [TOO_LONG] if begun_size > MAX_LINE_BYTES else begun
+    if lines:
+        yield b"".join(lines)
+    if damage:
+        raise damage
+
+
+def count_lines(block: bytes) -> int:
+    """Number of lines of a block; the last one needs no end."""
+    return block.count(b"\n") + (not block.endswith(b"\n"))
+
+
+def parse_block(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
+    """Texts of a block, the line of each, from 0, and the lines that are bad. Blank lines give nothing."""
+    texts = _parse_quickly(block, field)
+    if texts is None:
+        return _parse_lines(block, field, is_first)
+    return texts, np.arange(len(texts), dtype=np.uint64), []
+
+
+def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
+    """The text of every line, if every line holds one object and all is well.
+
+    In JSON a `{` comes right after a `}` between two objects only: if all line ends lie so, none is within an object.
+    Arrow does not mind invalid UTF-8, and crashes where the first value is null (pyarrow 26).
+    """
+    characters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(characters[:-1] == ord("\n"))
+    before = np.where(characters[ends - 1] == ord("\r"), characters[ends - 2], characters[ends - 1])
+    if not (block.startswith(b"{") and np.all(before == ord("}")) and np.all(characters[ends + 1] == ord("{"))):
+        return None
+    options = pa.json.ParseOptions(
+        explicit_schema=pa.schema([(field, pa.large_string())]), unexpected_field_behavior="ignore"
+    )
+    try:
+        arrow_texts([block]).validate(full=True)
+        read_options = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+        texts = pa.json.read_json(pa.BufferReader(block), read_options, options).column(0).combine_chunks()
+    except pa.ArrowException:
+        return None
+    return texts if len(texts) == len(ends) + 1 and not texts.null_count else None
+
+
+def _parse_lines(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
+    texts: list[bytes] = []
+    rows: list[int] = []
+    bad: Reasons = []
+    for row, line in enumerate(block.split(b"\n")):
+        if not line or line.isspace():
+            continue
+        text, reason = _parse_line(line, field, "utf-8-sig" if is_first and row == 0 else "utf-8")
+        if reason:
+            bad.append((row, reason))
+        else:
+            texts.append(text)
+            rows.append(row)
+    return arrow_texts(texts), np.array(rows, np.uint64), bad
+
+
+def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
+    """The text of one line as UTF-8, or what is wrong with it. A file may begin with a byte order mark."""
+    if line.startswith(TOO_LONG):
+        return b"", f"a line of more than {MAX_LINE_BYTES / 1e6:,.0f} MB"
+    try:
+        record = json.loads(line.decode(encoding), parse_int=len)  # an int, and of any number of digits
+    except UnicodeDecodeError as error:
+        return b"", f"invalid UTF-8 at byte {error.start} of the line"
+    except (ValueError, RecursionError) as error:
+        return b"", f"not valid JSON ({error})"
+    if not isinstance(record, dict):
+        return b"", f"a JSON {type(record).__name__}, expected an object with the field {field!r}"
+    if field not in record:
+        names = ", ".join(record)[:200].encode(errors="replace").decode()
+        return b"", f"no field {field!r}, it has: {names} (text_field names it)"
+    text = record[field]
+    if not isinstance(text, str):
+        return b"", f"{field!r} is {'null' if text is None else f'of type {type(text).__name__}'}, expected text"
+    try:
+        return text.encode(), ""
+    except UnicodeEncodeError as error:
+        return b"", f"half a surrogate pair at character {error.start} is not valid Unicode"
+
+
+def arrow_texts(texts: list[bytes]) -> pa.LargeStringArray:
+    """One Arrow array out of UTF-8 byte strings."""
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+
+
+def count_newlines(stream: BinaryIO, stop: int) -> int:
+    """Line ends before a byte offset."""
+    stream.seek(0, os.SEEK_SET)
+    sizes = (min(READ_BYTES, stop - at) for at in range(0, stop, READ_BYTES))
+    return sum(stream.read(size).count(b"\n") for size in sizes)

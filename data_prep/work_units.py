@@ -1,0 +1,185 @@
+"""Work units: the parts of a source's files that any rank can take and read on its own.
+
+Between `inputs`, which finds the files, and `corpus`, which reads documents out of a unit. A unit is a run
+of row groups, a range of bytes cut at line ends, a few text files, or a whole file.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_prep import json_lines, pretokenized
+from data_prep.errors import UserError, one_line
+from data_prep.inputs import InputFile, open_input
+
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
+UNITS_OF_A_SOURCE = 256  # about so many, within the limits above
+LISTING_THREADS = 16
+JSONL_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
+FORMATS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv", "save_to_disk", *pretokenized.FORMATS)
+FORMATS_WITHOUT_FIELD = ("txt", *pretokenized.FORMATS)
+
+Range = tuple[int, int, int]  # start, stop, bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkUnit:
+    """A part of one input file, or several text files, that becomes at most one shard per split."""
+
+    source: str
+    name: str
+    files: tuple[InputFile, ...]  # one; of text files, all that belong to it
+    format: str
+    text_field: str | None
+    skip_bad: bool  # leave bad documents out instead of stopping
+    start: int  # first row group, byte, document or row
+    stop: int
+    size_bytes: int  # what progress and the balance of ranks go by
+
+    @property
+    def url(self) -> str:
+        """Where its (first) file lies."""
+        return self.files[0].url
+
+
+def format_of(name: str, where: str) -> str:
+    """The format that a file's name tells. Raises UserError if it tells none."""
+    endings = {"parquet": "parquet", "txt": "txt", "arrow": "arrow", "csv": "csv"} | {f: f for f in JSONL_FORMATS}
+    for ending, format_ in endings.items():
+        if name.endswith("." + ending):
+            return format_
+    raise UserError(f"{where}: the format of {name} is not known from its name; give one of {', '.join(FORMATS)}")
+
+
+def cut_units(
+    files: Sequence[InputFile], *, source: str, format: str, text_field: str | None, skip_bad: bool = False,
+    eos_id: int = -1, unit_bytes: int | None = None,
+) -> list[WorkUnit]:  # fmt: skip
+    """Cut a source's files into work units; a function of the files alone."""
+    size = unit_bytes or min(max(sum(file.size for file in files) // UNITS_OF_A_SOURCE, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    if format == "txt":
+        grouped = groups(files, size)
+        ranges = [[(0, len(group), sum(file.size for file in group))] for group in grouped]
+    else:
+        grouped = [[file] for file in files]
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            found = pool.map(lambda file: _ranges(file, format, text_field, eos_id, size), files)
+            ranges = list(tqdm(found, total=len(files), desc=f"listing {source}", leave=False, disable=None, delay=2))
+    return [
+        WorkUnit(
+            source=source, name=f"{order:05d}-{_stem(group[0])}-{number:05d}", files=tuple(group), format=format,
+            text_field=text_field, skip_bad=skip_bad, start=start, stop=stop, size_bytes=size_bytes,
+        )
+        for order, (group, cuts) in enumerate(zip(grouped, ranges, strict=True))
+        for number, (start, stop, size_bytes) in enumerate(cuts)
+    ]  # fmt: skip
+
+
+def _stem(file: InputFile) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", Path(file.name).name.split(".")[0])[:60]
+
+
+def groups(files: Sequence[InputFile], limit_bytes: int) -> list[list[InputFile]]:
+    """Runs of neighbouring files within limit_bytes; a larger file is a run by itself."""
+    found: list[list[InputFile]] = []
+    size = 0
+    for file in files:
+        if found and size + file.size <= limit_bytes:
+            found[-1].append(file)
+        else:
+            found.append([file])
+            size = 0
+        size += file.size
+    return found
+
+
+def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, unit_bytes: int) -> list[Range]:
+    """The units of one file."""
+    if format in pretokenized.FORMATS:
+        return pretokenized.cut_ids(file, format, eos_id, unit_bytes)
+    if format == "parquet":
+        parquet = open_parquet(file, text_field)
+        return row_group_runs(parquet, range(parquet.metadata.num_row_groups), text_field, unit_bytes)
+    if format == "save_to_disk":
+        rows = len(load_from_disk(file))
+        step = max(1, rows * unit_bytes // max(file.size, 1))
+        return [(at, min(at + step, rows), min(step, rows - at) * file.size // rows) for at in range(0, rows, step)]
+    cuts = [0, file.size]
+    if format == "jsonl":
+        try:
+            with open_input(file) as stream:
+                cuts = json_lines.line_cuts(stream, file.size, unit_bytes)
+        except OSError as error:
+            raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
+    return [(start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
+
+
+def row_group_runs(file: pq.ParquetFile, numbers: range, text_field: str | None, limit_bytes: int) -> list[Range]:
+    """Runs of row groups (start, stop, bytes) within limit_bytes; a larger row group is a run by itself."""
+    runs: list[Range] = []
+    for group in numbers:
+        size = _column_bytes(file, group, text_field)
+        if runs and runs[-1][2] + size <= limit_bytes:
+            runs[-1] = (runs[-1][0], group + 1, runs[-1][2] + size)
+        else:
+            runs.append((group, group + 1, size))
+    return runs
+
+
+def _column_bytes(file: pq.ParquetFile, group: int, text_field: str | None) -> int:
+    """Uncompressed bytes of the text column in one row group."""
+    row_group = file.metadata.row_group(group)
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+
+
+def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
+    """Open a parquet file and check that its text column is there and holds text."""
+    is_remote = "://" in file.url
+    try:
+        parquet = pq.ParquetFile(open_input(file) if is_remote else file.url, pre_buffer=is_remote)
+        schema = parquet.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file.url}: not a readable parquet file ({one_line(error)}); fetch or write it again"
+        ) from None
+    check_schema(file, schema, text_field)
+    return parquet
+
+
+def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> None:
+    """The text column is there and holds text."""
+    try:
+        check_column(file, schema.names, text_field)
+    except UnicodeDecodeError:
+        raise UserError(f"{file.url}: damaged (the name of a column is not UTF-8); fetch or write it again") from None
+    type_ = schema.field(schema.names.index(text_field)).type
+    value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(check(value_type) for check in is_text):
+        raise UserError(f"{file.url}: column {text_field!r} is of type {type_}, expected string; set text_field")
+
+
+def check_column(file: InputFile, names: list[str], text_field: str | None) -> None:
+    """The text column is among the columns."""
+    if text_field not in names:
+        columns = ", ".join(names)[:1000]
+        raise UserError(f"{file.url}: no column {text_field!r}, it has: {columns}; set text_field to the text's column")
+
+
+def load_from_disk(file: InputFile) -> Any:
+    """A data set that `datasets` saved."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(Path(file.url).parent))
+    except Exception as error:
+        raise UserError(f"{file.url}: datasets can't load it ({one_line(error)}); save it again") from None
