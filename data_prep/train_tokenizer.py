@@ -1,11 +1,13 @@
 """Train a tokenizer on text: first stage of the line, before `build_shards`.
 
-Byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256 bytes, then merges.
-Any text survives encoding and decoding, and no text, not even the special token spelled out, encodes
-to id 0. The same text gives the same files, byte for byte, with either trainer.
+`byte_bpe` is byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256 bytes, then
+merges. `char_ngram` is that of the paper, rebuilt: characters, bigrams and trigrams. Any text survives
+encoding and decoding with either, and no text, not even a special token spelled out, encodes to a special
+id. The same text gives the same files, byte for byte, with every library that trains.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -14,23 +16,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
-from data_prep.corpus import FORMATS, WorkUnit, cut_units, find_files, read_documents
+from data_prep import char_ngram
+from data_prep.corpus import read_documents
 from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.inputs import find_inputs
 from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, tokenizer_sha256, write_durably
+from data_prep.work_units import FORMATS, WorkUnit, cut_units, format_of
 
 EOS_TOKEN = "<|endoftext|>"
 BYTE_IDS = 256
+MAX_CHARACTERS = 1_000_000_000
 MIN_VOCAB_SIZE = 1 + BYTE_IDS
+ALGORITHMS = ("byte_bpe", "char_ngram")
+SPECIAL_TOKENS = {
+    "byte_bpe": {"bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": EOS_TOKEN},
+    "char_ngram": char_ngram.SPECIAL_TOKENS,
+}
 CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": EOS_TOKEN,
-    "eos_token": EOS_TOKEN,
-    "pad_token": EOS_TOKEN,
     "split_special_tokens": True,
     "clean_up_tokenization_spaces": False,
     "model_max_length": 1024,
@@ -43,16 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     arguments = parse_arguments(argv)
     started = time.perf_counter()
-    if not MIN_VOCAB_SIZE <= arguments.vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab-size {arguments.vocab_size}: expected {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}")
-    units = source_units(arguments)
-    with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
-        text = Path(scratch) / "text"
-        characters = write_text(units, text)
-        tokenizer = train_byte_bpe(text, arguments.vocab_size)
-    is_new = save(tokenizer, arguments.output_dir)
+    check_arguments(arguments.algorithm, arguments.vocab_size, arguments.max_characters)
+    texts = TrainingTexts(units=source_units(arguments), max_characters=arguments.max_characters)
+    special_tokens = SPECIAL_TOKENS[arguments.algorithm]
+    if arguments.algorithm == "char_ngram":
+        vocab, merges = char_ngram.learn_vocab(texts)
+    else:
+        vocab, merges = learn_byte_bpe(texts, arguments.vocab_size)
+    tokenizer = new_tokenizer(vocab, merges, special_tokens.values())
+    is_new = save(tokenizer, arguments.output_dir, special_tokens)
     seconds = time.perf_counter() - started
-    state = f"trained on {characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
+    state = f"trained on {texts.characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
     print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")
     print(f"sha256       {tokenizer_sha256(arguments.output_dir)}")
     print(f"directory    {arguments.output_dir}")
@@ -60,56 +71,89 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(
-        prog="python -m data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer on text."
-    )
-    parser.add_argument(
-        "--algorithm", choices=("byte_bpe",), default="byte_bpe", help="kind of tokenizer (%(default)s)"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, help=f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, met exactly"
-    )
+    parser = CommandParser(prog="python -m data_prep.train_tokenizer", description="Train a tokenizer on text.")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="byte_bpe", help="kind of tokenizer (%(default)s)")
+    size_help = f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, met exactly; {char_ngram.VOCAB_SIZE} for char_ngram"
+    parser.add_argument("--vocab-size", type=int, required=True, help=size_help)
     parser.add_argument("--source", nargs="+", required=True, metavar="FILE_OR_GLOB", help="text to learn from")
     parser.add_argument("--format", choices=FORMATS, help="format of the sources (by default from the file's name)")
     parser.add_argument("--text-field", default="text", help="column or JSON field of the text (%(default)s)")
+    parser.add_argument(
+        "--max-characters", type=int, default=MAX_CHARACTERS, metavar="N",
+        help="learn from N characters at most, taken evenly over the sources (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--output-dir", type=Path, required=True, help="directory of the new tokenizer")
     return parser.parse_args(argv)
+
+
+def check_arguments(algorithm: str, vocab_size: int, max_characters: int) -> None:
+    """Raises UserError for numbers that can't be met."""
+    if max_characters < 1:
+        raise UserError(f"--max-characters {max_characters}: expected 1 or more")
+    if algorithm == "char_ngram" and vocab_size != char_ngram.VOCAB_SIZE:
+        raise UserError(f"--vocab-size {vocab_size}: expected {char_ngram.VOCAB_SIZE}, the one size of char_ngram")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size {vocab_size}: expected {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}")
 
 
 def source_units(arguments: argparse.Namespace) -> list[WorkUnit]:
     """The files of --source, cut into work units."""
     units: list[WorkUnit] = []
     for pattern in arguments.source:
-        for name in find_files(Path(), pattern, "--source"):
-            format_ = arguments.format or _format_of(name)
+        for file in find_inputs(Path(), pattern, "--source"):
+            format_ = arguments.format or format_of(file.name, "--source")
             field = None if format_ == "txt" else arguments.text_field
-            units += cut_units(Path(), [name], source="text", format=format_, text_field=field)
+            units += cut_units([file], source="text", format=format_, text_field=field)
     return units
 
 
-def _format_of(name: str) -> str:
-    for format_ in FORMATS:
-        if name.endswith("." + format_):
-            return format_
-    raise UserError(f"{name}: format not known from the name; give --format {'|'.join(FORMATS)}")
+@dataclass(kw_only=True)
+class TrainingTexts:
+    """The documents to learn from: all, or the beginning of every work unit where all would be too much."""
+
+    units: list[WorkUnit]
+    max_characters: int
+    characters: int = 0  # read so far
+
+    def __iter__(self) -> Iterator[str]:
+        """Read them. Raises UserError if there is no text."""
+        is_cut = False
+        with tqdm(desc="reading", unit=" characters", unit_scale=True, leave=False, disable=None) as bar:
+            for number, unit in enumerate(self.units):
+                share = (self.max_characters - self.characters) // (len(self.units) - number)
+                for text in itertools.chain.from_iterable(d.texts.to_pylist() for d in read_documents(unit)):
+                    yield text[:share]
+                    taken = min(len(text), share)
+                    bar.update(taken)
+                    self.characters += taken
+                    share -= taken
+                    if not share:
+                        is_cut = True
+                        break
+        if not self.characters:
+            raise UserError("--source: no text in the sources; name files that hold some")
+        if is_cut:
+            note = f"learning from {self.characters:,} characters, evenly over the sources; --max-characters takes more"
+            print(f"note: {note}", file=sys.stderr)
 
 
-def write_text(units: Iterable[WorkUnit], path: Path) -> int:
-    """Write all documents to one file, each ending its line; returns the number of characters."""
-    characters = 0
+def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], Merges]:
+    """Ids and merges of a byte-level BPE."""
+    with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
+        path = Path(scratch) / "text"
+        write_text(texts, path)
+        return fill_byte_bpe(path, vocab_size)
+
+
+def write_text(texts: Iterable[str], path: Path) -> None:
+    """Write all documents to one file, each ending its line."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        for unit in units:
-            for documents in read_documents(unit):
-                for text in documents.texts.to_pylist():
-                    characters += len(text)
-                    file.write(text if text.endswith("\n") else text + "\n")
-    if not characters:
-        raise UserError("--source: no text in the sources; name files that hold some")
-    return characters
+        for text in texts:
+            file.write(text if text.endswith("\n") else text + "\n")
 
 
-def train_byte_bpe(text: Path, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly vocab_size ids. Raises UserError if the text can't fill them.
+def fill_byte_bpe(text: Path, vocab_size: int) -> tuple[dict[str, int], Merges]:
+    """Exactly vocab_size ids, and their merges. Raises UserError if the text can't fill them.
 
     A text has only so many merges: at some point each of its words is one token. The merges that are
     then missing are learned from the same words in other spellings (`spellings`).
@@ -127,7 +171,7 @@ def train_byte_bpe(text: Path, vocab_size: int) -> Tokenizer:
         raise UserError(
             f"--vocab-size {vocab_size:,}: this text supports {len(vocab):,} ids; ask for fewer, or add text"
         )
-    return new_tokenizer(vocab, merges)
+    return vocab, merges
 
 
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
@@ -175,18 +219,19 @@ def build_vocab(merges: Merges, vocab_size: int) -> tuple[dict[str, int], Merges
     return vocab, used
 
 
-def new_tokenizer(vocab: dict[str, int], merges: Merges) -> Tokenizer:
+def new_tokenizer(vocab: dict[str, int], merges: Merges, special_tokens: Iterable[str]) -> Tokenizer:
     """A lossless byte-level tokenizer that adds nothing of its own to a text."""
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, normalized=False, special=True)])
+    added = [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special_tokens)]
+    tokenizer.add_special_tokens(added)
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, output_dir: Path) -> bool:
+def save(tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str]) -> bool:
     """Write the tokenizer's directory in one step; False if it is there already, identical."""
-    config: dict[str, Any] = dict(sorted(CONFIG.items()))
+    config: dict[str, Any] = dict(sorted((CONFIG | special_tokens).items()))
     files = {
         "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),

