@@ -1,18 +1,34 @@
-"""Show what a data set holds: a table of its sources, samples of its documents, and where a token came from."""
+"""Show what a data set holds: its sources in numbers, samples of its documents, and where a token came from."""
 
+import math
+import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tqdm import tqdm
 
-from data_prep.encode import load_tokenizer
+from data_prep.build_shards import epoch_lines
+from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import BLOCK_SAMPLES, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader
+from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
 
 SAMPLE_CHARACTERS = 300
 TRACE_TOKENS = 40  # shown on either side
+NAME_CHARACTERS, LINE_CHARACTERS = 13, 86  # of a fact
+BAR_CHARACTERS = 40
+BAR_ENDS = " ▏▎▍▌▋▊▉"
+COMMONEST, COMMONEST_COLUMNS, TOKEN_CHARACTERS = 20, 3, 14
+BAD_DOCUMENTS_SHOWN = 3
+PIECE_TOKENS = 1 << 20  # counted at a time: bincount makes 8 bytes of each id
+COUNTED_TOKENS = 500_000_000  # of a source; of a larger one, pieces evenly spread
 HEADER = ("split", "source", "documents", "tokens", "chars/token", "bytes/token", "share")
 
 
@@ -21,33 +37,57 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m data_prep.show", description=__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="documents shown per split (%(default)s)")
+    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
     parser.add_argument("--trace", metavar="SHARD:OFFSET", help="name the document that a token came from")
     arguments = parser.parse_args(argv)
     reader = ShardReader(arguments.data_dir)
-    tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME).reference
+    tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME)
     if arguments.trace:
-        print(trace(reader, tokenizer, arguments.trace))
+        print(trace(reader, tokenizer.reference, arguments.trace))
         return
-    print(describe(arguments.data_dir, reader.manifest))
+    print(describe(arguments.data_dir, reader.manifest, arguments.train_tokens))
+    for source in reader.manifest.sources:
+        print("\n" + source.name + "\n" + "\n".join(facts(about_source(reader, tokenizer, source), "  ")))
     for split in SPLITS:
         for shard, document in spread(reader.manifest.shards_of(split), arguments.samples):
-            print("\n" + sample(reader, tokenizer, shard, document))
+            print("\n" + sample(reader, tokenizer.reference, shard, document))
 
 
-def describe(data_dir: Path, manifest: Manifest) -> str:
+def token_count(text: str) -> int:
+    """A number of tokens; 17e9 is one too."""
+    if not 1 <= float(text) < 1e18:
+        raise ValueError
+    return int(float(text))
+
+
+def facts(named: Iterable[tuple[str, str]], indent: str = "") -> Iterator[str]:
+    """Names and what they stand for, aligned."""
+    for name, value in named:
+        yield f"{indent}{name:<{NAME_CHARACTERS - len(indent)}}" + value.replace("\n", "\n" + " " * NAME_CHARACTERS)
+
+
+def cut(text: str, length: int) -> str:
+    """At most so many characters of a text, and a sign if there are more."""
+    return text[:length] + "…" * (len(text) > length)
+
+
+def describe(data_dir: Path, manifest: Manifest, train_tokens: int | None = None) -> str:
     """The data set in numbers."""
     rows = [HEADER]
     for split in SPLITS:
         for source in manifest.sources:
             share = f"{source.share / BLOCK_SAMPLES:.2%}" if split == "train" else ""
             rows.append((split, source.name, *figures(manifest.shards_of(split, source.name)), share))
-    facts = (
+    special = ", ".join(f"{token} = {i}" for token, i in manifest.special_tokens.items()) or "none"
+    about = (
         ("data set", str(data_dir)),
         ("fingerprint", manifest.fingerprint),
-        ("vocabulary", f"{manifest.vocab_size:,} ids, {manifest.eos_token} = {manifest.eos_id} ends each document"),
+        ("vocabulary", f"{manifest.vocab_size:,} ids"),
+        ("special", cut(special, LINE_CHARACTERS)),
+        ("separator", f"{manifest.document_separator}: {manifest.eos_token} = {manifest.eos_id}"),
         ("shards", f"{len(manifest.shards):,}"),
     )
-    return "\n".join([*(f"{name:<12} {value}" for name, value in facts), "", table(rows)])
+    return "\n".join([*facts(about), *(epoch_lines(manifest, train_tokens) if train_tokens else ()), "", table(rows)])
 
 
 def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
@@ -58,6 +98,78 @@ def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
     of_text = tokens - documents
     characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
     return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
+
+
+def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source) -> Iterator[tuple[str, str]]:
+    """Lengths of documents, use of the vocabulary and what was left out; train and validation shards together."""
+    manifest = reader.manifest
+    shards = [shard for split in SPLITS for shard in manifest.shards_of(split, source.name)]
+    lengths, counts = count(reader, shards)
+    summary = f"median {np.median(lengths):,.0f} tokens, longest {lengths.max():,} (end-of-document ids aside)"
+    yield "lengths", "\n".join([summary, *histogram(lengths)])
+    counted, tokens = int(counts.sum()), sum(shard.tokens for shard in shards)
+    if counted < tokens:
+        yield "counted", f"{counted:,} of {tokens:,} tokens, evenly spread; the figures below are of these"
+    unseen = int((counts[: manifest.vocab_size] == 0).sum())
+    yield "never seen", f"{unseen:,} of {manifest.vocab_size:,} ids ({unseen / manifest.vocab_size:.1%})"
+    in_bytes = counts[raw_bytes(tokenizer.reference)].sum() / counted
+    yield "raw bytes", f"{in_bytes:.3%} of tokens are one byte of a multi-byte character"
+    yield "commonest", "\n".join(commonest(tokenizer, counts))
+    summary = f"{source.empty_documents:,} empty documents, {source.bad_documents:,} bad ones"
+    bad = [f"{b.input}, row {b.row}: {b.reason}" for b in manifest.bad_documents if b.source == source.name]
+    yield "left out", "\n".join([summary, *(cut(line, LINE_CHARACTERS) for line in bad[:BAD_DOCUMENTS_SHOWN])])
+
+
+def count(reader: ShardReader, shards: Sequence[Shard]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Length of every document, and how often each id occurs in at most about COUNTED_TOKENS, on all cores."""
+
+    def lengths_of(shard: Shard) -> npt.NDArray[np.int64]:
+        starts = reader.documents(shard)[:, 0].astype(np.int64)
+        return np.append(starts[1:], shard.tokens) - starts - 1
+
+    def count_piece(piece: tuple[Shard, int]) -> npt.NDArray[np.int64]:
+        shard, start = piece
+        return np.bincount(reader.tokens(shard)[start : start + PIECE_TOKENS], minlength=MAX_VOCAB_SIZE)
+
+    pieces = [(shard, start) for shard in shards for start in range(0, shard.tokens, PIECE_TOKENS)]
+    pieces = pieces[:: -(-sum(shard.tokens for shard in shards) // COUNTED_TOKENS)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        lengths = np.concatenate(list(pool.map(lengths_of, shards)))
+        counted = tqdm(pool.map(count_piece, pieces), total=len(pieces), desc="counting", leave=False, disable=None)
+        return lengths, sum(counted, np.zeros(MAX_VOCAB_SIZE, np.int64))
+
+
+def histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Documents by length, in powers of two, from the shortest to the longest."""
+    documents = np.bincount(np.frexp(lengths)[1])
+    width = 2 * len(f"{1 << (len(documents) - 1):,}") + 1  # of the last span
+    shortest = int(lengths.min()).bit_length()
+    for power, number in enumerate(documents[shortest:].tolist(), shortest):
+        span = f"{(1 << power) >> 1:,}-" * (power > 1) + f"{(1 << power) - 1:,}"
+        whole, eighths = divmod(math.ceil(8 * BAR_CHARACTERS * number / documents.max()), 8)
+        bar = "█" * whole + BAR_ENDS[eighths]
+        yield f"{span:>{width}}  {number:>10,}  {number / len(lengths):>6.1%}  {bar}".rstrip()
+
+
+def raw_bytes(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the single bytes 0x80 to 0xFF, of a byte-level or byte-fallback tokenizer: no text on their own."""
+    alphabet = set(ByteLevel.alphabet())
+    of_bytes = (i for t, i in tokenizer.get_vocab().items() if t in alphabet or re.fullmatch("<0x[89A-F][0-9A-F]>", t))
+    return [i for i in of_bytes if tokenizer.decode([i]) == "\ufffd"]
+
+
+def commonest(tokenizer: LoadedTokenizer, counts: npt.NDArray[np.int64]) -> Iterator[str]:
+    """The commonest ids, their text (or bytes, where they are a part of a character) and their share, in columns."""
+    cells = []
+    for i in np.argsort(-counts, kind="stable")[: min(COMMONEST, np.count_nonzero(counts))].tolist():
+        shown = repr(tokenizer.reference.decode([i], skip_special_tokens=False))
+        if "\ufffd" in shown:
+            in_bytes = tokenizer.token_bytes
+            shown = f"<{in_bytes[i].as_py().hex(' ')}>" if in_bytes else tokenizer.reference.id_to_token(i) or ""
+        shown = cut(shown, TOKEN_CHARACTERS - 1)
+        columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
+        cells.append(f"{i:>5} {shown}{' ' * (TOKEN_CHARACTERS - columns)} {counts[i] / counts.sum():>6.2%}")
+    return ("  ".join(cells[i : i + COMMONEST_COLUMNS]) for i in range(0, len(cells), COMMONEST_COLUMNS))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -81,18 +193,18 @@ def spread(shards: Sequence[Shard], count: int) -> Iterable[tuple[Shard, int]]:
 
 def sample(reader: ShardReader, tokenizer: Tokenizer, shard: Shard, document: int) -> str:
     """The beginning of a document, decoded, with where it comes from."""
-    start, stop, row = bounds(reader, shard, document)
+    start, stop, origin, row = bounds(reader, shard, document)
     ids = reader.tokens(shard)[start : stop - 1]
     text = one_line(tokenizer.decode(ids[:SAMPLE_CHARACTERS].tolist(), skip_special_tokens=False))
-    head = f"{shard.split} · {shard.source} · {shard.input}, row {row} · {len(ids):,} tokens · {shard.path}:{start}"
-    return f"{head}\n  {text[:SAMPLE_CHARACTERS]}{'…' if len(text) > SAMPLE_CHARACTERS else ''}"
+    head = f"{shard.split} · {shard.source} · {origin}, row {row} · {len(ids):,} tokens · {shard.path}:{start}"
+    return f"{head}\n  {cut(text, SAMPLE_CHARACTERS)}"
 
 
 def trace(reader: ShardReader, tokenizer: Tokenizer, place: str) -> str:
     """The document that holds a token, and the text around it."""
     shard, offset = find_token(reader.manifest, place)
     document = int(np.searchsorted(reader.documents(shard)[:, 0], offset, side="right")) - 1
-    start, stop, row = bounds(reader, shard, document)
+    start, stop, origin, row = bounds(reader, shard, document)
     tokens = reader.tokens(shard)
     before, token, after = (
         one_line(tokenizer.decode(part.tolist(), skip_special_tokens=False))
@@ -102,16 +214,16 @@ def trace(reader: ShardReader, tokenizer: Tokenizer, place: str) -> str:
             tokens[offset + 1 : min(stop - 1, offset + 1 + TRACE_TOKENS)],
         )
     )
-    facts = (
+    about = (
         ("token", f"{token!r}, id {tokens[offset]}"),
         ("place", f"{shard.path}:{offset}"),
         ("document", f"{document:,} of {shard.documents:,} in the shard (from 0); this is its token {offset - start:,}"
          f" of {stop - start:,}"),
-        ("input", f"{shard.input}, row {row}"),
+        ("input", f"{origin}, row {row}"),
         ("source", f"{shard.source} ({shard.split})"),
         ("text", f"{before}⟦{token}⟧{after}"),
     )  # fmt: skip
-    return "\n".join(f"{name:<10} {value}" for name, value in facts)
+    return "\n".join(facts(about))
 
 
 def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
@@ -132,11 +244,11 @@ def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
     return shard, int(number)
 
 
-def bounds(reader: ShardReader, shard: Shard, document: int) -> tuple[int, int, int]:
-    """First token, end (end-of-document id included) and input row of a document."""
+def bounds(reader: ShardReader, shard: Shard, document: int) -> tuple[int, int, str, int]:
+    """First token, end (end-of-document id included), input file and row of a document."""
     index = reader.documents(shard)
     stop = int(index[document + 1, 0]) if document + 1 < len(index) else shard.tokens
-    return int(index[document, 0]), stop, int(index[document, 1])
+    return int(index[document, 0]), stop, *shard.origin(int(index[document, 1]))
 
 
 def one_line(text: str) -> str:

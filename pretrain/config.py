@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
@@ -19,7 +19,9 @@ from pydantic.dataclasses import dataclass
 
 from data_prep.errors import UserError
 from data_prep.shards import MAX_VOCAB_SIZE
-from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code
+
+if TYPE_CHECKING:
+    from pretrain.modeling_tablefree import TableFreeConfig
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -264,9 +266,14 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         )
 
 
+def fewest_bits(vocab_size: int) -> int:
+    """K = ceil(log2 V): what tells V ids apart."""
+    return max(1, (vocab_size - 1).bit_length())
+
+
 def check_code_bits(model: ModelRecipe, origin: str) -> None:
     """The code must tell all ids apart and tile the model width."""
-    needed = bits_needed(model.vocab_size)
+    needed = fewest_bits(model.vocab_size)
     bits = model.code_bits or needed
     if bits < needed:
         raise UserError(
@@ -327,10 +334,12 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: froze
             )
 
 
-def model_config(model: ModelRecipe) -> TableFreeConfig:
+def model_config(model: ModelRecipe) -> "TableFreeConfig":
     """The architecture as the modelling file wants it, the affine code drawn."""
+    from pretrain.modeling_tablefree import TableFreeConfig, draw_affine_code  # torch takes seconds to import
+
     rows = offset = None
-    code_bits = model.code_bits or bits_needed(model.vocab_size)
+    code_bits = model.code_bits or fewest_bits(model.vocab_size)
     if model.input_embedding == "affine_code":
         rows, offset = draw_affine_code(code_bits, model.code_seed)
     return TableFreeConfig(

@@ -1,0 +1,122 @@
+"""From a row of a training step back to the documents it was made of.
+
+    python -m pretrain.trace --run-dir RUN_DIR --data-dir DATASET --step S --row I
+
+A row is a sample of the loader, a sample is a window of its source's stream of tokens, and the document
+indexes name the input file and row of every document in it. [first:end] is a slice, as in Python.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.shards import BLOCK_SAMPLES, TOKENIZER_NAME, Shard, ShardReader
+from pretrain.config import Recipe, load_recipe
+from pretrain.loader import TrainingLoader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a window holds of one document."""
+
+    shard: Shard
+    offsets: range  # of the part, in the shard
+    document: range  # of the whole document, in the shard, with its end-of-document id
+    origin: tuple[str, int]  # input file and row
+
+
+def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
+    """The documents in a sample's window, in order."""
+    place = loader.place(sample)
+    stream = loader.streams[loader.names.index(place.source)]
+    position, end = place.start, place.start + loader.seq_len + 1
+    while position < end:
+        shard, start = stream.locate(position)
+        index = stream.reader.documents(shard)
+        number = int(np.searchsorted(index[:, 0], start, side="right"))
+        document_stop = int(index[number, 0]) if number < len(index) else shard.tokens
+        document_start, row = index[number - 1].tolist()
+        offsets = range(start, min(start + end - position, document_stop))
+        document = range(document_start, document_stop)
+        yield Part(shard=shard, offsets=offsets, document=document, origin=shard.origin(row))
+        position += len(offsets)
+
+
+def describe_sample(loader: TrainingLoader, sample: int) -> str:
+    """Where a sample comes from."""
+    place = loader.place(sample)
+    source = loader.names.index(place.source)
+    block, place_in_block = divmod(sample, BLOCK_SAMPLES)
+    ordinal = block * int(loader.shares[source]) + int(loader.rank_at[place_in_block])
+    windows, end = loader.window_counts[source], place.start + loader.seq_len + 1
+    drawn = f"source     {place.source}, epoch {place.epoch}, ordinal {ordinal % windows} of {windows}"
+    return f"{drawn}\nwindow     tokens [{place.start}:{end}] of the source's training shards, one after another"
+
+
+def describe_part(part: Part, reader: ShardReader, tokenizer: Tokenizer, characters: int) -> str:
+    """A document, what the window holds of it, and the beginning of that text, without the end-of-document id."""
+    start, stop = part.offsets.start, part.offsets.stop
+    first, last, total = start - part.document.start, stop - part.document.start, len(part.document)
+    ids = reader.tokens(part.shard)[start : stop - (last == total)].tolist()
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    shown = text[:characters].replace("\r", "␍").replace("\n", "⏎")
+    left, right = "…" * (first > 0), "…" * (last < total or len(text) > characters)
+    head = f"{part.origin[0]}, row {part.origin[1]}: its tokens [{first}:{last}] of {total}"
+    return f"{head}\n  {part.shard.path}[{start}:{stop}]\n  {left}{shown}{right}"
+
+
+def build_parser() -> CommandParser:
+    """The command line; what it doesn't know must be a dotted recipe key."""
+    more = "Steps, rows and all else count from 0. With --recipe, any recipe key can be set with --dotted.key=value."
+    parser = CommandParser(prog="python -m pretrain.trace", description=(__doc__ or "").split("\n")[0], epilog=more)
+    run = parser.add_mutually_exclusive_group(required=True)
+    run.add_argument("--run-dir", type=Path, help="directory of a run of pretrain.train")
+    run.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
+    parser.add_argument("--data-dir", required=True, type=Path, help="the data set of the run")
+    parser.add_argument("--step", required=True, type=int, metavar="S", help="from 0, as in metrics.jsonl")
+    parser.add_argument("--row", required=True, type=int, metavar="I", help="of the batch over all ranks, from 0")
+    parser.add_argument("--characters", type=int, default=400, metavar="N", help="shown of a document (%(default)s)")
+    return parser
+
+
+def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
+    """The recipe of a run. Raises UserError if the run saw another data set."""
+    try:
+        trained_on = json.loads((run_dir / "state.json").read_bytes())["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / 'state.json'}: damaged ({error!r}); use --recipe") from None
+    if trained_on != fingerprint:
+        raise UserError(f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on {trained_on}")
+    return load_recipe(str(run_dir / "recipe.yaml"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    flags, overrides = build_parser().parse_known_args(arguments)
+    reader = ShardReader(flags.data_dir)
+    reader.check_files()
+    if flags.run_dir and overrides:
+        raise UserError(f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only")
+    is_run = flags.run_dir is not None
+    recipe = recipe_of(flags.run_dir, reader.manifest.fingerprint) if is_run else load_recipe(flags.recipe, overrides)
+    rows = recipe.global_batch_size
+    for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
+        if not 0 <= getattr(flags, name) < end:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected a number from 0 to {end - 1}")
+    loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    tokenizer = Tokenizer.from_file(str(flags.data_dir / TOKENIZER_NAME / "tokenizer.json"))
+    sample = flags.step * rows + flags.row
+    print(f"sample     {sample}: row {flags.row} of step {flags.step}, which has {rows} rows")
+    print(describe_sample(loader, sample))
+    for part in parts_of(loader, sample):
+        print("\n" + describe_part(part, reader, tokenizer, flags.characters))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
