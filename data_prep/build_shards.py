@@ -24,7 +24,7 @@ from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
 from data_prep.mixture import Mixture, MixtureSource, load_mixture, mixture_path
-from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, keep_freed_memory, together
+from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
 from data_prep.shards import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -135,7 +135,6 @@ def build_units(
     output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, comm: Communicator, *, prefer: str, threads: int
 ) -> tuple[dict[str, UnitResult], str]:
     """Build every unit that isn't there yet; results by record path, and the encoder's name. Every rank calls this."""
-    keep_freed_memory()
     builder = UnitBuilder(
         output_dir=output_dir, tokenizer=tokenizer, prefer=prefer, threads=threads,
         validation_fraction=plan.mixture.validation_fraction,

@@ -45,6 +45,13 @@ class LoadedTokenizer:
     sha256: str
 
     @cached_property
+    def gigatoken_json(self) -> str:
+        """tokenizer.json without special tokens: gigatoken always parses them in text, so it must not know them."""
+        model = json.loads(self.files["tokenizer.json"])
+        model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
+        return json.dumps(model)
+
+    @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
         """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has no token."""
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
@@ -153,7 +160,8 @@ def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.Lar
 
 def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
     """What the shards must hold for a text, end-of-document aside."""
-    return np.array(tokenizer.reference.encode(text, add_special_tokens=False).ids, np.uint32)
+    (encoding,) = tokenizer.reference.encode_batch_fast([text], add_special_tokens=False)  # lets other threads run
+    return np.array(encoding.ids, np.uint32)
 
 
 def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
@@ -161,10 +169,7 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
     import awkward as ak
     from gigatoken.gigatoken_rs import load_hf_json
 
-    model = json.loads(tokenizer.files["tokenizer.json"])
-    # gigatoken always parses special tokens in text, so it must not know them
-    model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
-    backend = load_hf_json(json.dumps(model))
+    backend = load_hf_json(tokenizer.gigatoken_json)
 
     def encode(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
         _, offsets, data = texts.buffers()

@@ -1,6 +1,5 @@
 """One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a launcher."""
 
-import ctypes
 import os
 import sys
 import threading
@@ -82,15 +81,6 @@ def connect() -> tuple[Communicator, int]:
 
 def _launcher_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: to get every large array anew from the system costs a fifth of a build's time."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
-        library.mallopt(mmap_threshold, 1 << 30)
-        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def together(comm: Communicator, work: Callable[[], Any]) -> Any:

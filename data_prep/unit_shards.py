@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -50,6 +51,7 @@ POLL_SECONDS = 0.1
 SPACE = "make space or choose another --output-dir, and build again: finished units are kept"
 
 Encoded = tuple[Ids, Offsets]
+Encoders = queue.SimpleQueue[Encoder | None]  # one for each core; None is one not yet made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +122,15 @@ class UnitBuilder:
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> list[UnitResult]:
         """Build the units, a core each; returns once every file is on the disk. The first error stops all."""
-        free = [self.encoder]
+        encoders: Encoders = queue.SimpleQueue()
+        for encoder in (self.encoder, *[None] * (self.threads - 1)):
+            encoders.put(encoder)
 
         def work(unit: WorkUnit) -> UnitResult:
-            try:
-                encoder = free.pop()
-            except IndexError:
-                encoder = self._new_encoder()
-            try:
-                with writing(self.output_dir, f"unit {unit.name}"):
-                    return self._build_unit(unit, encoder, progress)
-            finally:
-                free.append(encoder)
+            with writing(self.output_dir, f"unit {unit.name}"):
+                return self._build_unit(unit, encoders, progress)
 
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
             futures = [pool.submit(work, unit) for unit in units]
             try:
                 self._watch(futures, progress)
@@ -152,33 +149,45 @@ class UnitBuilder:
             if progress.report():
                 raise StoppedError
 
-    def _build_unit(self, unit: WorkUnit, encoder: Encoder, progress: Progress) -> UnitResult:
+    def _build_unit(self, unit: WorkUnit, encoders: Encoders, progress: Progress) -> UnitResult:
         signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
         if (finished := self._finished(unit, signature)) is not None:
             progress.add(unit.size_bytes, 0)
             return finished
         splits = {split: SplitWriter(split, self.output_dir / shard_path(split, unit)) for split in SPLITS}
-        rows = empty = taken = 0
-        bad: Reasons = []
         try:
-            for documents, encoded in self._batches(unit, encoder):
-                if self._stopping.is_set():
-                    raise StoppedError
-                if len(documents.texts):
-                    is_first = not any(part.documents for part in splits.values())
-                    self._add(unit, documents, encoded, encoder, splits, is_first=is_first)
-                rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
-                taken += documents.input_bytes
-                progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
+            encoder = encoders.get()
+            try:
+                encoder = encoder or self._new_encoder()
+                rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
+            finally:
+                encoders.put(encoder)
             shards = tuple(part.finish() for part in splits.values() if part.documents)
         finally:
             for part in splits.values():
                 if part.writer is not None:
                     part.writer.close()
-        progress.add(unit.size_bytes - taken, 0)
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=shards)
         write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
         return result
+
+    def _encode_unit(
+        self, unit: WorkUnit, encoder: Encoder, splits: dict[str, SplitWriter], progress: Progress
+    ) -> tuple[int, int, Reasons]:
+        """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
+        rows = empty = taken = 0
+        bad: Reasons = []
+        for documents, encoded in self._batches(unit, encoder):
+            if self._stopping.is_set():
+                raise StoppedError
+            if len(documents.texts):
+                is_first = not any(part.documents for part in splits.values())
+                self._add(unit, documents, encoded, encoder, splits, is_first=is_first)
+            rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
+            taken += documents.input_bytes
+            progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
+        progress.add(unit.size_bytes - taken, 0)
+        return rows, empty, bad
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
         """What an earlier build left of a unit, if it is whole: its record, and files with the digests in it."""

@@ -21,7 +21,7 @@ from data_prep.build_shards import BUILD_NAME, make_plan, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import load_mixture
-from data_prep.ranks import Progress, SingleProcess, keep_freed_memory
+from data_prep.ranks import Progress, SingleProcess
 from data_prep.shards import (
     INDEX_DTYPE,
     LOCK_NAME,
@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir
     started = time.perf_counter()
-    keep_freed_memory()
     manifest = load_manifest(data_dir)
     problems = list(find_problems(data_dir, manifest))
     for _, problem in problems:

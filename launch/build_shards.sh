@@ -3,7 +3,7 @@
 #
 #   launch/build_shards.sh --mixture M --output-dir D [--ranks N] [--hostfile F] [data_prep.build_shards flags ...]
 #
-# Prints the exact command, then runs it. One rank for each 8 cores, unless --ranks says otherwise; the output is the
+# Prints the exact command, then runs it. One rank for each 2 cores, unless --ranks says otherwise; the output is the
 # same. After a stop or a kill, the same command goes on from the finished units. With --hostfile (a host a line),
 # all hosts must see M, its files and D, and --ranks is needed.
 set -euo pipefail
@@ -31,7 +31,7 @@ if [ -n "$hostfile" ] && { [ ! -f "$hostfile" ] || [ -z "$ranks" ]; }; then
   exit 2
 fi
 
-ranks=${ranks:-$((($(nproc) + 7) / 8))}
+ranks=${ranks:-$((($(nproc) + 1) / 2))}
 launcher=()
 if [ "$ranks" -gt 1 ] || [ -n "$hostfile" ]; then
   launcher=(mpiexec -n "$ranks" ${hostfile:+-hostfile "$hostfile"})

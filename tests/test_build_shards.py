@@ -41,7 +41,7 @@ from data_prep import train_tokenizer, unit_shards, work_units
 from data_prep.build_shards import assign
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError
-from data_prep.mixture import load_mixture
+from data_prep.mixture import load_mixture, mixture_path
 from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.work_units import WorkUnit
 
@@ -513,3 +513,15 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         assert rows.pop(0).startswith(f"| {route}")
     assert not rows
     assert any(line.startswith("| `verify`") for line in lines)
+
+
+def test_the_shipped_mixtures_name_the_hub_s_data_sets_and_wait_for_a_tokenizer(tmp_path: Path) -> None:
+    for name in ("fineweb_edu_cosmopedia", "fineweb_edu_cosmopedia_full"):
+        mixture = load_mixture(mixture_path(name), tmp_path)
+        hubs = [(source.hub, source.weight) for source in mixture.sources]
+        assert hubs == [("HuggingFaceFW/fineweb-edu", 0.8), ("HuggingFaceTB/cosmopedia", 0.2)]
+        assert all(re.fullmatch("[0-9a-f]{40}", source.revision or "") for source in mixture.sources)
+        with pytest.raises(UserError, match="no --tokenizer was given"):
+            load_mixture(mixture_path(name))
+    with pytest.raises(UserError, match=r"no such mixture; give a \.yaml file or one of example, fineweb"):
+        mixture_path("fineweb")

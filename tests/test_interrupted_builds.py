@@ -175,7 +175,7 @@ def test_killed_at_any_moment(tmp_path: Path, mixture: Path, reference: Path) ->
         after = finished_files(output_dir) if output_dir.exists() else {}
         assert after.items() >= finished.items()
         lost = units_begun(output_dir) - {name[len("units/") : -len(".json")] for name in after}
-        assert len(lost) <= ranks * max(1, CORES // ranks)
+        assert len(lost) <= 2 * ranks * max(1, CORES // ranks)  # a core encodes one and writes one
         killed_at_work += 0 < records(output_dir) < units
         finished = after
         is_complete = (output_dir / "manifest.json").exists()  # it was faster

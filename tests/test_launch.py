@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, environment, losses, run_command, train, write_recipe
+from prep_helpers import source, write_mixture, write_parquet
+
+pytest_plugins = ("prep_fixtures",)
 
 SUMMARY_KEYS = {
     "vocab_size",
@@ -42,6 +45,20 @@ def test_pretrain_prints_the_command_it_runs_and_trains(tiny_data: Path, tmp_pat
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_build_shards_prints_the_command_it_runs_and_builds(
+    tokenizer_dir: Path, texts: list[str], tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "a.parquet", texts)
+    mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.parquet")])
+    flags = ["--mixture", str(mixture), "--output-dir", str(tmp_path / "out")]
+    result = run_command("launch/build_shards.sh", *flags, "--ranks", "2")
+    assert result.returncode == 0, result.stderr
+    assert "+ mpiexec -n 2 python -m data_prep.build_shards" in result.stdout
+    assert json.loads((tmp_path / "out" / "build.json").read_bytes())["ranks"] == 2
+    assert "already complete" in run_command("launch/build_shards.sh", *flags).stdout
+    assert run_command("launch/build_shards.sh", *flags, "--hostfile", "nowhere").returncode == 2
+
+
 def test_a_missing_hostfile_is_one_clear_line() -> None:
     result = run_command("launch/pretrain.sh", "--recipe", "quickstart", "--hostfile", "nowhere")
     assert result.returncode == 2
@@ -49,7 +66,7 @@ def test_a_missing_hostfile_is_one_clear_line() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "pretrain.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "pretrain.sh", "build_shards.sh"])
 def test_every_script_has_help(script: str) -> None:
     result = run_command(f"launch/{script}", "--help")
     assert result.returncode == 0

@@ -5,8 +5,8 @@
 
 Prints two Markdown tables. The routes take turns, each in processes of its own; a figure is the median
 over the turns, a ratio the median of the ratios within a turn. Time is the wall time of the work without
-imports and, for an encoder alone, without loading the tokenizer. build_shards is timed whole: parquet in;
-shards, indexes, digests and manifest out, with fsync.
+imports; every route loads its tokenizer within it. build_shards is timed whole: parquet in; shards, indexes,
+digests and manifest out, with fsync.
 
 The text of FILE is repeated (`--copies`) with two vowels swapped in all copies but the first, so that
 remembered words help little. Slow routes read a sample of all copies; the tokenizer is trained on it. Take a

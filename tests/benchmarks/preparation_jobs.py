@@ -25,6 +25,7 @@ CORES = len(os.sched_getaffinity(0))
 QUICK_CHARACTERS = 300_000
 ROW_GROUP_DOCUMENTS, ROW_GROUP_BYTES = 1000, 8 << 20
 BATCH_DOCUMENTS = 1000
+VALIDATION_FRACTION = 0.005  # as in the example
 
 Job = tuple[str, Callable[[], object]]  # its label in the table, and the work to be timed
 
@@ -109,7 +110,7 @@ def build_job(place: Place) -> Job:
         importlib.import_module(name)
     source = {"name": "text", "path": f"{place.text}/*.parquet", "format": "parquet", "text_field": "text", "weight": 1}
     mixture = place.output.with_suffix(".yaml")
-    content = {"tokenizer": str(place.tokenizer), "validation_fraction": 0.05, "sources": [source]}
+    content = {"tokenizer": str(place.tokenizer), "validation_fraction": VALIDATION_FRACTION, "sources": [source]}
     mixture.write_text(json.dumps(content))
     flags = ["--mixture", str(mixture), "--output-dir", str(place.output)]
     return f"`build_shards`, {'one process' if alone else '2 MPI ranks'}", lambda: build_shards.main(flags)
@@ -129,8 +130,9 @@ def gigatoken_job(place: Place) -> Job:
 
     importlib.import_module("awkward")
     source = gigatoken.ParquetFileSource([*place.text.iterdir()], column="text")
-    encoder = gigatoken.Tokenizer(place.tokenizer / "tokenizer.json")
-    return f"gigatoken {version('gigatoken')} `encode_files`, ids in memory", lambda: encoder.encode_files(source)
+    model = place.tokenizer / "tokenizer.json"
+    label = f"gigatoken {version('gigatoken')} `encode_files`, ids in memory"
+    return label, lambda: gigatoken.Tokenizer(model).encode_files(source)
 
 
 def tokenizers_job(place: Place) -> Job:
@@ -138,10 +140,10 @@ def tokenizers_job(place: Place) -> Job:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_file(str(place.tokenizer / "tokenizer.json"))
     column = pq.read_table(place.text).column(0)
 
     def work() -> None:
+        encoder = Tokenizer.from_file(str(place.tokenizer / "tokenizer.json"))
         for start in range(0, len(column), BATCH_DOCUMENTS):
             encodings = encoder.encode_batch_fast(column.slice(start, BATCH_DOCUMENTS).to_pylist())
             sum(len(encoding.ids) for encoding in encodings)
