@@ -47,7 +47,6 @@ from data_prep.unit_shards import (
     StoppedError,
     UnitBuilder,
     UnitResult,
-    read_record,
     record_path,
     shard_path,
     unit_signature,
@@ -69,6 +68,12 @@ class Plan:
     sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
     units: tuple[WorkUnit, ...]
     signature: str  # of inputs, tokenizer and mixture as they lie on this machine
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells, in build.json, whose units lie in a directory."""
+        origins = [[source["name"], source["origin"]] for source in self.sources]
+        return {"signature": self.signature, "tokenizer_sha256": self.tokenizer_sha256, "origins": origins}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,18 +225,19 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
         signature = built["signature"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{output_dir}: exists, and is not a data set of this command; {elsewhere}") from None
+    is_akin = built.get("tokenizer_sha256") == plan.tokenizer_sha256 and any(
+        origin in built.get("origins", []) for origin in plan.identity["origins"]
+    )
     if not (output_dir / MANIFEST_NAME).exists():
-        records = {path.relative_to(output_dir).as_posix() for path in (output_dir / UNITS_NAME).glob("*/*.json")}
-        fraction = plan.mixture.validation_fraction
-        signatures = ((record_path(unit), unit_signature(unit, plan.tokenizer_sha256, fraction)) for unit in plan.units)
-        ours = (path in records and read_record(output_dir / path, of) for path, of in signatures)
-        if signature != plan.signature and records and not any(ours):
+        if not is_akin and any((output_dir / UNITS_NAME).glob("*/*.json")):
             raise UserError(f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}")
         return False
     if signature != plan.signature:
         raise UserError(
             f"{output_dir}: holds a data set of another mixture or tokenizer, or of inputs that were of another size "
-            f"or changed at another time; {elsewhere}; to build this mixture from the units in it, {REBUILD}"
+            f"or changed at another time; {elsewhere}"
+            + f"; to build it anew here, from those of its units whose inputs are as they were, {REBUILD}"
+            * is_akin
         )
     ShardReader(output_dir).check_files()
     return True
@@ -241,7 +247,7 @@ def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) 
     """The output directory says what is being built in it, and is held. Finished units of an earlier build stay."""
     with writing(output_dir, "the tokenizer"):
         held = lock(output_dir, "building it", "--output-dir")
-        write_json(output_dir / BUILD_NAME, {"state": "incomplete", "signature": plan.signature})
+        write_json(output_dir / BUILD_NAME, {"state": "incomplete", **plan.identity})
         write_tokenizer(output_dir, tokenizer)
     return held
 
@@ -276,7 +282,7 @@ def finish(
     seconds = time.perf_counter() - facts.pop("started")
     about = {
         "state": "complete",
-        "signature": plan.signature,
+        **plan.identity,
         "fingerprint": manifest.fingerprint,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
@@ -345,7 +351,10 @@ def check_documents(manifest: Manifest) -> None:
     """Every source has something to train on, and something is held out."""
     for source in manifest.sources:
         if not any(shard.source == source.name for shard in manifest.shards):
-            raise UserError(f"source {source.name!r}: no documents in {source.origin}; check its files or leave it out")
+            first = next((f"; all are bad, the first: {b.input}, row {b.row}: {b.reason}" for b in
+                          manifest.bad_documents if b.source == source.name), "")  # fmt: skip
+            problem = f"source {source.name!r}: no documents in {source.origin}{first}"
+            raise UserError(f"{problem}; check its files and format, or leave it out")
         if not manifest.shards_of("train", source.name):
             raise UserError(f"source {source.name!r}: no training documents; lower validation_fraction or add text")
     if not manifest.shards_of("validation"):

@@ -68,7 +68,8 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     bad = sorted([*batch.bad, *found.items()])
     if bad and not unit.skip_bad:
         at, reason = bad[0]
-        raise UserError(f"{_place(unit, row + at)}: {reason}; mend or remove it, or set on_bad_document: skip")
+        advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
+        raise UserError(f"{_place(unit, row + at)}: {reason}; {advice}")
     lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     keep = (lengths > 0) & ~np.isin(batch.rows, np.fromiter(found, np.uint64))
     if not keep.all():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
@@ -46,6 +47,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -117,6 +117,9 @@ class _Uint16:
         if file.size % 2 or (self.start and self.start + told != self.stop):
             expected = f"a header of 1,024 and {told:,} ids of 2" if self.start else "ids of 2"
             raise UserError(f"{file.url}: {file.size:,} bytes, expected {expected}; check the format, or copy it again")
+        pairs = self._ids(self.start, min(self.stop, self.start + SEARCH_TOKENS))
+        if len(pairs) >= 64 and pairs[::2].any() and not pairs[1::2].any():
+            raise UserError(f"{file.url}: every second id is 0, as in ids of 4 bytes; write them as uint16")
         end = self.next_cut(self.start, self.stop, 0)
         if not end or eos_id not in self._ids(end - 1, end):
             problem = f"eos_id {eos_id} never occurs, so where documents end is not known"

@@ -108,9 +108,10 @@ def abort_on_defect(comm: Communicator) -> Iterator[None]:
         yield
     except (UserError, SystemExit):
         raise
-    except BaseException:
+    except BaseException as error:
         if comm.size > 1:
-            traceback.print_exc()
+            if not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
             comm.Abort(1)  # type: ignore[attr-defined]
         raise
 

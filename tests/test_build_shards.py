@@ -40,7 +40,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_prep import train_tokenizer, unit_shards, work_units
 from data_prep.build_shards import assign
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
-from data_prep.errors import UserError
+from data_prep.errors import UserError, exit_code
 from data_prep.mixture import load_mixture, mixture_path
 from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.work_units import WorkUnit
@@ -319,6 +319,31 @@ def test_units_of_another_tokenizer_are_left_alone(tmp_path: Path, mixture: Path
     with pytest.raises(UserError, match="holds finished units of another mixture or tokenizer; choose another"):
         build(mixture, tmp_path / "out", "--tokenizer", str(tmp_path / "other"))
     assert stamps(tmp_path / "out") == before
+
+
+def test_after_an_input_was_touched_the_advice_works(tmp_path: Path, mixture: Path) -> None:
+    manifest = build(mixture, tmp_path / "out")
+    for path in [*tmp_path.glob("*.parquet"), *tmp_path.glob("more/*")]:
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"changed at another time; .*; to build it anew here, .* remove its manifest"):
+        build(mixture, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert build(mixture, tmp_path / "out") == manifest
+
+
+def test_a_source_of_bad_documents_alone_says_what_is_wrong(tmp_path: Path, tokenizer_dir: Path) -> None:
+    write_parquet(tmp_path / "a.jsonl", ["x"])
+    mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")], on_bad_document="skip")
+    message = build_error(mixture, tmp_path / "out")
+    assert "no documents in a.jsonl; all are bad, the first: a.jsonl, row 0: " in message
+
+
+def test_ctrl_c_is_one_word_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted) == 130
+    assert capfd.readouterr().err == "stopped\n"
 
 
 def test_a_directory_in_which_a_build_had_just_begun(tmp_path: Path, mixture: Path) -> None:

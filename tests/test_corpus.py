@@ -255,7 +255,7 @@ def test_bad_lines_are_named_or_left_out(
     message = read_error(path, format, unit_bytes)
     assert message.startswith(f"{path}: line 7: ")
     assert expected in message
-    assert "set on_bad_document: skip" in message
+    assert "on_bad_document: skip" in message
     texts, rows, bad = read(units_of(path, format=format, unit_bytes=unit_bytes, skip_bad=True))
     assert (texts, rows, [row for row, _ in bad]) == (["x", "x", "x", "y"], [0, 2, 4, 7], [6])
     assert expected in bad[0][1]
@@ -283,7 +283,7 @@ def test_bad_rows_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fo
     values = [bad[i][0] if i in bad else b"%d" % i * (i != 3) for i in range(14)]
     path = WRITERS[format](tmp_path / f"a.{format}", invalid_utf8(*values))
     message = read_error(path, format, unit_bytes)
-    assert "row 8: 'text' is null, expected text; mend or remove it, or set on_bad_document: skip" in message
+    assert "row 8: 'text' is null, expected text; mend or remove it, or have build_shards skip it" in message
     units = units_of(path, format=format, unit_bytes=unit_bytes, skip_bad=True)
     texts, rows, found = read(units)
     kept = [i for i in range(14) if i not in (3, *bad)]
@@ -336,7 +336,7 @@ def test_left_out_documents_are_counted_and_listed(
     sources = [source(format, path, format=format) for format, path in
                (("jsonl", "a.jsonl"), ("parquet", "b.parquet"), ("txt", "*.txt"))]  # fmt: skip
     message = build_error(write_mixture(tmp_path, tokenizer_dir, sources), tmp_path / "error")
-    assert "; mend or remove it, or set on_bad_document: skip" in message
+    assert "; mend or remove it, or have build_shards skip it" in message
     mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip")
     manifest = build(mixture, tmp_path / "skip")
     assert [(s.empty_documents, s.bad_documents) for s in manifest.sources] == [(3, 9), (1, 2), (0, 2)]

@@ -287,3 +287,11 @@ def test_other_tokenizers_decode_by_the_reference(tmp_path: Path) -> None:
     encoder = new_encoder(load_tokenizer(new_tokenizer_dir(tmp_path / "t", tokenizer, "<s>")), prefer="tokenizers")
     documents = pa.array(["ab", "", "b 日\n"], pa.large_string())
     assert encoder.decode(*encoder.encode(documents)).equals(documents)
+
+
+def test_ids_of_four_bytes_are_no_uint16(tmp_path: Path) -> None:
+    path = tmp_path / "ids.bin"
+    path.write_bytes(np.arange(1, 100, dtype="<u4").tobytes())
+    file = InputFile(name="ids.bin", url=str(path), size=path.stat().st_size, version="")
+    with pytest.raises(UserError, match=r"ids\.bin: every second id is 0, as in ids of 4 bytes"):
+        cut_ids(file, "uint16", 0, 1 << 20)
