@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 RECIPES_DIR = Path(__file__).parent / "recipes"
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# What a resumed run may change: none of it alters what a step computes.
+# What a resumed run may change: none of it alters what a step computes, but for the order of float sums.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "batch.micro_batch_size",
+        "compile",
+        "loss_head",
+        "data.stage_dir",
         "activation_checkpointing.mode",
         "activation_checkpointing.every_n_layers",
         "validation.every_steps",
@@ -77,10 +80,25 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScheduleRecipe:
-    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+    """Linear warm-up to the peak, then a decay to a fraction of it at the last step; see pretrain/optim.py.
 
+    `cosine` and `linear` decay from the end of the warm-up, `wsd` (warmup-stable-decay) over its last
+    `decay_steps`, or `decay_fraction` of all steps; `constant` stays at the peak.
+    """
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)  # instead of the fraction
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    decay_steps: int | None = Field(default=None, ge=1)  # instead of the fraction
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataRecipe:
+    """How a node gets at the shards."""
+
+    stage_dir: str | None = None  # a local disk of each node, to which the data set is copied once
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -115,11 +133,15 @@ class Recipe:
     batch: BatchRecipe
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
+    data: DataRecipe = Field(default_factory=DataRecipe)
     activation_checkpointing: ActivationCheckpointingRecipe = Field(default_factory=ActivationCheckpointingRecipe)
     validation: ValidationRecipe
     checkpoints: CheckpointsRecipe
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
+    intra_document_masking: bool = False  # no token sees another document of its window; positions restart
+    compile: bool = False  # torch.compile of the blocks
+    loss_head: Literal["chunked", "whole", "torch", "liger"] = "chunked"  # see pretrain/loss.py
     deterministic: bool = False  # CUDA only: slower kernels that give the same bits each time
     engine: str = "zero2_bf16"  # a file of ds_configs/, by name, or a path
 
