@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
-from pretrain import engine as engines
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.checkpoint import newest_good, prune_checkpoints, save_checkpoint
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World, exit_with, keep_freed_memory, share_cores, together, world_from_environment
-from pretrain.engine import Engine
+from pretrain.engine import Engine, start_process_group
+from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
 from pretrain.loader import TrainingLoader, ValidationWindows
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
@@ -79,8 +79,8 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if flags.stop_at_step is not None and flags.stop_at_step < 1:
         raise UserError(f"--stop-at-step {flags.stop_at_step}: expected a number of steps, 1 or more")
     recipe = load_recipe(flags.recipe, overrides)
-    engine_config = engines.load_engine_config(flags.deepspeed_config or recipe.engine)
-    merged = engines.merge_config(recipe, engine_config, world.world_size)
+    engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
+    merged = merge_config(recipe, engine_config, world.world_size)
     reader = ShardReader(flags.data_dir)
     reader.check_files()
     if reader.manifest.vocab_size > recipe.model.vocab_size:
@@ -95,7 +95,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
         )
     fingerprint = reader.manifest.fingerprint
-    check_same_run(flags.run_dir, recipe, merged, fingerprint, engines.MAY_CHANGE_ON_RESUME)
+    check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
     return Run(
         recipe=recipe,
         engine_config=merged,
@@ -304,7 +304,7 @@ def set_determinism(recipe: Recipe) -> None:
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
     set_determinism(run.recipe)
-    device = engines.start_process_group(world)
+    device = start_process_group(world)
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         train_from_last_checkpoint(run, world, device)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.shards import Tokens
-from pretrain import engine as engines
 from pretrain.config import Recipe, load_recipe
 from pretrain.distributed import keep_freed_memory, share_cores, world_from_environment
-from pretrain.engine import Engine
+from pretrain.engine import Engine, start_process_group
+from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.loss import LanguageModelLoss
 from pretrain.optim import build_optimizer
 from pretrain.train import build_model
@@ -55,8 +55,8 @@ def bare_step(recipe: Recipe, *, naive_loss: bool) -> Step:
 def engine_step(recipe: Recipe) -> Step:
     """The same step through DeepSpeed ZeRO-2."""
     world = world_from_environment()
-    config = engines.merge_config(recipe, engines.load_engine_config("zero2_fp32"), world.world_size)
-    device = engines.start_process_group(world)
+    config = merge_config(recipe, load_engine_config("zero2_fp32"), world.world_size)
+    device = start_process_group(world)
     engine = Engine(build_model(recipe), recipe, config, world, device)
     return lambda micro_batches: engine.train_step(micro_batches, recipe.optimizer.peak_learning_rate)
 

@@ -1,0 +1,146 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_recipe_content
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.errors import UserError
+from pretrain.config import Recipe, build_recipe
+from pretrain.engine_config import (
+    DS_CONFIGS_DIR,
+    OWNED_BY_RECIPE,
+    ZERO_KEYS,
+    accumulation_steps,
+    load_engine_config,
+    merge_config,
+)
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    return build_recipe(tiny_recipe_content(**sections), "tiny.yaml")
+
+
+def json_refusal(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "engine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_engine_config(str(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+STAGE_2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS_DIR.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_engine_is_zero2_with_fp32_accumulation_and_reduction(path: Path) -> None:
+    config = load_engine_config(path.stem)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize("key", sorted(OWNED_BY_RECIPE))
+def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str, tmp_path: Path) -> None:
+    message = json_refusal(tmp_path, {**STAGE_2, key: 1})
+    assert f"{key} belongs to the recipe ({OWNED_BY_RECIPE[key]}); remove it here" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({**STAGE_2, "bf16": {"enabled": "auto"}}, 'holds an "auto" value'),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'holds an "auto" value'),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 2"),
+        ({}, "zero_optimization.stage is 0, expected 2"),
+        ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
+        ({**STAGE_2, "zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucketsize": 5}},
+            "unknown key zero_optimization.reduce_bucketsize; did you mean reduce_bucket_size?",
+        ),
+        ({**STAGE_2, "bf16": {}}, "bf16 has no key enabled"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "offload_optimizer is not supported"),
+        ({**STAGE_2, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
+        ({**STAGE_2, "fp16": True}, "fp16 is True, expected a JSON object"),
+        ("{", "not valid JSON"),
+        ("[2]", "expected a JSON object"),
+    ],
+)
+def test_a_json_that_this_pipeline_cannot_honour_is_refused(content: Any, says: str, tmp_path: Path) -> None:
+    assert says in json_refusal(tmp_path, content)
+
+
+def test_an_engine_that_is_not_there_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"engine zero2_bf61: no such .*; did you mean zero2_bf16\?"):
+        load_engine_config("zero2_bf61")
+    with pytest.raises(UserError, match=r"/absent\.json: no such file"):
+        load_engine_config("/absent.json")
+
+
+def test_the_merged_configuration_is_the_json_and_what_the_recipe_owns() -> None:
+    recipe = recipe_of(batch={"micro_batch_size": 1}, optimizer={"gradient_clipping": 0.7})
+    engine_config = load_engine_config("zero2_fp32")
+    merged = merge_config(recipe, engine_config, world_size=2)
+    added = {key: value for key, value in merged.items() if key not in engine_config}
+    assert added == {
+        "train_batch_size": 6,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 3,  # 6 windows / (2 ranks x 1)
+        "gradient_clipping": 0.7,
+        "steps_per_print": 2**31,
+    }
+    assert {key: merged[key] for key in engine_config} == engine_config == load_engine_config("zero2_fp32")
+
+
+def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and_one_that_does_keeps_it() -> None:
+    silent = merge_config(recipe_of(), STAGE_2, world_size=1)
+    assert silent["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert silent["communication_data_type"] == "fp32"
+    asked = merge_config(recipe_of(), {**STAGE_2, "communication_data_type": "bf16"}, world_size=1)
+    assert asked["communication_data_type"] == "bf16"
+
+
+# Dividing the batch
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do() -> None:
+    recipe = recipe_of(batch={"global_batch_tokens": 6 * 32, "micro_batch_size": 2})
+    with pytest.raises(UserError) as caught:
+        accumulation_steps(recipe, world_size=2)
+    assert str(caught.value) == (
+        "a step of 6 windows does not divide over 2 ranks x micro-batch 2; nearest that do: "
+        "batch.global_batch_tokens 128 or 256, or batch.micro_batch_size 1, or 1 rank"
+    )
+
+
+@given(windows=st.integers(1, 60), micro_batch_size=st.integers(1, 12), world_size=st.integers(1, 16))
+def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
+    windows: int, micro_batch_size: int, world_size: int
+) -> None:
+    recipe = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": micro_batch_size})
+    if windows % (micro_batch_size * world_size) == 0:
+        assert accumulation_steps(recipe, world_size) * micro_batch_size * world_size == windows
+        return
+    with pytest.raises(UserError) as caught:
+        accumulation_steps(recipe, world_size)
+    text = str(caught.value).partition("nearest that do:")[2]
+    tokens = re.search(r"global_batch_tokens (\d+)(?: or (\d+))?", text)
+    assert tokens is not None
+    for suggested in filter(None, tokens.groups()):
+        changed = recipe_of(batch={"global_batch_tokens": int(suggested), "micro_batch_size": micro_batch_size})
+        accumulation_steps(changed, world_size)
+        assert abs(int(suggested) - windows * 32) < 32 * micro_batch_size * world_size
+    if micro := re.search(r"micro_batch_size (\d+)", text):
+        changed = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": int(micro[1])})
+        accumulation_steps(changed, world_size)
+    if ranks := re.search(r"(\d+) ranks?$", text):
+        accumulation_steps(recipe, int(ranks[1]))
+
+
+def test_every_zero_key_that_is_let_through_is_one_of_deepspeed_s() -> None:
+    assert set(DeepSpeedZeroConfig.model_fields) >= ZERO_KEYS
