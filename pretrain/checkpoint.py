@@ -152,20 +152,25 @@ def save_checkpoint(run_dir: Path, step: int, fragments: list[Fragment], about: 
     together(clear_staging)
     entries = gather(together(write_own_file))
 
-    def publish() -> None:
+    def complete() -> None:
         if world.is_main:
             manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, **about, "files": entries}
             write_durably(staging / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
             fsync_directory(staging)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(staging, final)
-            fsync_directory(home)
-            pointer = {"checkpoint": final.name, "manifest_xxh3_128": digest_file(final / MANIFEST_NAME)}
-            write_durably(home / POINTER_NAME, json.dumps(pointer).encode())
+            publish(staging, final)
 
-    together(publish)
+    together(complete)
     return final
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Give a complete checkpoint its final name and point to it."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(staging, final)
+    fsync_directory(final.parent)
+    pointer = {"checkpoint": final.name, "manifest_xxh3_128": digest_file(final / MANIFEST_NAME)}
+    write_durably(final.parent / POINTER_NAME, json.dumps(pointer).encode())
 
 
 def prune_checkpoints(run_dir: Path, keep_last: int) -> None:

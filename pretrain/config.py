@@ -93,6 +93,14 @@ class ScheduleRecipe:
     decay_steps: int | None = Field(default=None, ge=1)  # instead of the fraction
     final_fraction: float = Field(default=0.1, ge=0, le=1)
 
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up."""
+        return math.ceil(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def decay(self, total_steps: int) -> int:
+        """Steps of the decay of `wsd`."""
+        return math.ceil(self.decay_fraction * total_steps) if self.decay_steps is None else self.decay_steps
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataRecipe:
@@ -280,11 +288,26 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         )
     if model.input_embedding != "learned":
         check_code_bits(model, origin)
+    check_schedule(recipe, origin)
     if recipe.batch.global_batch_tokens % model.seq_len:
         near = nearest_multiples(recipe.batch.global_batch_tokens, model.seq_len)
         raise UserError(
             f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a whole number of "
             f"windows of model.seq_len {model.seq_len}; the nearest are {near}"
+        )
+
+
+def check_schedule(recipe: Recipe, origin: str) -> None:
+    """Warm-up and decay must fit into the run."""
+    schedule, total = recipe.schedule, recipe.total_steps
+    if schedule.kind != "wsd" and schedule.decay_steps is not None:
+        raise UserError(f"{origin}: schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}")
+    warmup = schedule.warmup(total)
+    decay = schedule.decay(total) if schedule.kind == "wsd" else 0
+    if warmup + decay > total:
+        raise UserError(
+            f"{origin}: schedule: {warmup:,} steps of warm-up and {decay:,} of decay are longer than the run of "
+            f"{total:,} steps; make them shorter or train_tokens larger"
         )
 
 

@@ -4,9 +4,11 @@ What it is configured with comes from pretrain/engine_config.py.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pydantic
@@ -22,6 +24,7 @@ from pretrain.distributed import World, gather, set_rendezvous
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 from pretrain.optim import build_optimizer
+from pretrain.timing import PHASES, StepClock, peak_memory_bytes
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
@@ -45,6 +48,29 @@ def start_process_group(world: World) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank's step took."""
+
+    rank: int
+    seconds: dict[str, float]  # of each of timing.PHASES
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """What one step gave, known before its update."""
+
+    loss: float  # nats, mean over all targets of all ranks
+    gradient_norm: float  # of all ranks' parameters, before clipping
+    own: RankFigures
+    slowest: RankFigures  # whose data and forward pass took longest, where no rank waits for another; a step earlier
+
+
+class DivergedError(Exception):
+    """The loss or the gradient norm of a step is no number; nothing of the step has reached the weights."""
+
+
 class Engine:
     """A model under ZeRO-2: takes token ids, trains, and gives and takes its state as fragments."""
 
@@ -65,6 +91,12 @@ class Engine:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
+        self.clock = StepClock(device)
+        last_step = torch.zeros(len(PHASES) + 1, dtype=torch.float64)  # this rank's seconds and memory
+        self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
+        zero = self.deepspeed.optimizer
+        gradient_norm = zero.scaled_global_norm
+        zero.scaled_global_norm = lambda: self._read_before_update(gradient_norm())
 
     def rows_of(self, micro_step: int) -> slice:
         """Which rows of the global batch this rank takes in a micro-step."""
@@ -72,32 +104,79 @@ class Engine:
         start = (micro_step * self.world.world_size + self.world.rank) * size
         return slice(start, start + size)
 
-    def to_device(self, ids: Tokens) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64. All ids up to 65,535 are ordinary: uint16 widens before torch sees it."""
-        wide_BT = torch.from_numpy(ids.astype("int64")).to(self.device)
+    def pinned(self, ids: Tokens) -> Tensor:
+        """Ids widened to int64, in memory from which a GPU copies without the host's waiting.
+
+        All ids up to 65,535 are ordinary: uint16 widens before torch sees it.
+        """
+        wide = torch.from_numpy(ids.astype("int64"))
+        return wide.pin_memory() if self.device.type == "cuda" else wide
+
+    def to_device(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of windows of int64 ids."""
+        wide_BT = wide.to(self.device, non_blocking=True)
         return wide_BT[:, :-1], wide_BT[:, 1:]
 
-    def train_step(self, micro_batches: list[Tokens], learning_rate: float) -> tuple[float, float]:
-        """One optimizer step over this rank's micro-batches; global mean loss in nats and gradient norm."""
+    def train_step(self, micro_batches: list[Tensor], learning_rate: float) -> StepFigures:
+        """One optimizer step over this rank's micro-batches, as `pinned` gives them.
+
+        Raises DivergedError, before the update, unless loss and gradient norm are numbers.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
-        loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        for ids in micro_batches:
-            micro_loss = self.deepspeed(*self.to_device(ids))
-            self.deepspeed.backward(micro_loss)
+        self._loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        for wide in micro_batches:
+            loss = self.deepspeed(*self.to_device(wide))
+            self.clock.mark("forward")
+            self.deepspeed.backward(loss)
+            self._loss += loss.detach()
+            self.clock.mark("backward")
             self.deepspeed.step()
-            loss += micro_loss.detach()
-        dist.all_reduce(loss)
-        batches = self.accumulation_steps * self.world.world_size
-        return loss.item() / batches, float(self.deepspeed.get_global_grad_norm())
+        self.clock.mark("optimizer")
+        return self._figures
+
+    def _read_before_update(self, norm: Tensor | float) -> Tensor:
+        """Note what this step gave; DeepSpeed asks for the gradient norm just before it clips and updates."""
+        self.clock.mark("backward")
+        of_ranks, gradient_norm = self._synchronise(norm)
+        loss = float(of_ranks[:, 0].float().sum()) / (self.accumulation_steps * self.world.world_size)
+        if not (math.isfinite(loss) and 0 <= gradient_norm < math.inf):
+            raise DivergedError(f"loss {loss}, gradient norm {float(gradient_norm)}")
+        own = RankFigures(
+            rank=self.world.rank, seconds=self.clock.split(), peak_memory_bytes=peak_memory_bytes(self.device)
+        )
+        slowest = int((of_ranks[:, 1] + of_ranks[:, 2]).argmax())
+        *seconds, peak = of_ranks[slowest, 1:].tolist()
+        self._figures = StepFigures(
+            loss=loss,
+            gradient_norm=float(gradient_norm),
+            own=own,
+            slowest=RankFigures(
+                rank=slowest, seconds=dict(zip(PHASES, seconds, strict=True)), peak_memory_bytes=int(peak)
+            ),
+        )
+        self._last_step.copy_(torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64))
+        return gradient_norm
+
+    def _synchronise(self, norm: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The one place in a step where the host waits for the device: both results are on the CPU.
+
+        For each rank the sum of its losses, then the seconds of PHASES and the memory of its last step; the norm.
+        """
+        own = torch.cat([self._loss.double().view(1), self._last_step.to(self.device, non_blocking=True)])
+        of_ranks = own.new_empty(self.world.world_size * len(own))
+        dist.all_gather_into_tensor(of_ranks, own)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        values = torch.cat([of_ranks, norm.double().view(1)]).cpu()
+        return values[:-1].view(self.world.world_size, -1), values[-1].float()
 
     def mean_nats(self, batches: Iterator[Tokens]) -> float:
         """Mean cross-entropy over the targets of all ranks' batches, in nats."""
         self.deepspeed.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for ids in batches:
-            inputs, targets = self.to_device(ids)
+            inputs, targets = self.to_device(self.pinned(ids))
             sums[0] += self.deepspeed.module.nats(inputs, targets).sum(dtype=torch.float64)
             sums[1] += targets.numel()
         dist.all_reduce(sums)

@@ -10,7 +10,10 @@ index in memory or on disk.
 Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming is arithmetic.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ import xxhash
 from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, Shard, ShardReader, Tokens
 
+T = TypeVar("T")
 FEISTEL_ROUNDS = 6
 U64 = npt.NDArray[np.uint64]
 
@@ -209,3 +213,24 @@ class ValidationWindows:
     def windows(self, indices: npt.NDArray[np.int64]) -> Tokens:
         """Ids of whole windows, shape (len(indices), seq_len + 1)."""
         return self.stream.windows(indices * self.seq_len, self.seq_len + 1)
+
+
+class Prefetch(Generic[T]):
+    """Makes the batches of the next step in a thread while this one trains."""
+
+    def __init__(self, make: Callable[[int], T], stop_at_step: int) -> None:
+        self.make = make
+        self.stop_at_step = stop_at_step
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[T]] | None = None
+
+    def take(self, step: int) -> T:
+        """What `make(step)` gives; begins with the next step's."""
+        ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self.make(step)
+        if step + 1 < self.stop_at_step:
+            self._ahead = (step + 1, self._thread.submit(self.make, step + 1))
+        return ready
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)

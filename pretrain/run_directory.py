@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.shards import TOKENIZER_NAME, write_durably
 from pretrain import config
 from pretrain.checkpoint import saved_steps
-from pretrain.config import Recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
+from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -61,6 +61,7 @@ def check_same_run(
     if recipe_path.is_file():
         saved_recipe = read_mapping(recipe_path, yaml.safe_load)
         if has_saved:
+            saved_recipe = recipe_to_dict(build_recipe(saved_recipe, str(recipe_path)))  # keys it lacks are as default
             refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
     saved_fingerprint = read_state(run_dir).get("fingerprint", fingerprint)
     if has_saved:

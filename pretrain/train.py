@@ -13,30 +13,33 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import contextlib
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.checkpoint import newest_good, prune_checkpoints, save_checkpoint
+from pretrain.branch import copy_branch, open_origin
+from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint, saved_steps
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World, exit_with, keep_freed_memory, share_cores, together, world_from_environment
-from pretrain.engine import Engine, start_process_group
+from pretrain.dry_run import describe
+from pretrain.engine import DivergedError, Engine, start_process_group
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
-from pretrain.loader import TrainingLoader, ValidationWindows
+from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
+from pretrain.progress import Progress, epochs_lines, say
 from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
+from pretrain.staging import staged
+from pretrain.timing import PAUSE, StepProfiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,15 @@ class Run:
 
     recipe: Recipe
     engine_config: dict[str, Any]
+    data_dir: Path
     reader: ShardReader
     loader: TrainingLoader
     validation: ValidationWindows
     run_dir: Path
     stop_at_step: int
+    branch_from: Checkpoint | None
+    profile_steps: int
+    dry_run: bool
 
 
 def build_parser() -> CommandParser:
@@ -69,6 +76,9 @@ def build_parser() -> CommandParser:
         help="DeepSpeed JSON (default: the recipe's engine key)",
     )
     parser.add_argument("--stop-at-step", type=int, metavar="N", help="save and stop after N steps of the whole run")
+    parser.add_argument("--branch-from", type=Path, metavar="CHECKPOINT", help="begin with another run's step-N")
+    parser.add_argument("--profile", type=int, metavar="N", help="profile N steps: a trace, and the ten largest costs")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     return parser
 
@@ -76,8 +86,9 @@ def build_parser() -> CommandParser:
 def prepare(arguments: Sequence[str], world: World) -> Run:
     """Check everything that one rank can check alone. Raises UserError."""
     flags, overrides = build_parser().parse_known_args(arguments)
-    if flags.stop_at_step is not None and flags.stop_at_step < 1:
-        raise UserError(f"--stop-at-step {flags.stop_at_step}: expected a number of steps, 1 or more")
+    for flag, steps in (("--stop-at-step", flags.stop_at_step), ("--profile", flags.profile)):
+        if steps is not None and steps < 1:
+            raise UserError(f"{flag} {steps}: expected a number of steps, 1 or more")
     recipe = load_recipe(flags.recipe, overrides)
     engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
     merged = merge_config(recipe, engine_config, world.world_size)
@@ -96,14 +107,24 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         )
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
+    branch_from = None
+    if flags.branch_from and not saved_steps(flags.run_dir):
+        branch_from = open_origin(flags.branch_from, recipe, merged, fingerprint)
+    if recipe.data.stage_dir and not flags.dry_run:
+        reader = staged(reader, Path(recipe.data.stage_dir))
+        loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     return Run(
         recipe=recipe,
         engine_config=merged,
+        data_dir=flags.data_dir,
         reader=reader,
         loader=loader,
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
         run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
+        branch_from=branch_from,
+        profile_steps=flags.profile or 0,
+        dry_run=flags.dry_run,
     )
 
 
@@ -116,34 +137,26 @@ def build_model(recipe: Recipe) -> TableFreeForCausalLM:
     return model
 
 
-def say(world: World, text: str) -> None:
-    """One line of the log, from rank 0. Nobody has to read it: a closed pipe does not end a run."""
-    if world.is_main:
-        with contextlib.suppress(BrokenPipeError):
-            tqdm.write(text, file=sys.stderr)
-
-
 def announce(run: Run, engine: Engine, world: World) -> None:
     """Say what is about to be trained, on what."""
-    recipe, loader = run.recipe, run.loader
+    recipe = run.recipe
     sizes = {name: math.prod(shape) for name, shape in engine.parameter_shapes().items()}
     in_input = sum(size for name, size in sizes.items() if name.startswith("input_embedding."))
-    epochs = loader.epochs(recipe.total_steps * recipe.global_batch_size)
-    tail = sum(loader.unseen_tail_tokens().values())
     say(
         world,
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
         f"of {recipe.batch.global_batch_tokens:,} tokens on {world.world_size} ranks",
     )
-    say(
-        world,
-        f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in epochs.items())}; "
-        f"{tail:,} tokens at the ends of sources fill no window and are never seen",
-    )
+    for line in epochs_lines(recipe, run.loader):
+        say(world, line)
 
 
 def restore(run: Run, engine: Engine, world: World) -> int:
     """Load the newest good checkpoint, if any; returns the step to go on with."""
+    origin = run.branch_from
+    if origin:
+        together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
+        say(world, f"branching from {origin.path}")
     checkpoint, passed_over = newest_good(run.run_dir, world)
     for line in passed_over:
         say(world, line)
@@ -173,7 +186,7 @@ def save(run: Run, engine: Engine, world: World, step: int) -> None:
         "optimizer_step": optimizer_step,
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
-        "data_dir": str(run.reader.data_dir.resolve()),
+        "data_dir": str(run.data_dir.resolve()),
         "data": {"eos_id": manifest.eos_id, "sources": [asdict(source) for source in manifest.sources]},
         "skips": [],
         "recipe": recipe_to_dict(run.recipe),
@@ -187,12 +200,12 @@ def save(run: Run, engine: Engine, world: World, step: int) -> None:
         prune_checkpoints(run.run_dir, run.recipe.checkpoints.keep_last)
 
 
-def micro_batches(run: Run, engine: Engine, step: int) -> list[Tokens]:
-    """The windows of this rank in a step, one array a micro-step."""
+def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
+    """The windows of this rank in a step, one tensor a micro-step, ready to be copied to the device."""
     batch = run.recipe.global_batch_size
     numbers = np.arange(step * batch, (step + 1) * batch)
     rows = [numbers[engine.rows_of(i)] for i in range(engine.accumulation_steps)]
-    return [run.loader.samples(own) for own in rows]
+    return [engine.pinned(run.loader.samples(own)) for own in rows]
 
 
 def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
@@ -206,66 +219,32 @@ def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
         yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
 
 
-def one_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
+def one_step(run: Run, engine: Engine, batches: Prefetch[list[Tensor]], step: int) -> dict[str, Any]:
     """Train one step; its line for metrics.jsonl."""
     recipe = run.recipe
-    started = time.perf_counter()
+    own_batches = batches.take(step)
+    engine.clock.mark("data")
     rate = learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-    loss, gradient_norm = engine.train_step(micro_batches(run, engine, step), rate)
-    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+    try:
+        figures = engine.train_step(own_batches, rate)
+    except DivergedError as error:
         raise UserError(
-            f"step {step}: loss {loss}, gradient norm {gradient_norm}: training diverged; nothing of this step "
-            f"was saved. Start a new run with a lower optimizer.peak_learning_rate or a longer warm-up"
-        )
-    seconds = time.perf_counter() - started
+            f"step {step}: {error}: training diverged; nothing of this step was saved. Start a new run with a lower "
+            f"optimizer.peak_learning_rate or a longer warm-up"
+        ) from None
+    seconds = sum(figures.own.seconds.values())
     return {
         "step": step,
-        "loss": loss,
-        "gradient_norm": gradient_norm,
+        "loss": figures.loss,
+        "gradient_norm": figures.gradient_norm,
         "learning_rate": rate,
         "tokens": (step + 1) * recipe.batch.global_batch_tokens,
         "tokens_per_s": recipe.batch.global_batch_tokens / seconds,
         "step_s": seconds,
+        "seconds": figures.own.seconds,
+        "peak_memory_bytes": figures.own.peak_memory_bytes,
+        "slowest": asdict(figures.slowest),
     }
-
-
-class Progress:
-    """A bar on a terminal; plain lines, now and then, where the output goes to a file."""
-
-    LINE_EVERY_S = 15.0
-
-    def __init__(self, total_steps: int, start_step: int, world: World) -> None:
-        self.world = world
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            disable=not (world.is_main and self.on_terminal),
-            dynamic_ncols=True,
-        )
-        self.total_steps = total_steps
-        self.last_line_at = -math.inf
-
-    def show(self, line: dict[str, Any]) -> None:
-        """Report a finished step."""
-        figures = (
-            f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s, lr {line['learning_rate']:.2e}, "
-            f"gradient norm {line['gradient_norm']:.2f}"
-        )
-        self.bar.set_postfix_str(figures, refresh=False)
-        self.bar.update()
-        place = f"step {line['step'] + 1:,} of {self.total_steps:,}"
-        if "val_loss" in line:
-            say(self.world, f"{place}: {figures}, validation loss {line['val_loss']:.4f}")
-        elif not self.on_terminal and time.monotonic() - self.last_line_at > self.LINE_EVERY_S:
-            left = (self.total_steps - line["step"] - 1) * line["step_s"]
-            say(self.world, f"{place}: {figures}, {left / 60:.1f} min left")
-            self.last_line_at = time.monotonic()
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        self.bar.close()
 
 
 def due(step: int, every: int, run: Run) -> bool:
@@ -273,22 +252,42 @@ def due(step: int, every: int, run: Run) -> bool:
     return (step + 1) % every == 0 or step + 1 == run.stop_at_step
 
 
+def validate_if_due(run: Run, engine: Engine, world: World, line: dict[str, Any]) -> None:
+    """Add the validation figures to a step's line, where they are due."""
+    engine.clock.mark("other")
+    if due(line["step"], run.recipe.validation.every_steps, run):
+        line["val_loss"] = engine.mean_nats(validation_batches(run, world))
+        line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
+        engine.clock.mark(PAUSE)
+
+
+def save_if_due(run: Run, engine: Engine, world: World, step: int, metrics: MetricsFile | None) -> None:
+    """A checkpoint, where it is due; the lines of metrics.jsonl that it counts on first."""
+    engine.clock.mark("other")
+    if due(step, run.recipe.checkpoints.every_steps, run):
+        if metrics:
+            metrics.flush_to_disk()
+        save(run, engine, world, step + 1)
+        engine.clock.mark(PAUSE)
+
+
 def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
     """Steps, with validation and checkpoints between them."""
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
-    progress = Progress(run.recipe.total_steps, start_step, world)
+    progress = Progress(run.recipe, start_step, engine.device, world)
+    profiled = run.profile_steps if world.is_main else 0
+    profiler = StepProfiler(profiled, start_step, run.run_dir / "profile", lambda text: say(world, text))
+    batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     for step in range(start_step, run.stop_at_step):
-        line = one_step(run, engine, step)
-        if due(step, run.recipe.validation.every_steps, run):
-            line["val_loss"] = engine.mean_nats(validation_batches(run, world))
-            line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
+        profiler.before(step)
+        line = one_step(run, engine, batches, step)
+        profiler.after(step)
+        validate_if_due(run, engine, world, line)
+        progress.show(line)
         if metrics:
             metrics.append(line)
-        progress.show(line)
-        if due(step, run.recipe.checkpoints.every_steps, run):
-            if metrics:
-                metrics.flush_to_disk()
-            save(run, engine, world, step + 1)
+        save_if_due(run, engine, world, step, metrics)
+    batches.close()
     progress.close()
     if metrics:
         metrics.close()
@@ -320,7 +319,7 @@ def run_training(run: Run, world: World) -> None:
 def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> None:
     """Describe the run, load what was saved, train the rest."""
     if world.is_main:
-        describe_run(run.run_dir, run.recipe, run.engine_config, run.reader.data_dir)
+        describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
         write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
     engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device)
     announce(run, engine, world)
@@ -348,7 +347,10 @@ def main(arguments: Sequence[str]) -> int:
         share_cores(world)
         keep_freed_memory()
         run = prepare(arguments, world)
-        if read_state(run.run_dir).get("status") == "done":
+        if run.dry_run:
+            if world.is_main:
+                print(describe(run.recipe, run.engine_config, run.loader, world.world_size))
+        elif read_state(run.run_dir).get("status") == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
         else:
             run_training(run, world)

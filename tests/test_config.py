@@ -237,6 +237,21 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(sections: dict[str, Any], 
     assert says in refusal(**sections)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ({"warmup_steps": 21}, "21 steps of warm-up and 0 of decay are longer than the run of 20 steps"),
+        (
+            {"kind": "wsd", "warmup_steps": 8, "decay_steps": 13},
+            "8 steps of warm-up and 13 of decay are longer than the run of 20 steps",
+        ),
+        ({"decay_steps": 3}, "schedule.decay_steps belongs to schedule.kind wsd, not cosine"),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_refused(schedule: dict[str, Any], says: str) -> None:
+    assert says in refusal(schedule=schedule)
+
+
 @pytest.mark.parametrize("section", ["model", "batch", "optimizer", "validation", "checkpoints", "train_tokens"])
 def test_a_missing_part_is_named(section: str) -> None:
     content = tiny_recipe_content()

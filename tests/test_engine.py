@@ -50,7 +50,8 @@ def batch_of(step: int, windows: int = 6) -> Tokens:
 
 def take_step(engine: Engine, step: int, rate: float = 1e-3) -> tuple[float, float]:
     rows = [engine.rows_of(i) for i in range(engine.accumulation_steps)]
-    return engine.train_step([batch_of(step)[own] for own in rows], rate)
+    figures = engine.train_step([engine.pinned(batch_of(step)[own]) for own in rows], rate)
+    return figures.loss, figures.gradient_norm
 
 
 def masters(engine: Engine) -> dict[str, torch.Tensor]:

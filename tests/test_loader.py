@@ -1,5 +1,6 @@
 import hashlib
 import sys
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain import train
 from pretrain.distributed import World
 from pretrain.engine import Engine
-from pretrain.loader import TokenStream, TrainingLoader, ValidationWindows, permute
+from pretrain.loader import Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards
 
@@ -195,6 +196,7 @@ def batch_over_ranks(arguments: list[str], ranks: int, step: int) -> list[np.nda
         engine = Engine.__new__(Engine)
         engine.recipe, engine.world = run.recipe, world
         engine.accumulation_steps = run.engine_config["gradient_accumulation_steps"]
+        engine.device = torch.device("cpu")
         for micro_step, ids in enumerate(train.micro_batches(run, engine, step)):
             taken[micro_step, rank] = ids
     return [taken[place] for place in sorted(taken)]
@@ -223,7 +225,7 @@ def test_ids_where_integers_turn_over_survive_from_shard_to_device(tmp_path: Pat
     ids = TrainingLoader(reader, seq_len=8, seed=1).samples(np.array([0, 1]))
     engine = Engine.__new__(Engine)
     engine.device = torch.device("cpu")
-    inputs, targets = engine.to_device(ids)
+    inputs, targets = engine.to_device(engine.pinned(ids))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [document] * 2
     assert targets.tolist() == [[*document[1:], 65_535]] * 2
@@ -284,3 +286,35 @@ def test_a_missing_shard_and_a_missing_manifest_are_found_before_training(tmp_pa
         ShardReader(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         ShardReader(tmp_path / "absent")
+
+
+def test_prefetch_gives_what_is_asked_for_and_makes_the_next_meanwhile() -> None:
+    made: list[tuple[int, str]] = []
+    ahead = threading.Event()
+
+    def make(step: int) -> int:
+        made.append((step, threading.current_thread().name))
+        if step == 6:
+            ahead.set()
+        return 10 * step
+
+    batches = Prefetch(make, stop_at_step=8)
+    assert batches.take(5) == 50
+    assert ahead.wait(10)  # nobody has asked for step 6 yet
+    assert [batches.take(step) for step in (6, 7)] == [60, 70]
+    batches.close()
+    assert [step for step, _ in made] == [5, 6, 7]  # each once, and none beyond the last
+    assert all(name.startswith("prefetch") for _, name in made[1:])
+
+
+def test_prefetch_passes_an_error_on_at_its_step() -> None:
+    def make(step: int) -> int:
+        if step == 1:
+            raise OSError("disk gone")
+        return step
+
+    batches = Prefetch(make, stop_at_step=9)
+    assert batches.take(0) == 0
+    with pytest.raises(OSError, match="disk gone"):
+        batches.take(1)
+    batches.close()

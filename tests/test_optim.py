@@ -49,6 +49,27 @@ def test_the_rate_rises_to_the_peak_then_falls_to_its_final_fraction(
         assert falling[-1] == pytest.approx(peak * schedule.final_fraction, abs=1e-15)
 
 
+def test_linear_falls_in_a_line_and_constant_stays() -> None:
+    linear = ScheduleRecipe(kind="linear", warmup_fraction=0.2, final_fraction=0.2)
+    assert rates(10, 1.0, linear) == pytest.approx([0.5, 1.0, *(1.0 - 0.1 * k for k in range(1, 9))])
+    constant = ScheduleRecipe(kind="constant", warmup_steps=4)
+    assert rates(10, 1.0, constant) == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 7])
+
+
+def test_wsd_is_stable_until_its_decay() -> None:
+    by_steps = ScheduleRecipe(kind="wsd", warmup_steps=2, decay_steps=4, final_fraction=0.0)
+    by_fraction = ScheduleRecipe(kind="wsd", warmup_fraction=0.2, decay_fraction=0.4, final_fraction=0.0)
+    expected = [0.5, *[1.0] * 5, 0.75, 0.5, 0.25, 0.0]
+    assert rates(10, 1.0, by_steps) == rates(10, 1.0, by_fraction) == pytest.approx(expected)
+
+
+@given(st.integers(3, 200), st.integers(3, 200))
+def test_two_lengths_of_a_wsd_schedule_agree_until_the_shorter_one_s_decay(first: int, second: int) -> None:
+    schedule = ScheduleRecipe(kind="wsd", warmup_steps=1, decay_steps=2)
+    shared = min(first, second) - 2
+    assert rates(first, 1.0, schedule)[:shared] == rates(second, 1.0, schedule)[:shared]
+
+
 def test_matrices_decay_and_vectors_do_not() -> None:
     recipe = ModelRecipe(vocab_size=60, d_model=24, num_layers=2, num_heads=2, seq_len=8, input_embedding="learned")
     module = LanguageModelLoss(TableFreeForCausalLM(model_config(recipe)))

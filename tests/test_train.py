@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import yaml
 from conftest import (
     REPOSITORY,
     TINY_VOCAB_SIZE,
@@ -23,6 +27,7 @@ from conftest import (
     launch_training,
     losses,
     run_command,
+    tiny_recipe_content,
     write_dataset,
     write_recipe,
     write_source,
@@ -33,14 +38,17 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.config import load_recipe
+from pretrain.config import build_recipe, load_recipe
 from pretrain.distributed import World, world_from_environment
+from pretrain.engine import DivergedError, Engine, start_process_group
+from pretrain.engine_config import merge_config
 from pretrain.optim import learning_rate
 from pretrain.run_directory import MetricsFile
-from pretrain.train import main
+from pretrain.train import build_model, main
 
 STEPS = 20
-TIMINGS = ("tokens_per_s", "step_s")
+TIMINGS = ("tokens_per_s", "step_s", "seconds", "peak_memory_bytes", "slowest")
+PHASES = ["data", "forward", "backward", "optimizer", "other"]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -182,6 +190,73 @@ def test_a_run_s_directory_says_what_was_asked_for_and_how_it_stands(
     assert manifest["fingerprint"] == state(one_rank)["fingerprint"]
 
 
+def test_every_step_says_where_its_time_went(one_rank: Path, two_ranks: Path) -> None:
+    for run_dir, ranks in ((one_rank, 1), (two_ranks, 2)):
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            assert list(line["seconds"]) == list(line["slowest"]["seconds"]) == PHASES
+            assert line["step_s"] == pytest.approx(sum(line["seconds"].values()))
+            assert line["tokens_per_s"] == pytest.approx(192 / line["step_s"])
+            assert 50e6 < line["peak_memory_bytes"] < 50e9
+            assert "mfu" not in line  # nobody knows a CPU's peak
+        assert {line["slowest"]["rank"] for line in lines} <= set(range(ranks))
+        if ranks == 1:  # its own figures, a step later
+            own = [line["seconds"] for line in lines]
+            assert [line["slowest"]["seconds"] for line in lines[1:]] == own[:-1]
+        assert all(line["seconds"]["forward"] > 0 and line["seconds"]["backward"] > 0 for line in lines)
+        assert all(line["seconds"]["optimizer"] > 0 for line in lines[1:])
+        assert sum(line["seconds"]["data"] for line in lines) < 0.2 * sum(line["step_s"] for line in lines)
+
+
+def test_a_profile_leaves_a_trace_and_the_ten_largest_costs(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    output = train_on(1, recipe, tiny_data, tmp_path / "run", "--profile", "2", "--stop-at-step", "6")
+    events = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert {"aten::addmm", "aten::_fused_adamw_"} <= names
+    table = (tmp_path / "run" / "profile" / "table.txt").read_text()
+    assert table in output
+    assert len([line for line in table.splitlines() if "%" in line and "Self" not in line]) == 10
+    assert "steps 2 to 3" in output
+
+
+def test_a_dry_run_says_what_would_be_trained_and_touches_nothing(
+    recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main([*flags, "--schedule.kind=linear"]) == 0
+    said = capsys.readouterr().out
+    sections = said.split("# ")[1:]
+    names = [section.partition("\n")[0] for section in sections]
+    assert names == [
+        "recipe, resolved",
+        "DeepSpeed configuration, merged",
+        "parameters",
+        "learning rate",
+        "steps and data",
+    ]
+    resolved, merged, parameters, rates, data = (section.partition("\n")[2] for section in sections)
+    assert yaml.safe_load(resolved)["schedule"]["kind"] == "linear"
+    assert json.loads(merged)["gradient_accumulation_steps"] == 6
+    # 2 blocks: 12 * 48^2 and 13 * 48 each; the last norm; 512 rows of output projection
+    assert f"{2 * (12 * 48 * 48 + 13 * 48) + 2 * 48 + 512 * 48:,}" in parameters
+    assert "step          0   5.0000e-03" in rates
+    assert "step         19   1.0000e-03" in rates
+    assert "20 steps of 192 tokens: 1 ranks x 6 micro-batches x 1 windows of 32" in data
+    assert "epochs: up 0.45, more 0.39" in data
+    assert not (tmp_path / "run").exists()
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_source_gone_through_more_than_four_times_gets_a_warning(
+    recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main([*flags, "--train_tokens=36_000"]) == 0
+    said = capsys.readouterr().out
+    (warning,) = [line for line in said.splitlines() if "warning" in line]
+    assert "up is gone through 4.3 times" in warning  # the other one 3.7 times
+
+
 def test_the_same_command_twice_gives_bitwise_equal_metrics(
     one_rank: Path, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +385,31 @@ def test_a_run_that_diverges_stops_with_one_line(tiny_data: Path, tmp_path: Path
     (line,) = error_lines(ended.output)
     assert "training diverged" in line
     assert state(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_step_that_gives_no_number_changes_no_weight(tiny_data: Path) -> None:
+    recipe = build_recipe(tiny_recipe_content(), "tiny.yaml")
+    world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    before = dict(os.environ)
+    device = start_process_group(world)
+    try:
+        engine = Engine(
+            build_model(recipe), recipe, merge_config(recipe, {"zero_optimization": {"stage": 2}}, 1), world, device
+        )
+        batches = [engine.pinned(np.full((1, 33), token, np.uint16)) for token in range(6)]
+        figures = engine.train_step(batches, 0.01)
+        assert 0 < figures.loss < 10
+        weight = engine.deepspeed.module.model.final_norm.weight
+        masters = [fragment.states["master"].clone() for fragment in engine.read_state()[0]]
+        weight.data[0] = math.nan
+        with pytest.raises(DivergedError, match=r"^loss nan, gradient norm "):
+            engine.train_step(batches, 0.01)
+        after = [fragment.states["master"] for fragment in engine.read_state()[0]]
+        assert all(torch.equal(old, new) for old, new in zip(masters, after, strict=True))
+    finally:
+        dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 # Launchers

@@ -58,7 +58,11 @@ def engine_step(recipe: Recipe) -> Step:
     config = merge_config(recipe, load_engine_config("zero2_fp32"), world.world_size)
     device = start_process_group(world)
     engine = Engine(build_model(recipe), recipe, config, world, device)
-    return lambda micro_batches: engine.train_step(micro_batches, recipe.optimizer.peak_learning_rate)
+
+    def step(micro_batches: list[Tokens]) -> object:
+        return engine.train_step([engine.pinned(ids) for ids in micro_batches], recipe.optimizer.peak_learning_rate)
+
+    return step
 
 
 def random_batches(recipe: Recipe, seed: int) -> list[Tokens]:

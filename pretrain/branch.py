@@ -1,0 +1,79 @@
+"""Branch a run off another's checkpoint, with another length or decay: from the stable part of a wsd schedule, say.
+
+Everything that the steps so far depended on must be the same, their learning rates too; so the branch is what a run
+of the other length would have been from its start.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.shards import fsync_directory
+from pretrain.checkpoint import Checkpoint, checkpoints_dir, publish
+from pretrain.config import (
+    MAY_CHANGE_ON_RESUME,
+    Recipe,
+    ScheduleRecipe,
+    build_recipe,
+    dotted_keys,
+    recipe_to_dict,
+    refuse_changes,
+)
+from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
+from pretrain.optim import learning_rate
+from pretrain.run_directory import METRICS_NAME
+
+MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"train_tokens", *dotted_keys(ScheduleRecipe, "schedule.")}
+
+
+def open_origin(path: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str) -> Checkpoint:
+    """The checkpoint to branch from. Raises UserError if this run could not have made its steps."""
+    origin = f"--branch-from {path}"
+    try:
+        checkpoint = Checkpoint(path)
+        damage = checkpoint.damage()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    if damage:
+        raise UserError(f"{origin}: not a whole checkpoint, such as RUN_DIR/checkpoints/step-00001000: {damage}")
+    manifest = checkpoint.manifest
+    old = build_recipe(manifest["recipe"], str(path))
+    refuse_changes({"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin)
+    refuse_changes(recipe_to_dict(old), recipe_to_dict(recipe), MAY_CHANGE, origin)
+    refuse_changes(manifest["deepspeed"], engine_config, ENGINE_MAY_CHANGE_ON_RESUME, origin)
+    check_rates(old, recipe, checkpoint.step, origin)
+    return checkpoint
+
+
+def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
+    """The steps taken must have had the learning rates that the new schedule gives them."""
+    if new.total_steps <= steps:
+        raise UserError(f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask for more")
+    for step in range(steps):
+        was, now = (
+            learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+            for recipe in (old, new)
+        )
+        if was != now:
+            raise UserError(
+                f"{origin}: step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}; branch before the "
+                f"decay begins, and give the warm-up as schedule.warmup_steps={old.schedule.warmup(old.total_steps)}"
+            )
+
+
+def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
+    """Make the checkpoint, and the metrics before it, the new run's own."""
+    home = checkpoints_dir(run_dir)
+    staging = home / f".{origin.path.name}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(origin.path, staging)
+    for file in staging.iterdir():
+        with file.open("rb") as copied:
+            os.fsync(copied.fileno())
+    fsync_directory(staging)
+    metrics = origin.path.parent.parent / METRICS_NAME
+    if metrics.is_file():
+        shutil.copyfile(metrics, run_dir / METRICS_NAME)  # cut back to the checkpoint when training starts
+    publish(staging, home / origin.path.name)

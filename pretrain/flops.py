@@ -1,0 +1,92 @@
+"""What a model costs by arithmetic, and what devices give: parameters, FLOPs a token, peak figures. No torch.
+
+MFU, model-FLOPs utilisation, is tokens/s x FLOPs a token / peak FLOP/s. What is counted for a token, forward and
+backward together (the backward pass costs twice the forward one):
+
+    6 x (12 L D^2 + V D)     the matrices of the blocks and the output projection: a multiplication and an addition each
+    6 x L T D                causal attention: a token meets T/2 keys on average, twice (scores, then values)
+
+Nothing is counted for the input, table or code, nor for recomputed activations, norms and the optimizer.
+L layers, D model width, T window, V vocabulary.
+"""
+
+import re
+from dataclasses import dataclass
+
+from pretrain.config import ModelRecipe
+
+FORMULA = "6 x (12 L D^2 + V D) + 6 L T D"
+
+
+def count_parameters(model: ModelRecipe) -> dict[str, int]:
+    """Trained parameters of each part of the decoder."""
+    width, table = model.d_model, model.vocab_size * model.d_model
+    return {
+        "input_embedding": table if model.input_embedding == "learned" else 0,
+        "blocks": model.num_layers * (12 * width**2 + 13 * width),  # 9 D biases, 4 D in two LayerNorms
+        "final_norm": 2 * width,
+        "output_projection": table,
+    }
+
+
+def flops_per_token(model: ModelRecipe) -> float:
+    """FLOPs of a trained token, forward and backward: 6 x (12 L D^2 + V D) + 6 L T D, as the module says."""
+    matrices = 12 * model.num_layers * model.d_model**2 + model.vocab_size * model.d_model
+    return 6.0 * (matrices + model.num_layers * model.seq_len * model.d_model)
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator as torch counts them: dense bf16 peak with fp32 sums, memory, memory bandwidth.
+
+    Memory is in the data sheet's decimal gigabytes; what the driver reports is some per cent more.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    bytes_per_s: float
+
+
+# The makers' data sheets: dense figures, half of those "with sparsity"; of GeForce cards the architecture white
+# papers, bf16 with fp32 accumulation. (name, TFLOP/s, GB, TB/s)
+DEVICES = tuple(
+    Device(name, tflops * 1e12, gigabytes * 1e9, terabytes_per_s * 1e12)
+    for name, tflops, gigabytes, terabytes_per_s in (
+        ("b200", 2250.0, 180, 7.7),  # HGX B200 data sheet: 8 GPUs have 1,440 GB and 62 TB/s
+        ("gb200", 2500.0, 186, 8.0),
+        ("gh200", 990.0, 96, 4.0),
+        ("h200", 989.5, 141, 4.8),
+        ("h200 nvl", 835.5, 141, 4.8),
+        ("h100", 989.5, 80, 3.35),  # SXM
+        ("h100 pcie", 756.5, 80, 2.0),
+        ("h100 nvl", 835.5, 94, 3.9),
+        ("a100", 312.0, 40, 1.555),
+        ("a100 80gb", 312.0, 80, 1.935),  # PCIe; SXM 2.039
+        ("l40s", 362.0, 48, 0.864),
+        ("l4", 121.0, 24, 0.3),
+        ("a40", 149.7, 48, 0.696),
+        ("a10", 125.0, 24, 0.6),
+        ("rtx 5090", 209.5, 32, 1.792),
+        ("rtx 4090", 165.2, 24, 1.008),
+        ("rtx 3090", 71.0, 24, 0.936),
+        ("mi355x", 2516.6, 288, 8.0),
+        ("mi325x", 1307.4, 256, 6.0),
+        ("mi300x", 1307.4, 192, 5.3),
+        ("mi250x", 191.5, 64, 1.6),  # one of its two dies, each a device to torch: half of 383, 128, 3.2
+    )
+)
+# What a driver's name may hold beside a device's own words. Others, such as MIG or Laptop, make it another device.
+NEUTRAL = re.compile(r"nvidia|amd|instinct|geforce|rtx|tesla|oam|sxm\d?|pcie|hbm\d\w?|\d+gb")
+
+
+def find_device(name: str) -> Device | None:
+    """The device of a driver's name ("NVIDIA A100-SXM4-80GB") or a short one ("h200"); None: not known.
+
+    The entry with the most words that all occur in the name, if what remains of the name says nothing else.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    matching = [d for d in DEVICES if set(d.name.split()) - {"rtx"} <= words]
+    best = max(matching, key=lambda d: len(d.name.split()), default=None)
+    rest = words - set(best.name.split()) if best else words
+    return best if all(NEUTRAL.fullmatch(word) for word in rest) else None

@@ -1,0 +1,127 @@
+"""What a run says while it trains: what it is about to do, then a bar on a terminal or a line now and then."""
+
+import contextlib
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pretrain.config import Recipe
+from pretrain.distributed import World
+from pretrain.flops import find_device, flops_per_token
+from pretrain.loader import TrainingLoader
+
+MANY_EPOCHS = 4.0  # beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264)
+
+
+def say(world: World, text: str) -> None:
+    """One line of the log, from rank 0. Nobody has to read it: a closed pipe does not end a run."""
+    if world.is_main:
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(text, file=sys.stderr)
+
+
+def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
+    """How often each source is gone through, and a warning where that is too often."""
+    epochs = loader.epochs(recipe.total_steps * recipe.global_batch_size)
+    tail = sum(loader.unseen_tail_tokens().values())
+    lines = [
+        f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in epochs.items())}; "
+        f"{tail:,} tokens at the ends of sources fill no window and are never seen"
+    ]
+    lines += [
+        f"warning: {name} is gone through {count:.1f} times; beyond {MANY_EPOCHS:g}, repetition is worth little"
+        for name, count in epochs.items()
+        if count > MANY_EPOCHS
+    ]
+    return lines
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class Utilisation:
+    """Model-FLOPs utilisation: the model's FLOPs a second over the device's bf16 peak; see pretrain/flops.py."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, world: World) -> None:
+        self.name = device_name(device)
+        self.flops_per_token = flops_per_token(recipe.model)
+        known = find_device(self.name)
+        self.peak_flops = known.peak_flops * world.world_size if known else None
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Between 0 and 1; None where the device's peak is not known."""
+        return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+    def __str__(self) -> str:
+        cost = f"{self.flops_per_token / 1e9:.3g} GFLOP a token"
+        if self.peak_flops is None:
+            return f"device {self.name}: {cost}; its peak is not known, so no MFU is shown"
+        return f"device {self.name}: {cost}, peak {self.peak_flops / 1e12:,.0f} TFLOP/s over all ranks"
+
+
+class Progress:
+    """A bar on a terminal; plain lines, now and then, where the output goes to a file."""
+
+    LINE_EVERY_S = 15.0
+
+    def __init__(self, recipe: Recipe, start_step: int, device: torch.device, world: World) -> None:
+        self.world = world
+        self.utilisation = Utilisation(recipe, device, world)
+        say(world, str(self.utilisation))
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=recipe.total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not (world.is_main and self.on_terminal),
+            dynamic_ncols=True,
+        )
+        self.total_steps = recipe.total_steps
+        self.last_line_at = -math.inf
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Report a finished step; adds its MFU to its line, where the device's peak is known."""
+        mfu = self.utilisation.mfu(line["tokens_per_s"])
+        if mfu is not None:
+            line["mfu"] = mfu
+        rate = f"{line['tokens_per_s']:,.0f} tokens/s"
+        if self.world.world_size > 1:
+            rate += f" ({line['tokens_per_s'] / self.world.world_size:,.0f} a rank)"
+        if mfu is not None:
+            rate += f", MFU {mfu:.1%}"
+        figures = (
+            f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}, "
+            f"gradient norm {line['gradient_norm']:.2f}"
+        )
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update()
+        place = f"step {line['step'] + 1:,} of {self.total_steps:,}"
+        if "val_loss" in line:
+            say(self.world, f"{place}: {figures}, validation loss {line['val_loss']:.4f}")
+        elif not self.on_terminal and time.monotonic() - self.last_line_at > self.LINE_EVERY_S:
+            left = (self.total_steps - line["step"] - 1) * line["step_s"]
+            say(self.world, f"{place}: {figures}, {left / 60:.1f} min left; {split_words(line)}")
+            self.last_line_at = time.monotonic()
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self.bar.close()
+
+
+def split_words(line: dict[str, Any]) -> str:
+    """Where a step's time went, in words."""
+    seconds = line["seconds"]
+    parts = {
+        "data": seconds["data"],
+        "forward+backward": seconds["forward"] + seconds["backward"],
+        "optimizer": seconds["optimizer"],
+        "rest": seconds["other"],
+    }
+    shares = ", ".join(f"{name} {part / line['step_s']:.0%}" for name, part in parts.items())
+    return f"{shares}; {line['peak_memory_bytes'] / 1e9:.2f} GB, slowest rank {line['slowest']['rank']}"

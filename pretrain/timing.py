@@ -1,0 +1,86 @@
+"""Where a step's time and memory go, measured without making the device wait.
+
+On a GPU the marks are events on its stream, read at the one place in a step where host and device meet anyway: where
+loss and gradient norm are read, just before the update. So a step is timed from one such place to the next, and the
+optimizer's seconds in it are those of the update before.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+PHASES = ("data", "forward", "backward", "optimizer", "other")
+PAUSE = "pause"  # validation and saving: between steps, part of none
+TRACE_NAME, TABLE_NAME = "trace.json", "table.txt"
+
+
+class StepClock:
+    """Seconds of each phase of a step. The time between two marks belongs to the phase that the second one names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.mark(PAUSE)
+
+    def mark(self, phase: str) -> None:
+        """End a phase here."""
+        now: float | torch.cuda.Event = time.perf_counter()
+        if self.on_cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.append((phase, now))
+
+    def split(self) -> dict[str, float]:
+        """Seconds of each of PHASES since the last call. The device must have reached the last mark."""
+        seconds = dict.fromkeys((*PHASES, PAUSE), 0.0)
+        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self.on_cuda else end - start  # type: ignore
+        self._marks = self._marks[-1:]
+        del seconds[PAUSE]
+        return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: the device's, or on a CPU the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StepProfiler:
+    """Profiles some steps, if any: a trace for Perfetto or chrome://tracing, and a table of the ten largest costs."""
+
+    SKIPPED_STEPS = 2  # the first steps compile, allocate and fill caches
+
+    def __init__(self, steps: int, start_step: int, output_dir: Path, say: Callable[[str], None]) -> None:
+        self.first = start_step + self.SKIPPED_STEPS if steps else -1
+        self.last = self.first + steps - 1 if steps else -1
+        self.output_dir = output_dir
+        self.say = say
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        self.profile = profile(activities=activities)
+
+    def before(self, step: int) -> None:
+        """Start before the first profiled step."""
+        if step == self.first:
+            self.profile.start()
+
+    def after(self, step: int) -> None:
+        """Stop after the last one; write and show what was found."""
+        if step == self.last:
+            self.profile.stop()
+            self.write()
+
+    def write(self) -> None:
+        """Trace and table, as files and on the log."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(self.output_dir / TRACE_NAME))
+        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self.profile.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50)
+        (self.output_dir / TABLE_NAME).write_text(table, encoding="utf-8")
+        self.say(f"{table}\nsteps {self.first} to {self.last}; trace: {self.output_dir / TRACE_NAME}")

@@ -1,0 +1,79 @@
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import losses, write_recipe
+from forked_ranks import run_ranks, train_on
+
+from data_prep.errors import UserError
+from data_prep.shards import ShardReader
+from pretrain.staging import staged
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def test_ranks_train_from_one_copy_as_from_the_data_set_itself(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=4 * 6 * 32)
+    stage = f"--data.stage_dir={tmp_path / 'local'}"
+    train_on(2, recipe, tiny_data, tmp_path / "plain")
+    train_on(2, recipe, tiny_data, tmp_path / "staged", stage)
+    (copy,) = (tmp_path / "local").iterdir()
+    assert copy.name == ShardReader(tiny_data).manifest.fingerprint
+    assert contents(copy) == contents(tiny_data)
+    assert losses(tmp_path / "staged") == losses(tmp_path / "plain")
+
+
+def test_a_copy_is_made_once_and_a_broken_off_one_is_completed(tiny_data: Path, tmp_path: Path) -> None:
+    reader = ShardReader(tiny_data)
+    copy = staged(reader, tmp_path).data_dir
+    times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.npy")}
+    (copy / "manifest.json").unlink()  # as a kill leaves it: some files whole, one in the making, no manifest
+    first = next(iter(times))
+    first.rename(first.with_name(first.name + ".tmp"))
+    again = staged(reader, tmp_path)
+    assert contents(again.data_dir) == contents(tiny_data)
+    kept = {path: path.stat().st_mtime_ns for path in times if path != first}
+    assert kept == {path: time for path, time in times.items() if path != first}
+
+
+def test_a_damaged_file_is_not_staged(tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    shard = data / ShardReader(data).manifest.shards[1].path
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=f"{shard}: differs from its digest"):
+        staged(ShardReader(data), tmp_path / "local")
+    (copy,) = (tmp_path / "local").iterdir()
+    assert not (copy / "manifest.json").exists()
+    assert shard.name not in [path.name for path in copy.glob(f"**/{shard.parent.name}/*")]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode or os.geteuid():
+        pytest.skip("mounting needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_too_small_is_one_line_with_the_bytes_needed(tiny_data: Path, small_disk: Path, tmp_path: Path) -> None:
+    (small_disk / "full").write_bytes(bytes(60_000))
+    recipe = write_recipe(tmp_path / "r.yaml")
+    ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", f"--data.stage_dir={small_disk}")
+    assert ended.exit_codes == [2]
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
+    assert f"data.stage_dir {small_disk}: " in line
+    assert "bytes to copy" in line
+    assert not (tmp_path / "run").exists()
