@@ -8,22 +8,20 @@ from any number of ranks and from either encoder.
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import platform
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
-from data_prep.mixture import Mixture, MixtureSource, load_mixture, mixture_path
+from data_prep.mixture import Mixture, load_mixture, mixture_path
 from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
 from data_prep.shards import (
     LOCK_NAME,
@@ -43,37 +41,12 @@ from data_prep.shards import (
     lock,
     write_durably,
 )
-from data_prep.unit_shards import (
-    StoppedError,
-    UnitBuilder,
-    UnitResult,
-    record_path,
-    shard_path,
-    unit_signature,
-    writing,
-)
-from data_prep.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
+from data_prep.unit_shards import StoppedError, UnitBuilder, UnitResult, record_path, shard_path, writing
+from data_prep.work_units import WorkUnit
 
 BUILD_NAME = "build.json"
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be built, from what."""
-
-    mixture: Mixture
-    tokenizer_sha256: str
-    sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
-    units: tuple[WorkUnit, ...]
-    signature: str  # of inputs, tokenizer and mixture as they lie on this machine
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells, in build.json, whose units lie in a directory."""
-        origins = [[source["name"], source["origin"]] for source in self.sources]
-        return {"signature": self.signature, "tokenizer_sha256": self.tokenizer_sha256, "origins": origins}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,25 +64,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Encode a mixture of sources into a data set of uint16 token shards.",
         epilog="On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output).",
     )
-    parser.add_argument(
-        "--mixture",
-        required=True,
-        metavar="NAME_OR_FILE",
-        help="see data_prep/mixtures: a name there, or your own file",
-    )
+    parser.add_argument("--mixture", required=True, metavar="NAME_OR_FILE", help="one of data_prep/mixtures, or a file")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, help="the data set; new, or an unfinished build of it"
-    )
-    parser.add_argument(
-        "--encoder",
-        choices=("gigatoken", "tokenizers"),
-        default="gigatoken",
-        help="both give the same ids (%(default)s)",
-    )
-    parser.add_argument(
-        "--train-tokens", type=float, metavar="N", help="say how often training on so many tokens sees each source"
-    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")
+    encoders = ("gigatoken", "tokenizers")
+    parser.add_argument("--encoder", choices=encoders, default=encoders[0], help="both give the same ids (%(default)s)")
+    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
     return parser.parse_args(argv)
 
 
@@ -133,7 +93,7 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
             if held:
                 (output_dir / LOCK_NAME).unlink()
     if arguments.train_tokens and comm.rank == 0:
-        print("\n".join(epoch_lines(load_manifest(output_dir), int(arguments.train_tokens))))
+        print("\n".join(epoch_lines(load_manifest(output_dir), arguments.train_tokens)))
 
 
 def build_units(
@@ -167,53 +127,6 @@ def build_units(
     return {path: result for part in parts for path, result in part.items()}, name
 
 
-def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
-    """Find the files of a mixture and cut them into units. Nothing is written."""
-    units: list[WorkUnit] = []
-    sources = []
-    for source in mixture.sources:
-        where = f"{mixture.path}: source {source.name!r}"
-        files, format_, revision = source_files(mixture.path.parent, source, where)
-        if not any(file.size for file in files):
-            raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
-        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
-        units += cut_units(
-            files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad,
-            eos_id=tokenizer.eos_id,
-        )  # fmt: skip
-        sources.append({
-            "name": source.name, "weight": source.weight, "origin": source.origin, "format": format_,
-            "text_field": text_field, "revision": revision, "license": source.license,
-        })  # fmt: skip
-    fraction = mixture.validation_fraction
-    about = [sources, [unit_signature(unit, tokenizer.sha256, fraction) for unit in units], mixture.skip_bad]
-    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Plan(
-        mixture=mixture, tokenizer_sha256=tokenizer.sha256, sources=tuple(sources), units=tuple(units),
-        signature=signature,
-    )  # fmt: skip
-
-
-def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:
-    """The files of a source, their format, and the revision if they are of the hub."""
-    if source.hub:
-        files, revision, found = find_hub_inputs(source.hub, source.configs, source.split, source.revision, where)
-        return files, source.format or found, revision
-    if source.format == "save_to_disk":
-        files = find_inputs(base, f"{source.path}/*.arrow", where)
-        state = find_inputs(base, f"{source.path}/state.json", where)[0]
-        size = sum(file.size for file in files)
-        return [replace(state, size=size, version=",".join(file.version for file in files))], "save_to_disk", None
-    files = find_inputs(base, source.path or "", where)
-    if source.format == "megatron":
-        indexes = [find_inputs(base, str(Path(file.name).with_suffix(".idx")), where)[0] for file in files]
-        files = [replace(f, version=f"{f.version}, {i.version}") for f, i in zip(files, indexes, strict=True)]
-    formats = {source.format or format_of(file.name, where) for file in files}
-    if len(formats) > 1:
-        raise UserError(f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of its own")
-    return files, formats.pop(), None
-
-
 def is_complete(output_dir: Path, plan: Plan) -> bool:
     """Whether this very data set is there already. Raises UserError if something else is."""
     elsewhere = "choose another --output-dir, or remove that one"
@@ -233,12 +146,9 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
             raise UserError(f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}")
         return False
     if signature != plan.signature:
-        raise UserError(
-            f"{output_dir}: holds a data set of another mixture or tokenizer, or of inputs that were of another size "
-            f"or changed at another time; {elsewhere}"
-            + f"; to build it anew here, from those of its units whose inputs are as they were, {REBUILD}"
-            * is_akin
-        )
+        other = "holds a data set of another mixture or tokenizer, or of inputs of another size or time of change"
+        anew = f"; to build it anew here, from those of its units whose inputs are as they were, {REBUILD}" * is_akin
+        raise UserError(f"{output_dir}: {other}; {elsewhere}{anew}")
     ShardReader(output_dir).check_files()
     return True
 
@@ -246,7 +156,7 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
 def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> IO[str]:
     """The output directory says what is being built in it, and is held. Finished units of an earlier build stay."""
     with writing(output_dir, "the tokenizer"):
-        held = lock(output_dir, "building it", "--output-dir")
+        held = lock(output_dir, "building or repairing it", "--output-dir")
         write_json(output_dir / BUILD_NAME, {"state": "incomplete", **plan.identity})
         write_tokenizer(output_dir, tokenizer)
     return held
@@ -257,16 +167,6 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
     shutil.rmtree(output_dir / TOKENIZER_NAME, ignore_errors=True)
     for name, content in tokenizer.files.items():
         write_durably(output_dir / TOKENIZER_NAME / name, content)
-
-
-def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
-    """Units of each rank: largest first to the least loaded, each rank's in the order of the plan."""
-    loads = [0] * ranks
-    owner: dict[int, int] = {}
-    for i in sorted(range(len(units)), key=lambda i: (-units[i].size_bytes, i)):
-        owner[i] = loads.index(min(loads))
-        loads[owner[i]] += units[i].size_bytes
-    return [[unit for i, unit in enumerate(units) if owner[i] == rank] for rank in range(ranks)]
 
 
 def finish(
@@ -376,9 +276,8 @@ def summary(output_dir: Path, manifest: Manifest, about: dict[str, Any]) -> str:
         shards = manifest.shards_of(split)
         tokens, documents = manifest.tokens(split), sum(shard.documents for shard in shards)
         per_token = sum(shard.text_characters for shard in shards) / max(tokens - documents, 1)
-        lines.append(
-            f"{split:<12} {documents:>12,} documents {tokens:>16,} tokens {per_token:>6.2f} characters per token"
-        )
+        figures = f"{documents:>12,} documents {tokens:>16,} tokens {per_token:>6.2f} characters per token"
+        lines.append(f"{split:<12} {figures}")
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
             lines.append(f"left out     {left_out:>12,} {kind} documents")
@@ -386,6 +285,14 @@ def summary(output_dir: Path, manifest: Manifest, about: dict[str, Any]) -> str:
     lines.append(f"fingerprint  {manifest.fingerprint}")
     lines.append(f"data set     {output_dir}")
     return "\n".join(lines)
+
+
+def token_count(text: str) -> int:
+    """A number of tokens on a command line; 17e9 is one too."""
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 1e18:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of tokens, such as 17e9")
 
 
 def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,14 @@ import pyarrow.compute as pc
 
 from data_prep import json_lines
 from data_prep.errors import UserError, one_line
-from data_prep.inputs import open_input
+from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
+from data_prep.pretokenized import MAX_DOCUMENT_BYTES
 from data_prep.work_units import (
     JSONL_FORMATS,
     WorkUnit,
     check_column,
+    check_first_bytes,
     check_schema,
     groups,
     load_from_disk,
@@ -34,7 +36,6 @@ from data_prep.work_units import (
 )
 
 BATCH_BYTES = 8 << 20
-MAX_DOCUMENT_BYTES = 128 << 20
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of record batches
 
 
@@ -84,10 +85,8 @@ def check_unchanged(unit: WorkUnit) -> None:
     """A file that became shorter or longer since it was cut would lose documents, or parts of them: a UserError."""
     for file in unit.files:
         is_elsewhere = "://" in file.url or unit.format == "save_to_disk"
-        try:
+        with reading(file):
             size = file.size if is_elsewhere else Path(file.url).stat().st_size
-        except OSError as error:
-            raise UserError(f"{file.url}: can't be read ({error.strerror}); check the file") from None
         if size != file.size:
             listed = f"{size:,} bytes, {file.size:,} when it was listed"
             raise UserError(f"{file.url}: {listed}; see that nothing writes to it, and run the command again")
@@ -130,6 +129,15 @@ def _place(unit: WorkUnit, row: int) -> str:
     return f"{unit.url}: line {row + 1}" if unit.format in JSONL_FORMATS else f"{unit.url}: row {unit.start + row}"
 
 
+def _open(unit: WorkUnit) -> BinaryIO:
+    """The file of a unit, at its beginning. Raises UserError if that is of another format."""
+    stream = open_input(unit.files[0])
+    if unit.start == 0:
+        check_first_bytes(unit.files[0], unit.format, stream.read(8))
+        stream.seek(0)
+    return stream
+
+
 def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
     """A few row groups at a time; a large one in parts."""
     file = open_parquet(unit.files[0], unit.text_field)
@@ -161,11 +169,9 @@ def _read_text(unit: WorkUnit) -> Iterator[Documents]:
             if file.size > MAX_DOCUMENT_BYTES:
                 bad.append((row, _too_long(file.size)))
                 continue
-            try:
-                with open_input(file) as stream:
-                    texts.append(stream.read())
-            except OSError as error:
-                raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
+            with reading(file), open_input(file) as stream:
+                texts.append(stream.read())
+            check_first_bytes(file, unit.format, texts[-1])
             rows.append(row)
         yield Documents(
             texts=json_lines.arrow_texts(texts), rows=np.array(rows, np.uint64), rows_read=len(files),
@@ -177,7 +183,7 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     """A block of lines at a time."""
     row, taken = 0, unit.start
     try:
-        with open_input(unit.files[0]) as stream:
+        with _open(unit) as stream:
             chunks = json_lines.read_chunks(stream, unit.format, unit.start, unit.stop)
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
@@ -193,7 +199,7 @@ def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
     taken = 0
     try:
-        with open_input(unit.files[0]) as stream:
+        with _open(unit) as stream:
             is_file = stream.read(6) == b"ARROW1"
             if not is_file:
                 stream.seek(-len(ARROW_END), io.SEEK_END)
@@ -220,7 +226,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
     """Records of a file with a header, as RFC 4180 has them; the first after the header is row 0."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
-        with open_input(unit.files[0]) as stream:
+        with reading(unit.files[0]), _open(unit) as stream:
             lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
             records = csv.reader(lines, strict=True)
             header = next(records, [])
@@ -240,8 +246,6 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
                         rows_read=row - first + (record is not None), input_bytes=stream.tell() - taken,
                     )  # fmt: skip
                     texts, rows, bad, first, size, taken = [], [], [], row + 1, 0, stream.tell()
-    except OSError as error:
-        raise UserError(f"{unit.url}: can't be read ({error.strerror or error}); check the file") from None
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
         raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import yaml
+
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 
@@ -27,6 +29,28 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        firsts: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if firsts.setdefault((key.tag, str(key.value)), key) is not key:
+                raise UserError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
+        return node
+
+
+def parse_yaml(content: str | bytes, where: str) -> Any:
+    """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
+    try:
+        return yaml.load(content, _UniqueKeysLoader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML ({error}); mend it") from None
 
 
 def os_error_line(error: OSError) -> str:

@@ -10,7 +10,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
@@ -22,15 +23,7 @@ RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 REQUEST_BYTES = 16 << 20  # the largest request, and how far sequential reading reads ahead
 LINE_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
-CLIENTS = (
-    "aiohttp",
-    "aiobotocore",
-    "botocore",
-    "httpx",
-    "httpx2",
-    "gcsfs",
-    "azure",
-)  # not all they raise is an OSError
+CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")  # they raise more than OSErrors
 PERMANENT = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled")
 
 
@@ -68,14 +61,22 @@ def find_hub_inputs(
     formats = {_format(url): url.removeprefix(root) for url in sizes}
     if len(formats) > 1:
         raise UserError(f"{what}: several formats ({', '.join(formats.values())}); name files of one by their URLs")
-    sized = sizes.items()
-    files = [InputFile(name=url.removeprefix(root), url=url, size=size, version=commit) for url, size in sized]
+    files = [InputFile(name=u.removeprefix(root), url=u, size=size, version=commit) for u, size in sizes.items()]
     return files, commit, next(iter(formats))
 
 
 def open_input(file: InputFile) -> BinaryIO:
     """The file's bytes, seekable. What goes wrong while reading a remote one is a UserError."""
     return cast(BinaryIO, RemoteFile(file)) if "://" in file.url else Path(file.url).open("rb")
+
+
+@contextmanager
+def reading(file: InputFile) -> Iterator[None]:
+    """What the operating system refuses meanwhile is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
 
 
 class RemoteFile(io.RawIOBase):

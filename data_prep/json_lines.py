@@ -7,7 +7,6 @@ field beside the text, nested deeper than Python's recursion limit, is bad line 
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -189,6 +188,6 @@ def arrow_texts(texts: list[bytes]) -> pa.LargeStringArray:
 
 def count_newlines(stream: BinaryIO, stop: int) -> int:
     """Line ends before a byte offset."""
-    stream.seek(0, os.SEEK_SET)
+    stream.seek(0)
     sizes = (min(READ_BYTES, stop - at) for at in range(0, stop, READ_BYTES))
     return sum(stream.read(size).count(b"\n") for size in sizes)

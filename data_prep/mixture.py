@@ -8,12 +8,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from data_prep.errors import UserError
-from data_prep.shards import integer_shares
+from data_prep.errors import UserError, parse_yaml
+from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD
 
 MIXTURE_KEYS = ("tokenizer", "validation_fraction", "on_bad_document", "sources")
@@ -21,6 +18,7 @@ MIXTURES_DIR = Path(__file__).parent / "mixtures"
 HUB_KEYS = ("config", "split", "revision")
 SOURCE_KEYS = ("name", "path", "hub", *HUB_KEYS, "format", "text_field", "weight", "license")
 BAD_DOCUMENT_POLICIES = ("error", "skip")
+MAX_WEIGHT = 1e99  # so that a sum of them is a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
 
     Raises UserError naming the file and key.
     """
-    content = _parse(path)
+    content = parse_yaml(path.read_bytes(), str(path))
     _check_keys(content, MIXTURE_KEYS, ("validation_fraction", "sources"), str(path))
     policy = content.get("on_bad_document", "error")
     if policy not in BAD_DOCUMENT_POLICIES:
@@ -84,7 +82,10 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
     names = [source.name for source in sources]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two sources are named {repeated[0]!r}; give each its own name")
-    integer_shares([source.weight for source in sources])
+    for source, share in zip(sources, integer_shares([source.weight for source in sources]), strict=True):
+        if not share:
+            problem = f"weight {source.weight:g} is below 1/{BLOCK_SAMPLES} of the whole"
+            raise UserError(f"{path}: source {source.name!r}: {problem}; raise it, or leave that source out")
     if tokenizer is None and "tokenizer" not in content:
         raise UserError(f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first")
     tokenizer = tokenizer or path.parent / _text(content["tokenizer"], f"{path}: tokenizer")
@@ -92,16 +93,6 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
         path=path, tokenizer_dir=tokenizer, validation_fraction=fraction,
         skip_bad=policy == "skip", sources=sources,
     )  # fmt: skip
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; see data_prep/mixtures/example.yaml") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({error}); see data_prep/mixtures/example.yaml") from None
-    return content
 
 
 def _check_keys(content: object, known: tuple[str, ...], required: tuple[str, ...], where: str) -> None:
@@ -131,8 +122,8 @@ def _source(item: object, where: str) -> MixtureSource:
     if format_ in FORMATS_WITHOUT_FIELD and "text_field" in item:
         raise UserError(f"{where}: text_field has no meaning for {format_}; remove it")
     weight = _number(item["weight"], f"{where}: weight")
-    if weight <= 0:
-        raise UserError(f"{where}: weight is {weight}, expected a positive number")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"{where}: weight is {weight}, expected a positive number up to {MAX_WEIGHT:g}")
     keys = [key for key in ("path", "hub", "split", "revision", "license") if key in item]
     texts = {key: _text(item[key], f"{where}: {key}") for key in keys}
     configs = item.get("config", [])

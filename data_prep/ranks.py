@@ -62,9 +62,8 @@ def connect() -> tuple[Communicator, int]:
             warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"started by an MPI launcher, but mpi4py can't be used ({error}); see data_prep/README.md"
-        ) from None
+        problem = f"started by an MPI launcher, but mpi4py can't be used ({error})"
+        raise UserError(f"{problem}; see data_prep/README.md") from None
     world = MPI.COMM_WORLD
     expected = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), world.size)
     if world.size != expected:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
-from data_prep.build_shards import epoch_lines
+from data_prep.build_shards import epoch_lines, token_count
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
     parser.add_argument("--trace", metavar="SHARD:OFFSET", help="name the document that a token came from")
     arguments = parser.parse_args(argv)
+    if arguments.samples < 0:
+        raise UserError(f"--samples {arguments.samples}: expected 0 or more")
     reader = ShardReader(arguments.data_dir)
     tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME)
     if arguments.trace:
@@ -51,13 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     for split in SPLITS:
         for shard, document in spread(reader.manifest.shards_of(split), arguments.samples):
             print("\n" + sample(reader, tokenizer.reference, shard, document))
-
-
-def token_count(text: str) -> int:
-    """A number of tokens; 17e9 is one too."""
-    if not 1 <= float(text) < 1e18:
-        raise ValueError
-    return int(float(text))
 
 
 def facts(named: Iterable[tuple[str, str]], indent: str = "") -> Iterator[str]:
@@ -235,9 +230,8 @@ def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
     if not name or not matching:
         raise UserError(f"--trace {place}: no such shard; expected SHARD:OFFSET, such as {manifest.shards[0].path}:0")
     if len(matching) > 1 and matching[0].path != name:
-        raise UserError(
-            f"--trace {place}: {len(matching)} shards end so; name one, such as {matching[0].path}:{number}"
-        )
+        advice = f"name one, such as {matching[0].path}:{number}"
+        raise UserError(f"--trace {place}: {len(matching)} shards end so; {advice}")
     shard = matching[0]
     if not number.isdecimal() or int(number) >= shard.tokens:
         raise UserError(f"--trace {place}: offset {number!r}, expected 0 to {shard.tokens - 1}")

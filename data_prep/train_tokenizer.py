@@ -168,9 +168,8 @@ def fill_byte_bpe(text: Path, vocab_size: int) -> tuple[dict[str, int], Merges]:
         if len(vocab) == vocab_size:
             print(f"note: {note}", file=sys.stderr)
     if len(vocab) < vocab_size:
-        raise UserError(
-            f"--vocab-size {vocab_size:,}: this text supports {len(vocab):,} ids; ask for fewer, or add text"
-        )
+        problem = f"this text supports {len(vocab):,} ids"
+        raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
     return vocab, merges
 
 

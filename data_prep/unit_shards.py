@@ -37,6 +37,7 @@ from data_prep.shards import (
     TOKEN_DTYPE,
     UNITS_NAME,
     Index,
+    ShardFacts,
     ShardWriter,
     Tokens,
     digest_file,
@@ -52,19 +53,6 @@ SPACE = "make space or choose another --output-dir, and build again: finished un
 
 Encoded = tuple[Ids, Offsets]
 Encoders = queue.SimpleQueue[Encoder | None]  # one for each core; None is one not yet made
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFacts:
-    """What the manifest says about one written shard, apart from where it lies."""
-
-    split: str
-    tokens: int
-    documents: int
-    text_bytes: int
-    text_characters: int
-    xxh3_128: str
-    index_xxh3_128: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +246,8 @@ class UnitBuilder:
         is_text[starts[1:] - 1] = False
         tokens[is_text] = ids
         if np.count_nonzero(tokens == self.tokenizer.eos_id) != documents:
-            directory, token = self.tokenizer.directory, self.tokenizer.eos_token
-            raise UserError(
-                f"{directory}: some text encodes to eos_token {token!r}; name a token that text never gives"
-            )
+            problem = f"some text encodes to eos_token {self.tokenizer.eos_token!r}"
+            raise UserError(f"{self.tokenizer.directory}: {problem}; name a token that text never gives")
         return tokens, starts
 
     def _prove(

@@ -4,6 +4,7 @@ Prints a line for each bad file and exits with 2 if there is any. With --repair,
 files are built again from their sources, and put in place if they are what the manifest says.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,10 +18,11 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.build_shards import BUILD_NAME, make_plan, write_tokenizer
+from data_prep.build_plan import make_plan
+from data_prep.build_shards import BUILD_NAME, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.mixture import load_mixture
+from data_prep.mixture import load_mixture, mixture_path
 from data_prep.ranks import Progress, SingleProcess
 from data_prep.shards import (
     INDEX_DTYPE,
@@ -38,6 +40,7 @@ from data_prep.shards import (
     digest_file,
     fsync_directory,
     load_manifest,
+    lock,
     open_array,
     tokenizer_sha256,
 )
@@ -55,17 +58,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m data_prep.verify", description=__doc__.partition("\n")[0])
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     parser.add_argument("--repair", action="store_true", help="build what is bad again from the sources")
-    parser.add_argument("--mixture", type=Path, help="where the mixture file is now, for --repair, if it was moved")
+    parser.add_argument("--mixture", metavar="NAME_OR_FILE", help="for --repair, if the mixture file was moved")
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir
     started = time.perf_counter()
     manifest = load_manifest(data_dir)
-    problems = list(find_problems(data_dir, manifest))
-    for _, problem in problems:
-        print(f"bad: {problem}")
-    if arguments.repair and problems:
-        repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
+    with contextlib.ExitStack() as held:
+        if arguments.repair:
+            held.enter_context(lock(data_dir, "building or repairing it", "DATASET"))
+            held.callback((data_dir / LOCK_NAME).unlink)
         problems = list(find_problems(data_dir, manifest))
+        for _, problem in problems:
+            print(f"bad: {problem}")
+        if arguments.repair and problems:
+            repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
+            problems = list(find_problems(data_dir, manifest))
     if problems:
         shard, first = problems[0]
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
@@ -107,13 +114,13 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     yield from ((None, line) for line in find_strays(data_dir, manifest))
 
 
-def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_path: Path | None) -> None:
+def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None) -> None:
     """Build the units of bad shards again, beside; put them in place if they are what the manifest says."""
     try:
         built = dict(json.loads((data_dir / BUILD_NAME).read_bytes()))
     except (OSError, ValueError, TypeError):
         built = {}
-    path = mixture_path or Path(built.get("mixture", "its mixture file"))
+    path = mixture_path(mixture_name) if mixture_name else Path(built.get("mixture", "its mixture file"))
     if not path.is_file():
         raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None

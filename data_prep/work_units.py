@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_prep import json_lines, pretokenized
 from data_prep.errors import UserError, one_line
-from data_prep.inputs import InputFile, open_input
+from data_prep.inputs import InputFile, open_input, reading
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
 UNITS_OF_A_SOURCE = 256  # about so many, within the limits above
@@ -26,6 +26,10 @@ LISTING_THREADS = 16
 JSONL_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
 FORMATS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv", "save_to_disk", *pretokenized.FORMATS)
 FORMATS_WITHOUT_FIELD = ("txt", *pretokenized.FORMATS)
+FIRST_BYTES = {  # 8 at most; none of them begins text
+    b"PAR1\x15": ("parquet", "parquet"), b"ARROW1\0\0": ("arrow", "arrow"), b"\xff\xff\xff\xff": ("arrow", "arrow"),
+    b"\x1f\x8b": ("gzip", "jsonl.gz"), b"\x28\xb5\x2f\xfd": ("zstd", "jsonl.zst"),
+}  # fmt: skip
 
 Range = tuple[int, int, int]  # start, stop, bytes
 
@@ -114,11 +118,8 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
         return [(at, min(at + step, rows), min(step, rows - at) * file.size // rows) for at in range(0, rows, step)]
     cuts = [0, file.size]
     if format == "jsonl":
-        try:
-            with open_input(file) as stream:
-                cuts = json_lines.line_cuts(stream, file.size, unit_bytes)
-        except OSError as error:
-            raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
+        with reading(file), open_input(file) as stream:
+            cuts = json_lines.line_cuts(stream, file.size, unit_bytes)
     return [(start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
 
 
@@ -148,11 +149,21 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
         parquet = pq.ParquetFile(open_input(file) if is_remote else file.url, pre_buffer=is_remote)
         schema = parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file.url}: not a readable parquet file ({one_line(error)}); fetch or write it again"
-        ) from None
+        with reading(file), open_input(file) as stream:
+            check_first_bytes(file, "parquet", stream.read(8))
+        problem = f"not a readable parquet file ({one_line(error)})"
+        raise UserError(f"{file.url}: {problem}; fetch or write it again") from None
     check_schema(file, schema, text_field)
     return parquet
+
+
+def check_first_bytes(file: InputFile, format: str, first: bytes) -> None:
+    """Raises UserError if a file's first bytes are not of the format that it is to be read in."""
+    is_text = format in ("jsonl", "txt", "csv")
+    known = FIRST_BYTES if is_text else FIRST_BYTES | {b"{": ("JSON", "jsonl")}
+    for magic, (kind, right) in known.items():
+        if first.startswith(magic) and right != format:
+            raise UserError(f"{file.url}: {kind} by its first bytes, not {format}; set format: {right}")
 
 
 def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> None:

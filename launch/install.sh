@@ -6,12 +6,9 @@
 # Inside an active virtual or conda environment it uses that one and keeps the torch that is there. Otherwise it
 # makes .venv and installs the versions of .ci/constraints.txt, the ones the tests passed with.
 
+# shellcheck source=launch/checks.sh
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 find_environment() {
   ENVIRONMENT=${VIRTUAL_ENV:-}

@@ -9,18 +9,18 @@
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
 set -euo pipefail
 
-case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+# shellcheck source=launch/install.sh
+source "$(dirname "$0")/install.sh"
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  -*) fail "$1: not a known flag; $0 --help says what there is" ;;
+esac
 here=$(cd "$(dirname "$0")" && pwd)
 run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
 steps=${STEPS:-320}
-if [[ ! "$steps" =~ ^[1-9][0-9]*$ ]] || [ "$steps" -lt 2 ]; then
-  echo "error: STEPS=$steps: expected a number of steps, 2 or more" >&2
-  exit 2
-fi
+need_count STEPS "$steps" 2
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
-# shellcheck source=launch/install.sh
-source "$here/install.sh"
 install_project demo
 cd "$REPOSITORY"
 

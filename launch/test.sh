@@ -4,9 +4,9 @@
 #   ./launch/test.sh [pytest arguments ...]
 set -euo pipefail
 
-case ${1:-} in -h | --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 # shellcheck source=launch/install.sh
 source "$(dirname "$0")/install.sh"
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
 install_project dev
 cd "$REPOSITORY"
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, parse_yaml
 from data_prep.shards import MAX_VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Recipe:
     seed: int = Field(default=1, ge=0)
     intra_document_masking: bool = False  # no token sees another document of its window; positions restart
     compile: bool = False  # torch.compile of the blocks
-    loss_head: Literal["chunked", "whole", "torch", "liger"] = "chunked"  # see pretrain/loss.py
+    loss_head: Literal["chunked", "whole", "liger"] = "chunked"  # see pretrain/loss.py
     deterministic: bool = False  # CUDA only: slower kernels that give the same bits each time
     engine: str = "zero2_bf16"  # a file of ds_configs/, by name, or a path
 
@@ -341,10 +341,7 @@ def nearest_multiples(value: int, of: int) -> str:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name or a file by path, with `--dotted.key=value` overrides."""
     path = recipe_path(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    content = parse_yaml(path.read_bytes(), str(path))
     if isinstance(content, dict):
         apply_overrides(content, overrides)
     return build_recipe(content, str(path))

@@ -38,7 +38,7 @@ from prep_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import train_tokenizer, unit_shards, work_units
-from data_prep.build_shards import assign
+from data_prep.build_plan import assign
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError, exit_code
 from data_prep.mixture import load_mixture, mixture_path
@@ -325,14 +325,14 @@ def test_after_an_input_was_touched_the_advice_works(tmp_path: Path, mixture: Pa
     manifest = build(mixture, tmp_path / "out")
     for path in [*tmp_path.glob("*.parquet"), *tmp_path.glob("more/*")]:
         os.utime(path, ns=(1, 1))
-    with pytest.raises(UserError, match=r"changed at another time; .*; to build it anew here, .* remove its manifest"):
+    with pytest.raises(UserError, match=r"or time of change; .*; to build it anew here, .* remove its manifest"):
         build(mixture, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     assert build(mixture, tmp_path / "out") == manifest
 
 
 def test_a_source_of_bad_documents_alone_says_what_is_wrong(tmp_path: Path, tokenizer_dir: Path) -> None:
-    write_parquet(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "a.jsonl").write_text("nonsense")
     mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")], on_bad_document="skip")
     message = build_error(mixture, tmp_path / "out")
     assert "no documents in a.jsonl; all are bad, the first: a.jsonl, row 0: " in message
@@ -355,8 +355,8 @@ def test_a_directory_in_which_a_build_had_just_begun(tmp_path: Path, mixture: Pa
 
 
 def test_two_builds_of_one_directory(tmp_path: Path, mixture: Path) -> None:
-    with lock(tmp_path / "out", "building it", "--output-dir"):
-        assert "out: another process is building it; wait for it" in build_error(mixture, tmp_path / "out")
+    with lock(tmp_path / "out", "at work", "--output-dir"):
+        assert "out: another process is building or repairing it; wait for it" in build_error(mixture, tmp_path / "out")
     build(mixture, tmp_path / "out")
 
 
@@ -454,7 +454,11 @@ def test_a_source_without_documents(
         ({"sources": [{**A_SOURCE, "weight": -1}]}, "weight is -1.0, expected a positive number"),
         ({"sources": [{**A_SOURCE, "weight": True}]}, "weight is True, expected a number"),
         ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight is nan, expected a number"),
-        ({"sources": [A_SOURCE, {**A_SOURCE, "name": "b", "weight": 1e-6}]}, "below 1/4096 of the whole"),
+        (
+            {"sources": [A_SOURCE, {**A_SOURCE, "name": "b", "weight": 1e-6}]},
+            "mixture.yaml: source 'b': weight 1e-06 is below 1/4096 of the whole; raise it, or leave that source out",
+        ),
+        ({"sources": [{**A_SOURCE, "weight": 1e300}]}, "weight is 1e+300, expected a positive number up to 1e+99"),
         ({"sources": [{**A_SOURCE, "format": "xml"}]}, "format 'xml', expected one of parquet, jsonl, jsonl.gz"),
         ({"sources": [{**A_SOURCE, "format": "txt", "text_field": "x"}]}, "text_field has no meaning for txt"),
         ({"sources": [{**A_SOURCE, "path": "b.parquet"}]}, "source 'a': no file matches b.parquet"),
@@ -473,6 +477,26 @@ def test_bad_mixtures_touch_nothing(
     mixture.write_text(yaml.safe_dump(content))
     message = build_error(mixture, tmp_path / "out")
     assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("tokenizer: a\nsources: []\ntokenizer: b\n", "line 3: 'tokenizer' is there already; keep one of the two"),
+        ("sources:\n- {name: a, weight: 1, weight: 2}\n", "line 2: 'weight' is there already"),
+        ("a: &a {x: 1}\nb: {<<: *a, x: 2}\n", "unknown key 'a'"),  # what YAML itself lets a mapping replace
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "mixture.yaml").write_text(content)
+    assert f"mixture.yaml: {expected}" in build_error(tmp_path / "mixture.yaml", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-5", "1e400", "0", "many"])
+def test_numbers_of_training_tokens_that_are_none(tmp_path: Path, mixture: Path, number: str) -> None:
+    with pytest.raises(UserError, match=f"--train-tokens: {number}: expected a number of tokens, such as 17e9"):
+        build(mixture, tmp_path / "out", "--train-tokens", number)
     assert not (tmp_path / "out").exists()
 
 

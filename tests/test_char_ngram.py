@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import REPOSITORY
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from prep_helpers import NASTY_TEXTS, speeches, write_jsonl
+from prep_helpers import NASTY_TEXTS, build, decoded, speeches, write_jsonl, write_mixture, write_parquet
+from prep_helpers import source as mixture_source
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep import char_ngram, train_tokenizer
@@ -32,6 +33,14 @@ NEVER_IN_TEXT = {*char_ngram.SPECIAL_IDS, *char_ngram.PREFIX_IDS}
 # what one stage or another treats in its own way, beside all of Unicode
 ODD_CHARACTERS = "<>/_ spadunk0x8\x00\xad\ud7ff\ue000\uf900\uffff"
 CHARACTERS = st.characters(exclude_categories=["Cs"]) | st.sampled_from(ODD_CHARACTERS)
+
+PLANES = st.integers(0, 16).flatmap(
+    lambda plane: st.characters(
+        min_codepoint=plane << 16, max_codepoint=(plane << 16) + 0xFFFF, exclude_categories=["Cs"]
+    )
+)
+PIECES = CHARACTERS | PLANES | st.characters(categories=["Mn", "Mc", "Me"]) | st.sampled_from([*TEXTS, "\n", "\x00"])
+DOCUMENTS = st.lists(PIECES, max_size=30).map("".join)
 
 
 def train(output_dir: Path, *flags: str) -> Path:
@@ -100,6 +109,23 @@ def test_any_text_comes_back(
     assert encoder.encode(pa.array([text], pa.large_string()))[0].tolist() == ids
     assert auto.encode(text) == ids
     assert auto.decode(ids) == auto.decode(ids, skip_special_tokens=True) == text
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(documents=st.lists(DOCUMENTS, min_size=30, max_size=150))
+@example(documents=[*TEXTS, "".join(TEXTS), "\x00", "\n", "\r", "</s>" * 100])
+def test_any_documents_come_back_out_of_shards(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, documents: list[str]
+) -> None:
+    """Which also means that the end-of-document id never comes out of a text, not even out of `</s>`."""
+    base = tmp_path_factory.mktemp("shards")
+    documents = [f"either split gets {i}" for i in range(20)] + documents
+    write_parquet(base / "a.parquet", documents)
+    entry = mixture_source("a", "a.parquet")
+    manifest = build(write_mixture(base, directory, [entry], validation_fraction=0.5), base / "out")
+    expected = {("a.parquet", row): text for row, text in enumerate(documents) if text}
+    assert decoded(base / "out") == expected
+    assert sum(shard.text_bytes for shard in manifest.shards) == sum(len(text.encode()) for text in documents)
 
 
 def test_real_text_is_the_same_in_both_encoders(tokenizer: LoadedTokenizer, encoder: Encoder) -> None:

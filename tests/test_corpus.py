@@ -1,6 +1,7 @@
 """Documents come out of every format whole, in order, with their rows; bad ones are named, or left out and listed."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -381,6 +382,35 @@ def test_damaged_files_are_named_and_never_left_out(
     path = WRITERS[format](tmp_path / name, texts[:40])
     path.write_bytes(damage(path.read_bytes()))
     assert expected in read_error(path, format, skip_bad=format != "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("right", "as_file", "format"),
+    [
+        (right, as_file, format)
+        for right in ("parquet", "arrow", "jsonl", "jsonl.gz", "jsonl.zst")
+        for as_file in ((False, True) if right == "arrow" else (False,))
+        for format in ("parquet", "arrow", "csv", "txt", "jsonl", "jsonl.gz", "jsonl.zst")
+        if format != right and (right, format) not in (("jsonl", "txt"), ("jsonl", "csv"))
+    ],
+)
+def test_a_file_of_another_format_says_which(tmp_path: Path, right: str, as_file: bool, format: str) -> None:
+    """Also where bad documents are left out: this is no matter of documents."""
+    write = functools.partial(write_arrow, as_file=True) if as_file else WRITERS[right]
+    whole = write(tmp_path / f"a.{right}", [f"document {i}" for i in range(20)]).rename(tmp_path / "whole")
+    kind = {"jsonl.gz": "gzip", "jsonl.zst": "zstd", "jsonl": "JSON"}.get(right, right)
+    for skip_bad in (False, True):
+        message = read_error(whole, format, skip_bad=skip_bad)
+        assert message == f"{whole}: {kind} by its first bytes, not {format}; set format: {right}"
+
+
+def test_text_may_begin_like_another_format(tmp_path: Path) -> None:
+    texts = ["PAR1 is how parquet begins", "ARROW1 is how Arrow does", "{"]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(texts))
+    assert read(units_of(tmp_path / "a.csv", format="csv"))[0] == texts
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert read(units_of(*sorted(tmp_path.glob("*.txt")), format="txt"))[0] == texts
 
 
 def test_an_arrow_file_that_asks_for_more_than_memory_is_damaged(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from data_prep import inputs
 from data_prep.errors import UserError
 from data_prep.inputs import InputFile, find_inputs, open_input
 
+pytest_plugins = ("prep_fixtures",)
+
 TEXTS = [f"document {i} " * 40 for i in range(300)]
 CARD = """---
 configs:
@@ -320,27 +322,6 @@ def test_a_column_costs_a_request_a_row_group(http: HubServer) -> None:
 
 
 # S3
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    """A client of a local S3 with a bucket `corpus`; the environment names the server, as users do."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():  # fmt: skip
-            patch.setenv(key, value)
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("corpus")
-        yield fs
-    server.stop()
 
 
 def test_objects_of_a_bucket(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_a_missing_hostfile_is_one_clear_line() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_missing_launcher_is_one_clear_line(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "nproc"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    result = run_command(str(REPOSITORY / "launch/build_shards.sh"), "--mixture", "m", "--ranks=2", PATH=str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr == "error: mpiexec: not found; activate the environment that holds the project\n"
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "pretrain.sh", "build_shards.sh"])
 def test_every_script_has_help(script: str) -> None:
     result = run_command(f"launch/{script}", "--help")
@@ -117,10 +126,19 @@ def test_the_benchmark_of_training_runs() -> None:
     [
         (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "abc"], {}, "error: --ranks abc: expected"),
         (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "0"], {}, "error: --ranks 0: expected"),
-        (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS=1: expected"),
+        (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS 1: expected"),
+        (["launch/quickstart.sh", "--steps", "9"], {}, "error: --steps: not a known flag"),
+        (["launch/build_shards.sh"], {}, "error: no flags; launch/build_shards.sh --help"),
+        (["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"], {}, "error: --hostfile README.md:"),
+        (["launch/pretrain.sh", "--hostfile", "README.md", "--ranks=2", "--seed=1"], {}, "error: --ranks and --hostf"),
+        *(
+            ([f"launch/{script}.sh", *flags], {}, f"error: {flags[0].removesuffix('=')}: expected a value after it")
+            for script in ("pretrain", "build_shards")
+            for flags in (["--ranks"], ["--hostfile"], ["--ranks="], ["--hostfile", "", "--seed=1"])
+        ),
     ],
 )
-def test_bad_numbers_are_one_clear_line(command: list[str], variables: dict[str, str], line: str) -> None:
+def test_bad_flags_are_one_clear_line(command: list[str], variables: dict[str, str], line: str) -> None:
     result = run_command(*command, **variables)
     assert result.returncode == 2
     assert result.stderr.startswith(line)

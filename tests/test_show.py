@@ -185,8 +185,8 @@ def test_epochs_and_a_warning_of_many(dataset: Path, capsys: pytest.CaptureFixtu
     assert f"speeches: {manifest.epochs(train_tokens)['speeches']:.2f} over {train_tokens:,}" in lines[0]
     assert ["above 4" in line for line in lines] == [n > 4 for n in manifest.epochs(train_tokens).values()]
     assert "epochs" not in shown(capsys, str(dataset))
-    for bad in ("nan", "inf", "0", "-1", "many"):
-        with pytest.raises(UserError, match="argument --train-tokens: invalid"):
+    for bad in ("nan", "inf", "0", "-5", "1e400", "many"):
+        with pytest.raises(UserError, match=f"--train-tokens: {bad}: expected a number of tokens, such as 17e9"):
             show.main([str(dataset), f"--train-tokens={bad}"])
 
 
@@ -244,6 +244,11 @@ def test_bad_places(dataset: Path) -> None:
     ):
         with pytest.raises(UserError, match=expected):
             show.main([str(dataset), "--trace", place])
+
+
+def test_fewer_samples_than_none_are_refused(dataset: Path) -> None:
+    with pytest.raises(UserError, match="--samples -1: expected 0 or more"):
+        show.main([str(dataset), "--samples", "-1"])
 
 
 def test_spread_is_even() -> None:

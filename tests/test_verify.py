@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from prep_helpers import build, contents, flip_byte, source, stamps, write_jsonl
 
 from data_prep import verify
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, load_manifest
+from data_prep.shards import Manifest, load_manifest, lock
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -213,6 +214,47 @@ def test_repair_where_the_mixture_is_now(dataset: Path, tmp_path: Path, texts: l
     with pytest.raises(UserError, match="say where it is with --mixture FILE"):
         verify.main([str(tmp_path / "out"), "--repair"])
     assert repair(tmp_path / "out", *moved) == {shard.path, shard.index_path}
+
+
+def test_a_repair_is_alone_in_its_directory(dataset: Path, copy: Path) -> None:
+    """Beside a build or another repair; looking does no harm."""
+    flip_byte(copy / load_manifest(copy).shards[0].path)
+    with lock(copy, "at work", "--output-dir"):
+        before = contents(copy)
+        with pytest.raises(UserError, match="copy: another process is building or repairing it; wait for it"):
+            verify.main([str(copy), "--repair"])
+        with pytest.raises(UserError, match="1 bad file"):
+            verify.main([str(copy)])
+        assert contents(copy) == before
+    repair(copy)
+    assert contents(copy) == contents(dataset)
+
+
+def test_a_build_waits_for_a_repair(dataset: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip_byte(copy / load_manifest(copy).shards[0].path)
+    honest, messages = verify.make_plan, []
+
+    def make_plan(*arguments: Any) -> Any:
+        (manifest := copy / "manifest.json").rename(copy / "units" / "set-aside.json")
+        with pytest.raises(UserError) as caught:
+            build(dataset.parent / "mixture.yaml", copy)
+        messages.append(str(caught.value))
+        (copy / "units" / "set-aside.json").rename(manifest)
+        return honest(*arguments)
+
+    monkeypatch.setattr(verify, "make_plan", make_plan)
+    repair(copy)
+    assert len(messages) == 1
+    assert "another process is building or repairing it; wait for it, or give another --output-dir" in messages[0]
+    assert contents(copy) == contents(dataset)
+
+
+def test_repair_takes_the_name_of_a_shipped_mixture(copy: Path) -> None:
+    flip_byte(copy / load_manifest(copy).shards[0].path)
+    with pytest.raises(UserError, match=r"mixtures/example\.yaml: source 'web': no file matches"):
+        verify.main([str(copy), "--repair", "--mixture", "example"])
+    with pytest.raises(UserError, match=r"--mixture exampel: no such mixture; give a \.yaml file or one of example, "):
+        verify.main([str(copy), "--repair", "--mixture", "exampel"])
 
 
 @pytest.mark.parametrize("change", ["another text", "fewer texts", "no file", "not JSON"])
