@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts, noop_context_fn
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.modeling_tablefree import Block, TableFreeForCausalLM
 
 ATEN = torch.ops.aten
 EXPENSIVE = frozenset(
@@ -24,6 +25,7 @@ EXPENSIVE = frozenset(
         ATEN._scaled_dot_product_efficient_attention.default,
         ATEN._scaled_dot_product_cudnn_attention.default,
         ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
     }
 )
 
@@ -33,9 +35,19 @@ def keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
     return CheckpointPolicy.MUST_SAVE if operator in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def run_keeping_input(block: Block, *inputs: Any) -> Tensor:
+    """Run a block that keeps its input and recomputes everything."""
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def run_keeping_expensive(block: Block, *inputs: Any) -> Tensor:
+    """Run a block that recomputes what is cheap."""
+    contexts = partial(create_selective_checkpoint_contexts, keep_expensive)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
 def apply_activation_checkpointing(model: TableFreeForCausalLM, mode: str, every_n_layers: int) -> None:
     """Recompute every n-th block in the given mode."""
-    recomputed = range(0, len(model.layers), every_n_layers) if mode != "none" else ()
-    model.recomputed_layers = frozenset(recomputed)
-    selective = partial(create_selective_checkpoint_contexts, keep_expensive)
-    model.recompute_context = selective if mode == "selective" else noop_context_fn
+    if mode != "none":
+        run = run_keeping_expensive if mode == "selective" else run_keeping_input
+        model.block_runners = dict.fromkeys(range(0, len(model.layers), every_n_layers), run)

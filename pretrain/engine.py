@@ -72,31 +72,37 @@ class DivergedError(Exception):
 
 
 class Engine:
-    """A model under ZeRO-2: takes token ids, trains, and gives and takes its state as fragments."""
+    """A model under ZeRO: takes token ids, trains, and gives and takes its state as fragments."""
 
     def __init__(
-        self, model: TableFreeForCausalLM, recipe: Recipe, config: dict[str, Any], world: World, device: torch.device
+        self,
+        model: TableFreeForCausalLM,
+        recipe: Recipe,
+        config: dict[str, Any],
+        world: World,
+        device: torch.device,
+        eos_id: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.world = world
         self.device = device
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
-        module = LanguageModelLoss(model)
-        optimizer = build_optimizer(module.to(device), recipe.optimizer)
+        module = LanguageModelLoss(model, recipe.loss_head, eos_id if recipe.intra_document_masking else None)
+        self.optimizer = build_optimizer(module.to(device), recipe.optimizer)
         try:
             self.deepspeed, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
+                model=module, optimizer=self.optimizer, config=config, dist_init_required=False
             )
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
+        except AssertionError as error:
+            raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
         last_step = torch.zeros(len(PHASES) + 1, dtype=torch.float64)  # this rank's seconds and memory
         self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
-        zero = self.deepspeed.optimizer
-        gradient_norm = zero.scaled_global_norm
-        zero.scaled_global_norm = lambda: self._read_before_update(gradient_norm())
+        self._have_norm_read()
 
     def rows_of(self, micro_step: int) -> slice:
         """Which rows of the global batch this rank takes in a micro-step."""
@@ -133,6 +139,8 @@ class Engine:
             self._loss += loss.detach()
             self.clock.mark("backward")
             self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():  # BF16_Optimizer passes over such a step by itself
+            raise DivergedError("gradient norm inf")
         self.clock.mark("optimizer")
         return self._figures
 
@@ -186,36 +194,53 @@ class Engine:
         """Every trained parameter's name, as in the model, and shape."""
         return {name: list(parameter.shape) for name, parameter in self.deepspeed.module.model.named_parameters()}
 
-    # What follows reads and writes DeepSpeed's internals. Under ZeRO-1/2 each parameter's `_hp_mapping` says which
-    # part of it this rank owns, and where that lies in the rank's flat fp32 partition of the parameter's group.
+    # What follows knows DeepSpeed's internals. Under ZeRO the optimizer steps one flat fp32 partition for each of its
+    # groups; each parameter's `_hp_mapping` says which part of it this rank owns, and where in the partition it lies.
+    # Stage 0 has neither: every rank's optimizer steps the whole parameters.
+
+    def _have_norm_read(self) -> None:
+        """Have `_read_before_update` see each step's gradient norm, wherever the stage's optimizer has it."""
+        zero = self.deepspeed.optimizer
+        if hasattr(zero, "scaled_global_norm"):
+            gradient_norm = zero.scaled_global_norm
+            zero.scaled_global_norm = lambda: self._read_before_update(gradient_norm())
+        elif self.deepspeed.zero_optimization():  # BF16_Optimizer, which stage 1 gets in bf16
+
+            def read(*_: Any) -> None:
+                self._read_before_update(zero._global_grad_norm)
+
+            self.optimizer.register_step_pre_hook(read)
+        else:  # DeepSpeed's own clipping forgets the norm
+            parameters, limit = list(self.deepspeed.module.parameters()), self.recipe.optimizer.gradient_clipping
+            clip = torch.nn.utils.clip_grad_norm_
+            self.deepspeed.clip_fp32_gradients = lambda: self._read_before_update(clip(parameters, limit))
 
     def _owned(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """Name, first element and fp32 views of the part of each parameter that this rank owns."""
-        zero = self.deepspeed.optimizer
         for name, parameter in self.deepspeed.module.model.named_parameters():
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            state = {"master": flat, **zero.optimizer.state[flat]}
-            place = mapping.hp_fragment_address
-            views = {key: state[key].detach().narrow(0, place.start, place.numel) for key in STATES}
-            yield name, mapping.lp_fragment_address.start, views
+            flat, first, start, count = parameter, 0, 0, parameter.numel()
+            if self.deepspeed.zero_optimization():
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+                first = mapping.lp_fragment_address.start
+                start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            state = {"master": flat, **self.optimizer.state[flat]}
+            yield name, first, {key: state[key].detach().flatten().narrow(0, start, count) for key in STATES}
 
     def read_state(self) -> tuple[list[Fragment], int]:
         """This rank's fragments of masters and moments, and the number of optimizer steps taken."""
-        zero = self.deepspeed.optimizer
-        zero._lazy_init_hp_params_optimizer_state()
-        fragments = [Fragment(name=name, start=start, states=views) for name, start, views in self._owned()]
-        steps = {int(state["step"]) for state in zero.optimizer.state.values()}
+        owns = self.deepspeed.zero_optimization() or self.world.is_main  # at stage 0 all ranks hold the same
+        fragments = [Fragment(name=name, start=start, states=views) for name, start, views in self._owned() if owns]
+        steps = {int(state["step"]) for state in self.optimizer.state.values()}
         assert len(steps) == 1, f"parameter groups took different numbers of steps: {steps}"
         return fragments, steps.pop()
 
     def write_state(self, checkpoint: Checkpoint) -> None:
-        """Fill this rank's fragments from a checkpoint saved at any world size."""
-        zero = self.deepspeed.optimizer
-        for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = {
+        """Fill this rank's fragments from a checkpoint saved at any world size and stage."""
+        for flat in [parameter for group in self.optimizer.param_groups for parameter in group["params"]]:
+            self.optimizer.state[flat] = {
                 "step": torch.tensor(float(checkpoint.optimizer_step), device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
@@ -223,7 +248,8 @@ class Engine:
         for name, start, views in self._owned():
             for state, view in views.items():
                 view.copy_(checkpoint.read(name, state, start, view.numel()))
-        zero.update_lp_params()
+        if self.deepspeed.zero_optimization():
+            self.deepspeed.optimizer.update_lp_params()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -3,8 +3,8 @@
     python -m pretrain.evaluate --run-dir RUN_DIR [--data-dir DATASET]
 
 The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id after the
-first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the text): unlike
-perplexity, it can be compared between tokenizers.
+first is a target exactly once. A run trained with intra_document_masking is scored with it. Bits per byte = total
+nats / (ln 2 x UTF-8 bytes of the text): unlike perplexity, it can be compared between tokenizers.
 """
 
 import json
@@ -100,7 +100,8 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[Score, dict[s
     """Figures of the whole validation split, and of each source."""
     model = load_model(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = LanguageModelLoss(model).to(device).eval()
+    masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)  # not in checkpoints of old
+    module = LanguageModelLoss(model, eos_id=reader.manifest.eos_id if masked else None).to(device).eval()
     windows = ValidationWindows(reader, seq_len=model.config.seq_len)
     manifest = reader.manifest
     shards = manifest.shards_of("validation")

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -137,17 +136,26 @@ class TokenCode(nn.Module):
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32."""
+    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32; the sine's first half negated."""
     channel = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
     angles = positions_BT[..., None].float() * (1.0 / ROTARY_BASE ** (channel / head_dim))
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split convention."""
+    """Rotary position embedding, half-split convention, with what `rotary_angles` gives."""
     first, second = x_BHTC.chunk(2, dim=-1)
-    return x_BHTC * cos + torch.cat((-second, first), dim=-1) * sin
+    return x_BHTC * cos + torch.cat((second, first), dim=-1) * sin
+
+
+def attend(query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Any) -> Tensor:
+    """Softmax attention, (B, H, T, C). A mask is boolean, (B, 1, T, S), or flex_attention's; None is causal."""
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=mask is None)
+    from torch.nn.attention.flex_attention import flex_attention  # for training: an export runs on older torch too
+
+    return flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask)
 
 
 class Attention(nn.Module):
@@ -164,7 +172,7 @@ class Attention(nn.Module):
         self,
         hidden_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask_BHTS: Tensor | None,
+        mask: Any,
         cache: DynamicCache | None,
     ) -> Tensor:
         batch, tokens, width = hidden_BTD.shape
@@ -173,7 +181,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
-        attended = F.scaled_dot_product_attention(query, key, value, mask_BHTS, is_causal=mask_BHTS is None)
+        attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -203,23 +211,28 @@ class Block(nn.Module):
         self,
         hidden_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask_BHTS: Tensor | None,
+        mask: Any,
         cache: DynamicCache | None,
     ) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask_BHTS, cache)
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
 
 
-def causal_mask(attention_mask_BS: Tensor | None, tokens: int, cached: int, device: torch.device) -> Tensor | None:
-    """Which keys each query may see, boolean (B or 1, 1, T, S); None where plain causal attention does."""
-    if attention_mask_BS is None and cached == 0:
+def attention_mask_of(attention_mask: Any, tokens: int, cached: int, device: torch.device) -> Any:
+    """What `attend` takes: None where plain causal attention does, else which keys each query may see.
+
+    `attention_mask` is that already if it has four dimensions; with two, (B, S), it marks padded keys with 0.
+    """
+    if attention_mask is None and cached == 0:
         return None
+    if attention_mask is not None and len(attention_mask.shape) == 4:
+        return attention_mask
     keys = torch.arange(cached + tokens, device=device)
     visible_TS = keys <= keys[cached:, None]
-    if attention_mask_BS is None:
+    if attention_mask is None:
         return visible_TS[None, None]
     own_TS = keys == keys[cached:, None]  # a padded query sees itself, so that no row is empty
-    return (visible_TS & attention_mask_BS[:, None, None, :].bool()) | own_TS
+    return (visible_TS & attention_mask[:, None, None, :].bool()) | own_TS
 
 
 class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -239,8 +252,8 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.output_projection = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.recomputed_layers: frozenset[int] = frozenset()  # see pretrain/activation_checkpointing.py
-        self.recompute_context: Callable[[], Any] = noop_context_fn
+        self.block_runners: dict[int, Callable[..., Tensor]] = {}  # how training runs a block: recomputed, compiled
+        self.compiled_blocks = False  # see pretrain/compilation.py
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
@@ -260,7 +273,7 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         ids_BT: Tensor,
         positions_BT: Tensor | None = None,
-        attention_mask_BS: Tensor | None = None,
+        attention_mask: Any = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
         """Everything but the output projection: normalised hidden states (B, T, D)."""
@@ -270,21 +283,12 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_BTD = self.embed(ids_BT)
         head_dim = self.config.d_model // self.config.num_heads
         rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
-        mask_BHTS = causal_mask(attention_mask_BS, ids_BT.shape[1], cached, ids_BT.device)
+        mask = attention_mask_of(attention_mask, ids_BT.shape[1], cached, ids_BT.device)
         for index, layer in enumerate(self.layers):
-            if index in self.recomputed_layers and torch.is_grad_enabled():
-                hidden_BTD = checkpoint(
-                    layer,
-                    hidden_BTD,
-                    rotation,
-                    mask_BHTS,
-                    cache,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=self.recompute_context,
-                )
+            if index in self.block_runners and torch.is_grad_enabled():
+                hidden_BTD = self.block_runners[index](layer, hidden_BTD, rotation, mask, cache)
             else:
-                hidden_BTD = layer(hidden_BTD, rotation, mask_BHTS, cache)
+                hidden_BTD = layer(hidden_BTD, rotation, mask, cache)
         return self.final_norm(hidden_BTD)
 
     def forward(

@@ -28,6 +28,7 @@ from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.branch import copy_branch, open_origin
 from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint, saved_steps
+from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World, exit_with, keep_freed_memory, share_cores, together, world_from_environment
 from pretrain.dry_run import describe
@@ -105,6 +106,8 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
             f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
         )
+    if recipe.compile:
+        check_compiler("cuda" if torch.cuda.is_available() else "cpu")
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
     branch_from = None
@@ -134,6 +137,8 @@ def build_model(recipe: Recipe) -> TableFreeForCausalLM:
     initialise_parameters(model, recipe.seed)
     checkpointing = recipe.activation_checkpointing
     apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
+    if recipe.compile:
+        apply_compile(model)
     return model
 
 
@@ -278,10 +283,14 @@ def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
     profiled = run.profile_steps if world.is_main else 0
     profiler = StepProfiler(profiled, start_step, run.run_dir / "profile", lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
+    graphs = 0
     for step in range(start_step, run.stop_at_step):
         profiler.before(step)
         line = one_step(run, engine, batches, step)
         profiler.after(step)
+        if step > start_step and compiled_graphs() > graphs:
+            say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
+        graphs = compiled_graphs()
         validate_if_due(run, engine, world, line)
         progress.show(line)
         if metrics:
@@ -321,7 +330,8 @@ def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> 
     if world.is_main:
         describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
         write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
-    engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device)
+    eos_id = run.reader.manifest.eos_id
+    engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device, eos_id)
     announce(run, engine, world)
     start_step = restore(run, engine, world)
     train(run, engine, world, start_step)

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from conftest import tiny_recipe_content
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +15,8 @@ from data_prep.errors import UserError
 from pretrain.config import Recipe, build_recipe
 from pretrain.engine_config import (
     DS_CONFIGS_DIR,
+    KNOWN_KEYS,
     OWNED_BY_RECIPE,
-    ZERO_KEYS,
     accumulation_steps,
     load_engine_config,
     merge_config,
@@ -37,6 +39,10 @@ def json_refusal(tmp_path: Path, content: Any) -> str:
 STAGE_2 = {"zero_optimization": {"stage": 2}}
 
 
+def zero_2(**keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **keys}}
+
+
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS_DIR.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_engine_is_zero2_with_fp32_accumulation_and_reduction(path: Path) -> None:
     config = load_engine_config(path.stem)
@@ -55,8 +61,16 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
     [
         ({**STAGE_2, "bf16": {"enabled": "auto"}}, 'holds an "auto" value'),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'holds an "auto" value'),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 2"),
-        ({}, "zero_optimization.stage is 0, expected 2"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 0, 1 or 2"),
+        ({}, "zero_optimization.stage is None, expected 0, 1 or 2"),
+        (
+            {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+            "stage is 0, which keeps no fp32 masters for bf16 or offload_optimizer; write 1 or 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer; write 1 or 2",
+        ),
         ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
         ({**STAGE_2, "zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
         (
@@ -64,9 +78,19 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
             "unknown key zero_optimization.reduce_bucketsize; did you mean reduce_bucket_size?",
         ),
         ({**STAGE_2, "bf16": {}}, "bf16 has no key enabled"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "offload_optimizer is not supported"),
+        ({**STAGE_2, "bf16": {"enabled": True, "bf16_optimizer_states": True}}, "key bf16.bf16_optimizer_states"),
+        (zero_2(offload_optimizer={}), "zero_optimization.offload_optimizer.device is None, expected 'cpu'"),
+        (zero_2(offload_optimizer={"device": "nvme"}), "offload_optimizer.device is 'nvme', expected 'cpu'"),
+        (zero_2(offload_optimizer={"device": "cpu", "ratio": 0.5}), "key zero_optimization.offload_optimizer.ratio"),
+        (zero_2(offload_optimizer="cpu"), "zero_optimization.offload_optimizer is 'cpu', expected a JSON object"),
+        (
+            {**zero_2(offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer": True},
+            "zero_force_ds_cpu_optimizer is true, but the optimizer is torch's AdamW; write false",
+        ),
+        (zero_2(round_robin_gradients=True), "would make wrong checkpoints on several ranks; remove it"),
+        ({**STAGE_2, "prescale_gradients": True}, "unknown key prescale_gradients"),
         ({**STAGE_2, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
-        ({**STAGE_2, "fp16": True}, "fp16 is True, expected a JSON object"),
+        ({**STAGE_2, "fp16": True}, "fp16 is not supported; use bf16"),
         ("{", "not valid JSON"),
         ("[2]", "expected a JSON object"),
     ],
@@ -93,6 +117,7 @@ def test_the_merged_configuration_is_the_json_and_what_the_recipe_owns() -> None
         "gradient_accumulation_steps": 3,  # 6 windows / (2 ranks x 1)
         "gradient_clipping": 0.7,
         "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,
     }
     assert {key: merged[key] for key in engine_config} == engine_config == load_engine_config("zero2_fp32")
 
@@ -101,8 +126,14 @@ def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and
     silent = merge_config(recipe_of(), STAGE_2, world_size=1)
     assert silent["data_types"] == {"grad_accum_dtype": "fp32"}
     assert silent["communication_data_type"] == "fp32"
+    assert silent["zero_force_ds_cpu_optimizer"] is False
     asked = merge_config(recipe_of(), {**STAGE_2, "communication_data_type": "bf16"}, world_size=1)
     assert asked["communication_data_type"] == "bf16"
+
+
+def test_a_bf16_step_with_infinite_gradients_is_not_passed_over_in_silence_by_deepspeed() -> None:
+    merged = merge_config(recipe_of(), load_engine_config("zero2_bf16"), world_size=1)
+    assert merged["bf16"] == {"enabled": True, "check_grad_overflow": False}
 
 
 # Dividing the batch
@@ -142,5 +173,8 @@ def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
         accumulation_steps(recipe, int(ranks[1]))
 
 
-def test_every_zero_key_that_is_let_through_is_one_of_deepspeed_s() -> None:
-    assert set(DeepSpeedZeroConfig.model_fields) >= ZERO_KEYS
+def test_every_key_that_is_let_through_is_one_of_deepspeed_s() -> None:
+    assert set(DeepSpeedZeroConfig.model_fields) >= set(KNOWN_KEYS["zero_optimization"])
+    offload = set(KNOWN_KEYS["zero_optimization.offload_optimizer"])
+    assert set(DeepSpeedZeroOffloadOptimizerConfig.model_fields) >= offload
+    assert set(DeepSpeedBF16Config.model_fields) >= {*KNOWN_KEYS["bf16"], "check_grad_overflow"}

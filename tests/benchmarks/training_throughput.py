@@ -1,29 +1,51 @@
-"""Training tokens/s through the engine beside a bare torch loop of the same model.
+"""Training tokens/s through the engine and the trainer beside a bare torch loop of the same model.
 
     python tests/benchmarks/training_throughput.py [--recipe quickstart] [--rounds 5] [--steps 3] [--quick]
 
-One process, one rank. The contestants take turns, round by round, on the same random batches, so that a drift of
-the machine's speed meets all of them; a ratio is the median over rounds of (contestant / bare loop).
+One process, one rank, all cores. The contestants take turns, round by round, so that a drift of the machine's speed
+meets all of them; a ratio is the median over rounds of (contestant / bare loop). The trainer is all that a step of
+`pretrain.train` does: loader with prefetch, learning rate, engine, figures, progress, metrics.jsonl.
+
+Then the training command itself: 2 ranks of half the threads beside 1 rank of all of them, in turns too; each figure
+is the median over the steps after the first three.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+from hand_made_shards import write_dataset, write_source
 
 from data_prep.shards import Tokens
-from pretrain.config import Recipe, load_recipe
-from pretrain.distributed import keep_freed_memory, share_cores, world_from_environment
+from pretrain import train
+from pretrain.config import Recipe, load_recipe, recipe_to_dict
+from pretrain.distributed import World, free_port, keep_freed_memory, share_cores
 from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
+from pretrain.loader import Prefetch
 from pretrain.loss import LanguageModelLoss
 from pretrain.optim import build_optimizer
+from pretrain.progress import Progress
+from pretrain.run_directory import MetricsFile
 from pretrain.train import build_model
 
+ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 Step = Callable[[list[Tokens]], object]
 
 
@@ -52,17 +74,52 @@ def bare_step(recipe: Recipe, *, naive_loss: bool) -> Step:
     return step
 
 
-def engine_step(recipe: Recipe) -> Step:
+def new_engine(recipe: Recipe, device: torch.device) -> tuple[Engine, dict[str, Any]]:
+    """DeepSpeed ZeRO-2 in fp32, and its merged configuration."""
+    config = merge_config(recipe, load_engine_config("zero2_fp32"), ALONE.world_size)
+    return Engine(build_model(recipe), recipe, config, ALONE, device), config
+
+
+def engine_step(recipe: Recipe, device: torch.device) -> Step:
     """The same step through DeepSpeed ZeRO-2."""
-    world = world_from_environment()
-    config = merge_config(recipe, load_engine_config("zero2_fp32"), world.world_size)
-    device = start_process_group(world)
-    engine = Engine(build_model(recipe), recipe, config, world, device)
+    engine, _ = new_engine(recipe, device)
 
     def step(micro_batches: list[Tokens]) -> object:
         return engine.train_step([engine.pinned(ids) for ids in micro_batches], recipe.optimizer.peak_learning_rate)
 
     return step
+
+
+def trainer_step(recipe: Recipe, device: torch.device, home: Path) -> Step:
+    """A step of the trainer with logging on, on a data set of random ids; what it is given it leaves alone."""
+    engine, config = new_engine(recipe, device)
+    flags = ["--recipe", str(home / "recipe.yaml"), "--data-dir", str(home / "data"), "--run-dir", str(home / "run")]
+    run = replace(train.prepare(flags, ALONE), engine_config=config)
+    run.run_dir.mkdir()
+    metrics = MetricsFile(run.run_dir, 0)
+    progress = Progress(recipe, 0, device, ALONE)
+    batches = Prefetch(lambda step: train.micro_batches(run, engine, step), run.stop_at_step)
+    numbers = iter(range(run.stop_at_step))
+
+    def step(_: list[Tokens]) -> None:
+        line = train.one_step(run, engine, batches, next(numbers))
+        progress.show(line)
+        metrics.append(line)
+        engine.clock.mark("other")
+
+    return step
+
+
+def write_inputs(recipe: Recipe, steps: int, home: Path) -> None:
+    """A recipe of so many steps and a data set of random ids for it."""
+    content = recipe_to_dict(recipe) | {"train_tokens": steps * recipe.batch.global_batch_tokens}
+    content["engine"] = "zero2_fp32"
+    content["validation"]["every_steps"] = content["checkpoints"]["every_steps"] = 10**6
+    (home / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    random = np.random.default_rng(0)
+    documents = random.integers(1, recipe.model.vocab_size, (200, 2_000)).tolist()
+    written = [write_source(home / "data", split, "random", documents, 0) for split in ("train", "validation")]
+    write_dataset(home / "data", written, {"random": 1.0}, recipe.model.vocab_size)
 
 
 def random_batches(recipe: Recipe, seed: int) -> list[Tokens]:
@@ -73,12 +130,15 @@ def random_batches(recipe: Recipe, seed: int) -> list[Tokens]:
     return [random.integers(0, recipe.model.vocab_size, (size, length)).astype(np.uint16) for _ in range(count)]
 
 
-def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(recipe: Recipe, rounds: int, steps: int, home: Path) -> dict[str, list[float]]:
     """Tokens/s of each contestant in each round; the first round, which warms up, is not kept."""
+    write_inputs(recipe, (rounds + 1) * steps, home)
+    device = start_process_group(ALONE)
     contestants = {
         "bare torch loop, whole logits": bare_step(recipe, naive_loss=True),
         "bare torch loop, chunked loss": bare_step(recipe, naive_loss=False),
-        "engine (DeepSpeed ZeRO-2), chunked loss": engine_step(recipe),
+        "engine (DeepSpeed ZeRO-2), chunked loss": engine_step(recipe, device),
+        "trainer, logging on": trainer_step(recipe, device, home),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(rounds + 1):
@@ -91,10 +151,40 @@ def measure(recipe: Recipe, rounds: int, steps: int) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in rates.items()}
 
 
-def table(rates: dict[str, list[float]]) -> str:
-    """The figures as Markdown."""
+def trained_rate(ranks: int, threads: int, home: Path) -> float:
+    """Median tokens/s of the training command on so many ranks."""
+    run_dir = Path(mkdtemp(dir=home)) / "run"
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, "-m", "pretrain.train", "--recipe", str(home / "recipe.yaml")]
+    command += ["--data-dir", str(home / "data"), "--run-dir", str(run_dir)]
+    started = []
+    for rank in range(ranks):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": max(1, threads)}
+        variables = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        started.append(subprocess.Popen(command, env=variables, cwd=REPOSITORY, stderr=subprocess.DEVNULL))
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise SystemExit(f"training on {ranks} ranks failed: {command}")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["tokens_per_s"] for line in lines[3:])
+
+
+def measure_ranks(recipe: Recipe, rounds: int, steps: int, home: Path) -> dict[str, list[float]]:
+    """Tokens/s of 1 rank on all cores and of 2 ranks on half of them each, in turns."""
+    cores = len(os.sched_getaffinity(0))
+    write_inputs(recipe, steps + 3, home)
+    ways = {f"1 rank of {cores} threads": (1, cores), f"2 ranks of {max(1, cores // 2)} threads": (2, cores // 2)}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (ranks, threads) in ways.items():
+            rates[name].append(trained_rate(ranks, threads, home))
+    return rates
+
+
+def table(rates: dict[str, list[float]], base_name: str) -> str:
+    """The figures as Markdown; ratios to the first."""
     base = next(iter(rates.values()))
-    lines = ["| | tokens/s (median) | ratio to the bare loop, whole logits |", "|---|---:|---:|"]
+    lines = [f"| | tokens/s (median) | ratio to {base_name} |", "|---|---:|---:|"]
     for name, values in rates.items():
         ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
         lines.append(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} |")
@@ -113,16 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += ["--model.vocab_size=512", "--model.num_layers=1", "--batch.global_batch_tokens=256"]
         overrides += ["--batch.micro_batch_size=1"]
         flags.rounds, flags.steps = 2, 1
-    share_cores(world_from_environment())
+    share_cores(ALONE)
     keep_freed_memory()  # as pretrain.train does, and for every contestant
     recipe = load_recipe(flags.recipe, overrides)
     model = recipe.model
-    rates = measure(recipe, flags.rounds, flags.steps)
     print(
         f"{flags.recipe}: width {model.d_model}, {model.num_layers} layers, vocabulary {model.vocab_size:,}, "
         f"{recipe.batch.global_batch_tokens:,} tokens a step, fp32, {torch.get_num_threads()} threads\n"
     )
-    print(table(rates))
+    with TemporaryDirectory() as home:
+        print(table(measure(recipe, flags.rounds, flags.steps, Path(home)), "the bare loop, whole logits"), "\n")
+    with TemporaryDirectory() as home:
+        rounds, steps = (1, 1) if flags.quick else (3, 20)
+        print(table(measure_ranks(recipe, rounds, steps, Path(home)), "1 rank"))
 
 
 if __name__ == "__main__":

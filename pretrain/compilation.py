@@ -1,0 +1,55 @@
+"""torch.compile of the blocks as training runs them (recipe key `compile`).
+
+All blocks share one graph, or two where only some of them recompute. Checkpointing lies inside the compiled region,
+so that the compiler sees which results are kept. Without gradients (validation, generation) the blocks run as they
+are: other batch shapes there cannot cause a recompilation.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from data_prep.errors import UserError
+from pretrain.modeling_tablefree import Block, TableFreeForCausalLM
+
+
+def run_block(block: Block, *inputs: Any) -> Tensor:
+    """Run a block that keeps everything."""
+    return block(*inputs)
+
+
+def apply_compile(model: TableFreeForCausalLM) -> None:
+    """Compile the blocks, for training; comes after `apply_activation_checkpointing`. No parameter's name changes."""
+    # It says at every start that a checkpointed region should have no in-place operators; a block has none.
+    logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
+    compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+    for index in range(len(model.layers)):
+        run = model.block_runners.get(index, run_block)
+        if run not in compiled:
+            compiled[run] = torch.compile(run, dynamic=False, fullgraph=True)
+        model.block_runners[index] = compiled[run]
+    model.compiled_blocks = True
+
+
+def compiled_graphs() -> int:
+    """Graphs that this process has compiled so far; one more after the first step is a recompilation."""
+    return counters["stats"]["unique_graphs"]
+
+
+def check_compiler(device_type: str) -> None:
+    """Raise UserError unless torch.compile finds its compilers here: C++ for a CPU, Triton and C for a GPU."""
+    needed = [os.environ.get("CXX", "g++")] if device_type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    missing = "" if any(map(shutil.which, needed)) else f"a compiler ({' or '.join(needed)})"
+    if device_type != "cpu" and importlib.util.find_spec("triton") is None:
+        missing = "Triton (the package triton)"
+    if missing:
+        raise UserError(
+            f"compile: torch.compile needs {missing}, which is not here; install it, or set --compile=false"
+        )
