@@ -95,6 +95,13 @@ def keep_freed_memory() -> None:
     library.mallopt(trim_threshold, 2**31 - 1)
 
 
+def memory_of_rank(world: World) -> tuple[str, float]:
+    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of the machine's."""
+    if torch.cuda.is_available():
+        return "cuda", float(torch.cuda.get_device_properties(world.local_rank).total_memory)
+    return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.local_world_size
+
+
 def free_port() -> int:
     """A TCP port nobody listens on."""
     with socket.socket() as listener:

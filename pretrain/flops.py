@@ -90,3 +90,12 @@ def find_device(name: str) -> Device | None:
     best = max(matching, key=lambda d: len(d.name.split()), default=None)
     rest = words - set(best.name.split()) if best else words
     return best if all(NEUTRAL.fullmatch(word) for word in rest) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of a rank's work: of a window, forward and backward; of a parameter, each micro-step and each update."""
+
+    window: float
+    reduced_parameter: float
+    updated_parameter: float

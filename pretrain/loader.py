@@ -10,21 +10,26 @@ index in memory or on disk.
 Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming is arithmetic.
 """
 
+import mmap
+import resource
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.shards import BLOCK_SAMPLES, Shard, ShardReader, Tokens
+from data_prep.shards import BLOCK_SAMPLES, SHARD_HEADER_BYTES, TOKEN_DTYPE, Shard, ShardReader, Tokens
 
 T = TypeVar("T")
 FEISTEL_ROUNDS = 6
+READ_AHEAD_WINDOWS = 1_024  # in a larger call that finds its pages in memory, asking would take half of the time
+OTHER_OPEN_FILES = 256
 U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
 
 
 def derive_key(*parts: object) -> int:
@@ -60,13 +65,30 @@ def permute(ordinals: U64, size: int, keys: U64) -> U64:
     return result
 
 
+def allow_open_files(reader: ShardReader) -> None:
+    """Raise this process's limit of open files where the shards need it: the memory map of each holds one open."""
+    shards = len(reader.manifest.shards)
+    needed = shards + OTHER_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{reader.data_dir}: has {shards:,} shards to keep open, and this process may open {hard:,} files at most; "
+            f"allow it {needed:,} (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class TokenStream:
     """The shards of one source, one after another, as a single array of ids."""
 
     def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
+        allow_open_files(reader)
         self.reader = reader
         self.shards = shards
         self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self.begins = np.concatenate([[0], self.ends])
+        self._ids: dict[int, Tokens] = {}  # of the shards touched so far, by their place in the stream
 
     @property
     def tokens(self) -> int:
@@ -89,21 +111,36 @@ class TokenStream:
             start, length = start + len(piece), length - len(piece)
         return np.concatenate(pieces)
 
-    def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
+    def windows(self, starts: I64, length: int) -> Tokens:
         """One row of `length` ids for each start, shape (starts, length)."""
-        rows = np.empty((len(starts), length), np.uint16)
         shard_of = np.searchsorted(self.ends, starts, side="right")
-        for index in np.unique(shard_of):
-            shard = self.shards[index]
-            mine = np.flatnonzero(shard_of == index)
-            offsets = starts[mine] - (self.ends[index] - shard.tokens)
-            inside = offsets + length <= shard.tokens
-            if inside.any():
-                views = np.lib.stride_tricks.sliding_window_view(self.reader.tokens(shard), length)
-                rows[mine[inside]] = views[offsets[inside]]
-            for row in mine[~inside]:
-                rows[row] = self.read(int(starts[row]), length)
+        offsets = starts - self.begins[shard_of]
+        self._open(np.unique(shard_of).tolist())
+        places = list(zip(shard_of.tolist(), offsets.tolist(), strict=True))
+        if len(places) <= READ_AHEAD_WINDOWS:
+            self._read_ahead(places, length)
+        rows, ids = np.empty((len(starts), length), np.uint16), self._ids
+        for row, (index, offset) in enumerate(places):
+            piece = ids[index][offset : offset + length]
+            rows[row] = piece if len(piece) == length else self.read(int(starts[row]), length)
         return rows
+
+    def _open(self, indices: list[int]) -> None:
+        """Map the shards that are touched for the first time."""
+        for index in indices:
+            if index not in self._ids:
+                self._ids[index] = self.reader.tokens(self.shards[index])
+
+    def _read_ahead(self, places: list[tuple[int, int]], length: int) -> None:
+        """Have the kernel fetch these windows, (shard, offset) each, all at once and nothing else.
+
+        A page fault would wait for each, and have a whole read-ahead (128 KB to megabytes) fetched around it.
+        """
+        for index, offset in places:
+            first = SHARD_HEADER_BYTES + offset * TOKEN_DTYPE.itemsize
+            into_page = first % mmap.PAGESIZE
+            mapped = cast(mmap.mmap, self._ids[index].base)
+            mapped.madvise(mmap.MADV_WILLNEED, first - into_page, into_page + length * TOKEN_DTYPE.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +161,8 @@ class TrainingLoader:
         self.identity = (self.manifest.fingerprint, seed)
         self.names = [source.name for source in self.manifest.sources]
         self.streams = [TokenStream(reader, self.manifest.shards_of("train", name)) for name in self.names]
+        self.corpus = TokenStream(reader, tuple(shard for stream in self.streams for shard in stream.shards))
+        self.begins = np.cumsum([0, *(stream.tokens for stream in self.streams)])  # of the sources in it
         self.window_counts = [max(0, (stream.tokens - 1) // seq_len) for stream in self.streams]
         for name, count, stream in zip(self.names, self.window_counts, self.streams, strict=True):
             if count == 0:
@@ -143,8 +182,9 @@ class TrainingLoader:
         self.rank_at = np.empty(BLOCK_SAMPLES, np.int64)
         for index, share in enumerate(self.shares):
             self.rank_at[self.source_at == index] = np.arange(share)
+        self._last_block: tuple[int, I64] = (-1, np.empty(0, np.int64))  # and the starts of its samples
 
-    def _window_numbers(self, source: int, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _window_numbers(self, source: int, ordinals: I64) -> I64:
         """The window that each ordinal of a source draws."""
         count = self.window_counts[source]
         epochs, within = np.divmod(ordinals, count)
@@ -153,27 +193,37 @@ class TrainingLoader:
         permuted = permute(within.astype(np.uint64), count, np.array(keys, np.uint64)[epoch_index])
         return permuted.astype(np.int64)
 
-    def samples(self, numbers: npt.NDArray[np.int64]) -> Tokens:
+    def _block_starts(self, block: int) -> I64:
+        """The first position in `corpus` of every sample of a block.
+
+        A step takes a few windows of a block and the next step the next few: so the last block is kept.
+        """
+        known, starts = self._last_block  # read once: another thread may change it
+        if known != block:
+            starts = np.empty(BLOCK_SAMPLES, np.int64)
+            for source, share in enumerate(self.shares.tolist()):
+                ordinals = block * share + np.arange(share)
+                windows = self._window_numbers(source, ordinals)
+                starts[self.source_at == source] = self.begins[source] + windows * self.seq_len
+            self._last_block = block, starts
+        return starts
+
+    def samples(self, numbers: I64) -> Tokens:
         """Ids of the samples, shape (len(numbers), seq_len + 1), uint16."""
         blocks, places = np.divmod(numbers, BLOCK_SAMPLES)
-        sources = self.source_at[places]
-        ordinals = blocks * self.shares[sources] + self.rank_at[places]
-        rows = np.empty((len(numbers), self.seq_len + 1), np.uint16)
-        for source in np.unique(sources):
-            mine = sources == source
-            starts = self._window_numbers(source, ordinals[mine]) * self.seq_len
-            rows[mine] = self.streams[source].windows(starts, self.seq_len + 1)
-        return rows
+        starts = np.empty(len(numbers), np.int64)
+        for block in np.unique(blocks).tolist():
+            mine = blocks == block
+            starts[mine] = self._block_starts(block)[places[mine]]
+        return self.corpus.windows(starts, self.seq_len + 1)
 
     def place(self, number: int) -> SamplePlace:
         """Where sample `number` comes from."""
         block, place = divmod(number, BLOCK_SAMPLES)
         source = int(self.source_at[place])
         ordinal = block * int(self.shares[source]) + int(self.rank_at[place])
-        window = int(self._window_numbers(source, np.array([ordinal]))[0])
-        return SamplePlace(
-            source=self.names[source], epoch=ordinal // self.window_counts[source], start=window * self.seq_len
-        )
+        start = int(self._block_starts(block)[place] - self.begins[source])
+        return SamplePlace(source=self.names[source], epoch=ordinal // self.window_counts[source], start=start)
 
     def unseen_tail_tokens(self) -> dict[str, int]:
         """Ids at the end of each source's stream that no window reaches."""
@@ -210,7 +260,7 @@ class ValidationWindows:
         start = index * self.seq_len
         return self.stream.read(start, min(self.seq_len + 1, self.stream.tokens - start))
 
-    def windows(self, indices: npt.NDArray[np.int64]) -> Tokens:
+    def windows(self, indices: I64) -> Tokens:
         """Ids of whole windows, shape (len(indices), seq_len + 1)."""
         return self.stream.windows(indices * self.seq_len, self.seq_len + 1)
 

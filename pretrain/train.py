@@ -30,11 +30,20 @@ from pretrain.branch import copy_branch, open_origin
 from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint, saved_steps
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
-from pretrain.distributed import World, exit_with, keep_freed_memory, share_cores, together, world_from_environment
+from pretrain.distributed import (
+    World,
+    exit_with,
+    keep_freed_memory,
+    memory_of_rank,
+    share_cores,
+    together,
+    world_from_environment,
+)
 from pretrain.dry_run import describe
 from pretrain.engine import DivergedError, Engine, start_process_group
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
+from pretrain.memory import check_it_fits
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
@@ -106,8 +115,10 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
             f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
         )
+    device_type, available = memory_of_rank(world)
+    check_it_fits(recipe, merged, world.world_size, available, device_type)
     if recipe.compile:
-        check_compiler("cuda" if torch.cuda.is_available() else "cpu")
+        check_compiler(device_type)
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
     branch_from = None

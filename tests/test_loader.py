@@ -1,4 +1,5 @@
 import hashlib
+import re
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain import train
 from pretrain.distributed import World
 from pretrain.engine import Engine
-from pretrain.loader import Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
+from pretrain.loader import READ_AHEAD_WINDOWS, Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards
 
@@ -286,6 +287,76 @@ def test_a_missing_shard_and_a_missing_manifest_are_found_before_training(tmp_pa
         ShardReader(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         ShardReader(tmp_path / "absent")
+
+
+@settings(max_examples=10)
+@given(cut=st.integers(1, 200))
+def test_a_shard_cut_short_after_the_check_is_refused_when_it_is_read(cut: int) -> None:
+    with TemporaryDirectory() as directory:
+        reader = count_up(Path(directory), {"up": [50, 60]})
+        path = Path(directory) / reader.manifest.shards[1].path
+        path.write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(UserError, match=r"00001\.npy: truncated or damaged"):
+            TrainingLoader(reader, seq_len=8, seed=1).samples(np.arange(100))
+
+
+# Many shards, many windows
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from data_prep.errors import UserError
+from data_prep.shards import ShardReader
+from pretrain import loader
+soft, hard = int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+loader.OTHER_OPEN_FILES = 20
+try:
+    rows = loader.TrainingLoader(ShardReader(Path(sys.argv[1])), seq_len=4, seed=1).samples(np.arange(400))
+    print(len(np.unique(rows[:, 0])))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
+    count_up(tmp_path, {"up": [5] * 60})
+    raised = run_command(sys.executable, "-c", READ_ALL, str(tmp_path), "40", "80")
+    assert raised.stdout.strip() == "74", raised.stderr  # every window, of all 60 shards
+    too_many = run_command(sys.executable, "-c", READ_ALL, str(tmp_path), "40", "70")
+    assert "60 shards to keep open, and this process may open 70 files at most; allow it 80" in too_many.stdout
+
+
+def test_a_window_is_the_same_among_few_and_among_more_than_are_read_ahead(tmp_path: Path) -> None:
+    stream = TrainingLoader(count_up(tmp_path, {"up": [2000, 3, 3000]}), seq_len=8, seed=1).corpus
+    starts = np.arange(0, 4990)
+    assert len(starts) > READ_AHEAD_WINDOWS
+    rows = stream.windows(starts, 9)
+    np.testing.assert_array_equal(rows, starts[:, None] + np.arange(9))
+    for some in np.array_split(starts, 10):
+        np.testing.assert_array_equal(stream.windows(some, 9), rows[some])
+
+
+def test_the_benchmark_of_the_loader_runs() -> None:
+    result = run_command(sys.executable, "tests/benchmarks/loader.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^\| the loader \| [\d,]+ \| [\d,]+ \|$", result.stdout, re.MULTILINE)
+    assert re.search(
+        r"^\| then its first batch, 512 windows \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE
+    )
+    assert re.search(r"waited \d+\.\d+% of its time for its batch", result.stdout)
+
+
+def test_the_benchmark_of_the_first_step_runs() -> None:
+    result = run_command(sys.executable, "tests/benchmarks/first_step.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ")[0] for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    assert rows[0] == "| launcher, interpreter"
+    assert rows[-2:] == ["| first step", "| from the command to the end of the first step"]
+
+
+# Prefetch
 
 
 def test_prefetch_gives_what_is_asked_for_and_makes_the_next_meanwhile() -> None:

@@ -42,10 +42,15 @@ def test_every_shipped_recipe_loads_and_builds(name: str) -> None:
         ("paper_binary_code", 470_190_080, 0),
         ("paper_affine_code", 470_190_080, 0),
         ("paper_learned", 537_298_944, 67_108_864),  # 65,536 x 1,024 more
+        ("binary_code_1b3", 1_342_820_352, 0),
+        ("binary_code_3b", 3_000_130_560, 0),
     ],
 )
-def test_paper_models_have_the_paper_s_number_of_parameters(name: str, trainable: int, in_the_input: int) -> None:
+def test_models_have_the_number_of_parameters_that_their_recipe_says(
+    name: str, trainable: int, in_the_input: int
+) -> None:
     model = model_without_memory(name)
+    assert f"{trainable:,}" in (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
     assert count(model) == trainable
     assert count(model.input_embedding) == in_the_input
 

@@ -615,6 +615,7 @@ def with_a_missing_shard(data: Path) -> None:
         (None, ["--batch.global_batch_tokens=32000"], "training tokens are fewer than one batch of batch.global_batch"),
         (None, ["--model.vocab_size=256"], "its tokenizer has 512 ids, model.vocab_size is 256; set --model.vocab"),
         (None, ["--model.seq_len=9600", "--batch.global_batch_tokens=9600"], "fewer than one window of 9,601"),
+        (None, ["--model.d_model=1600000", "--model.num_heads=16"], "GB too much; what fits: nothing; take more ranks"),
         (None, ["--model.code_bits=10"], "model.code_bits 10 does not divide model.d_model 48; set model.code_bits to"),
     ],
 )

@@ -1,0 +1,106 @@
+"""What a step costs on this device: seconds of a window through blocks and loss head, and of a parameter's update.
+
+`python -m pretrain.plan --calibrate` asks. The recipe's own shapes run on fewer layers, and on fewer windows at a time
+where a micro-batch would take too long: time is linear in layers and, from a window on, nearly so in windows.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+from pretrain.activation_checkpointing import apply_activation_checkpointing
+from pretrain.config import Recipe, model_config
+from pretrain.flops import Costs, Device, find_device
+from pretrain.loss import LanguageModelLoss
+from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.optim import build_optimizer
+
+ONE_PASS_S = 2.0  # the longest that one micro-batch through one layer may take before it is made smaller
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def passes(recipe: Recipe, layers: int, windows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """A forward and backward pass over random ids of a model of that many layers."""
+    model = TableFreeForCausalLM(model_config(replace(recipe.model, num_layers=layers)))  # type: ignore[type-var]
+    checkpointing = recipe.activation_checkpointing
+    apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
+    module = LanguageModelLoss(model, recipe.loss_head).to(device, dtype)
+    ids_BT = torch.randint(recipe.model.vocab_size, (windows, recipe.model.seq_len + 1), device=device)
+
+    def run() -> None:
+        module(ids_BT[:, :-1], ids_BT[:, 1:]).backward()
+        module.zero_grad()
+
+    return run
+
+
+def seconds_of_a_window(recipe: Recipe, dtype: torch.dtype, device: torch.device, budget_s: float) -> float:
+    """From passes over one layer and over two, in turns: the loss head once, a layer as often as the recipe says."""
+    run = passes(recipe, 1, 1, dtype, device)
+    run()
+    windows = max(1, min(recipe.batch.micro_batch_size, int(ONE_PASS_S / timed(run, device))))
+    one, two = (passes(recipe, layers, windows, dtype, device) for layers in (1, 2))
+    for warm_up in (one, two):
+        warm_up()
+    pairs: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    while len(pairs) < 3 or time.perf_counter() - started < budget_s:
+        pairs.append((timed(one, device), timed(two, device)))
+    first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return (first + (recipe.model.num_layers - 1) * max(0.0, second - first)) / windows
+
+
+def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float) -> tuple[float, float]:
+    """The engine's work on gradients: into a bucket and out of it; gathered, normed, clipped, and AdamW."""
+    module = torch.nn.Linear(1024, 16_384, bias=False, device=device)
+    optimizer, weight = build_optimizer(module, recipe.optimizer), module.weight
+    gradient, low_precision = torch.ones_like(weight), torch.empty_like(weight)
+
+    def reduce() -> None:
+        bucket = gradient.clone().div_(1.0)
+        low_precision.copy_(bucket)
+
+    def update() -> Tensor:
+        weight.grad = gradient.clone()
+        norm = weight.grad.double().norm()
+        weight.grad.mul_(1.0)
+        optimizer.step()
+        low_precision.copy_(weight.detach())
+        return norm
+
+    with torch.no_grad():
+        for warm_up in (reduce, update):
+            warm_up()
+        seconds: list[tuple[float, float]] = []
+        started = time.perf_counter()
+        while len(seconds) < 3 or time.perf_counter() - started < budget_s:
+            seconds.append((timed(reduce, device), timed(update, device)))
+    reduced, updated = (statistics.median(column) / weight.numel() for column in zip(*seconds, strict=True))
+    return reduced, updated
+
+
+def calibrate(recipe: Recipe, known: Device | None, *, low_precision: bool, budget_s: float = 24.0) -> Costs:
+    """Measure this machine's device, or its CPU, for about that long, besides building the models.
+
+    Raises UserError where this machine has another device than the one that is planned for.
+    """
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if known is not None and find_device(here) != known:
+        raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
+    device, dtype = torch.device("cuda" if known else "cpu"), torch.bfloat16 if low_precision else torch.float32
+    window = seconds_of_a_window(recipe, dtype, device, 0.8 * budget_s)
+    reduced, updated = seconds_of_a_parameter(recipe, device, 0.2 * budget_s)
+    return Costs(window=window, reduced_parameter=reduced, updated_parameter=updated)
