@@ -10,7 +10,7 @@ nats / (ln 2 x UTF-8 bytes of the text): unlike perplexity, it can be compared b
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,12 +45,9 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
     """The figures that follow from total nats."""
     loss = nats / targets if targets else math.nan
     return Score(
-        targets=targets,
-        text_bytes=text_bytes,
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        targets=targets, text_bytes=text_bytes, loss=loss, perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nats / (math.log(2) * text_bytes) if text_bytes else math.nan,
-    )
+    )  # fmt: skip
 
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
@@ -65,19 +62,14 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
     return reader
 
 
-def window_batches(windows: ValidationWindows) -> list[npt.NDArray[np.int64]]:
-    """Numbers of the windows to score together: whole ones in groups, then the partial one alone."""
-    whole = np.arange(windows.whole_windows)
-    batches = [whole[i : i + WINDOWS_AT_ONCE] for i in range(0, len(whole), WINDOWS_AT_ONCE)]
-    partial = [whole[-1:] + 1 if len(whole) else np.array([0])] if windows.targets % windows.seq_len else []
-    return [*batches, *partial]
-
-
-def ids_of(windows: ValidationWindows, batch: npt.NDArray[np.int64]) -> Tokens:
-    """Ids of a batch of windows, shape (windows, up to seq_len + 1)."""
-    if batch[-1] < windows.whole_windows:
-        return windows.windows(batch)
-    return windows.window(int(batch[0]))[None]
+def window_batches(windows: ValidationWindows) -> Iterator[tuple[npt.NDArray[np.int64], Tokens]]:
+    """Windows to score together, whole ones in groups, then the partial one: numbers, ids (windows, seq_len + 1)."""
+    whole = windows.whole_windows
+    for first in tqdm(range(0, whole, WINDOWS_AT_ONCE), unit="batch", desc="evaluating", disable=None):
+        batch = np.arange(first, min(first + WINDOWS_AT_ONCE, whole))
+        yield batch, windows.windows(batch)
+    if windows.targets % windows.seq_len:
+        yield np.array([whole]), windows.window(whole)[None]
 
 
 def source_totals(
@@ -86,8 +78,8 @@ def source_totals(
     """Total nats and number of targets of each source; a source ends where the next one starts in the stream."""
     device = next(module.parameters()).device
     nats, targets = np.zeros(len(source_ends)), np.zeros(len(source_ends), np.int64)
-    for batch in tqdm(window_batches(windows), unit="batch", desc="evaluating", disable=not sys.stderr.isatty()):
-        ids_BT = torch.from_numpy(ids_of(windows, batch).astype(np.int64)).to(device)
+    for batch, ids in window_batches(windows):
+        ids_BT = torch.from_numpy(ids.astype(np.int64)).to(device)
         nats_BT = module.nats(ids_BT[:, :-1], ids_BT[:, 1:]).double().cpu().numpy()
         positions_BT = batch[:, None] * windows.seq_len + 1 + np.arange(nats_BT.shape[1])
         sources = np.searchsorted(source_ends, positions_BT.ravel(), side="right")
@@ -129,11 +121,9 @@ def report(checkpoint: Checkpoint, total: Score, by_source: dict[str, Score]) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m pretrain.evaluate",
-        description="Loss, perplexity and bits per byte over the whole validation split, "
-        "with the fp32 masters of the newest good checkpoint; also written as RUN_DIR/evaluation.json.",
-    )
+    about = "Loss, perplexity and bits per byte over the whole validation split, with the fp32 masters of the newest"
+    about += " good checkpoint; also written as RUN_DIR/evaluation.json."
+    parser = CommandParser(prog="python -m pretrain.evaluate", description=about)
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
     parser.add_argument("--data-dir", type=Path, help="the data set, if it moved since training")
     flags = parser.parse_args(arguments)
@@ -141,12 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = load_for_reading(flags.run_dir)
     reader = open_data(checkpoint, flags.data_dir)
     total, by_source = evaluate(checkpoint, reader)
-    content = {
-        "step": checkpoint.step,
-        "fingerprint": reader.manifest.fingerprint,
-        **asdict(total),
-        "sources": {name: asdict(figures) for name, figures in by_source.items()},
-    }
+    content = {"step": checkpoint.step, "fingerprint": reader.manifest.fingerprint, **asdict(total)}
+    content["sources"] = {name: asdict(figures) for name, figures in by_source.items()}
     write_durably(flags.run_dir / EVALUATION_NAME, json.dumps(content, indent=1).encode())
     print(report(checkpoint, total, by_source))
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, fsync_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
-from pretrain.evaluate import EVALUATION_NAME
-from pretrain.model_card import Figures, model_card
+from pretrain.evaluate import EVALUATION_NAME, Score
+from pretrain.model_card import model_card
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Weights = dict[str, Tensor]
 
 # our parameter's name -> stock GPT-NeoX's (as on disk; transformers 5 reads embed_out as lm_head)
 GPT_NEOX_NAMES = {
@@ -48,12 +50,6 @@ GPT_NEOX_NAMES = {
 }
 
 
-def masters(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter by name, fp32."""
-    for name in checkpoint.shapes:
-        yield name, checkpoint.parameter(name)
-
-
 def gpt_neox_name(name: str) -> str:
     """The stock name of one of our parameters."""
     for ours, stock in GPT_NEOX_NAMES.items():
@@ -66,43 +62,32 @@ def code_table(config: TableFreeConfig) -> Tensor:
     return TokenCode(config)(torch.arange(config.vocab_size)[None], torch.float32)[0]
 
 
-def tablefree_parts(checkpoint: Checkpoint, config: TableFreeConfig) -> tuple[dict[str, Tensor], PretrainedConfig]:
+def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of the model as trained."""
     config.architectures = ["TableFreeForCausalLM"]
     config.auto_map = {
         "AutoConfig": f"{MODELING_FILE.stem}.TableFreeConfig",
         "AutoModelForCausalLM": f"{MODELING_FILE.stem}.TableFreeForCausalLM",
     }
-    return dict(masters(checkpoint)), config
+    return masters, config
 
 
-def gpt_neox_parts(checkpoint: Checkpoint, config: TableFreeConfig) -> tuple[dict[str, Tensor], PretrainedConfig]:
+def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of a stock GPT-NeoX that computes the same."""
-    weights = {gpt_neox_name(name): parameter for name, parameter in masters(checkpoint)}
+    weights = {gpt_neox_name(name): parameter for name, parameter in masters.items()}
     if config.input_embedding != "learned":
         weights["gpt_neox.embed_in.weight"] = code_table(config)
     stock = GPTNeoXConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=4 * config.d_model,
-        max_position_embeddings=config.seq_len,
-        hidden_act="gelu",
-        layer_norm_eps=LAYER_NORM_EPS,
-        use_parallel_residual=False,
-        attention_bias=True,
-        tie_word_embeddings=False,
-        architectures=["GPTNeoXForCausalLM"],
-        **WHOLE_HEAD_ROTARY,
-    )
+        vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads, intermediate_size=4 * config.d_model,
+        max_position_embeddings=config.seq_len, hidden_act="gelu", layer_norm_eps=LAYER_NORM_EPS,
+        use_parallel_residual=False, attention_bias=True, tie_word_embeddings=False,
+        architectures=["GPTNeoXForCausalLM"], **WHOLE_HEAD_ROTARY,
+    )  # fmt: skip
     return weights, stock
 
 
-ARCHITECTURES: dict[str, Callable[[Checkpoint, TableFreeConfig], tuple[dict[str, Tensor], PretrainedConfig]]] = {
-    "tablefree": tablefree_parts,
-    "gpt_neox": gpt_neox_parts,
-}
+ARCHITECTURES = {"tablefree": tablefree_parts, "gpt_neox": gpt_neox_parts}
 
 
 def config_json(config: PretrainedConfig, architecture: str, dtype: str, special_ids: dict[str, int]) -> str:
@@ -136,21 +121,21 @@ def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_figures(run_dir: Path, step: int) -> Figures | None:
+def read_figures(run_dir: Path, step: int) -> Score | None:
     """What `pretrain.evaluate` measured, if it did so at the exported step."""
     path = run_dir / EVALUATION_NAME
-    if not path.is_file():
+    content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    if content.get("step") != step:
         return None
-    content = json.loads(path.read_bytes())
-    if content["step"] != step:
-        return None
-    return Figures(**{key: content[key] for key in Figures.__dataclass_fields__})
+    return Score(**{key: content[key] for key in Score.__dataclass_fields__})
 
 
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
-    weights, exported_config = ARCHITECTURES[architecture](checkpoint, config)
+    masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
+    trained_parameters = sum(master.numel() for master in masters.values())
+    weights, exported_config = ARCHITECTURES[architecture](masters, config)
     weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
@@ -159,13 +144,10 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
         "config.json": config_json(exported_config, architecture, dtype, special_ids),
         "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
         "README.md": model_card(
-            checkpoint.manifest,
-            architecture=architecture,
-            dtype=dtype,
-            trained_parameters=sum(torch.Size(shape).numel() for shape in checkpoint.shapes.values()),
+            checkpoint.manifest, architecture=architecture, dtype=dtype, trained_parameters=trained_parameters,
             figures=read_figures(run_dir, checkpoint.step),
         ),
-    }
+    }  # fmt: skip
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     if architecture == "tablefree":
@@ -208,18 +190,12 @@ def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m pretrain.export_hf",
-        description="Export the newest good checkpoint of a run to Hugging Face format.",
-    )
+    about = "Export the newest good checkpoint of a run to Hugging Face format."
+    parser = CommandParser(prog="python -m pretrain.export_hf", description=about)
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
     parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
-    parser.add_argument(
-        "--architecture",
-        choices=sorted(ARCHITECTURES),
-        default="tablefree",
-        help="tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table",
-    )
+    forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
     flags = parser.parse_args(arguments)
     export(flags.run_dir, flags.output_dir, flags.architecture, flags.dtype)

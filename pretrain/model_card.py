@@ -1,13 +1,12 @@
 """The model card of an export: what the model is, what it was trained on, how well it does, how to load it."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-PAPER_TITLE = (
-    "Language Models Without a Trainable Input Embedding Table: Learning from Fixed Minimal Binary Token Codes"
-)
+from pretrain.evaluate import Score
+
+PAPER = "Language Models Without a Trainable Input Embedding Table: Learning from Fixed Minimal Binary Token Codes"
 INPUTS = {
     "binary_code": "Each token id enters as its own {bits} bits (least significant first), repeated to the model "
     "width of {width}. The input has no trainable parameter.",
@@ -24,17 +23,7 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What `pretrain.evaluate` measured on the validation split."""
-
-    targets: int
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-
-
-def metadata(manifest: dict[str, Any], figures: Figures | None) -> str:
+def metadata(manifest: dict[str, Any], figures: Score | None) -> str:
     """The YAML block that the Hugging Face hub reads."""
     content: dict[str, Any] = {
         "library_name": "transformers",
@@ -45,22 +34,15 @@ def metadata(manifest: dict[str, Any], figures: Figures | None) -> str:
     }
     if figures:
         results = {"val_loss": figures.loss, "perplexity": figures.perplexity, "bits_per_byte": figures.bits_per_byte}
-        content["model-index"] = [
-            {
-                "name": "tablefree",
-                "results": [
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"name": "validation split", "type": manifest["fingerprint"]},
-                        "metrics": [{"type": key, "value": round(value, 4)} for key, value in results.items()],
-                    }
-                ],
-            }
-        ]
+        content["model-index"] = [{"name": "tablefree", "results": [{
+            "task": {"type": "text-generation"},
+            "dataset": {"name": "validation split", "type": manifest["fingerprint"]},
+            "metrics": [{"type": key, "value": round(value, 4)} for key, value in results.items()],
+        }]}]  # fmt: skip
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
 
 
-def figures_section(figures: Figures | None) -> str:
+def figures_section(figures: Score | None) -> str:
     """Validation figures, or a plain word that there are none."""
     if figures is None:
         return "Not evaluated yet: `python -m pretrain.evaluate` measures loss, perplexity and bits per byte."
@@ -106,7 +88,7 @@ print(tokenizer.decode(output_ids[0].tolist()))
 
 
 def model_card(
-    manifest: dict[str, Any], *, architecture: str, dtype: str, trained_parameters: int, figures: Figures | None
+    manifest: dict[str, Any], *, architecture: str, dtype: str, trained_parameters: int, figures: Score | None
 ) -> str:
     """The whole card, from a checkpoint's manifest."""
     model, recipe = manifest["recipe"]["model"], manifest["recipe"]
@@ -115,7 +97,7 @@ def model_card(
 # A {model["input_embedding"].replace("_", " ")} language model
 
 {INPUTS[model["input_embedding"]].format(bits=bits, width=model["d_model"])} The method is that of
-*{PAPER_TITLE}* (arXiv:2605.09751). {FORMS[architecture]}
+*{PAPER}* (arXiv:2605.09751). {FORMS[architecture]}
 
 | trained parameters | layers | width | heads | context | vocabulary | weights |
 |---:|---:|---:|---:|---:|---:|---|
@@ -153,7 +135,7 @@ produce text that is false, biased or offensive, and should not be used where th
 
 ```bibtex
 @article{{bochkov2026tablefree,
-  title   = {{{PAPER_TITLE}}},
+  title   = {{{PAPER}}},
   author  = {{A. Bochkov}},
   journal = {{arXiv preprint arXiv:2605.09751}},
   year    = {{2026}}

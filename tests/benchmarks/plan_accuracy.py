@@ -114,7 +114,7 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     """Bytes predicted and measured of this rank."""
     import gc
 
-    from pretrain.memory import needed_bytes
+    from pretrain.memory import Sizes, phase_bytes
 
     trainer = Trainer(case)
     gc.collect()
@@ -125,8 +125,8 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 
         keep_freed_memory()
     trainer.train(case, steps=2)
-    predicted = needed_bytes(trainer.recipe, trainer.config, trainer.world.world_size, "cpu")
-    return {"predicted": predicted, "measured": status_bytes("VmHWM") - before}
+    phases = phase_bytes(Sizes(trainer.recipe, trainer.config, trainer.world.world_size, "cpu"))
+    return {"predicted": max(phases.values()), "measured": status_bytes("VmHWM") - before}
 
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
