@@ -57,9 +57,9 @@ class StepProfiler:
 
     SKIPPED_STEPS = 2  # the first steps compile, allocate and fill caches
 
-    def __init__(self, steps: int, start_step: int, output_dir: Path, say: Callable[[str], None]) -> None:
-        self.first = start_step + self.SKIPPED_STEPS if steps else -1
-        self.last = self.first + steps - 1 if steps else -1
+    def __init__(self, steps: int, of: range, output_dir: Path, say: Callable[[str], None]) -> None:
+        self.first = max(of.start, min(of.start + self.SKIPPED_STEPS, of.stop - steps)) if steps else -1
+        self.last = min(self.first + steps, of.stop) - 1 if steps else -1
         self.output_dir = output_dir
         self.say = say
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -292,10 +292,11 @@ def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
     progress = Progress(run.recipe, start_step, engine.device, world)
     profiled = run.profile_steps if world.is_main else 0
-    profiler = StepProfiler(profiled, start_step, run.run_dir / "profile", lambda text: say(world, text))
+    steps = range(start_step, run.stop_at_step)
+    profiler = StepProfiler(profiled, steps, run.run_dir / "profile", lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
-    for step in range(start_step, run.stop_at_step):
+    for step in steps:
         profiler.before(step)
         line = one_step(run, engine, batches, step)
         profiler.after(step)

@@ -209,6 +209,8 @@ def test_every_step_says_where_its_time_went(one_rank: Path, two_ranks: Path) ->
 
 
 def test_a_profile_leaves_a_trace_and_the_ten_largest_costs(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    train_on(1, recipe, tiny_data, tmp_path / "short", "--profile", "2", "--stop-at-step", "1")
+    assert (tmp_path / "short" / "profile" / "trace.json").exists()  # of the one step that there was
     output = train_on(1, recipe, tiny_data, tmp_path / "run", "--profile", "2", "--stop-at-step", "6")
     events = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
     names = {event.get("name", "") for event in events}

@@ -68,7 +68,9 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
     engine = Engine(build_model(recipe), recipe, engine_config, ALONE, device, EOS_ID)
     random = np.random.default_rng(0)
     shape = (recipe.batch.micro_batch_size, recipe.model.seq_len + 1)
-    profiler = StepProfiler(2 if profile else 0, 3, Path("profile"), lambda text: print(text, file=sys.stderr))
+    profiler = StepProfiler(
+        2 if profile else 0, range(3 + steps), Path("profile"), lambda text: print(text, file=sys.stderr)
+    )
     figures = []
     for step in range(3 + steps):
         batches = []
