@@ -22,16 +22,9 @@ class Plan:
     """What is to be built, from what."""
 
     mixture: Mixture
-    tokenizer_sha256: str
     sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
     units: tuple[WorkUnit, ...]
-    signature: str  # of inputs, tokenizer and mixture as they lie on this machine
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells, in build.json, whose units lie in a directory."""
-        origins = [[source["name"], source["origin"]] for source in self.sources]
-        return {"signature": self.signature, "tokenizer_sha256": self.tokenizer_sha256, "origins": origins}
+    identity: dict[str, Any]  # what tells, in build.json, whose units lie in a directory
 
 
 def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
@@ -54,11 +47,10 @@ def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
         })  # fmt: skip
     fraction = mixture.validation_fraction
     about = [sources, [unit_signature(unit, tokenizer.sha256, fraction) for unit in units], mixture.skip_bad]
-    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Plan(
-        mixture=mixture, tokenizer_sha256=tokenizer.sha256, sources=tuple(sources), units=tuple(units),
-        signature=signature,
-    )  # fmt: skip
+    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()  # of all as it lies on this machine
+    origins = [[source["name"], source["origin"]] for source in sources]
+    identity = {"signature": signature, "tokenizer_sha256": tokenizer.sha256, "origins": origins}
+    return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
 
 
 def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:

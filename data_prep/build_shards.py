@@ -14,33 +14,18 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep import shards
 from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import Mixture, load_mixture, mixture_path
 from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
-from data_prep.shards import (
-    LOCK_NAME,
-    MANIFEST_NAME,
-    REBUILD,
-    SPLITS,
-    TOKENIZER_NAME,
-    UNITS_NAME,
-    BadDocument,
-    Manifest,
-    Shard,
-    ShardReader,
-    Source,
-    fsync_directory,
-    integer_shares,
-    load_manifest,
-    lock,
-    write_durably,
-)
+from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
 from data_prep.unit_shards import StoppedError, UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
 
@@ -91,7 +76,7 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
             facts |= {"mixture": str(mixture.path.absolute()), "tokenizer": str(mixture.tokenizer_dir.absolute())}
             together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
             if held:
-                (output_dir / LOCK_NAME).unlink()
+                (output_dir / shards.LOCK_NAME).unlink()
     if arguments.train_tokens and comm.rank == 0:
         print("\n".join(epoch_lines(load_manifest(output_dir), arguments.train_tokens)))
 
@@ -130,7 +115,7 @@ def build_units(
 def is_complete(output_dir: Path, plan: Plan) -> bool:
     """Whether this very data set is there already. Raises UserError if something else is."""
     elsewhere = "choose another --output-dir, or remove that one"
-    begun = {LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
+    begun = {shards.LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
     if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= begun):
         return False
     try:
@@ -138,17 +123,16 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
         signature = built["signature"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{output_dir}: exists, and is not a data set of this command; {elsewhere}") from None
-    is_akin = built.get("tokenizer_sha256") == plan.tokenizer_sha256 and any(
-        origin in built.get("origins", []) for origin in plan.identity["origins"]
-    )
-    if not (output_dir / MANIFEST_NAME).exists():
-        if not is_akin and any((output_dir / UNITS_NAME).glob("*/*.json")):
+    is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
+    is_akin = is_of_tokenizer and any(origin in built.get("origins", []) for origin in plan.identity["origins"])
+    if not (output_dir / shards.MANIFEST_NAME).exists():
+        if not is_akin and any((output_dir / shards.UNITS_NAME).glob("*/*.json")):
             raise UserError(f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}")
         return False
-    if signature != plan.signature:
+    if signature != plan.identity["signature"]:
         other = "holds a data set of another mixture or tokenizer, or of inputs of another size or time of change"
-        anew = f"; to build it anew here, from those of its units whose inputs are as they were, {REBUILD}" * is_akin
-        raise UserError(f"{output_dir}: {other}; {elsewhere}{anew}")
+        anew = f"; to build it anew here, from those of its units whose inputs are as they were, {shards.REBUILD}"
+        raise UserError(f"{output_dir}: {other}; {elsewhere}{anew * is_akin}")
     ShardReader(output_dir).check_files()
     return True
 
@@ -156,7 +140,7 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
 def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> IO[str]:
     """The output directory says what is being built in it, and is held. Finished units of an earlier build stay."""
     with writing(output_dir, "the tokenizer"):
-        held = lock(output_dir, "building or repairing it", "--output-dir")
+        held = shards.lock(output_dir, "building or repairing it", "--output-dir")
         write_json(output_dir / BUILD_NAME, {"state": "incomplete", **plan.identity})
         write_tokenizer(output_dir, tokenizer)
     return held
@@ -164,9 +148,9 @@ def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) 
 
 def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
     """The copy of the tokenizer beside the shards; whatever was there goes."""
-    shutil.rmtree(output_dir / TOKENIZER_NAME, ignore_errors=True)
+    shutil.rmtree(output_dir / shards.TOKENIZER_NAME, ignore_errors=True)
     for name, content in tokenizer.files.items():
-        write_durably(output_dir / TOKENIZER_NAME / name, content)
+        write_durably(output_dir / shards.TOKENIZER_NAME / name, content)
 
 
 def finish(
@@ -178,7 +162,7 @@ def finish(
     files = {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
     remove_strays(output_dir, files | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
-        fsync_directory(directory)
+        shards.fsync_directory(directory)
     seconds = time.perf_counter() - facts.pop("started")
     about = {
         "state": "complete",
@@ -193,13 +177,13 @@ def finish(
     }
     with writing(output_dir, "the manifest"):
         write_json(output_dir / BUILD_NAME, about)
-        write_durably(output_dir / MANIFEST_NAME, manifest.to_bytes())
+        write_durably(output_dir / shards.MANIFEST_NAME, manifest.to_bytes())
     print(summary(output_dir, manifest, about))
 
 
 def remove_strays(output_dir: Path, known: set[str]) -> None:
     """Remove what earlier builds left of units that are no longer part of the data set."""
-    for folder in ("shards", UNITS_NAME):
+    for folder in ("shards", shards.UNITS_NAME):
         for path in (output_dir / folder).rglob("*"):
             if path.is_file() and path.relative_to(output_dir).as_posix() not in known:
                 path.unlink()
@@ -207,7 +191,7 @@ def remove_strays(output_dir: Path, known: set[str]) -> None:
 
 def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult]) -> Manifest:
     """The manifest, from the finished units by record path."""
-    shares = integer_shares([source.weight for source in plan.mixture.sources])
+    shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
     units = [(unit, results[record_path(unit)]) for unit in plan.units]
     sources = tuple(
         Source(
@@ -217,12 +201,12 @@ def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, Uni
         )
         for about, share in zip(plan.sources, shares, strict=True)
     )  # fmt: skip
-    shards, bad = shards_in_order(units)
+    ordered, bad = shards_in_order(units)
     return Manifest(
         vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, eos_token=tokenizer.eos_token,
         tokenizer_sha256=tokenizer.sha256, special_tokens=tokenizer.special_tokens,
         validation_fraction=plan.mixture.validation_fraction, sources=sources,
-        shards=tuple(shard for split in SPLITS for shard in shards if shard.split == split), bad_documents=tuple(bad),
+        shards=tuple(shard for split in SPLITS for shard in ordered if shard.split == split), bad_documents=tuple(bad),
     )  # fmt: skip
 
 
@@ -232,19 +216,19 @@ def shards_in_order(units: list[tuple[WorkUnit, UnitResult]]) -> tuple[list[Shar
     """
     rows_before: Counter[tuple[str, str]] = Counter()
     listed: Counter[str] = Counter()
-    shards, bad_documents = [], []
+    ordered, bad_documents = [], []
     for unit, result in units:
         inputs = tuple(file.name for file in unit.files)
         first_row = rows_before[unit.source, inputs[0]]
         rows_before[unit.source, inputs[0]] += result.rows if unit.format != "txt" else 0
         for facts in result.shards:
             place: dict[str, Any] = {"source": unit.source, "path": shard_path(facts.split, unit), "inputs": inputs}
-            shards.append(Shard(**vars(facts), **place, first_row=first_row, rows=result.rows))
+            ordered.append(Shard(**vars(facts), **place, first_row=first_row, rows=result.rows))
         for row, reason in result.bad_documents[: BAD_DOCUMENTS_LISTED - listed[unit.source]]:
             name, at = (inputs[row], 0) if unit.format == "txt" else (inputs[0], first_row + row)
             bad_documents.append(BadDocument(source=unit.source, input=name, row=at, reason=reason))
             listed[unit.source] += 1
-    return shards, bad_documents
+    return ordered, bad_documents
 
 
 def check_documents(manifest: Manifest) -> None:
@@ -258,8 +242,7 @@ def check_documents(manifest: Manifest) -> None:
         if not manifest.shards_of("train", source.name):
             raise UserError(f"source {source.name!r}: no training documents; lower validation_fraction or add text")
     if not manifest.shards_of("validation"):
-        documents = sum(shard.documents for shard in manifest.shards)
-        fraction = manifest.validation_fraction
+        documents, fraction = sum(shard.documents for shard in manifest.shards), manifest.validation_fraction
         advice = f"with {documents:,} documents, try validation_fraction: {min(0.5, 5 / documents):.2g}"
         raise UserError(f"no document fell into validation at validation_fraction {fraction}; {advice}")
 
@@ -273,18 +256,23 @@ def summary(output_dir: Path, manifest: Manifest, about: dict[str, Any]) -> str:
     """What a person wants to know after a build."""
     lines = []
     for split in SPLITS:
-        shards = manifest.shards_of(split)
-        tokens, documents = manifest.tokens(split), sum(shard.documents for shard in shards)
-        per_token = sum(shard.text_characters for shard in shards) / max(tokens - documents, 1)
-        figures = f"{documents:>12,} documents {tokens:>16,} tokens {per_token:>6.2f} characters per token"
-        lines.append(f"{split:<12} {figures}")
+        documents, tokens, per_token, _ = figures(manifest.shards_of(split))
+        lines.append(f"{split:<12} {documents:>12} documents {tokens:>16} tokens {per_token:>6} characters per token")
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
             lines.append(f"left out     {left_out:>12,} {kind} documents")
     lines.append(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
-    lines.append(f"fingerprint  {manifest.fingerprint}")
-    lines.append(f"data set     {output_dir}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"fingerprint  {manifest.fingerprint}", f"data set     {output_dir}"])
+
+
+def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
+    """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
+    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    if not documents:
+        return "0", "0", "-", "-"
+    of_text = max(tokens - documents, 1)
+    characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
+    return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
 
 
 def token_count(text: str) -> int:

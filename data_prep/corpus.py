@@ -18,22 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep import json_lines
+from data_prep import json_lines, work_units
 from data_prep.errors import UserError, one_line
 from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES
-from data_prep.work_units import (
-    JSONL_FORMATS,
-    WorkUnit,
-    check_column,
-    check_first_bytes,
-    check_schema,
-    groups,
-    load_from_disk,
-    open_parquet,
-    row_group_runs,
-)
+from data_prep.work_units import JSONL_FORMATS, WorkUnit, check_column, check_first_bytes, check_schema, open_parquet
 
 BATCH_BYTES = 8 << 20
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of record batches
@@ -94,9 +84,8 @@ def check_unchanged(unit: WorkUnit) -> None:
 
 def _bad_texts(texts: pa.LargeStringArray, text_field: str | None) -> Iterator[tuple[int, str]]:
     """Position and reason of every text that is null, too long or not UTF-8."""
-    if texts.null_count:
-        for i in np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False)).tolist():
-            yield i, f"{text_field!r} is null, expected text"
+    for i in np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False)).tolist():
+        yield i, f"{text_field!r} is null, expected text"
     lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(lengths > MAX_DOCUMENT_BYTES).tolist():
         yield i, _too_long(lengths[i])
@@ -141,19 +130,20 @@ def _open(unit: WorkUnit) -> BinaryIO:
 def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
     """A few row groups at a time; a large one in parts."""
     file = open_parquet(unit.files[0], unit.text_field)
-    for start, stop, size in row_group_runs(file, range(unit.start, unit.stop), unit.text_field, BATCH_BYTES):
+    all_groups = range(unit.start, unit.stop)
+    for start, stop, size in work_units.row_group_runs(file, all_groups, unit.text_field, BATCH_BYTES):
         numbers = range(start, stop)
         rows = sum(file.metadata.row_group(number).num_rows for number in numbers)
         batch_rows = max(1, rows * BATCH_BYTES // max(size, BATCH_BYTES))
         try:
             for batch in file.iter_batches(batch_rows, list(numbers), [unit.text_field], use_threads=False):
-                yield _documents(batch.column(0), size * len(batch) // rows)
+                yield all_rows(batch.column(0), size * len(batch) // rows)
         except (pa.ArrowException, OSError) as error:
             where = f"{unit.url}: row groups {start} to {stop - 1}"
             raise UserError(f"{where}: damaged ({one_line(error)}); fetch or write it again") from None
 
 
-def _documents(column: Any, input_bytes: int) -> Documents:
+def all_rows(column: Any, input_bytes: int) -> Documents:
     """A batch of all rows of a column."""
     texts = column.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
@@ -161,11 +151,17 @@ def _documents(column: Any, input_bytes: int) -> Documents:
     return Documents(texts=texts, rows=rows, rows_read=len(texts), input_bytes=input_bytes)
 
 
+def _some_rows(texts: list[bytes], rows: list[int], bad: Reasons, rows_read: int, input_bytes: int) -> Documents:
+    """A batch of the rows that could be read."""
+    flat, numbers = json_lines.arrow_texts(texts), np.array(rows, np.uint64)
+    return Documents(texts=flat, rows=numbers, bad=bad, rows_read=rows_read, input_bytes=input_bytes)
+
+
 def _read_text(unit: WorkUnit) -> Iterator[Documents]:
     """A file is a document."""
-    for files in groups(unit.files, BATCH_BYTES):
+    for start, stop, size in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
         texts, rows, bad = [], [], []
-        for row, file in enumerate(files):
+        for row, file in enumerate(unit.files[start:stop]):
             if file.size > MAX_DOCUMENT_BYTES:
                 bad.append((row, _too_long(file.size)))
                 continue
@@ -173,10 +169,7 @@ def _read_text(unit: WorkUnit) -> Iterator[Documents]:
                 texts.append(stream.read())
             check_first_bytes(file, unit.format, texts[-1])
             rows.append(row)
-        yield Documents(
-            texts=json_lines.arrow_texts(texts), rows=np.array(rows, np.uint64), rows_read=len(files),
-            input_bytes=sum(file.size for file in files), bad=bad,
-        )  # fmt: skip
+        yield _some_rows(texts, rows, bad, stop - start, size)
 
 
 def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
@@ -215,7 +208,7 @@ def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
                 (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
                 rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
                 for at in range(0, len(column), rows):
-                    yield _documents(column.slice(at, rows), stream.tell() - taken)
+                    yield all_rows(column.slice(at, rows), stream.tell() - taken)
                     taken = stream.tell()
     except (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError) as error:
         problem = one_line(error) or "a record batch larger than memory"
@@ -241,10 +234,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
                     rows.append(row - first)
                     size += len(texts[-1])
                 if size >= BATCH_BYTES or record is None:
-                    yield Documents(
-                        texts=json_lines.arrow_texts(texts), rows=np.array(rows, np.uint64), bad=bad,
-                        rows_read=row - first + (record is not None), input_bytes=stream.tell() - taken,
-                    )  # fmt: skip
+                    yield _some_rows(texts, rows, bad, row - first + (record is not None), stream.tell() - taken)
                     texts, rows, bad, first, size, taken = [], [], [], row + 1, 0, stream.tell()
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
@@ -253,12 +243,12 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
 
 def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
     """Rows of a data set that `datasets` saved, in its order."""
-    saved = load_from_disk(unit.files[0])
+    saved = work_units.load_from_disk(unit.files[0])
     check_schema(unit.files[0], saved.features.arrow_schema, unit.text_field)
     rows = unit.stop - unit.start
     try:
         part = saved.select(range(unit.start, unit.stop)).select_columns([unit.text_field]).with_format("arrow")
         for table in part.iter(max(1, min(1000, rows * BATCH_BYTES // max(unit.size_bytes, 1)))):
-            yield _documents(table.column(0), unit.size_bytes * len(table) // rows)
+            yield all_rows(table.column(0), unit.size_bytes * len(table) // rows)
     except Exception as error:  # `datasets` has no base class of its exceptions
         raise UserError(f"{unit.url}: datasets can't read it ({one_line(error)}); save it again") from None

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders
 
+from data_prep.char_ngram import SPELLING
 from data_prep.errors import UserError, one_line
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
@@ -56,9 +57,7 @@ class LoadedTokenizer:
         """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has no token."""
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
             return None
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # first the bytes that are printed as they are
-        own = [ord(letter) for letter in letters if ord(letter) < 256]
-        byte_of = dict(zip(letters, [*own, *sorted(set(range(256)) - set(own))], strict=True))
+        byte_of = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}
         table = [b"\xff"] * self.vocab_size
         for token, id_ in self.reference.get_vocab(with_added_tokens=False).items():
             table[id_] = bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
@@ -143,7 +142,7 @@ def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
             reason = "gigatoken is not installed"
         except Exception as error:  # whatever its loader raises, the reference can do the work
             reason = f"gigatoken can't load {tokenizer.directory} ({error})"
-    encode = _reference_encode(tokenizer.reference)
+    encode = partial(_reference_encode, tokenizer.reference)
     name = f"tokenizers {version('tokenizers')}"
     return Encoder(name=name, encode=encode, decode=decode, is_reference=True, fallback_reason=reason)
 
@@ -182,16 +181,11 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
     return encode
 
 
-def _reference_encode(reference: Tokenizer) -> Encode:
+def _reference_encode(reference: Tokenizer, texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
     """The same through `tokenizers`."""
-
-    def encode(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
-        ids, lengths = [], [0]
-        for start in range(0, len(texts), SLOW_BATCH_DOCUMENTS):
-            batch = texts.slice(start, SLOW_BATCH_DOCUMENTS).to_pylist()
-            for encoding in reference.encode_batch_fast(batch, add_special_tokens=False):
-                ids.append(np.array(encoding.ids, np.uint32))
-                lengths.append(len(ids[-1]))
-        return np.concatenate(ids), np.cumsum(lengths)
-
-    return encode
+    ids: list[Ids] = []
+    for start in range(0, len(texts), SLOW_BATCH_DOCUMENTS):
+        batch = texts.slice(start, SLOW_BATCH_DOCUMENTS).to_pylist()
+        encodings = reference.encode_batch_fast(batch, add_special_tokens=False)
+        ids += [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    return np.concatenate(ids), np.cumsum([0, *map(len, ids)])

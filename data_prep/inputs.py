@@ -21,7 +21,6 @@ from data_prep.errors import UserError, one_line
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 REQUEST_BYTES = 16 << 20  # the largest request, and how far sequential reading reads ahead
-LINE_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
 CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")  # they raise more than OSErrors
 PERMANENT = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled")
@@ -98,18 +97,7 @@ class RemoteFile(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         """All of `size` bytes; fewer only at the end of the file."""
-        content = self._next_bytes(self._file.size if size is None or size < 0 else size)
-        self._position += len(content)
-        return content
-
-    def readline(self, size: int | None = -1) -> bytes:  # Python's own asks for byte after byte
-        line, left = b"", self._file.size if size is None or size < 0 else size
-        while not line.endswith(b"\n") and (piece := self._next_bytes(min(left, LINE_BYTES))):
-            piece = piece[: piece.find(b"\n") + 1 or None]
-            self._position, left, line = self._position + len(piece), left - len(piece), line + piece
-        return line
-
-    def _next_bytes(self, size: int) -> bytes:
+        size = self._file.size if size is None or size < 0 else size
         at, stop = self._position, min(self._position + size, self._file.size)
         goes_on, parts = self._block_start <= at <= self._block_start + len(self._block), []
         while at < stop:
@@ -119,6 +107,7 @@ class RemoteFile(io.RawIOBase):
                 self._block_start = at
             parts.append(self._block[at - self._block_start : stop - self._block_start])
             at += len(parts[-1])
+        self._position = at
         return b"".join(parts)
 
     def _request(self, start: int, stop: int) -> bytes:

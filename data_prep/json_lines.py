@@ -18,6 +18,7 @@ import pyarrow.json
 import zstandard
 
 READ_BYTES = 1 << 20
+SEARCH_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
 COMPRESSED_BYTES = 4 << 10  # read at a time: in zstd it may stand for 128 MiB
 MAX_LINE_BYTES = 256 << 20
 TOO_LONG = b"\0too long"  # takes the place of a longer line; no JSON holds a NUL
@@ -30,10 +31,11 @@ def line_cuts(stream: BinaryIO, size: int, unit_bytes: int) -> list[int]:
     """Byte offsets at line starts, about unit_bytes apart, from 0 to the size of the file."""
     cuts = [0]
     while cuts[-1] + unit_bytes < size:
-        stream.seek(cuts[-1] + unit_bytes - 1)
-        while (part := stream.readline(READ_BYTES)) and not part.endswith(b"\n"):
-            pass
-        cuts.append(stream.tell())
+        at = cuts[-1] + unit_bytes - 1
+        stream.seek(at)
+        while (part := stream.read(SEARCH_BYTES)) and b"\n" not in part:
+            at += len(part)
+        cuts.append(at + part.find(b"\n") + 1)
     return cuts if cuts[-1] == size and len(cuts) > 1 else [*cuts, size]
 
 
@@ -127,9 +129,8 @@ def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
     before = np.where(characters[ends - 1] == ord("\r"), characters[ends - 2], characters[ends - 1])
     if not (block.startswith(b"{") and np.all(before == ord("}")) and np.all(characters[ends + 1] == ord("{"))):
         return None
-    options = pa.json.ParseOptions(
-        explicit_schema=pa.schema([(field, pa.large_string())]), unexpected_field_behavior="ignore"
-    )
+    schema = pa.schema([(field, pa.large_string())])
+    options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
         arrow_texts([block]).validate(full=True)
         read_options = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)

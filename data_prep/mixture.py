@@ -16,7 +16,8 @@ from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD
 MIXTURE_KEYS = ("tokenizer", "validation_fraction", "on_bad_document", "sources")
 MIXTURES_DIR = Path(__file__).parent / "mixtures"
 HUB_KEYS = ("config", "split", "revision")
-SOURCE_KEYS = ("name", "path", "hub", *HUB_KEYS, "format", "text_field", "weight", "license")
+TEXT_KEYS = ("name", "path", "hub", "split", "revision", "text_field", "license")
+SOURCE_KEYS = (*TEXT_KEYS, "config", "format", "weight")
 BAD_DOCUMENT_POLICIES = ("error", "skip")
 MAX_WEIGHT = 1e99  # so that a sum of them is a number
 
@@ -26,15 +27,15 @@ class MixtureSource:
     """One named part of the corpus."""
 
     name: str
-    path: str | None  # file, glob or URL, as written; None for a data set of the hub
-    hub: str | None  # owner/name
-    configs: tuple[str, ...]  # of the hub data set
-    split: str
-    revision: str | None
-    format: str | None  # None: the files' names tell
-    text_field: str
     weight: float
-    license: str | None  # of the texts, handed on to the model card
+    path: str | None = None  # file, glob or URL, as written; None for a data set of the hub
+    hub: str | None = None  # owner/name
+    configs: tuple[str, ...]  # of the hub data set
+    split: str = "train"
+    revision: str | None = None
+    format: str | None  # None: the files' names tell
+    text_field: str = "text"
+    license: str | None = None  # of the texts, handed on to the model card
 
     @property
     def origin(self) -> str:
@@ -90,8 +91,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
         raise UserError(f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first")
     tokenizer = tokenizer or path.parent / _text(content["tokenizer"], f"{path}: tokenizer")
     return Mixture(
-        path=path, tokenizer_dir=tokenizer, validation_fraction=fraction,
-        skip_bad=policy == "skip", sources=sources,
+        path=path, tokenizer_dir=tokenizer, validation_fraction=fraction, skip_bad=policy == "skip", sources=sources
     )  # fmt: skip
 
 
@@ -109,8 +109,8 @@ def _check_keys(content: object, known: tuple[str, ...], required: tuple[str, ..
 def _source(item: object, where: str) -> MixtureSource:
     _check_keys(item, SOURCE_KEYS, ("name", "weight"), where)
     assert isinstance(item, dict)
-    name = _text(item["name"], f"{where}: name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    texts = {key: _text(item[key], f"{where}: {key}") for key in TEXT_KEYS if key in item}
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name := texts["name"]):
         raise UserError(f"{where}: name {name!r}: expected letters, digits, '.', '_' and '-' (it names a directory)")
     if ("path" in item) == ("hub" in item):
         raise UserError(f"{where}: expected either path or hub; see data_prep/mixtures/example.yaml")
@@ -124,18 +124,11 @@ def _source(item: object, where: str) -> MixtureSource:
     weight = _number(item["weight"], f"{where}: weight")
     if not 0 < weight <= MAX_WEIGHT:
         raise UserError(f"{where}: weight is {weight}, expected a positive number up to {MAX_WEIGHT:g}")
-    keys = [key for key in ("path", "hub", "split", "revision", "license") if key in item]
-    texts = {key: _text(item[key], f"{where}: {key}") for key in keys}
     configs = item.get("config", [])
     configs = [configs] if isinstance(configs, str) else configs
     if not isinstance(configs, list) or not all(isinstance(config, str) and config for config in configs):
         raise UserError(f"{where}: config is {item['config']!r}, expected a name or a list of names")
-    return MixtureSource(
-        name=name, path=texts.get("path"), hub=texts.get("hub"), configs=tuple(configs),
-        split=texts.get("split", "train"), revision=texts.get("revision"), format=format_,
-        text_field=_text(item.get("text_field", "text"), f"{where}: text_field"), weight=weight,
-        license=texts.get("license"),
-    )  # fmt: skip
+    return MixtureSource(weight=weight, configs=tuple(configs), format=format_, **texts)
 
 
 def _text(value: object, where: str) -> str:

@@ -6,9 +6,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
@@ -53,9 +53,8 @@ def connect() -> tuple[Communicator, int]:
     cores = os.sched_getaffinity(0)
     if not any(name in os.environ for name in RANK_VARIABLES):
         if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-            if os.environ.get("SLURM_PROCID", "0") != "0":
-                sys.exit(USER_ERROR_EXIT_CODE)
-            raise UserError(f"srun started {tasks} tasks without MPI; add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)")
+            advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
+            _refuse(f"srun started {tasks} tasks without MPI; {advice}", int(os.environ.get("SLURM_PROCID", "0")))
         return SingleProcess(), len(cores)
     try:
         with warnings.catch_warnings():
@@ -65,21 +64,25 @@ def connect() -> tuple[Communicator, int]:
         problem = f"started by an MPI launcher, but mpi4py can't be used ({error})"
         raise UserError(f"{problem}; see data_prep/README.md") from None
     world = MPI.COMM_WORLD
-    expected = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), world.size)
+    expected = _environment(SIZE_VARIABLES, world.size)
     if world.size != expected:
-        if _launcher_rank() > 0:
-            sys.exit(USER_ERROR_EXIT_CODE)
-        raise UserError(
-            f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs; "
-            "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
-        )
+        problem = f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs"
+        advice = "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
+        _refuse(f"{problem}; {advice}", _environment(RANK_VARIABLES, 0))
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     all_cores = set().union(*local.allgather(cores))  # those of one rank, if the launcher binds each to its own
     return world, max(1, min(len(cores), len(all_cores) // local.size))
 
 
-def _launcher_rank() -> int:
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+def _environment(names: Sequence[str], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+def _refuse(message: str, rank: int) -> NoReturn:
+    """An error that every rank meets, and one tells."""
+    if rank > 0:
+        sys.exit(USER_ERROR_EXIT_CODE)
+    raise UserError(message)
 
 
 def together(comm: Communicator, work: Callable[[], Any]) -> Any:
@@ -92,11 +95,9 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
     except OSError as raised:
         error = os_error_line(raised)
     errors = [message for message in comm.allgather(error) if message is not None]
-    if errors and comm.rank > 0:
-        sys.exit(USER_ERROR_EXIT_CODE)
     if errors:
         more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""
-        raise UserError(errors[0] + more)
+        _refuse(errors[0] + more, comm.rank)
     return result
 
 

@@ -23,7 +23,8 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,6 @@ TOKENIZER_NAME = "tokenizer"
 UNITS_NAME = "units"
 LOCK_NAME = ".lock"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-DIGEST_CHUNK_BYTES = 1 << 22
 SEPARATOR = "eos after every document"
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
@@ -176,6 +176,29 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     fsync_directory(path.parent)
 
 
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory beside, flush it, then put it in place of the old one."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")
+    for leftover in (staged, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged.mkdir()
+    try:
+        write(staged)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    for file in staged.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_directory(staged)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(staged, directory)
+    fsync_directory(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_array(path: Path, array: npt.NDArray[Any]) -> str:
     """Write a NumPy file durably; returns the xxh3-128 digest of the file."""
     content = io.BytesIO()
@@ -210,26 +233,31 @@ def shard_header(tokens: int) -> bytes:
 class ShardWriter:
     """Writes one shard and its document index, piece by piece and beside; `finish` makes them durable and names them.
 
-    What it keeps in memory is the index alone: 16 bytes a document.
+    Its file appears with the first document. What it keeps in memory is the index alone: 16 bytes a document.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tokens = 0
+    def __init__(self, path: Path, split: str) -> None:
+        self.path, self.split = path, split
+        self.tokens = self.documents = self.text_bytes = self.text_characters = 0  # of the text: counted by the caller
         self._index: list[Index] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._staged = path.with_name(path.name + ".tmp")
-        self._file = self._staged.open("wb")
-        self._file.write(bytes(SHARD_HEADER_BYTES))
+
+    @cached_property
+    def _file(self) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._staged.open("wb")
+        file.write(bytes(SHARD_HEADER_BYTES))
+        return file
 
     def add(self, tokens: Tokens, starts: npt.NDArray[Any], rows: Index) -> None:
         """Append whole documents: their tokens, where each starts in them, and its row."""
         self._index.append(np.stack([starts.astype(INDEX_DTYPE) + np.uint64(self.tokens), rows], axis=1))
         self._file.write(np.ascontiguousarray(tokens, TOKEN_DTYPE).data)
         self.tokens += len(tokens)
+        self.documents += len(rows)
 
-    def finish(self) -> tuple[str, str]:
-        """The digests of shard and index, both on the disk."""
+    def finish(self) -> ShardFacts:
+        """What there is to know of shard and index, both on the disk."""
         with self._file as file:
             file.seek(0)
             file.write(shard_header(self.tokens))
@@ -238,22 +266,23 @@ class ShardWriter:
         digest = digest_file(self._staged)
         os.replace(self._staged, self.path)
         index_path = self.path.with_name(self.path.stem + ".documents.npy")
-        return digest, write_array(index_path, np.concatenate(self._index))  # also makes the rename durable
+        index_digest = write_array(index_path, np.concatenate(self._index))  # also makes the rename durable
+        return ShardFacts(
+            split=self.split, tokens=self.tokens, documents=self.documents, text_bytes=self.text_bytes,
+            text_characters=self.text_characters, xxh3_128=digest, index_xxh3_128=index_digest,
+        )  # fmt: skip
 
     def close(self) -> None:
         """After an error: give the file back, and the space it takes. Nothing counts as written."""
         self._staged.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what it still holds may find the disk full
-            self._file.close()
+        with contextlib.suppress(OSError, KeyError):  # what it still holds may find the disk full
+            vars(self)["_file"].close()
 
 
 def digest_file(path: Path) -> str:
     """xxh3-128 of a file's bytes, as 32 hexadecimal digits."""
-    state = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(DIGEST_CHUNK_BYTES):
-            state.update(chunk)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list[int]:
@@ -350,6 +379,17 @@ class ShardReader:
         """Start offset in the shard and row in the input file of each document, shape (documents, 2)."""
         index = open_array(self.data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
         return index + np.array([0, shard.first_row], INDEX_DTYPE)
+
+    def document_at(self, shard: Shard, offset: int) -> int:
+        """Number of the document in a shard that holds a token."""
+        return int(np.searchsorted(self.documents(shard)[:, 0], offset, side="right")) - 1
+
+    def document(self, shard: Shard, number: int) -> tuple[range, tuple[str, int]]:
+        """Where a document lies in its shard, end-of-document id included; its input file and row in that."""
+        index = self.documents(shard)
+        start, row = index[number].tolist()
+        stop = int(index[number + 1, 0]) if number + 1 < len(index) else shard.tokens
+        return range(start, stop), shard.origin(row)
 
     def check_files(self) -> None:
         """Cheap check before a run: the tokenizer is the one, every shard is there and as long as it should be."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
-from data_prep.build_shards import epoch_lines, token_count
+from data_prep.build_shards import epoch_lines, figures, token_count
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
@@ -83,16 +83,6 @@ def describe(data_dir: Path, manifest: Manifest, train_tokens: int | None = None
         ("shards", f"{len(manifest.shards):,}"),
     )
     return "\n".join([*facts(about), *(epoch_lines(manifest, train_tokens) if train_tokens else ()), "", table(rows)])
-
-
-def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
-    """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-    if not documents:
-        return "0", "0", "-", "-"
-    of_text = tokens - documents
-    characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
-    return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
 
 
 def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source) -> Iterator[tuple[str, str]]:
@@ -188,32 +178,27 @@ def spread(shards: Sequence[Shard], count: int) -> Iterable[tuple[Shard, int]]:
 
 def sample(reader: ShardReader, tokenizer: Tokenizer, shard: Shard, document: int) -> str:
     """The beginning of a document, decoded, with where it comes from."""
-    start, stop, origin, row = bounds(reader, shard, document)
-    ids = reader.tokens(shard)[start : stop - 1]
-    text = one_line(tokenizer.decode(ids[:SAMPLE_CHARACTERS].tolist(), skip_special_tokens=False))
-    head = f"{shard.split} · {shard.source} · {origin}, row {row} · {len(ids):,} tokens · {shard.path}:{start}"
+    place, (origin, row) = reader.document(shard, document)
+    ids = reader.tokens(shard)[place.start : place.stop - 1]
+    text = decoded(tokenizer, ids[:SAMPLE_CHARACTERS])
+    head = f"{shard.split} · {shard.source} · {origin}, row {row} · {len(ids):,} tokens · {shard.path}:{place.start}"
     return f"{head}\n  {cut(text, SAMPLE_CHARACTERS)}"
 
 
 def trace(reader: ShardReader, tokenizer: Tokenizer, place: str) -> str:
     """The document that holds a token, and the text around it."""
     shard, offset = find_token(reader.manifest, place)
-    document = int(np.searchsorted(reader.documents(shard)[:, 0], offset, side="right")) - 1
-    start, stop, origin, row = bounds(reader, shard, document)
+    document = reader.document_at(shard, offset)
+    whole, (origin, row) = reader.document(shard, document)
     tokens = reader.tokens(shard)
-    before, token, after = (
-        one_line(tokenizer.decode(part.tolist(), skip_special_tokens=False))
-        for part in (
-            tokens[max(start, offset - TRACE_TOKENS) : offset],
-            tokens[offset : offset + 1],
-            tokens[offset + 1 : min(stop - 1, offset + 1 + TRACE_TOKENS)],
-        )
-    )
+    before = decoded(tokenizer, tokens[max(whole.start, offset - TRACE_TOKENS) : offset])
+    token = decoded(tokenizer, tokens[offset : offset + 1])
+    after = decoded(tokenizer, tokens[offset + 1 : min(whole.stop - 1, offset + 1 + TRACE_TOKENS)])
     about = (
         ("token", f"{token!r}, id {tokens[offset]}"),
         ("place", f"{shard.path}:{offset}"),
-        ("document", f"{document:,} of {shard.documents:,} in the shard (from 0); this is its token {offset - start:,}"
-         f" of {stop - start:,}"),
+        ("document", f"{document:,} of {shard.documents:,} in the shard (from 0); this is its token"
+         f" {offset - whole.start:,} of {len(whole):,}"),
         ("input", f"{origin}, row {row}"),
         ("source", f"{shard.source} ({shard.split})"),
         ("text", f"{before}⟦{token}⟧{after}"),
@@ -224,30 +209,21 @@ def trace(reader: ShardReader, tokenizer: Tokenizer, place: str) -> str:
 def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
     """The shard and offset that SHARD:OFFSET names; any unambiguous end of a shard's path will do."""
     name, _, number = place.rpartition(":")
-    matching = [
-        s for s in manifest.shards if s.path == name or s.path.removesuffix(".npy").endswith(name.removesuffix(".npy"))
-    ]
+    end = name.removesuffix(".npy")
+    matching = [s for s in manifest.shards if s.path == name or s.path.removesuffix(".npy").endswith(end)]
     if not name or not matching:
         raise UserError(f"--trace {place}: no such shard; expected SHARD:OFFSET, such as {manifest.shards[0].path}:0")
-    if len(matching) > 1 and matching[0].path != name:
-        advice = f"name one, such as {matching[0].path}:{number}"
-        raise UserError(f"--trace {place}: {len(matching)} shards end so; {advice}")
     shard = matching[0]
+    if len(matching) > 1 and shard.path != name:
+        raise UserError(f"--trace {place}: {len(matching)} shards end so; name one, such as {shard.path}:{number}")
     if not number.isdecimal() or int(number) >= shard.tokens:
         raise UserError(f"--trace {place}: offset {number!r}, expected 0 to {shard.tokens - 1}")
     return shard, int(number)
 
 
-def bounds(reader: ShardReader, shard: Shard, document: int) -> tuple[int, int, str, int]:
-    """First token, end (end-of-document id included), input file and row of a document."""
-    index = reader.documents(shard)
-    stop = int(index[document + 1, 0]) if document + 1 < len(index) else shard.tokens
-    return int(index[document, 0]), stop, *shard.origin(int(index[document, 1]))
-
-
-def one_line(text: str) -> str:
-    """Line ends shown as a sign."""
-    return text.replace("\r", "␍").replace("\n", "⏎")
+def decoded(tokenizer: Tokenizer, ids: npt.NDArray[np.uint16]) -> str:
+    """The text of some ids, its line ends shown as a sign."""
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False).replace("\r", "␍").replace("\n", "⏎")
 
 
 if __name__ == "__main__":

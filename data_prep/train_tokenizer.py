@@ -9,9 +9,7 @@ id. The same text gives the same files, byte for byte, with every library that t
 import argparse
 import itertools
 import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -27,19 +25,17 @@ from data_prep import char_ngram
 from data_prep.corpus import read_documents
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.inputs import find_inputs
-from data_prep.shards import MAX_VOCAB_SIZE, fsync_directory, tokenizer_sha256, write_durably
+from data_prep.shards import MAX_VOCAB_SIZE, replace_directory, tokenizer_sha256
 from data_prep.work_units import FORMATS, WorkUnit, cut_units, format_of
 
 EOS_TOKEN = "<|endoftext|>"
-BYTE_IDS = 256
 MAX_CHARACTERS = 1_000_000_000
-MIN_VOCAB_SIZE = 1 + BYTE_IDS
-ALGORITHMS = ("byte_bpe", "char_ngram")
+MIN_VOCAB_SIZE = 1 + 256  # end of document, bytes
 SPECIAL_TOKENS = {
     "byte_bpe": {"bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": EOS_TOKEN},
     "char_ngram": char_ngram.SPECIAL_TOKENS,
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "split_special_tokens": True,
     "clean_up_tokenization_spaces": False,
@@ -72,16 +68,14 @@ def main(argv: list[str] | None = None) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog="python -m data_prep.train_tokenizer", description="Train a tokenizer on text.")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="byte_bpe", help="kind of tokenizer (%(default)s)")
+    parser.add_argument("--algorithm", choices=SPECIAL_TOKENS, default="byte_bpe", help="which kind (%(default)s)")
     size_help = f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, met exactly; {char_ngram.VOCAB_SIZE} for char_ngram"
     parser.add_argument("--vocab-size", type=int, required=True, help=size_help)
     parser.add_argument("--source", nargs="+", required=True, metavar="FILE_OR_GLOB", help="text to learn from")
     parser.add_argument("--format", choices=FORMATS, help="format of the sources (by default from the file's name)")
     parser.add_argument("--text-field", default="text", help="column or JSON field of the text (%(default)s)")
-    parser.add_argument(
-        "--max-characters", type=int, default=MAX_CHARACTERS, metavar="N",
-        help="learn from N characters at most, taken evenly over the sources (%(default)s)",
-    )  # fmt: skip
+    most_help = "learn from N characters at most, taken evenly over the sources (%(default)s)"
+    parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS, metavar="N", help=most_help)
     parser.add_argument("--output-dir", type=Path, required=True, help="directory of the new tokenizer")
     return parser.parse_args(argv)
 
@@ -141,15 +135,9 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int
     """Ids and merges of a byte-level BPE."""
     with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
         path = Path(scratch) / "text"
-        write_text(texts, path)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(text if text.endswith("\n") else text + "\n" for text in texts)
         return fill_byte_bpe(path, vocab_size)
-
-
-def write_text(texts: Iterable[str], path: Path) -> None:
-    """Write all documents to one file, each ending its line."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        for text in texts:
-            file.write(text if text.endswith("\n") else text + "\n")
 
 
 def fill_byte_bpe(text: Path, vocab_size: int) -> tuple[dict[str, int], Merges]:
@@ -164,18 +152,16 @@ def fill_byte_bpe(text: Path, vocab_size: int) -> tuple[dict[str, int], Merges]:
         extra = text.with_name("spellings")
         extra.write_text("".join(spellings(text.read_text(encoding="utf-8"))), encoding="utf-8")
         vocab, merges = build_vocab(learn_merges([text, extra], vocab_size), vocab_size)
-        note = f"the text's words fill {own:,} ids; other spellings of them fill the rest"
-        if len(vocab) == vocab_size:
-            print(f"note: {note}", file=sys.stderr)
-    if len(vocab) < vocab_size:
-        problem = f"this text supports {len(vocab):,} ids"
-        raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
+        if len(vocab) < vocab_size:
+            problem = f"this text supports {len(vocab):,} ids"
+            raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
+        print(f"note: the text's words fill {own:,} ids; other spellings of them fill the rest", file=sys.stderr)
     return vocab, merges
 
 
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
     """BPE merges in order, at least as many as needed where the text has them. Text is cut at line ends."""
-    names = [str(file) for file in files]
+    names = list(map(str, files))
     try:
         import gigabpe
     except ImportError:
@@ -189,10 +175,8 @@ def reference_merges(names: list[str], vocab_size: int) -> Merges:
     """The same merges from `tokenizers`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
-    )
+    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS_TOKEN], **options)
     tokenizer.train(names, trainer)
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
@@ -206,9 +190,7 @@ def spellings(text: str) -> Iterator[str]:
 
 def build_vocab(merges: Merges, vocab_size: int) -> tuple[dict[str, int], Merges]:
     """Ids: end of document, the 256 bytes, then what the merges make, until vocab_size; and the merges used."""
-    vocab = {EOS_TOKEN: 0}
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[byte] = len(vocab)
+    vocab = {token: i for i, token in enumerate([EOS_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     used: Merges = []
     for left, right in merges:
         if len(vocab) == vocab_size:
@@ -230,21 +212,19 @@ def new_tokenizer(vocab: dict[str, int], merges: Merges, special_tokens: Iterabl
 
 def save(tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str]) -> bool:
     """Write the tokenizer's directory in one step; False if it is there already, identical."""
-    config: dict[str, Any] = dict(sorted((CONFIG | special_tokens).items()))
-    files = {
-        "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-    }
+    config = json.dumps(CONFIG | special_tokens, indent=2, sort_keys=True)
+    texts = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": config}
+    files = {name: f"{text}\n".encode() for name, text in texts.items()}
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         if all((output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name] for name in files):
             return False
         raise UserError(f"{output_dir}: holds something else; choose another --output-dir, or remove that one")
-    staged = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    for name, content in files.items():
-        write_durably(staged / name, content)
-    os.replace(staged, output_dir)
-    fsync_directory(output_dir.absolute().parent)
+
+    def write(directory: Path) -> None:
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+
+    replace_directory(output_dir, write)
     return True
 
 

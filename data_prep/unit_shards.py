@@ -12,7 +12,7 @@ import itertools
 import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,24 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_prep import pretokenized
-from data_prep.corpus import Documents, check_unchanged, clean, read_documents
+from data_prep import pretokenized, shards
+from data_prep.corpus import Documents, all_rows, check_unchanged, clean, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
 from data_prep.errors import UserError
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
-from data_prep.shards import (
-    FORMAT_VERSION,
-    SPLITS,
-    TOKEN_DTYPE,
-    UNITS_NAME,
-    Index,
-    ShardFacts,
-    ShardWriter,
-    Tokens,
-    digest_file,
-    write_durably,
-)
+from data_prep.shards import SPLITS, TOKEN_DTYPE, Index, ShardFacts, ShardWriter, Tokens, digest_file, write_durably
 from data_prep.work_units import WorkUnit
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
@@ -67,30 +56,6 @@ class UnitResult:
 
 class StoppedError(Exception):
     """Another unit met an error; this one is given up."""
-
-
-class SplitWriter:
-    """What comes together for one split of a unit; its file appears with the first document."""
-
-    def __init__(self, split: str, path: Path) -> None:
-        self.split, self.path = split, path
-        self.writer: ShardWriter | None = None
-        self.documents = self.text_bytes = self.text_characters = 0
-
-    def add(self, tokens: Tokens, starts: Offsets, rows: npt.NDArray[np.uint64]) -> None:
-        """Append whole documents: their tokens, where each starts in them, and their rows."""
-        self.writer = self.writer or ShardWriter(self.path)
-        self.writer.add(tokens, starts, rows)
-        self.documents += len(rows)
-
-    def finish(self) -> ShardFacts:
-        """Put the shard on the disk."""
-        assert self.writer is not None
-        digest, index_digest = self.writer.finish()
-        return ShardFacts(
-            split=self.split, tokens=self.writer.tokens, documents=self.documents, text_bytes=self.text_bytes,
-            text_characters=self.text_characters, xxh3_128=digest, index_xxh3_128=index_digest,
-        )  # fmt: skip
 
 
 class UnitBuilder:
@@ -142,7 +107,7 @@ class UnitBuilder:
         if (finished := self._finished(unit, signature)) is not None:
             progress.add(unit.size_bytes, 0)
             return finished
-        splits = {split: SplitWriter(split, self.output_dir / shard_path(split, unit)) for split in SPLITS}
+        splits = [ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS]
         try:
             encoder = encoders.get()
             try:
@@ -150,17 +115,16 @@ class UnitBuilder:
                 rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
             finally:
                 encoders.put(encoder)
-            shards = tuple(part.finish() for part in splits.values() if part.documents)
+            written = tuple(part.finish() for part in splits if part.documents)
         finally:
-            for part in splits.values():
-                if part.writer is not None:
-                    part.writer.close()
-        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=shards)
+            for part in splits:
+                part.close()
+        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
         write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
         return result
 
     def _encode_unit(
-        self, unit: WorkUnit, encoder: Encoder, splits: dict[str, SplitWriter], progress: Progress
+        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter], progress: Progress
     ) -> tuple[int, int, Reasons]:
         """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
         rows = empty = taken = 0
@@ -169,8 +133,7 @@ class UnitBuilder:
             if self._stopping.is_set():
                 raise StoppedError
             if len(documents.texts):
-                is_first = not any(part.documents for part in splits.values())
-                self._add(unit, documents, encoded, encoder, splits, is_first=is_first)
+                self._add(unit, documents, encoded, encoder, splits)
             rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
             taken += documents.input_bytes
             progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
@@ -197,38 +160,31 @@ class UnitBuilder:
         check_unchanged(unit)
         row, eos_id = 0, self.tokenizer.eos_id
         for ids, offsets, taken in pretokenized.read_ids(unit.files[0], unit.format, unit.start, unit.stop, eos_id):
-            if len(ids) and ids.max() >= self.tokenizer.vocab_size:
-                size = self.tokenizer.vocab_size
+            if len(ids) and ids.max() >= (size := self.tokenizer.vocab_size):
                 raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
             if len(special := ids[np.isin(ids, list(self.tokenizer.special_tokens.values()))]):
                 token = self.tokenizer.reference.id_to_token(int(special[0]))
                 raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
-            count = len(offsets) - 1
-            documents = Documents(
-                texts=encoder.decode(ids, offsets), rows=np.arange(count, dtype=np.uint64), rows_read=count,
-                input_bytes=taken,
-            )  # fmt: skip
-            documents = clean(unit, documents, row)
-            kept = np.zeros(count, bool)
-            kept[documents.rows.astype(np.int64) - row] = True
+            documents = clean(unit, all_rows(encoder.decode(ids, offsets), taken), row)
             lengths = np.diff(offsets)
+            kept = np.isin(np.arange(row, row + len(lengths)), documents.rows)
             yield documents, (ids[np.repeat(kept, lengths)], np.append(0, np.cumsum(lengths[kept])))
-            row += count
+            row += len(lengths)
 
     def _add(
-        self, unit: WorkUnit, documents: Documents, encoded: Encoded | None, encoder: Encoder,
-        splits: dict[str, SplitWriter], *, is_first: bool,
-    ) -> None:  # fmt: skip
-        """Encode a batch, prove it, and add its documents to their splits."""
+        self, unit: WorkUnit, documents: Documents, encoded: Encoded | None, encoder: Encoder, parts: list[ShardWriter]
+    ) -> None:
+        """Encode a batch, prove some of it and at least one document of a unit, and add all to their splits."""
         ids, offsets = encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
-        for i in _parity_sample(hashes, at_least_one=is_first):
+        sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
+        for i in sample or ([] if any(part.documents for part in parts) else [int(hashes.argmin())]):
             self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder, is_import=encoded is not None)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
         lengths = pc.binary_length(documents.texts).to_numpy()
         characters = pc.utf8_length(documents.texts).to_numpy()
-        for part, chosen in zip(splits.values(), (~is_validation, is_validation), strict=True):
+        for part, chosen in zip(parts, (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
@@ -239,16 +195,11 @@ class UnitBuilder:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
         if len(ids) and ids.max() >= self.tokenizer.vocab_size:
             raise UserError(f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
-        documents = len(offsets) - 1
-        starts = offsets + np.arange(documents + 1)
-        tokens = np.full(len(ids) + documents, self.tokenizer.eos_id, TOKEN_DTYPE)
-        is_text = np.ones(len(tokens), bool)
-        is_text[starts[1:] - 1] = False
-        tokens[is_text] = ids
-        if np.count_nonzero(tokens == self.tokenizer.eos_id) != documents:
+        tokens = np.insert(ids.astype(TOKEN_DTYPE), offsets[1:], self.tokenizer.eos_id)
+        if np.count_nonzero(tokens == self.tokenizer.eos_id) != len(offsets) - 1:
             problem = f"some text encodes to eos_token {self.tokenizer.eos_token!r}"
             raise UserError(f"{self.tokenizer.directory}: {problem}; name a token that text never gives")
-        return tokens, starts
+        return tokens, offsets + np.arange(len(offsets))
 
     def _prove(
         self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder, *, is_import: bool
@@ -265,14 +216,12 @@ class UnitBuilder:
             got = got[: len(expected)]
         elif is_cut:
             got, _ = encoder.encode(pa.array([text], pa.large_string()))
-        if np.array_equal(got, expected):
-            return
-        document = f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}"
-        if is_import:
-            own = f"its ids are not what {self.tokenizer.directory} gives for their text"
-            raise UserError(f"{document}: {own}; name the tokenizer that made them")
-        different = f"{encoder.name} and tokenizers give different ids"
-        raise UserError(f"{document}: {different}; build with --encoder tokenizers")
+        if not np.array_equal(got, expected):
+            problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
+            if is_import:
+                own = f"its ids are not what {self.tokenizer.directory} gives for their text"
+                problem = f"{own}; name the tokenizer that made them"
+            raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
 
 
 def shard_path(split: str, unit: WorkUnit) -> str:
@@ -282,13 +231,13 @@ def shard_path(split: str, unit: WorkUnit) -> str:
 
 def record_path(unit: WorkUnit) -> str:
     """Where the record of a finished unit lies in the data set."""
-    return f"{UNITS_NAME}/{unit.source}/{unit.name}.json"
+    return f"{shards.UNITS_NAME}/{unit.source}/{unit.name}.json"
 
 
 def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: float) -> str:
     """All that the shards of a unit depend on, as a digest."""
     about = asdict(unit) | {"skip_bad": None, "tokenizer": tokenizer_sha256, "validation": validation_fraction}
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
 
 
 def record_bytes(signature: str, result: UnitResult) -> bytes:
@@ -307,9 +256,9 @@ def read_record(path: Path, signature: str) -> UnitResult | None:
         content: dict[str, Any] = json.loads(path.read_bytes())
         if content.pop("seal") != _seal(signature, content):
             return None
-        shards = tuple(ShardFacts(**shard) for shard in content.pop("shards"))
+        written = tuple(ShardFacts(**shard) for shard in content.pop("shards"))
         bad = [(int(row), str(reason)) for row, reason in content.pop("bad_documents")]
-        return UnitResult(shards=shards, bad_documents=bad, **content)
+        return UnitResult(shards=written, bad_documents=bad, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -330,11 +279,6 @@ def hash_texts(texts: pa.LargeStringArray) -> Index:
     view = memoryview(data)
     hashes = (xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds))
     return np.fromiter(hashes, np.uint64, len(texts))
-
-
-def _parity_sample(hashes: Index, *, at_least_one: bool) -> Iterable[int]:
-    sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
-    return sample or ([int(hashes.argmin())] if at_least_one else [])
 
 
 def _runs(chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -18,32 +18,14 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from data_prep import shards
 from data_prep.build_plan import make_plan
 from data_prep.build_shards import BUILD_NAME, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import load_mixture, mixture_path
 from data_prep.ranks import Progress, SingleProcess
-from data_prep.shards import (
-    INDEX_DTYPE,
-    LOCK_NAME,
-    MANIFEST_NAME,
-    REBUILD,
-    SHARD_HEADER_BYTES,
-    SPLITS,
-    TOKEN_DTYPE,
-    TOKENIZER_FILES,
-    TOKENIZER_NAME,
-    UNITS_NAME,
-    Manifest,
-    Shard,
-    digest_file,
-    fsync_directory,
-    load_manifest,
-    lock,
-    open_array,
-    tokenizer_sha256,
-)
+from data_prep.shards import LOCK_NAME, MANIFEST_NAME, REBUILD, TOKEN_DTYPE, TOKENIZER_NAME, Manifest, Shard
 from data_prep.unit_shards import UnitBuilder, shard_path
 
 CHUNK_TOKENS = 1 << 20
@@ -62,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir
     started = time.perf_counter()
-    manifest = load_manifest(data_dir)
+    manifest = shards.load_manifest(data_dir)
     with contextlib.ExitStack() as held:
         if arguments.repair:
-            held.enter_context(lock(data_dir, "building or repairing it", "DATASET"))
+            held.enter_context(shards.lock(data_dir, "building or repairing it", "DATASET"))
             held.callback((data_dir / LOCK_NAME).unlink)
         problems = list(find_problems(data_dir, manifest))
         for _, problem in problems:
@@ -91,7 +73,7 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     if built.is_file() and manifest.fingerprint not in built.read_text(encoding="utf-8"):
         other = f"fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
         yield None, f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
-    if tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
+    if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         yield None, f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
 
     def check(shard: Shard) -> list[Problem]:
@@ -124,7 +106,7 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     if not path.is_file():
         raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
-    is_own_good = tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
+    is_own_good = shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
     tokenizer = load_tokenizer(mixture.tokenizer_dir)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
@@ -133,7 +115,7 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         write_tokenizer(data_dir, tokenizer)
     plan = make_plan(mixture, tokenizer)
     names = {shard.path for shard in bad}
-    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in SPLITS}]
+    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}]
     scratch = data_dir / "repair.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     builder = UnitBuilder(
@@ -144,13 +126,13 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         builder.build(units, Progress(SingleProcess(), sum(unit.size_bytes for unit in units)))
         for shard in bad:
             for digest, name in ((shard.xxh3_128, shard.path), (shard.index_xxh3_128, shard.index_path)):
-                if not (scratch / name).is_file() or digest_file(scratch / name) != digest:
+                if not (scratch / name).is_file() or shards.digest_file(scratch / name) != digest:
                     where = f"{shard.inputs[0]}: rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
                     raise UserError(f"{where}: not the text any more that {shard.path} was made of; bring it back")
         for name in sorted({path for shard in bad for path in (shard.path, shard.index_path)}):
             (data_dir / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch / name, data_dir / name)
-            fsync_directory((data_dir / name).parent)
+            shards.fsync_directory((data_dir / name).parent)
             print(f"repaired: {data_dir / name}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -159,8 +141,8 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
     """The index is as the manifest says, and its rows lie in the unit, in order; returns the documents' starts."""
     path = data_dir / shard.index_path
-    index = open_array(data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
-    if digest_file(path) != shard.index_xxh3_128:
+    index = shards.open_array(data_dir, shard.index_path, shards.INDEX_DTYPE, (shard.documents, 2))
+    if shards.digest_file(path) != shard.index_xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     rows = index[:, 1].astype(np.int64)
     if not len(rows) or rows[0] < 0 or rows[-1] >= shard.rows or (np.diff(rows) <= 0).any():
@@ -171,11 +153,11 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
     """The ids are as the manifest says, below vocab_size, and documents end where a good index says."""
     path = data_dir / shard.path
-    open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
     state, ends, largest, position = xxhash.xxh3_128(), [], 0, 0
     buffer = np.empty(CHUNK_TOKENS, TOKEN_DTYPE)
     with path.open("rb", buffering=0) as file:
-        state.update(file.read(SHARD_HEADER_BYTES))
+        state.update(file.read(shards.SHARD_HEADER_BYTES))
         while count := file.readinto(buffer) // TOKEN_DTYPE.itemsize:  # type: ignore[arg-type]
             chunk = buffer[:count]
             state.update(chunk.data)
@@ -195,11 +177,11 @@ def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offse
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in TOKENIZER_FILES)}
+    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)}
     known.update(path for shard in manifest.shards for path in (shard.path, shard.index_path))
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
-        if name not in known and not (name.startswith(f"{UNITS_NAME}/") and name.endswith(".json")):
+        if name not in known and not (name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")):
             yield f"{path}: not part of the data set; {REMOVE}"
 
 

@@ -6,7 +6,7 @@ of row groups, a range of bytes cut at line ends, a few text files, or a whole f
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
 UNITS_OF_A_SOURCE = 256  # about so many, within the limits above
 LISTING_THREADS = 16
 JSONL_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
-FORMATS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv", "save_to_disk", *pretokenized.FORMATS)
+ENDINGS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv")  # of files' names, each a format
+FORMATS = (*ENDINGS, "save_to_disk", *pretokenized.FORMATS)
 FORMATS_WITHOUT_FIELD = ("txt", *pretokenized.FORMATS)
 FIRST_BYTES = {  # 8 at most; none of them begins text
     b"PAR1\x15": ("parquet", "parquet"), b"ARROW1\0\0": ("arrow", "arrow"), b"\xff\xff\xff\xff": ("arrow", "arrow"),
@@ -56,10 +57,9 @@ class WorkUnit:
 
 def format_of(name: str, where: str) -> str:
     """The format that a file's name tells. Raises UserError if it tells none."""
-    endings = {"parquet": "parquet", "txt": "txt", "arrow": "arrow", "csv": "csv"} | {f: f for f in JSONL_FORMATS}
-    for ending, format_ in endings.items():
+    for ending in ENDINGS:
         if name.endswith("." + ending):
-            return format_
+            return ending
     raise UserError(f"{where}: the format of {name} is not known from its name; give one of {', '.join(FORMATS)}")
 
 
@@ -70,8 +70,9 @@ def cut_units(
     """Cut a source's files into work units; a function of the files alone."""
     size = unit_bytes or min(max(sum(file.size for file in files) // UNITS_OF_A_SOURCE, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     if format == "txt":
-        grouped = groups(files, size)
-        ranges = [[(0, len(group), sum(file.size for file in group))] for group in grouped]
+        runs = runs_within((file.size for file in files), size)
+        grouped = [files[start:stop] for start, stop, _ in runs]
+        ranges = [[(0, stop - start, run_bytes)] for start, stop, run_bytes in runs]
     else:
         grouped = [[file] for file in files]
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
@@ -91,18 +92,15 @@ def _stem(file: InputFile) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", Path(file.name).name.split(".")[0])[:60]
 
 
-def groups(files: Sequence[InputFile], limit_bytes: int) -> list[list[InputFile]]:
-    """Runs of neighbouring files within limit_bytes; a larger file is a run by itself."""
-    found: list[list[InputFile]] = []
-    size = 0
-    for file in files:
-        if found and size + file.size <= limit_bytes:
-            found[-1].append(file)
+def runs_within(sizes: Iterable[int], limit: int, first: int = 0) -> list[Range]:
+    """Runs of neighbours within a limit of bytes, numbered from `first`; a larger one is a run by itself."""
+    runs: list[Range] = []
+    for number, size in enumerate(sizes, first):
+        if runs and runs[-1][2] + size <= limit:
+            runs[-1] = (runs[-1][0], number + 1, runs[-1][2] + size)
         else:
-            found.append([file])
-            size = 0
-        size += file.size
-    return found
+            runs.append((number, number + 1, size))
+    return runs
 
 
 def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, unit_bytes: int) -> list[Range]:
@@ -124,15 +122,8 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
 
 
 def row_group_runs(file: pq.ParquetFile, numbers: range, text_field: str | None, limit_bytes: int) -> list[Range]:
-    """Runs of row groups (start, stop, bytes) within limit_bytes; a larger row group is a run by itself."""
-    runs: list[Range] = []
-    for group in numbers:
-        size = _column_bytes(file, group, text_field)
-        if runs and runs[-1][2] + size <= limit_bytes:
-            runs[-1] = (runs[-1][0], group + 1, runs[-1][2] + size)
-        else:
-            runs.append((group, group + 1, size))
-    return runs
+    """Runs of row groups within limit_bytes of text."""
+    return runs_within((_column_bytes(file, group, text_field) for group in numbers), limit_bytes, numbers.start)
 
 
 def _column_bytes(file: pq.ParquetFile, group: int, text_field: str | None) -> int:
@@ -174,8 +165,7 @@ def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> 
         raise UserError(f"{file.url}: damaged (the name of a column is not UTF-8); fetch or write it again") from None
     type_ = schema.field(schema.names.index(text_field)).type
     value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any(check(value_type) for check in is_text):
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(f"{file.url}: column {text_field!r} is of type {type_}, expected string; set text_field")
 
 

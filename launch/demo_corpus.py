@@ -36,9 +36,8 @@ def write_demo_corpus(output_dir: Path) -> None:
     staged = output_dir / "corpus.parquet.tmp"
     pq.write_table(pa.table({"id": names, "text": texts}), staged, row_group_size=64)
     os.replace(staged, output_dir / "corpus.parquet")
-    print(
-        f"{output_dir / 'corpus.parquet'}: {len(texts)} documents, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB"
-    )
+    size = sum(len(text.encode()) for text in texts)
+    print(f"{output_dir / 'corpus.parquet'}: {len(texts)} documents, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

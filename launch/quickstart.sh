@@ -15,8 +15,7 @@ case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
 esac
-here=$(cd "$(dirname "$0")" && pwd)
-run_dir=$(mkdir -p "${1:-$here/../runs/quickstart}" && cd "${1:-$here/../runs/quickstart}" && pwd)
+run_dir=$(mkdir -p "${1:-$REPOSITORY/runs/quickstart}" && cd "${1:-$REPOSITORY/runs/quickstart}" && pwd)
 steps=${STEPS:-320}
 need_count STEPS "$steps" 2
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint

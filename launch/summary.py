@@ -8,6 +8,7 @@ import argparse
 import gzip
 import json
 import lzma
+import math
 import textwrap
 import time
 from pathlib import Path
@@ -19,12 +20,11 @@ from data_prep.shards import ShardReader, write_durably
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60
-SUMMARY_NAME = "summary.json"
 
 
-def held_out_text(reader: ShardReader, data_dir: Path) -> bytes:
+def held_out_text(reader: ShardReader) -> bytes:
     """The text of the validation documents, decoded from the shards: byte for byte what went in."""
-    tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(reader.data_dir / "tokenizer" / "tokenizer.json"))
     shards = reader.manifest.shards_of("validation")
     texts = [tokenizer.decode(reader.tokens(shard).tolist(), skip_special_tokens=True) for shard in shards]
     text = "".join(texts).encode()
@@ -44,9 +44,8 @@ def generate(hf_dir: Path, prompt: str) -> str:
     torch.manual_seed(0)
     ids = torch.tensor([tokenizer.encode(prompt)])
     with torch.no_grad():
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
-        )
+        mask = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50)
     return str(tokenizer.decode(output[0].tolist(), skip_special_tokens=True))
 
 
@@ -56,12 +55,11 @@ def measure(run_dir: Path, started: float | None, stopped_at_step: int) -> dict[
     from pretrain.run_directory import read_metrics
 
     checkpoint = load_for_reading(run_dir)
-    data_dir = run_dir / "dataset"
-    reader = ShardReader(data_dir)
-    text = held_out_text(reader, data_dir)
+    reader = ShardReader(run_dir / "dataset")
+    text = held_out_text(reader)
     evaluation = json.loads((run_dir / "evaluation.json").read_bytes())
     metrics = read_metrics(run_dir)
-    sizes = {name: _elements(shape) for name, shape in checkpoint.shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     return {
         "vocab_size": reader.manifest.vocab_size,
         "parameters": sum(sizes.values()),
@@ -70,9 +68,7 @@ def measure(run_dir: Path, started: float | None, stopped_at_step: int) -> dict[
         "steps": checkpoint.step,
         "stopped_at_step": stopped_at_step,
         "tokens_per_s": metrics[-1]["tokens"] / sum(line["step_s"] for line in metrics),
-        "val_loss": evaluation["loss"],
-        "val_perplexity": evaluation["perplexity"],
-        "val_bits_per_byte": evaluation["bits_per_byte"],
+        **{f"val_{figure}": evaluation[figure] for figure in ("loss", "perplexity", "bits_per_byte")},
         "val_text_bytes": len(text),
         "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
@@ -85,24 +81,12 @@ def measure(run_dir: Path, started: float | None, stopped_at_step: int) -> dict[
     }
 
 
-def _elements(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def bar(value: float, longest: float) -> str:
-    """A bar of a width proportional to the value."""
-    return "█" * round(32 * value / longest)
-
-
 def page(summary: dict[str, Any]) -> str:
     """The summary as a page of text."""
     compressors = {"gzip -9": summary["gzip_bits_per_byte"], "xz -9": summary["xz_bits_per_byte"]}
     figures = {**compressors, "this model": summary["val_bits_per_byte"]}
     longest = max(figures.values())
-    chart = "\n".join(f"    {name:<11} {value:5.3f}  {bar(value, longest)}" for name, value in figures.items())
+    chart = "\n".join(f"    {name:<11} {v:5.3f}  {'█' * round(32 * v / longest)}" for name, v in figures.items())
     sample = textwrap.fill(summary["sample"].replace("\n", " "), 76, initial_indent="    ", subsequent_indent="    ")
     seconds = summary["seconds"]
     whole_job = f"  whole job    {seconds // 60:.0f} min {seconds % 60:.0f} s\n" if seconds else ""
@@ -135,7 +119,7 @@ def main() -> None:
     parser.add_argument("--started", type=float, help="when the whole job started, in seconds since 1970")
     parser.add_argument("--stopped-at-step", type=int, default=0, help="where training was stopped and resumed")
     flags = parser.parse_args()
-    path = flags.run_dir / SUMMARY_NAME
+    path = flags.run_dir / "summary.json"
     if flags.show:
         summary = json.loads(path.read_bytes())
     else:

@@ -95,15 +95,13 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[Score, dict[s
     masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)  # not in checkpoints of old
     module = LanguageModelLoss(model, eos_id=reader.manifest.eos_id if masked else None).to(device).eval()
     windows = ValidationWindows(reader, seq_len=model.config.seq_len)
-    manifest = reader.manifest
-    shards = manifest.shards_of("validation")
+    shards = reader.manifest.shards_of("validation")
     names = list(dict.fromkeys(shard.source for shard in shards))
-    ends = np.cumsum([manifest.tokens("validation", name) for name in names], dtype=np.int64)
+    ends = np.cumsum([reader.manifest.tokens("validation", name) for name in names], dtype=np.int64)
     nats, targets = source_totals(module, windows, ends)
     text_bytes = [sum(s.text_bytes for s in shards if s.source == name) for name in names]
-    by_source = {
-        name: score(float(n), int(t), b) for name, n, t, b in zip(names, nats, targets, text_bytes, strict=True)
-    }
+    of_sources = zip(names, nats.tolist(), targets.tolist(), text_bytes, strict=True)
+    by_source = {name: score(n, t, b) for name, n, t, b in of_sources}
     return score(float(nats.sum()), int(targets.sum()), sum(text_bytes)), by_source
 
 

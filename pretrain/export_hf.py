@@ -10,10 +10,9 @@ equal bit for bit.
 """
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import TOKENIZER_NAME, fsync_directory
+from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import EVALUATION_NAME, Score
@@ -57,11 +56,6 @@ def gpt_neox_name(name: str) -> str:
     return name
 
 
-def code_table(config: TableFreeConfig) -> Tensor:
-    """The fixed codes of all ids as an embedding table, (V, D), fp32."""
-    return TokenCode(config)(torch.arange(config.vocab_size)[None], torch.float32)[0]
-
-
 def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of the model as trained."""
     config.architectures = ["TableFreeForCausalLM"]
@@ -75,8 +69,8 @@ def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights,
 def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of a stock GPT-NeoX that computes the same."""
     weights = {gpt_neox_name(name): parameter for name, parameter in masters.items()}
-    if config.input_embedding != "learned":
-        weights["gpt_neox.embed_in.weight"] = code_table(config)
+    if config.input_embedding != "learned":  # the codes of all ids, (V, D), stand in for a trained table
+        weights["gpt_neox.embed_in.weight"] = TokenCode(config)(torch.arange(config.vocab_size)[None], torch.float32)[0]
     stock = GPTNeoXConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads, intermediate_size=4 * config.d_model,
@@ -154,36 +148,12 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
 
 
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Write a directory beside, flush it, then put it in place of the old one."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")
-    for leftover in (staged, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir()
-    try:
-        write(staged)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    for file in staged.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_directory(staged)
-    if directory.exists():
-        os.rename(directory, old)
-    os.rename(staged, directory)
-    fsync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> None:
     """Export the newest good checkpoint of a run."""
     checkpoint = load_for_reading(run_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        is_export = (output_dir / "model.safetensors").is_file() and (output_dir / "config.json").is_file()
-        if not is_export:
-            raise UserError(f"--output-dir {output_dir}: holds something else than an export; give an empty directory")
+    is_export = (output_dir / "model.safetensors").is_file() and (output_dir / "config.json").is_file()
+    if not is_export and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"--output-dir {output_dir}: holds something else than an export; give an empty directory")
     replace_directory(output_dir, lambda staged: write_export(run_dir, checkpoint, staged, architecture, dtype))
     print(f"{output_dir}: {architecture} in {dtype}, from {checkpoint.path}")
 

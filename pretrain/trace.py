@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.errors import CommandParser, UserError, exit_code
@@ -38,13 +37,9 @@ def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
     position, end = place.start, place.start + loader.seq_len + 1
     while position < end:
         shard, start = stream.locate(position)
-        index = stream.reader.documents(shard)
-        number = int(np.searchsorted(index[:, 0], start, side="right"))
-        document_stop = int(index[number, 0]) if number < len(index) else shard.tokens
-        document_start, row = index[number - 1].tolist()
-        offsets = range(start, min(start + end - position, document_stop))
-        document = range(document_start, document_stop)
-        yield Part(shard=shard, offsets=offsets, document=document, origin=shard.origin(row))
+        document, origin = stream.reader.document(shard, stream.reader.document_at(shard, start))
+        offsets = range(start, min(start + end - position, document.stop))
+        yield Part(shard=shard, offsets=offsets, document=document, origin=origin)
         position += len(offsets)
 
 

@@ -170,7 +170,6 @@ def test_a_remote_file_reads_like_a_local_one(content: bytes, operations: Sequen
     local, remote = io.BytesIO(content), open_input(the_one(url))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "REQUEST_BYTES", 16)
-        patch.setattr(inputs, "LINE_BYTES", 5)
         for name, number in operations:
             assert getattr(remote, name)(number) == getattr(local, name)(number)
             assert remote.tell() == local.tell()

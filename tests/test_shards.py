@@ -96,7 +96,7 @@ def test_a_shard_written_in_pieces_is_the_shard_written_at_once(
     base = tmp_path_factory.mktemp("shard")
     pieces = [[[0]], *pieces]
     documents = [*chain(*pieces)]
-    writer = ShardWriter(base / "a.npy")
+    writer = ShardWriter(base / "a.npy", "train")
     row = 0
     for piece in pieces:
         starts = np.cumsum([0, *map(len, piece)])[:-1]
@@ -104,12 +104,15 @@ def test_a_shard_written_in_pieces_is_the_shard_written_at_once(
         row += len(piece)
     index = np.stack([np.cumsum([0, *map(len, documents)])[:-1], np.arange(row)], axis=1).astype(INDEX_DTYPE)
     tokens = np.array([*chain(*documents)], TOKEN_DTYPE)
-    assert writer.finish() == (write_array(base / "b.npy", tokens), write_array(base / "b.index.npy", index))
+    facts = writer.finish()
+    assert (facts.tokens, facts.documents) == (len(tokens), len(documents))
+    assert facts.xxh3_128 == write_array(base / "b.npy", tokens)
+    assert facts.index_xxh3_128 == write_array(base / "b.index.npy", index)
     assert sorted(path.name for path in base.iterdir()) == ["a.documents.npy", "a.npy", "b.index.npy", "b.npy"]
 
 
 def test_a_shard_given_up_leaves_nothing(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "a.npy")
+    writer = ShardWriter(tmp_path / "a.npy", "train")
     writer.add(np.array([1], TOKEN_DTYPE), np.array([0]), np.array([0], np.uint64))
     writer.close()
     assert not list(tmp_path.iterdir())

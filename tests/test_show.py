@@ -20,6 +20,11 @@ from data_prep.shards import ShardReader
 pytest_plugins = ("prep_fixtures",)
 
 
+def one_line(text: str) -> str:
+    """Line ends as `show` writes them."""
+    return text.replace("\r", "␍").replace("\n", "⏎")
+
+
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     show.main(list(arguments))
@@ -202,7 +207,7 @@ def test_samples_are_the_beginnings_of_documents(
     samples = [block.splitlines() for block in out.split("\n\n") if re.match("(train|validation) · ", block)]
     lines = [text.removeprefix("  ").removesuffix("…") for _, text in samples]
     assert len(lines) == 6
-    beginnings = {show.one_line(text)[: show.SAMPLE_CHARACTERS] for text in texts}
+    beginnings = {one_line(text)[: show.SAMPLE_CHARACTERS] for text in texts}
     assert set(lines) <= beginnings | {text.rstrip() for text in beginnings}
 
 
@@ -217,7 +222,7 @@ def test_trace_names_the_document_of_every_token(dataset: Path) -> None:
             assert f"\ninput        {origin}, row {row}\n" in out
             assert f"\ndocument     {document:,} of {shard.documents:,}" in out
             assert "its token 0 of" in out
-            text = show.one_line(documents[origin, row])
+            text = one_line(documents[origin, row])
             around = out.split("text         ⟦", 1)[1].replace("⟧", "", 1)
             assert text.startswith(around) or not text.isascii()  # a token may hold a part of a character
 

@@ -14,7 +14,7 @@ from prep_helpers import build, contents, flip_byte, source, stamps, write_jsonl
 
 from data_prep import verify
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, load_manifest, lock
+from data_prep.shards import Manifest, digest_file, load_manifest, lock
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -102,7 +102,7 @@ def test_documents_that_end_elsewhere(copy: Path, capsys: pytest.CaptureFixture[
     index = np.load(path)
     index[1, 0] += 1
     np.save(path, index)
-    rewrite(copy, lambda content: content["shards"][0].update(index_xxh3_128=verify.digest_file(path)))
+    rewrite(copy, lambda content: content["shards"][0].update(index_xxh3_128=digest_file(path)))
     (line,) = bad_lines(copy, capsys)
     assert f"{copy / shard.path}: documents don't end where {shard.index_path} says" in line
 
@@ -113,7 +113,7 @@ def test_rows_out_of_order(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     index = np.load(path)
     index[1, 1] = index[0, 1]
     np.save(path, index)
-    rewrite(copy, lambda content: content["shards"][0].update(index_xxh3_128=verify.digest_file(path)))
+    rewrite(copy, lambda content: content["shards"][0].update(index_xxh3_128=digest_file(path)))
     (line,) = bad_lines(copy, capsys)
     assert f"{path}: rows are not increasing" in line
 
