@@ -111,7 +111,8 @@ def abort_on_defect(comm: Communicator) -> Iterator[None]:
     except BaseException as error:
         if comm.size > 1:
             if not isinstance(error, KeyboardInterrupt):
-                traceback.print_exc()
+                print(traceback.format_exc(), file=sys.stderr, flush=True)
+                time.sleep(POLL_SECONDS)  # launchers end the job at once, and what they have not read by then is lost
             comm.Abort(1)  # type: ignore[attr-defined]
         raise
 

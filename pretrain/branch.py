@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards import fsync_directory
-from pretrain.checkpoint import Checkpoint, checkpoints_dir, publish
+from pretrain.checkpoint import Checkpoint, checkpoints_dir, publish, saved_steps
 from pretrain.config import (
     MAY_CHANGE_ON_RESUME,
     Recipe,
@@ -23,21 +23,33 @@ from pretrain.config import (
 )
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 from pretrain.optim import learning_rate
-from pretrain.run_directory import METRICS_NAME
+from pretrain.run_directory import METRICS_NAME, read_state, write_state
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"train_tokens", *dotted_keys(ScheduleRecipe, "schedule.")}
 
 
-def open_origin(path: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str) -> Checkpoint:
-    """The checkpoint to branch from. Raises UserError if this run could not have made its steps."""
+def open_origin(
+    path: Path, run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str
+) -> Checkpoint | None:
+    """The checkpoint to branch from; None where that was done, and the branch goes on from its own.
+
+    Raises UserError if this run could not have made its steps, or is another run already.
+    """
     origin = f"--branch-from {path}"
+    if saved_steps(run_dir):
+        before = read_state(run_dir).get("branched_from")
+        if before != str(path.resolve()):
+            made = f"branched from {before}" if before else "of a run of its own"
+            raise UserError(
+                f"{origin}: {run_dir} has checkpoints already, {made}; leave the flag out to continue that run, or "
+                f"give another --run-dir"
+            )
+        return None
     try:
         checkpoint = Checkpoint(path)
-        damage = checkpoint.damage()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        damage = f"{type(error).__name__}: {error}"
-    if damage:
-        raise UserError(f"{origin}: not a whole checkpoint, such as RUN_DIR/checkpoints/step-00001000: {damage}")
+        there = ", ".join(step.name for step in saved_steps(path.parent.parent)) or "none"
+        raise UserError(f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}") from None
     manifest = checkpoint.manifest
     old = build_recipe(manifest["recipe"], str(path))
     refuse_changes({"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin)
@@ -64,7 +76,7 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
 
 
 def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
-    """Make the checkpoint, and the metrics before it, the new run's own."""
+    """Make the checkpoint, and the metrics before it, the new run's own. Its digests are checked when it is loaded."""
     home = checkpoints_dir(run_dir)
     staging = home / f".{origin.path.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
@@ -76,4 +88,5 @@ def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     metrics = origin.path.parent.parent / METRICS_NAME
     if metrics.is_file():
         shutil.copyfile(metrics, run_dir / METRICS_NAME)  # cut back to the checkpoint when training starts
+    write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
     publish(staging, home / origin.path.name)

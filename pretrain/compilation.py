@@ -8,6 +8,7 @@ are: other batch shapes there cannot cause a recompilation.
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,9 @@ def run_block(block: Block, *inputs: Any) -> Tensor:
 
 def apply_compile(model: TableFreeForCausalLM) -> None:
     """Compile the blocks, for training; comes after `apply_activation_checkpointing`. No parameter's name changes."""
-    # It says at every start that a checkpointed region should have no in-place operators; a block has none.
-    logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
+    # They say at every start that a checkpointed region should have no in-place operators; a block has none.
+    for module in ("_dynamo.variables.higher_order_ops", "_higher_order_ops.wrap"):
+        logging.getLogger(f"torch.{module}").setLevel(logging.ERROR)
     compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
     for index in range(len(model.layers)):
         run = model.block_runners.get(index, run_block)
@@ -45,8 +47,9 @@ def compiled_graphs() -> int:
 
 def check_compiler(device_type: str) -> None:
     """Raise UserError unless torch.compile finds its compilers here: C++ for a CPU, Triton and C for a GPU."""
-    needed = [os.environ.get("CXX", "g++")] if device_type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    missing = "" if any(map(shutil.which, needed)) else f"a compiler ({' or '.join(needed)})"
+    commands = [os.environ.get("CXX", "g++")] if device_type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    found = any(shutil.which(shlex.split(command)[0]) for command in commands)  # such as `ccache g++`
+    missing = "" if found else f"a compiler ({' or '.join(commands)})"
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = "Triton (the package triton)"
     if missing:

@@ -306,8 +306,8 @@ def check_schedule(recipe: Recipe, origin: str) -> None:
     decay = schedule.decay(total) if schedule.kind == "wsd" else 0
     if warmup + decay > total:
         raise UserError(
-            f"{origin}: schedule: {warmup:,} steps of warm-up and {decay:,} of decay are longer than the run of "
-            f"{total:,} steps; make them shorter or train_tokens larger"
+            f"{origin}: schedule: {warmup:,} steps of warm-up{f' and {decay:,} of decay' if decay else ''} are longer "
+            f"than the run of {total:,} steps; make them shorter or train_tokens larger"
         )
 
 

@@ -5,12 +5,14 @@ before the process group exists needs only the environment that the launcher set
 """
 
 import ctypes
+import math
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -96,10 +98,26 @@ def keep_freed_memory() -> None:
 
 
 def memory_of_rank(world: World) -> tuple[str, float]:
-    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of the machine's."""
-    if torch.cuda.is_available():
+    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of the machine's.
+
+    Raises UserError where the machine has fewer GPUs than ranks.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus <= world.local_rank:
+        raise UserError(f"{world.local_world_size} ranks were started on a machine of {gpus} GPUs; start one for each")
+    if gpus:
         return "cuda", float(torch.cuda.get_device_properties(world.local_rank).total_memory)
-    return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.local_world_size
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "cpu", min(physical, *cgroup_limits()) / world.local_world_size
+
+
+def cgroup_limits() -> list[float]:
+    """Bytes that a container or Slurm allows this process, as cgroups (v2, v1) say; infinity where they say none."""
+    own = Path("/proc/self/cgroup")
+    group = own.read_text().rpartition("::")[2].strip("/\n") if own.is_file() else ""
+    names = (f"{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes")
+    files = [path for path in (Path("/sys/fs/cgroup") / name for name in names) if path.is_file()]
+    return [math.inf, *(float(path.read_text().replace("max", "inf")) for path in files)]
 
 
 def free_port() -> int:

@@ -64,7 +64,8 @@ class StepFigures:
     loss: float  # nats, mean over all targets of all ranks
     gradient_norm: float  # of all ranks' parameters, before clipping
     own: RankFigures
-    slowest: RankFigures  # whose data and forward pass took longest, where no rank waits for another; a step earlier
+    # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so None at the first.
+    slowest: RankFigures | None
 
 
 class DivergedError(Exception):
@@ -97,7 +98,7 @@ class Engine:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
-        except AssertionError as error:
+        except (AssertionError, ValueError, NotImplementedError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
         last_step = torch.zeros(len(PHASES) + 1, dtype=torch.float64)  # this rank's seconds and memory
@@ -162,7 +163,9 @@ class Engine:
             own=own,
             slowest=RankFigures(
                 rank=slowest, seconds=dict(zip(PHASES, seconds, strict=True)), peak_memory_bytes=int(peak)
-            ),
+            )
+            if peak
+            else None,
         )
         self._last_step.copy_(torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64))
         return gradient_norm

@@ -82,7 +82,7 @@ class Progress:
             disable=not (world.is_main and self.on_terminal),
             dynamic_ncols=True,
         )
-        self.total_steps = recipe.total_steps
+        self.start_step, self.total_steps = start_step, recipe.total_steps
         self.last_line_at = -math.inf
 
     def show(self, line: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Progress:
             line["mfu"] = mfu
         rate = f"{line['tokens_per_s']:,.0f} tokens/s"
         if self.world.world_size > 1:
-            rate += f" ({line['tokens_per_s'] / self.world.world_size:,.0f} a rank)"
+            rate += f" ({line['tokens_per_s_per_rank']:,.0f} a rank)"
         if mfu is not None:
             rate += f", MFU {mfu:.1%}"
         figures = (
@@ -103,25 +103,29 @@ class Progress:
         self.bar.update()
         place = f"step {line['step'] + 1:,} of {self.total_steps:,}"
         if "val_loss" in line:
-            say(self.world, f"{place}: {figures}, validation loss {line['val_loss']:.4f}")
-        elif not self.on_terminal and time.monotonic() - self.last_line_at > self.LINE_EVERY_S:
-            left = (self.total_steps - line["step"] - 1) * line["step_s"]
-            say(self.world, f"{place}: {figures}, {left / 60:.1f} min left; {split_words(line)}")
-            self.last_line_at = time.monotonic()
+            figures += f", validation loss {line['val_loss']:.4f}"
+        elif self.on_terminal or time.monotonic() - self.last_line_at < self.LINE_EVERY_S:
+            return
+        if line["step"] > self.start_step:  # the first step compiles, allocates and fills caches
+            figures += f", {(self.total_steps - line['step'] - 1) * line['step_s'] / 60:.1f} min left"
+        if self.world.world_size > 1 and line["slowest"]:
+            figures += f"; slowest rank {line['slowest']['rank']}: {split_words(line['slowest'])}; rank 0"
+        say(self.world, f"{place}: {figures}: {split_words(line)}")
+        self.last_line_at = time.monotonic()
 
     def close(self) -> None:
         """Leave the terminal clean."""
         self.bar.close()
 
 
-def split_words(line: dict[str, Any]) -> str:
-    """Where a step's time went, in words."""
-    seconds = line["seconds"]
+def split_words(figures: dict[str, Any]) -> str:
+    """Where a rank's step went, in words, and its memory."""
+    seconds = figures["seconds"]
     parts = {
         "data": seconds["data"],
         "forward+backward": seconds["forward"] + seconds["backward"],
         "optimizer": seconds["optimizer"],
         "rest": seconds["other"],
     }
-    shares = ", ".join(f"{name} {part / line['step_s']:.0%}" for name, part in parts.items())
-    return f"{shares}; {line['peak_memory_bytes'] / 1e9:.2f} GB, slowest rank {line['slowest']['rank']}"
+    shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())
+    return f"{shares}, {figures['peak_memory_bytes'] / 1e9:.2f} GB"

@@ -27,7 +27,7 @@ from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint, saved_steps
+from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import (
@@ -116,14 +116,19 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
         )
     device_type, available = memory_of_rank(world)
-    check_it_fits(recipe, merged, world.world_size, available, device_type)
+    try:
+        check_it_fits(recipe, merged, world.world_size, available, device_type)
+    except UserError as error:
+        if not flags.dry_run:  # which may be asked anywhere
+            raise
+        say(world, f"warning: not on this machine: {error}")
     if recipe.compile:
         check_compiler(device_type)
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
     branch_from = None
-    if flags.branch_from and not saved_steps(flags.run_dir):
-        branch_from = open_origin(flags.branch_from, recipe, merged, fingerprint)
+    if flags.branch_from:
+        branch_from = open_origin(flags.branch_from, flags.run_dir, recipe, merged, fingerprint)
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
@@ -161,7 +166,7 @@ def announce(run: Run, engine: Engine, world: World) -> None:
     say(
         world,
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
-        f"of {recipe.batch.global_batch_tokens:,} tokens on {world.world_size} ranks",
+        f"of {recipe.batch.global_batch_tokens:,} tokens; ranks: {world.world_size}",
     )
     for line in epochs_lines(recipe, run.loader):
         say(world, line)
@@ -256,10 +261,11 @@ def one_step(run: Run, engine: Engine, batches: Prefetch[list[Tensor]], step: in
         "learning_rate": rate,
         "tokens": (step + 1) * recipe.batch.global_batch_tokens,
         "tokens_per_s": recipe.batch.global_batch_tokens / seconds,
+        "tokens_per_s_per_rank": recipe.batch.global_batch_tokens / seconds / engine.world.world_size,
         "step_s": seconds,
         "seconds": figures.own.seconds,
         "peak_memory_bytes": figures.own.peak_memory_bytes,
-        "slowest": asdict(figures.slowest),
+        "slowest": asdict(figures.slowest) if figures.slowest else None,
     }
 
 
@@ -296,6 +302,7 @@ def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
     profiler = StepProfiler(profiled, steps, run.run_dir / "profile", lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
+    engine.clock.mark(PAUSE)  # setting up is part of no step
     for step in steps:
         profiler.before(step)
         line = one_step(run, engine, batches, step)

@@ -240,7 +240,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(sections: dict[str, Any], 
 @pytest.mark.parametrize(
     ("schedule", "says"),
     [
-        ({"warmup_steps": 21}, "21 steps of warm-up and 0 of decay are longer than the run of 20 steps"),
+        ({"warmup_steps": 21}, "21 steps of warm-up are longer than the run of 20 steps"),
         (
             {"kind": "wsd", "warmup_steps": 8, "decay_steps": 13},
             "8 steps of warm-up and 13 of decay are longer than the run of 20 steps",
