@@ -6,7 +6,7 @@ where a micro-batch would take too long: time is linear in layers and, from a wi
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,6 +32,15 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def medians_in_turns(actions: Sequence[Callable[[], object]], device: torch.device, budget_s: float) -> list[float]:
+    """Seconds of each action, for about that long together, after a round to warm up."""
+    rounds: list[list[float]] = []
+    started = time.perf_counter()
+    while len(rounds) < 4 or time.perf_counter() - started < budget_s:
+        rounds.append([timed(action, device) for action in actions])
+    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
+
+
 def passes(recipe: Recipe, layers: int, windows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """A forward and backward pass over random ids of a model of that many layers."""
     model = TableFreeForCausalLM(model_config(replace(recipe.model, num_layers=layers)))  # type: ignore[type-var]
@@ -52,15 +61,9 @@ def seconds_of_a_window(recipe: Recipe, dtype: torch.dtype, device: torch.device
     run = passes(recipe, 1, 1, dtype, device)
     run()
     windows = max(1, min(recipe.batch.micro_batch_size, int(ONE_PASS_S / timed(run, device))))
-    one, two = (passes(recipe, layers, windows, dtype, device) for layers in (1, 2))
-    for warm_up in (one, two):
-        warm_up()
-    pairs: list[tuple[float, float]] = []
-    started = time.perf_counter()
-    while len(pairs) < 3 or time.perf_counter() - started < budget_s:
-        pairs.append((timed(one, device), timed(two, device)))
-    first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return (first + (recipe.model.num_layers - 1) * max(0.0, second - first)) / windows
+    models = [passes(recipe, layers, windows, dtype, device) for layers in (1, 2)]
+    one, two = medians_in_turns(models, device, budget_s)
+    return (one + (recipe.model.num_layers - 1) * max(0.0, two - one)) / windows
 
 
 def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float) -> tuple[float, float]:
@@ -82,24 +85,25 @@ def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float
         return norm
 
     with torch.no_grad():
-        for warm_up in (reduce, update):
-            warm_up()
-        seconds: list[tuple[float, float]] = []
-        started = time.perf_counter()
-        while len(seconds) < 3 or time.perf_counter() - started < budget_s:
-            seconds.append((timed(reduce, device), timed(update, device)))
-    reduced, updated = (statistics.median(column) / weight.numel() for column in zip(*seconds, strict=True))
-    return reduced, updated
+        reduced, updated = medians_in_turns([reduce, update], device, budget_s)
+    return reduced / weight.numel(), updated / weight.numel()
 
 
-def calibrate(recipe: Recipe, known: Device | None, *, low_precision: bool, budget_s: float = 24.0) -> Costs:
-    """Measure this machine's device, or its CPU, for about that long, besides building the models.
-
-    Raises UserError where this machine has another device than the one that is planned for.
-    """
+def check_device(known: Device | None) -> None:
+    """Raise UserError where this machine has another device than the one that is planned for; None is its CPU."""
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if known is not None and find_device(here) != known:
         raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
+
+
+def calibrate(
+    recipe: Recipe, known: Device | None, *, low_precision: bool, ranks: int = 1, budget_s: float = 24.0
+) -> Costs:
+    """Measure this machine's device, or one of so many ranks' part of its CPU, for about that long, besides building
+    the models.
+    """
+    if known is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     device, dtype = torch.device("cuda" if known else "cpu"), torch.bfloat16 if low_precision else torch.float32
     window = seconds_of_a_window(recipe, dtype, device, 0.8 * budget_s)
     reduced, updated = seconds_of_a_parameter(recipe, device, 0.2 * budget_s)

@@ -98,7 +98,7 @@ class Engine:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
-        except (AssertionError, ValueError, NotImplementedError) as error:
+        except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
         last_step = torch.zeros(len(PHASES) + 1, dtype=torch.float64)  # this rank's seconds and memory

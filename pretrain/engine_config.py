@@ -5,6 +5,7 @@ JSON that repeats the recipe is refused, so that every value has one home. Nothi
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,41 @@ OWNED_BY_RECIPE = {
     "activation_checkpointing": "activation_checkpointing",
 }
 # Keys of the merged configuration that may differ when a run is resumed: they don't change what a step computes.
-ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
-    {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"}
-)
+# The last three are what earlier versions added otherwise than this one; their runs go on.
+ENGINE_MAY_CHANGE_ON_RESUME = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
+    "bf16.check_grad_overflow", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer",
+})  # fmt: skip
+# What a key may hold: in words, and as a pattern of its JSON text.
+FLAG = ("true or false", "true|false")
+SIZE = ("a whole number, 1 or more", r"[1-9]\d*(\.0)?")
+DTYPE = ('"fp32" or "bf16"', '"(fp32|bf16)"')
+SECTION = ("a JSON object", r"\{.*")
 # What may stand in the JSON, and in its sections: DeepSpeed ignores a key it doesn't know, so a misspelt one would do
 # nothing. Under bf16 and data_types it knows more, which would take fp32 masters, moments or sums away.
 KNOWN_KEYS = {
-    "": [
-        "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer", "dump_state", "memory_breakdown", "wall_clock_breakdown", "steps_per_print",
-        "flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb",
-    ],
-    "zero_optimization": [
-        "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
-        "allgather_partitions", "allgather_bucket_size", "use_multi_rank_bucket_allreduce", "round_robin_gradients",
-        "ignore_unused_parameters", "offload_optimizer",
-    ],
-    "zero_optimization.offload_optimizer": ["device", "pin_memory"],
-    "bf16": ["enabled"],
-    "data_types": ["grad_accum_dtype"],
+    "": {
+        "communication_data_type": DTYPE, "steps_per_print": SIZE,
+        "zero_force_ds_cpu_optimizer": ("false: the optimizer is torch's AdamW", "false"),
+        **dict.fromkeys(["zero_optimization", "bf16", "fp16", "data_types"], SECTION),
+        **dict.fromkeys(["flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb"], SECTION),
+        **dict.fromkeys(
+            ["zero_allow_untested_optimizer", "dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG
+        ),
+    },
+    "zero_optimization": {
+        "stage": ("0, 1 or 2", "[012]"), "reduce_bucket_size": SIZE, "offload_optimizer": SECTION,
+        "allgather_bucket_size": ("an even number, 2 or more", r"(?!0)\d*[02468](\.0)?"),
+        # DeepSpeed 0.19.8 trains right with it, but its `_hp_mapping` still says where parameters were before.
+        "round_robin_gradients": ("false: true would make wrong checkpoints on several ranks", "false"),
+        **dict.fromkeys(["overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions"], FLAG),
+        **dict.fromkeys(["use_multi_rank_bucket_allreduce", "ignore_unused_parameters"], FLAG),
+    },
+    "zero_optimization.offload_optimizer": {"device": ('"cpu"', '"cpu"'), "pin_memory": FLAG},
+    "bf16": {"enabled": FLAG},
+    "data_types": {"grad_accum_dtype": DTYPE},
 }  # fmt: skip
+REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]  # the last three of the sections that know them
 
 
 def engine_config_path(name: str) -> Path:
@@ -77,45 +93,28 @@ def objections(config: dict[str, Any]) -> Iterator[str]:
     for key, home in OWNED_BY_RECIPE.items():
         if key in config:
             yield f"{key} belongs to the recipe ({home}); remove it here"
-    if '"auto"' in json.dumps(config):
-        yield 'holds an "auto" value; write the value you want, or leave the key out'
-    yield from unknown_keys(config)
-    fp16 = config.get("fp16", {})
-    if not isinstance(fp16, dict) or fp16.get("enabled"):
+    yield from key_objections(config)
+    if config.get("fp16", {}).get("enabled"):
         yield "fp16 is not supported; use bf16, or neither for fp32"
-    if "enabled" not in config.get("bf16", {"enabled": False}):
-        yield 'bf16 has no key enabled; write "bf16": {"enabled": true}'
-    yield from zero_objections(config)
+    zero, sums = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
+    if zero["stage"] == 0 and (config.get("bf16", {}).get("enabled") or sums == "bf16" or "offload_optimizer" in zero):
+        yield "zero_optimization.stage is 0, which is for fp32 alone, without bf16 or offload_optimizer; write 1 or 2"
 
 
-def unknown_keys(content: dict[str, Any], section: str = "") -> Iterator[str]:
-    """Keys that are not known where they stand, and sections that are no JSON objects."""
+def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
+    """Keys that are not known where they stand, that are missing, or hold what they may not."""
     known = KNOWN_KEYS[section]
-    for key, value in content.items():
+    texts = dict.fromkeys((key for key in REQUIRED_KEYS if key in known), "missing")
+    for key, text in {**texts, **{key: json.dumps(value) for key, value in content.items()}}.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in known:
             yield f"unknown key {name}; {nearest(key, sorted(known))}"
-        elif name in KNOWN_KEYS:
-            if not isinstance(value, dict):
-                yield f"{name} is {value!r}, expected a JSON object"
-            yield from unknown_keys(value, name)
-
-
-def zero_objections(config: dict[str, Any]) -> Iterator[str]:
-    """Stages, and keys of ZeRO, that wouldn't train right or couldn't be saved."""
-    zero = config.get("zero_optimization", {})
-    stage, offload = zero.get("stage"), zero.get("offload_optimizer")
-    if stage not in (0, 1, 2):
-        yield f"zero_optimization.stage is {stage}, expected 0, 1 or 2"
-    if stage == 0 and (config.get("bf16", {}).get("enabled") or offload is not None):
-        yield "zero_optimization.stage is 0, which keeps no fp32 masters for bf16 or offload_optimizer; write 1 or 2"
-    if offload is not None and offload.get("device") != "cpu":
-        yield f"zero_optimization.offload_optimizer.device is {offload.get('device')!r}, expected 'cpu'"
-    if offload is not None and config.get("zero_force_ds_cpu_optimizer"):
-        yield "zero_force_ds_cpu_optimizer is true, but the optimizer is torch's AdamW; write false"
-    if zero.get("round_robin_gradients"):
-        # DeepSpeed 0.19.8 trains right with it, but its `_hp_mapping` still says where parameters were before.
-        yield "zero_optimization.round_robin_gradients would make wrong checkpoints on several ranks; remove it"
+            continue
+        expected, pattern = known[key]
+        if not re.fullmatch(pattern, text):
+            yield f"{name} is {text}, expected {expected}"
+        if name in KNOWN_KEYS:
+            yield from key_objections(content[key], name)
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:

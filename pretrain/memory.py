@@ -46,7 +46,7 @@ class Sizes:
     def __init__(self, recipe: Recipe, engine_config: dict[str, Any], ranks: int, device_type: str) -> None:
         zero, counts = engine_config.get("zero_optimization", {}), count_parameters(recipe.model)
         blocks = [recipe.model.d_model**2 * part for _ in range(recipe.model.num_layers) for part in (3, 1, 4, 4)]
-        self.recipe, self.ranks, self.device_type = recipe, ranks, device_type
+        self.recipe, self.engine_config, self.ranks, self.device_type = recipe, engine_config, ranks, device_type
         self.element = 2 if engine_config.get("bf16", {}).get("enabled") else 4
         self.tokens = recipe.batch.micro_batch_size * recipe.model.seq_len
         self.hidden = self.element * self.tokens * recipe.model.d_model
@@ -173,9 +173,8 @@ def largest_micro_batch(
     recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: Mode
 ) -> int | None:
     """The largest that divides the batch and fits in that mode; None: not even one window does."""
-    of_rank, uneven = divmod(recipe.global_batch_size, world_size)
-    for size in range(of_rank, 0, -1):
-        if not uneven and of_rank % size == 0:
+    for size in range(recipe.global_batch_size // world_size, 0, -1):
+        if recipe.global_batch_size % (world_size * size) == 0:
             smaller = with_micro_batch(recipe, size, mode)
             if needed_bytes(smaller, engine_config, world_size, device_type) <= available:
                 return size
@@ -183,11 +182,7 @@ def largest_micro_batch(
 
 
 def check_it_fits(
-    recipe: Recipe,
-    engine_config: dict[str, Any],
-    world_size: int,
-    available_bytes: float,
-    device_type: str = "cuda",
+    recipe: Recipe, engine_config: dict[str, Any], world_size: int, available_bytes: float, device_type: str = "cuda"
 ) -> None:
     """Raise UserError where a rank needs more than it has, saying how much more, and what would fit."""
     needed = needed_bytes(recipe, engine_config, world_size, device_type)
@@ -200,6 +195,6 @@ def check_it_fits(
     fitting = " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
     raise UserError(
         f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens needs "
-        f"{needed / 1e9:.1f} GB on a rank that has {available_bytes / 1e9:.1f}: "
+        f"{needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}: "
         f"{(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}"
     )

@@ -1,12 +1,14 @@
 """Staging: a copy of the data set on a node's local disk, made once, for clusters whose shared disk is slow.
 
-    <stage_dir>/<fingerprint>/       the data set; its manifest is copied last, so its existence means complete
+    <stage_dir>/<fingerprint>/       the data set; a file gets its name when it is whole and on the disk
 
-Every node reads all shards, since each step draws its windows from all of them. Ranks of a node take turns at a lock:
-the first copies, the others find the copy. No process group exists yet, so none can time out.
+Every node reads all shards, since each step draws its windows from all of them. Ranks of a node take turns at a lock,
+without a time limit: the first copies what is not there, the others find it. Nodes don't wait for one another until
+the process group starts, and there for as long as it waits for a rank: DeepSpeed's DEEPSPEED_TIMEOUT, 10 minutes.
 """
 
 import fcntl
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,23 +20,30 @@ COPIES_AT_ONCE = 4
 
 
 def staged(reader: ShardReader, stage_dir: Path) -> ShardReader:
-    """The data set in its local copy, which is made first if need be. Raises UserError if there is no room for it."""
+    """The data set in its local copy, which is made, or mended, first. Raises UserError if there is no room for it."""
     home = stage_dir / reader.manifest.fingerprint
     home.mkdir(parents=True, exist_ok=True)
     with (home / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / MANIFEST_NAME).is_file():
-            copy_data_set(reader, home)
-    return ShardReader(home)
+        copy_data_set(reader, home)
+    copy = ShardReader(home)
+    try:
+        for shard in copy.manifest.shards:
+            copy.tokens(shard)
+    except UserError as error:
+        damage = str(error).rpartition("; ")[0]  # what follows is help for a data set
+        raise UserError(f"data.stage_dir {stage_dir}: {damage}; remove {home}, and it is copied again") from None
+    return copy
 
 
 def copy_data_set(reader: ShardReader, home: Path) -> None:
-    """Copy what is not there yet: shards and indexes, then the tokenizer, the manifest last."""
+    """Copy what is not there yet in its full size: shards and indexes, then the tokenizer and the manifest."""
     files: dict[str, str] = {}
     for shard in reader.manifest.shards:
         files |= {shard.path: shard.xxh3_128, shard.index_path: shard.index_xxh3_128}
-    missing = {path: digest for path, digest in files.items() if not (home / path).is_file()}
-    needed = sum((reader.data_dir / path).stat().st_size for path in missing)
+    sizes = {path: (reader.data_dir / path).stat().st_size for path in files}
+    missing = [path for path in files if not (home / path).is_file() or (home / path).stat().st_size != sizes[path]]
+    needed = sum(sizes[path] for path in missing)
     free = shutil.disk_usage(home).free
     if needed > free:
         raise UserError(
@@ -42,9 +51,11 @@ def copy_data_set(reader: ShardReader, home: Path) -> None:
             f"disk, or leave data.stage_dir out"
         )
     with ThreadPoolExecutor(COPIES_AT_ONCE) as threads:
-        list(threads.map(lambda item: copy_checked(reader.data_dir, home, *item), missing.items()))
+        list(threads.map(lambda path: copy_checked(reader.data_dir, home, path, files[path]), missing))
     for file in [*sorted((reader.data_dir / TOKENIZER_NAME).glob("*")), reader.data_dir / MANIFEST_NAME]:
-        write_durably(home / file.relative_to(reader.data_dir), file.read_bytes())
+        copy, content = home / file.relative_to(reader.data_dir), file.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
+            write_durably(copy, content)
 
 
 def copy_checked(data_dir: Path, home: Path, path: str, digest: str) -> None:
@@ -52,6 +63,8 @@ def copy_checked(data_dir: Path, home: Path, path: str, digest: str) -> None:
     copy = home / f"{path}.tmp"
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_dir / path, copy)
+    with copy.open("rb") as written:
+        os.fsync(written.fileno())
     if digest_file(copy) != digest:
         copy.unlink()
         raise UserError(f"{data_dir / path}: differs from its digest; run python -m data_prep.verify on {data_dir}")

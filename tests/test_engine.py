@@ -204,3 +204,5 @@ def test_what_deepspeed_alone_refuses_is_one_line_too(device: torch.device) -> N
         staged_engine({"zero_optimization": {"stage": 2, "allgather_bucket_size": 101}}, device)
     with pytest.raises(UserError, match=r"the DeepSpeed configuration: reduce_bucket_size: got -1; "):
         staged_engine({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, device)
+    with pytest.raises(UserError, match="the DeepSpeed configuration: "):
+        staged_engine({"zero_optimization": {"stage": 2}, "communication_data_type": "float"}, device)

@@ -12,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.config import Recipe, build_recipe
+from pretrain.config import Recipe, build_recipe, refuse_changes
 from pretrain.engine_config import (
     DS_CONFIGS_DIR,
+    DTYPE,
+    ENGINE_MAY_CHANGE_ON_RESUME,
+    FLAG,
     KNOWN_KEYS,
     OWNED_BY_RECIPE,
+    SECTION,
+    SIZE,
     accumulation_steps,
     load_engine_config,
     merge_config,
@@ -59,17 +64,23 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({**STAGE_2, "bf16": {"enabled": "auto"}}, 'holds an "auto" value'),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'holds an "auto" value'),
+        ({**STAGE_2, "bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto", expected true or false'),
+        (zero_2(reduce_bucket_size="auto"), 'reduce_bucket_size is "auto", expected a whole number, 1 or more'),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 0, 1 or 2"),
-        ({}, "zero_optimization.stage is None, expected 0, 1 or 2"),
-        (
-            {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
-            "stage is 0, which keeps no fp32 masters for bf16 or offload_optimizer; write 1 or 2",
-        ),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true, expected 0, 1 or 2"),
+        ({"zero_optimization": {"stage": 2.0}}, "zero_optimization.stage is 2.0, expected 0, 1 or 2"),
+        (zero_2(allgather_bucket_size=7), "allgather_bucket_size is 7, expected an even number, 2 or more"),
+        (zero_2(allgather_bucket_size=0), "allgather_bucket_size is 0, expected an even number, 2 or more"),
+        ({"zero_optimization": {}}, "zero_optimization.stage is missing, expected 0, 1 or 2"),
+        ({}, "zero_optimization is missing, expected a JSON object"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage is 0, which is for fp32 alone"),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer; write 1 or 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
+            "stage is 0, which is for fp32 alone",
         ),
         ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
         ({**STAGE_2, "zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
@@ -77,26 +88,67 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
             {"zero_optimization": {"stage": 2, "reduce_bucketsize": 5}},
             "unknown key zero_optimization.reduce_bucketsize; did you mean reduce_bucket_size?",
         ),
-        ({**STAGE_2, "bf16": {}}, "bf16 has no key enabled"),
+        ({**STAGE_2, "bf16": {}}, "bf16.enabled is missing, expected true or false"),
         ({**STAGE_2, "bf16": {"enabled": True, "bf16_optimizer_states": True}}, "key bf16.bf16_optimizer_states"),
-        (zero_2(offload_optimizer={}), "zero_optimization.offload_optimizer.device is None, expected 'cpu'"),
-        (zero_2(offload_optimizer={"device": "nvme"}), "offload_optimizer.device is 'nvme', expected 'cpu'"),
+        (zero_2(offload_optimizer={}), 'zero_optimization.offload_optimizer.device is missing, expected "cpu"'),
+        (zero_2(offload_optimizer={"device": "nvme"}), 'offload_optimizer.device is "nvme", expected "cpu"'),
         (zero_2(offload_optimizer={"device": "cpu", "ratio": 0.5}), "key zero_optimization.offload_optimizer.ratio"),
-        (zero_2(offload_optimizer="cpu"), "zero_optimization.offload_optimizer is 'cpu', expected a JSON object"),
+        (zero_2(offload_optimizer="cpu"), 'zero_optimization.offload_optimizer is "cpu", expected a JSON object'),
         (
             {**zero_2(offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer": True},
-            "zero_force_ds_cpu_optimizer is true, but the optimizer is torch's AdamW; write false",
+            "zero_force_ds_cpu_optimizer is true, expected false: the optimizer is torch's AdamW",
         ),
-        (zero_2(round_robin_gradients=True), "would make wrong checkpoints on several ranks; remove it"),
+        (
+            zero_2(round_robin_gradients=True),
+            "gradients is true, expected false: true would make wrong checkpoints on several ranks",
+        ),
         ({**STAGE_2, "prescale_gradients": True}, "unknown key prescale_gradients"),
         ({**STAGE_2, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
-        ({**STAGE_2, "fp16": True}, "fp16 is not supported; use bf16"),
+        ({**STAGE_2, "fp16": True}, "fp16 is true, expected a JSON object"),
         ("{", "not valid JSON"),
         ("[2]", "expected a JSON object"),
     ],
 )
 def test_a_json_that_this_pipeline_cannot_honour_is_refused(content: Any, says: str, tmp_path: Path) -> None:
     assert says in json_refusal(tmp_path, content)
+
+
+VALUES = {  # of each kind: what it takes, and what it refuses
+    FLAG: ([True, False], ["yes", "no", "true", 1, 0, 2.0, None, [], {}]),
+    SIZE: (
+        [1, 50_000_000, 5e8],
+        ["abc", "5e8", 0, 0.0, -1, -5e8, 1.5, float("inf"), float("nan"), True, None, [5], {}],
+    ),
+    DTYPE: (["fp32", "bf16"], ["float", "float32", "fp64", "fp16", "FP32", 32, True, None, ["fp32"]]),
+    SECTION: ([], ["x", 1, True, None, [{}]]),
+}
+
+
+def json_with(section: str, key: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    place = config
+    for name in filter(None, section.split(".")):
+        place = place.setdefault(name, {"device": "cpu"} if name == "offload_optimizer" else {})
+    place[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "kind"),
+    [(s, key, kind) for s, keys in KNOWN_KEYS.items() for key, kind in keys.items() if kind in VALUES],
+)
+def test_each_key_takes_the_values_of_its_kind_and_refuses_others_with_one_line(
+    section: str, key: str, kind: tuple[str, str], tmp_path: Path
+) -> None:
+    good, bad = VALUES[kind]
+    path = tmp_path / "good.json"
+    for value in good:
+        path.write_text(json.dumps(json_with(section, key, value)))
+        assert load_engine_config(str(path)) == json_with(section, key, value)
+    for value in bad:
+        message = json_refusal(tmp_path, json_with(section, key, value))
+        name = f"{section}.{key}".lstrip(".")
+        assert message == f"{tmp_path / 'engine.json'}: {name} is {json.dumps(value)}, expected {kind[0]}"
 
 
 def test_an_engine_that_is_not_there_is_refused_with_the_nearest() -> None:
@@ -134,6 +186,15 @@ def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and
 def test_a_bf16_step_with_infinite_gradients_is_not_passed_over_in_silence_by_deepspeed() -> None:
     merged = merge_config(recipe_of(), load_engine_config("zero2_bf16"), world_size=1)
     assert merged["bf16"] == {"enabled": True, "check_grad_overflow": False}
+
+
+def test_a_run_goes_on_that_an_earlier_version_saved_with_or_without_keys_that_change_no_step() -> None:
+    now = merge_config(recipe_of(), load_engine_config("zero2_bf16"), world_size=1)
+    saved = {**now, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True}
+    del saved["zero_force_ds_cpu_optimizer"]
+    refuse_changes(saved, now, ENGINE_MAY_CHANGE_ON_RESUME, "deepspeed.json")
+    with pytest.raises(UserError, match="communication_data_type='bf16', got 'fp32'"):
+        refuse_changes({**saved, "communication_data_type": "bf16"}, now, ENGINE_MAY_CHANGE_ON_RESUME, "deepspeed.json")
 
 
 # Dividing the batch

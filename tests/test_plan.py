@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from pretrain.calibrate import calibrate
 from pretrain.config import RECIPES_DIR, Recipe, load_recipe
 from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.flops import Costs, find_device
+from pretrain.flops import DEVICES, Costs
 from pretrain.loss import chunk_tokens
 from pretrain.memory import (
     MODES,
@@ -29,7 +29,7 @@ from pretrain.memory import (
     whole_parameters,
     with_micro_batch,
 )
-from pretrain.plan import parse_interconnect, plan, scale_to, scaling_table, step_seconds
+from pretrain.plan import LINKS, parse_interconnect, plan, scale_to, scaling_table, step_seconds
 
 PAPER = load_recipe("paper_binary_code")
 
@@ -40,6 +40,12 @@ def merged(recipe: Recipe, ranks: int) -> dict[str, Any]:
 
 def needed(recipe: Recipe, ranks: int = 8) -> float:
     return needed_bytes(recipe, merged(recipe, ranks), ranks, "cuda")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What the command prints about the paper's model."""
+    plan(["--recipe", "paper_binary_code", *flags])
+    return capsys.readouterr().out
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -96,6 +102,7 @@ def test_a_plan_loads_neither_torch_nor_deepspeed() -> None:
         (["--device", "h200", "--interconnect", "ndrr"], "--interconnect ndrr: did you mean ndr?"),
         (["--device", "h200", "--interconnect", "1,2,3"], "expected one figure within a node"),
         (["--device", "h200", "--interconnect", "0"], "expected GB/s above 0"),
+        (["--device", "h200", "--mfu", "0.4", "--calibrate"], "not allowed with argument"),
         (["--device", "rtx 4090", "--gpus", "8"], "GB too much; what fits: batch.micro_batch_size 8 with"),
     ],
 )
@@ -193,13 +200,48 @@ def test_the_loss_head_s_chunk_is_that_of_the_loss_head() -> None:
 
 def test_fewer_windows_than_a_micro_batch_accumulate_less_and_too_many_gpus_have_none() -> None:
     costs = Costs(window=0.01, reduced_parameter=0.0, updated_parameter=0.0)
-    config = merged(PAPER, 1)
-    scale = scale_to(PAPER, config, costs, 64, 1e12)
+    sizes = Sizes(PAPER, merged(PAPER, 1), 1, "cuda")
+    scale = scale_to(sizes, costs, 64, 1e12)
     assert scale is not None
     assert (scale.micro_batch_size, scale.accumulation) == (8, 1)  # 512 windows
-    assert scale_to(PAPER, config, costs, 1024, 1e12) is None
-    assert scale_to(PAPER, config, costs, 3, 1e12) is None
-    assert "do not divide" in scaling_table({1: scale_to(PAPER, config, costs, 1, 1e12), 3: None}, None)
+    assert scale.needed_bytes == needed(with_micro_batch(PAPER, 8, "none"), 64)
+    assert scale_to(sizes, costs, 1024, 1e12) is None
+    assert scale_to(sizes, costs, 3, 1e12) is None
+
+
+def test_gpus_that_a_step_does_not_divide_over_are_one_line_with_the_batch_that_does() -> None:
+    costs = Costs(window=0.01, reduced_parameter=0.0, updated_parameter=0.0)
+    sizes = Sizes(PAPER, merged(PAPER, 1), 1, "cuda")
+    rows = {ranks: scale_to(sizes, costs, ranks, 1e12) for ranks in (1, 512, 1024, 2048)}
+    *_, last = lines = scaling_table(PAPER, rows, 80e9, None).splitlines()
+    assert len(lines) == 4
+    assert last.startswith(" 1024+  a step's 512 windows do not divide")
+    tokens = re.search(r"batch.global_batch_tokens (\d+)", last)[1]  # type: ignore[index]
+    larger = load_recipe("paper_binary_code", [f"--batch.global_batch_tokens={tokens}"])
+    assert all(scale_to(Sizes(larger, {}, 1, "cuda"), costs, ranks, 1e12) for ranks in (1024, 2048))
+
+
+def test_what_does_not_fit_on_few_gpus_has_no_speed_and_efficiency_counts_from_the_first_that_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan(["--recipe", "binary_code_3b", "--device", "h100", "--gpus", "8"])
+    one, two = re.findall(r"^ +[12]  .*$", capsys.readouterr().out, re.MULTILINE)
+    assert (
+        one.split(maxsplit=1)[1]
+        == f"does not fit: needs {needed(load_recipe('binary_code_3b'), 1) / 1e9:.1f} GB of 80.0"
+    )
+    assert "100%" in two
+
+
+def test_the_speed_of_fp32_and_of_an_offloaded_optimizer_is_not_made_up(capsys: pytest.CaptureFixture[str]) -> None:
+    fp32 = ("--device", "h200", "--engine=zero2_fp32", "--batch.micro_batch_size=4")
+    assert "not estimated: the peak is bf16's and this run is fp32" in printed(capsys, *fp32)
+    assert "computing at 4% MFU" in printed(capsys, *fp32, "--mfu", "0.04")
+    offload = ("--device", "h200", "--engine=zero2_bf16_offload", "--mfu", "0.4")
+    said = printed(capsys, *offload)
+    assert "not estimated: host and bus decide" in said
+    assert "activations" in said
+    assert "tokens/s" not in said
 
 
 def test_a_step_s_time_is_that_of_the_formula() -> None:
@@ -212,6 +254,9 @@ def test_a_step_s_time_is_that_of_the_formula() -> None:
     wire = 3 / 4 * parameters * (8 * 2 * 4 + 2) / 1e9  # eight all-reduces of fp32 gradients, one gathering of bf16
     local = parameters * (8 * 2e-9 + 3e-9 / 4)
     assert step_seconds(PAPER, config, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire)
+    once = {**config, "zero_optimization": {**config["zero_optimization"], "stage": 1}}
+    wire_once = 3 / 4 * parameters * (2 * 4 + 2) / 1e9
+    assert step_seconds(PAPER, once, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire_once)
     overlapping = {**config, "zero_optimization": {**config["zero_optimization"], "overlap_comm": True}}
     hidden = min(2 / 3 * 128, 3 / 4 * parameters * 64 / 1e9)
     assert step_seconds(PAPER, overlapping, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire - hidden)
@@ -220,6 +265,35 @@ def test_a_step_s_time_is_that_of_the_formula() -> None:
 def test_an_interconnect_is_names_or_figures_of_which_four_fifths_are_reached() -> None:
     assert parse_interconnect("nvlink4,ndr") == pytest.approx((360e9, 40e9))
     assert parse_interconnect("100") == pytest.approx((80e9, 80e9))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "h200"], "360 GB/s a rank in a node of 8, 320 beyond"),  # 8 network cards of 40, together
+        (["--device", "a100", "--gpus", "4"], "240 GB/s a rank in a node of 8, 240 beyond"),
+        (["--device", "mi300x", "--gpus", "16"], "358.4 GB/s a rank in a node of 16, 358.4 beyond"),
+        (["--device", "l40s", "--gpus", "2", "--nodes", "2"], "25.6 GB/s a rank in a node of 2, 25.6 beyond"),
+        (["--device", "h200", "--nodes", "2"], "360 GB/s a rank in a node of 1, 40 beyond"),
+        (["--device", "h200", "--interconnect", "100,1"], "80 GB/s a rank in a node of 8, 6.4 beyond"),
+    ],
+)
+def test_ranks_send_over_their_device_s_link_in_a_node_and_over_all_its_network_cards_beyond(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"assumed: {said}" in printed(capsys, *flags)
+
+
+def test_which_link_a_row_has_depends_on_the_node_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        re.findall(r"^ +8  .*$", printed(capsys, "--device", "h100", "--gpus", gpus), re.MULTILINE)
+        for gpus in ("1", "8")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_every_device_has_a_link_that_is_known() -> None:
+    assert {device.link for device in DEVICES} <= LINKS.keys()
 
 
 def test_an_offloaded_optimizer_leaves_the_device() -> None:
@@ -237,12 +311,30 @@ def test_measured_memory_is_within_a_tenth_of_the_plan() -> None:
     assert 0.9 <= float(ratio) <= 1.1, result.stdout
 
 
-def test_calibration_measures_this_machine_and_no_other() -> None:
+def test_calibration_measures_this_machine() -> None:
     tiny = ["--model.vocab_size=64", "--model.seq_len=32", "--model.num_layers=2", "--batch.global_batch_tokens=192"]
     recipe = load_recipe("quickstart", tiny)
     costs = calibrate(recipe, None, low_precision=False, budget_s=0.1)
     deeper = calibrate(load_deeper(recipe, 40), None, low_precision=False, budget_s=0.1)
     assert 0 < costs.reduced_parameter < costs.updated_parameter
     assert 0 < costs.window < deeper.window
+
+
+def test_a_rank_is_calibrated_on_its_part_of_the_cpu() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        recipe = load_recipe("quickstart", ["--model.vocab_size=64", "--model.seq_len=32"])
+        calibrate(recipe, None, low_precision=False, ranks=2, budget_s=0.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have the device")
+def test_a_device_that_is_not_here_is_not_calibrated_and_nothing_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(UserError, match="which is not h200; run it there"):
-        calibrate(recipe, find_device("h200"), low_precision=True)
+        plan(["--recipe", "paper_binary_code", "--device", "h200", "--calibrate"])
+    assert not capsys.readouterr().out

@@ -42,6 +42,40 @@ def test_a_copy_is_made_once_and_a_broken_off_one_is_completed(tiny_data: Path, 
     assert kept == {path: time for path, time in times.items() if path != first}
 
 
+def test_a_staged_copy_whose_files_went_missing_or_short_is_mended(tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "tokenizer").mkdir()
+    (data / "tokenizer" / "tokenizer.json").write_text("{}")
+    reader = ShardReader(data)
+    copy = staged(reader, tmp_path / "local").data_dir
+    first, second, *others = sorted(copy.rglob("*.npy"))
+    times = {path: path.stat().st_mtime_ns for path in others}
+    first.unlink()
+    os.truncate(second, second.stat().st_size - 1)
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    (copy / "manifest.json").write_text("{}")
+    staged(reader, tmp_path / "local")
+    assert contents(copy) == contents(data)
+    assert times == {path: path.stat().st_mtime_ns for path in others}
+
+
+def test_a_staged_shard_with_a_damaged_header_is_one_line_that_says_which_copy_to_remove(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    reader = ShardReader(tiny_data)
+    copy = staged(reader, tmp_path).data_dir
+    shard = copy / reader.manifest.shards[0].path
+    shard.write_bytes(b"X" + shard.read_bytes()[1:])
+    with pytest.raises(UserError) as caught:
+        staged(reader, tmp_path)
+    assert str(caught.value).startswith(f"data.stage_dir {tmp_path}: {shard}: truncated or damaged (")
+    assert str(caught.value).endswith(f"; remove {copy}, and it is copied again")
+    assert "build_shards" not in str(caught.value)
+    shutil.rmtree(copy)
+    assert contents(staged(reader, tmp_path).data_dir) == contents(tiny_data)
+
+
 def test_a_damaged_file_is_not_staged(tiny_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
