@@ -55,22 +55,23 @@ def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
 
 def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:
     """The files of a source, their format, and the revision if they are of the hub."""
+    revision = None
     if source.hub:
-        files, revision, found = find_hub_inputs(source.hub, source.configs, source.split, source.revision, where)
-        return files, source.format or found, revision
-    if source.format == "save_to_disk":
-        files = find_inputs(base, f"{source.path}/*.arrow", where)
+        files, revision = find_hub_inputs(source.hub, source.config, source.split, source.revision, where)
+    elif source.format == "save_to_disk":
+        parts = find_inputs(base, f"{source.path}/*.arrow", where)
         state = find_inputs(base, f"{source.path}/state.json", where)[0]
-        size = sum(file.size for file in files)
-        return [replace(state, size=size, version=",".join(file.version for file in files))], "save_to_disk", None
-    files = find_inputs(base, source.path or "", where)
+        size, version = sum(file.size for file in parts), ",".join(file.version for file in parts)
+        files = [replace(state, size=size, version=version)]
+    else:
+        files = find_inputs(base, source.path or "", where)
     if source.format == "megatron":
         indexes = [find_inputs(base, str(Path(file.name).with_suffix(".idx")), where)[0] for file in files]
         files = [replace(f, version=f"{f.version}, {i.version}") for f, i in zip(files, indexes, strict=True)]
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:
         raise UserError(f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of its own")
-    return files, formats.pop(), None
+    return files, formats.pop(), revision
 
 
 def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:

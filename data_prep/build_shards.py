@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -24,22 +23,21 @@ from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import Mixture, load_mixture, mixture_path
-from data_prep.ranks import Communicator, Progress, abort_on_defect, connect, together
+from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
-from data_prep.unit_shards import StoppedError, UnitBuilder, UnitResult, record_path, shard_path, writing
+from data_prep.show import describe, epoch_lines, token_count
+from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
 
 BUILD_NAME = "build.json"
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
-MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     arguments = parse_arguments(argv)
     comm, threads = connect()
-    with abort_on_defect(comm):
-        build(arguments, comm, threads)
+    build(arguments, comm, threads)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -94,21 +92,7 @@ def build_units(
         print(f"note: {reason}; encoding with {name}, slower, same output", file=sys.stderr)
     progress = Progress(comm, sum(unit.size_bytes for unit in plan.units))
     units = assign(plan.units, comm.size)[comm.rank]
-
-    def work() -> dict[str, UnitResult]:
-        results: list[UnitResult] = []
-        try:
-            results = builder.build(units, progress)
-        except UserError:
-            progress.stop_others()
-            progress.finish()
-            raise
-        except StoppedError:  # by the error of another rank, which that one raises
-            pass
-        progress.finish()
-        return {record_path(unit): result for unit, result in zip(units, results, strict=False)}
-
-    parts = comm.allgather(together(comm, work))
+    parts = comm.allgather(together(comm, lambda: builder.build(units, progress)))
     return {path: result for part in parts for path, result in part.items()}, name
 
 
@@ -178,7 +162,11 @@ def finish(
     with writing(output_dir, "the manifest"):
         write_json(output_dir / BUILD_NAME, about)
         write_durably(output_dir / shards.MANIFEST_NAME, manifest.to_bytes())
-    print(summary(output_dir, manifest, about))
+    print(describe(output_dir, manifest))
+    for kind in ("empty", "bad"):
+        if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
+            print(f"left out     {left_out:>12,} {kind} documents")
+    print(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
 
 
 def remove_strays(output_dir: Path, known: set[str]) -> None:
@@ -250,46 +238,6 @@ def check_documents(manifest: Manifest) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A small JSON file, durably."""
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def summary(output_dir: Path, manifest: Manifest, about: dict[str, Any]) -> str:
-    """What a person wants to know after a build."""
-    lines = []
-    for split in SPLITS:
-        documents, tokens, per_token, _ = figures(manifest.shards_of(split))
-        lines.append(f"{split:<12} {documents:>12} documents {tokens:>16} tokens {per_token:>6} characters per token")
-    for kind in ("empty", "bad"):
-        if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
-            lines.append(f"left out     {left_out:>12,} {kind} documents")
-    lines.append(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
-    return "\n".join([*lines, f"fingerprint  {manifest.fingerprint}", f"data set     {output_dir}"])
-
-
-def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
-    """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-    if not documents:
-        return "0", "0", "-", "-"
-    of_text = max(tokens - documents, 1)
-    characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
-    return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
-
-
-def token_count(text: str) -> int:
-    """A number of tokens on a command line; 17e9 is one too."""
-    with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e18:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of tokens, such as 17e9")
-
-
-def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:
-    """How often a training run sees each source; a source seen too often is warned of."""
-    lines = []
-    for name, epochs in manifest.epochs(train_tokens).items():
-        warning = f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight" * (epochs > MAX_EPOCHS)
-        lines.append(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
-    return lines
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep import json_lines, work_units
+from data_prep import json_lines, pretokenized, work_units
+from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
 from data_prep.errors import UserError, one_line
 from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
@@ -39,15 +40,16 @@ class Documents:
     input_bytes: int  # part of the unit's size_bytes that this batch took
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
+    encoded: Encoded | None = None  # the texts' ids, if the input holds ids
 
 
-def read_documents(unit: WorkUnit) -> Iterator[Documents]:
-    """The documents of a unit, batch by batch, in order. Raises UserError at the first bad one."""
+def read_documents(unit: WorkUnit, tokenizer: LoadedTokenizer | None = None) -> Iterator[Documents]:
+    """The documents of a unit, batch by batch, in order; ids are decoded. Raises UserError at the first bad one."""
     check_unchanged(unit)
     readers = {"parquet": _read_parquet, "txt": _read_text, "arrow": _read_arrow, "csv": _read_csv}
-    read = _read_saved if unit.format == "save_to_disk" else readers.get(unit.format, _read_jsonl)
+    read = (readers | {"save_to_disk": _read_saved}).get(unit.format, _read_jsonl)
     row = 0
-    for batch in read(unit):
+    for batch in _read_ids(unit, tokenizer) if tokenizer and unit.format in pretokenized.FORMATS else read(unit):
         yield clean(unit, batch, row)
         row += batch.rows_read
 
@@ -65,9 +67,13 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     keep = (lengths > 0) & ~np.isin(batch.rows, np.fromiter(found, np.uint64))
     if not keep.all():
         texts = texts.filter(pa.array(keep))
+    encoded = batch.encoded
+    if encoded:
+        id_counts = np.diff(encoded[1])
+        encoded = encoded[0][np.repeat(keep, id_counts)], np.append(0, np.cumsum(id_counts[keep]))
     return replace(
         batch, texts=texts, rows=batch.rows[keep] + np.uint64(row), bad=[(row + at, reason) for at, reason in bad],
-        empty=int(np.count_nonzero(~keep)) - len(found),
+        empty=int(np.count_nonzero(~keep)) - len(found), encoded=encoded,
     )  # fmt: skip
 
 
@@ -116,15 +122,6 @@ def _place(unit: WorkUnit, row: int) -> str:
     if unit.format == "uint16":
         return f"{unit.url}: document {row} behind byte {2 * unit.start:,}"
     return f"{unit.url}: line {row + 1}" if unit.format in JSONL_FORMATS else f"{unit.url}: row {unit.start + row}"
-
-
-def _open(unit: WorkUnit) -> BinaryIO:
-    """The file of a unit, at its beginning. Raises UserError if that is of another format."""
-    stream = open_input(unit.files[0])
-    if unit.start == 0:
-        check_first_bytes(unit.files[0], unit.format, stream.read(8))
-        stream.seek(0)
-    return stream
 
 
 def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
@@ -176,7 +173,7 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     """A block of lines at a time."""
     row, taken = 0, unit.start
     try:
-        with _open(unit) as stream:
+        with open_input(unit.files[0]) as stream:
             chunks = json_lines.read_chunks(stream, unit.format, unit.start, unit.stop)
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
@@ -192,7 +189,7 @@ def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
     taken = 0
     try:
-        with _open(unit) as stream:
+        with open_input(unit.files[0]) as stream:
             is_file = stream.read(6) == b"ARROW1"
             if not is_file:
                 stream.seek(-len(ARROW_END), io.SEEK_END)
@@ -219,7 +216,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
     """Records of a file with a header, as RFC 4180 has them; the first after the header is row 0."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
-        with reading(unit.files[0]), _open(unit) as stream:
+        with reading(unit.files[0]), open_input(unit.files[0]) as stream:
             lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
             records = csv.reader(lines, strict=True)
             header = next(records, [])
@@ -239,6 +236,18 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
         raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None
+
+
+def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]:
+    """Documents that are ids already, and the texts that they stand for."""
+    file, special_ids = unit.files[0], list(tokenizer.special_tokens.values())
+    for ids, offsets, taken in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
+        if len(ids) and ids.max() >= (size := tokenizer.vocab_size):
+            raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
+        if len(special := ids[np.isin(ids, special_ids)]):
+            token = tokenizer.reference.id_to_token(int(special[0]))
+            raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
+        yield replace(all_rows(decode_ids(tokenizer, ids, offsets), taken), encoded=(ids, offsets))
 
 
 def _read_saved(unit: WorkUnit) -> Iterator[Documents]:

@@ -24,12 +24,11 @@ from data_prep.errors import UserError, one_line
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 TRAIN = "train one with python -m data_prep.train_tokenizer"
-SLOW_BATCH_DOCUMENTS = 256
 
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
-Encode = Callable[[pa.LargeStringArray], tuple[Ids, Offsets]]
-Decode = Callable[[Ids, Offsets], pa.LargeStringArray]
+Encoded = tuple[Ids, Offsets]  # flat ids, and offsets of each text's ids (texts + 1)
+Encode = Callable[[pa.LargeStringArray], Encoded]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +67,10 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Texts to ids: flat ids, and offsets of each text's ids (texts + 1). And back: not validated, if byte-level."""
+    """Texts to ids."""
 
     name: str  # with its version
     encode: Encode
-    decode: Decode
     is_reference: bool
     fallback_reason: str | None = None
 
@@ -133,18 +131,18 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
 
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred, installed and able; else the reference, with the reason."""
-    reason, decode = None, partial(decode_ids, tokenizer)
+    reason = None
     if prefer == "gigatoken":
         try:
             encode = _gigatoken_encode(tokenizer)
-            return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, decode=decode, is_reference=False)
+            return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
         except ImportError:
             reason = "gigatoken is not installed"
         except Exception as error:  # whatever its loader raises, the reference can do the work
             reason = f"gigatoken can't load {tokenizer.directory} ({error})"
     encode = partial(_reference_encode, tokenizer.reference)
     name = f"tokenizers {version('tokenizers')}"
-    return Encoder(name=name, encode=encode, decode=decode, is_reference=True, fallback_reason=reason)
+    return Encoder(name=name, encode=encode, is_reference=True, fallback_reason=reason)
 
 
 def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:
@@ -183,9 +181,6 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
 
 def _reference_encode(reference: Tokenizer, texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
     """The same through `tokenizers`."""
-    ids: list[Ids] = []
-    for start in range(0, len(texts), SLOW_BATCH_DOCUMENTS):
-        batch = texts.slice(start, SLOW_BATCH_DOCUMENTS).to_pylist()
-        encodings = reference.encode_batch_fast(batch, add_special_tokens=False)
-        ids += [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    encodings = reference.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+    ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
     return np.concatenate(ids), np.cumsum([0, *map(len, ids)])

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from data_prep.errors import UserError, one_line
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-REQUEST_BYTES = 16 << 20  # the largest request, and how far sequential reading reads ahead
+REQUEST_BYTES = 16 << 20  # so far sequential reading reads ahead
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
 CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")  # they raise more than OSErrors
 PERMANENT = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled")
@@ -46,8 +46,8 @@ def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
 
 def find_hub_inputs(
     name: str, configs: Sequence[str], split: str, revision: str | None, where: str
-) -> tuple[list[InputFile], str, str]:
-    """The files of a hub data set's split in the order of `datasets`, their commit (40 hex digits) and format."""
+) -> tuple[list[InputFile], str]:
+    """The files of a hub data set's split in the order of `datasets`, and their commit (40 hex digits)."""
     what = f"{where}: {name}"
     repository, commit = _with_retries(what, _resolve, name, revision, what)
     root = f"hf://datasets/{repository}@{commit}/"
@@ -57,16 +57,19 @@ def find_hub_inputs(
         if sizes.keys() & found:
             raise UserError(f"{what}: the configs {', '.join(configs)} share files; name configs that don't")
         sizes |= found
-    formats = {_format(url): url.removeprefix(root) for url in sizes}
-    if len(formats) > 1:
-        raise UserError(f"{what}: several formats ({', '.join(formats.values())}); name files of one by their URLs")
     files = [InputFile(name=u.removeprefix(root), url=u, size=size, version=commit) for u, size in sizes.items()]
-    return files, commit, next(iter(formats))
+    return files, commit
 
 
-def open_input(file: InputFile) -> BinaryIO:
-    """The file's bytes, seekable. What goes wrong while reading a remote one is a UserError."""
-    return cast(BinaryIO, RemoteFile(file)) if "://" in file.url else Path(file.url).open("rb")
+def open_input(file: InputFile, ahead_bytes: int = REQUEST_BYTES) -> BinaryIO:
+    """The file's bytes, seekable; a remote one's in requests of ahead_bytes and more, 0 for just what is asked for.
+
+    What goes wrong while reading a remote one is a UserError.
+    """
+    if "://" not in file.url:
+        return Path(file.url).open("rb")
+    remote = RemoteFile(file)
+    return cast(BinaryIO, io.BufferedReader(remote, ahead_bytes) if ahead_bytes else remote)
 
 
 @contextmanager
@@ -79,11 +82,10 @@ def reading(file: InputFile) -> Iterator[None]:
 
 
 class RemoteFile(io.RawIOBase):
-    """Requests just the bytes that are asked for, or REQUEST_BYTES where reading goes on where it left off."""
+    """Requests just the bytes that are asked for."""
 
     def __init__(self, file: InputFile) -> None:
         self._file, self._handle, self._position = file, None, 0
-        self._block, self._block_start = b"", 0  # the last bytes that came
 
     def readable(self) -> bool:
         return True
@@ -95,20 +97,16 @@ class RemoteFile(io.RawIOBase):
         self._position = max(0, offset + (0, self._position, self._file.size)[whence])
         return self._position
 
-    def read(self, size: int | None = -1) -> bytes:
-        """All of `size` bytes; fewer only at the end of the file."""
-        size = self._file.size if size is None or size < 0 else size
-        at, stop = self._position, min(self._position + size, self._file.size)
-        goes_on, parts = self._block_start <= at <= self._block_start + len(self._block), []
-        while at < stop:
-            if not self._block_start <= at < self._block_start + len(self._block):
-                until = min(at + REQUEST_BYTES, self._file.size if goes_on else stop)
-                self._block = _with_retries(self._file.name, self._request, at, until)
-                self._block_start = at
-            parts.append(self._block[at - self._block_start : stop - self._block_start])
-            at += len(parts[-1])
-        self._position = at
-        return b"".join(parts)
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; only at the end of the file it stays in part as it was."""
+        stop = min(self._position + len(buffer), self._file.size)
+        content = _with_retries(self._file.name, self._request, self._position, stop) if stop > self._position else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self.read(self._file.size) or b""
 
     def _request(self, start: int, stop: int) -> bytes:
         handle: Any = self._handle or _open_remote(self._file)
@@ -221,13 +219,6 @@ def _data_files(repository: str, config: str | None, commit: str, split: str, wh
         raise UserError(f"{what}: {outside[0]} lies outside of it; name that file by its URL, as a path")
     fs, _ = _filesystem(path)
     return {url: fs.info(url)["size"] for url in urls}
-
-
-def _format(url: str) -> str:
-    """The end of a file's name, as we call that format."""
-    parts = PurePosixPath(url).name.lower().split(".")
-    end = parts[-2:] if parts[-1] in ("gz", "zst", "bz2", "xz") else parts[-1:]
-    return ".".join("jsonl" if part in ("json", "ndjson") else part for part in end)
 
 
 def _with_retries(what: str, action: Callable[..., T], *arguments: Any) -> T:

@@ -1,14 +1,14 @@
 """One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a launcher."""
 
+import functools
 import os
+import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -16,23 +16,11 @@ from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-PROGRESS_TAG, STOP_TAG = 1, 2
 POLL_SECONDS = 0.02
-BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
-class Communicator(Protocol):
-    """The few calls of an MPI communicator that are used."""
-
-    rank: int
-    size: int
-
-    def bcast(self, value: Any, root: int = 0) -> Any: ...
-    def allgather(self, value: Any) -> list[Any]: ...
-
-
-class SingleProcess:
-    """A world of one."""
+class Communicator:
+    """The few calls of an MPI communicator that are used; as it stands, that of a process alone."""
 
     rank = 0
     size = 1
@@ -55,7 +43,7 @@ def connect() -> tuple[Communicator, int]:
         if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
             advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
             _refuse(f"srun started {tasks} tasks without MPI; {advice}", int(os.environ.get("SLURM_PROCID", "0")))
-        return SingleProcess(), len(cores)
+        return Communicator(), len(cores)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
@@ -63,7 +51,9 @@ def connect() -> tuple[Communicator, int]:
     except (ImportError, RuntimeError) as error:
         problem = f"started by an MPI launcher, but mpi4py can't be used ({error})"
         raise UserError(f"{problem}; see data_prep/README.md") from None
-    world = MPI.COMM_WORLD
+    world: Any = MPI.COMM_WORLD
+    sys.excepthook = functools.partial(_abort, world)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
     expected = _environment(SIZE_VARIABLES, world.size)
     if world.size != expected:
         problem = f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs"
@@ -72,6 +62,14 @@ def connect() -> tuple[Communicator, int]:
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     all_cores = set().union(*local.allgather(cores))  # those of one rank, if the launcher binds each to its own
     return world, max(1, min(len(cores), len(all_cores) // local.size))
+
+
+def _abort(world: Any, *defect: Any) -> None:
+    """An exception that nobody expects must not leave the other ranks waiting for ever."""
+    sys.__excepthook__(*defect)
+    sys.stderr.flush()
+    time.sleep(POLL_SECONDS)  # launchers end the job at once, and what they have not read by then is lost
+    world.Abort(1)
 
 
 def _environment(names: Sequence[str], default: int) -> int:
@@ -101,82 +99,31 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
     return result
 
 
-@contextmanager
-def abort_on_defect(comm: Communicator) -> Iterator[None]:
-    """An exception that nobody expects must not leave the other ranks waiting for ever."""
-    try:
-        yield
-    except (UserError, SystemExit):
-        raise
-    except BaseException as error:
-        if comm.size > 1:
-            if not isinstance(error, KeyboardInterrupt):
-                print(traceback.format_exc(), file=sys.stderr, flush=True)
-                time.sleep(POLL_SECONDS)  # launchers end the job at once, and what they have not read by then is lost
-            comm.Abort(1)  # type: ignore[attr-defined]
-        raise
-
-
 class Progress:
-    """One bar for the whole job, on rank 0: part of the input done, text per second, time left.
+    """One bar for the whole job, on rank 0: part of the input done, MB/s of it, time left.
 
-    `add` may be called from any thread; `report` and `finish` from the main one, which alone talks MPI.
+    `add` may be called from any thread; `report` from the main one, on all ranks together.
     """
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
-        self.comm: Any = comm
-        self.running = comm.size - 1
-        self.text_bytes = 0
-        self.started = time.perf_counter()
+        self.comm = comm
         self._lock = threading.Lock()
-        self._done = (0, 0)
+        self._done_bytes = 0
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
-            total=max(total_bytes, 1), desc="building", bar_format=BAR, disable=comm.rank > 0, mininterval=interval,
-            delay=interval,
+            total=max(total_bytes, 1), desc="building", unit="B", unit_scale=True, disable=comm.rank > 0,
+            mininterval=interval, delay=interval,
         )  # fmt: skip
 
-    def add(self, input_bytes: int, text_bytes: int) -> None:
+    def add(self, input_bytes: int) -> None:
         """Count work done."""
         with self._lock:
-            self._done = (self._done[0] + input_bytes, self._done[1] + text_bytes)
+            self._done_bytes += input_bytes
 
-    def report(self) -> bool:
-        """Show what was done since, by all ranks; True if another rank has met an error."""
+    def report(self, state: str) -> set[str]:
+        """Show what was done since, by all ranks; how this one stands (working, done, failed), and how all do."""
         with self._lock:
-            done, self._done = self._done, (0, 0)
-        if self.comm.rank == 0:
-            self._show(*done)
-            self._collect()
-        elif any(done):
-            self.comm.send(done, dest=0, tag=PROGRESS_TAG)
-        return self.comm.size > 1 and bool(self.comm.iprobe(tag=STOP_TAG))
-
-    def stop_others(self) -> None:
-        """Tell all other ranks to give up."""
-        for rank in set(range(self.comm.size)) - {self.comm.rank}:
-            self.comm.isend(None, dest=rank, tag=STOP_TAG)
-
-    def finish(self) -> None:
-        """Rank 0 shows the others' work until all of them are done."""
-        self.report()
-        if self.comm.rank > 0:
-            self.comm.send(None, dest=0, tag=PROGRESS_TAG)
-        while self.comm.rank == 0 and self.running:
-            self._collect()
-            time.sleep(POLL_SECONDS)
-        self.bar.close()
-
-    def _collect(self) -> None:
-        while self.running and self.comm.iprobe(tag=PROGRESS_TAG):
-            message = self.comm.recv(tag=PROGRESS_TAG)
-            if message is None:
-                self.running -= 1
-            else:
-                self._show(*message)
-
-    def _show(self, input_bytes: int, text_bytes: int) -> None:
-        self.text_bytes += text_bytes
-        rate = self.text_bytes / 1e6 / max(time.perf_counter() - self.started, 1e-9)
-        self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-        self.bar.update(input_bytes)
+            done_bytes, self._done_bytes = self._done_bytes, 0
+        states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
+        self.bar.update(sum(of_ranks))
+        return set(states)

@@ -1,10 +1,11 @@
 """Show what a data set holds: its sources in numbers, samples of its documents, and where a token came from."""
 
+import argparse
+import contextlib
 import math
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,6 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
-from data_prep.build_shards import epoch_lines, figures, token_count
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
@@ -28,6 +28,7 @@ BAR_ENDS = " ▏▎▍▌▋▊▉"
 COMMONEST, COMMONEST_COLUMNS, TOKEN_CHARACTERS = 20, 3, 14
 BAD_DOCUMENTS_SHOWN = 3
 PIECE_TOKENS = 1 << 20  # counted at a time: bincount makes 8 bytes of each id
+MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
 COUNTED_TOKENS = 500_000_000  # of a source; of a larger one, pieces evenly spread
 HEADER = ("split", "source", "documents", "tokens", "chars/token", "bytes/token", "share")
 
@@ -152,9 +153,35 @@ def commonest(tokenizer: LoadedTokenizer, counts: npt.NDArray[np.int64]) -> Iter
             in_bytes = tokenizer.token_bytes
             shown = f"<{in_bytes[i].as_py().hex(' ')}>" if in_bytes else tokenizer.reference.id_to_token(i) or ""
         shown = cut(shown, TOKEN_CHARACTERS - 1)
-        columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
-        cells.append(f"{i:>5} {shown}{' ' * (TOKEN_CHARACTERS - columns)} {counts[i] / counts.sum():>6.2%}")
+        cells.append(f"{i:>5} {shown:<{TOKEN_CHARACTERS}} {counts[i] / counts.sum():>6.2%}")
     return ("  ".join(cells[i : i + COMMONEST_COLUMNS]) for i in range(0, len(cells), COMMONEST_COLUMNS))
+
+
+def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
+    """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
+    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    if not documents:
+        return "0", "0", "-", "-"
+    of_text = max(tokens - documents, 1)
+    characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
+    return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
+
+
+def token_count(text: str) -> int:
+    """A number of tokens on a command line; 17e9 is one too."""
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 1e18:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of tokens, such as 17e9")
+
+
+def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:
+    """How often a training run sees each source; a source seen too often is warned of."""
+    lines = []
+    for name, epochs in manifest.epochs(train_tokens).items():
+        warning = f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight" * (epochs > MAX_EPOCHS)
+        lines.append(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
+    return lines
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -132,30 +132,24 @@ class TrainingTexts:
 
 
 def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], Merges]:
-    """Ids and merges of a byte-level BPE."""
-    with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
-        path = Path(scratch) / "text"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(text if text.endswith("\n") else text + "\n" for text in texts)
-        return fill_byte_bpe(path, vocab_size)
-
-
-def fill_byte_bpe(text: Path, vocab_size: int) -> tuple[dict[str, int], Merges]:
-    """Exactly vocab_size ids, and their merges. Raises UserError if the text can't fill them.
+    """Exactly vocab_size ids of a byte-level BPE, and their merges. Raises UserError if the texts can't fill them.
 
     A text has only so many merges: at some point each of its words is one token. The merges that are
     then missing are learned from the same words in other spellings (`spellings`).
     """
-    vocab, merges = build_vocab(learn_merges([text], vocab_size), vocab_size)
+    with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
+        path, extra = Path(scratch, "text"), Path(scratch, "spellings")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(text if text.endswith("\n") else text + "\n" for text in texts)
+        vocab, merges = build_vocab(learn_merges([path], vocab_size), vocab_size)
+        if (own := len(vocab)) == vocab_size:
+            return vocab, merges
+        extra.write_text("".join(spellings(path.read_text(encoding="utf-8"))), encoding="utf-8")
+        vocab, merges = build_vocab(learn_merges([path, extra], vocab_size), vocab_size)
     if len(vocab) < vocab_size:
-        own = len(vocab)
-        extra = text.with_name("spellings")
-        extra.write_text("".join(spellings(text.read_text(encoding="utf-8"))), encoding="utf-8")
-        vocab, merges = build_vocab(learn_merges([text, extra], vocab_size), vocab_size)
-        if len(vocab) < vocab_size:
-            problem = f"this text supports {len(vocab):,} ids"
-            raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
-        print(f"note: the text's words fill {own:,} ids; other spellings of them fill the rest", file=sys.stderr)
+        problem = f"this text supports {len(vocab):,} ids"
+        raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
+    print(f"note: the text's words fill {own:,} ids; other spellings of them fill the rest", file=sys.stderr)
     return vocab, merges
 
 

@@ -6,15 +6,14 @@ in flat arrays all the way. A finished unit leaves a record beside the shards; a
 takes it from there.
 """
 
-import functools
 import hashlib
 import itertools
 import json
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_prep import pretokenized, shards
-from data_prep.corpus import Documents, all_rows, check_unchanged, clean, read_documents
+from data_prep import shards
+from data_prep.corpus import Documents, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
 from data_prep.errors import UserError
 from data_prep.json_lines import Reasons
@@ -40,9 +39,6 @@ PARITY_MARGIN = 64  # tokens at the end of a document that was cut for the compa
 POLL_SECONDS = 0.1
 SPACE = "make space or choose another --output-dir, and build again: finished units are kept"
 
-Encoded = tuple[Ids, Offsets]
-Encoders = queue.SimpleQueue[Encoder | None]  # one for each core; None is one not yet made
-
 
 @dataclass(frozen=True, kw_only=True)
 class UnitResult:
@@ -54,71 +50,61 @@ class UnitResult:
     shards: tuple[ShardFacts, ...]
 
 
-class StoppedError(Exception):
-    """Another unit met an error; this one is given up."""
-
-
+@dataclass(kw_only=True)
 class UnitBuilder:
     """Turns work units into shards; one for each rank."""
 
-    def __init__(
-        self, *, output_dir: Path, tokenizer: LoadedTokenizer, prefer: str, validation_fraction: float, threads: int
-    ) -> None:
-        self.output_dir = output_dir
-        self.tokenizer = tokenizer
-        self.validation_fraction = validation_fraction
-        self.validation_below = np.uint64(min(int(validation_fraction * 2**64), 2**64 - 1))
-        self.threads = threads
-        self._new_encoder = functools.partial(new_encoder, tokenizer, prefer=prefer)
-        self.encoder = self._new_encoder()  # of the first thread; each has its own
+    output_dir: Path
+    tokenizer: LoadedTokenizer
+    prefer: str  # the encoder
+    validation_fraction: float
+    threads: int
+
+    def __post_init__(self) -> None:
+        self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
+        self.encoder = self._new_encoder()
+        self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
+        for encoder in (self.encoder, *[None] * (self.threads - 1)):
+            self._encoders.put(encoder)
         self._stopping = threading.Event()
 
-    def build(self, units: Sequence[WorkUnit], progress: Progress) -> list[UnitResult]:
-        """Build the units, a core each; returns once every file is on the disk. The first error stops all."""
-        encoders: Encoders = queue.SimpleQueue()
-        for encoder in (self.encoder, *[None] * (self.threads - 1)):
-            encoders.put(encoder)
+    def _new_encoder(self) -> Encoder:
+        return new_encoder(self.tokenizer, prefer=self.prefer)
+
+    def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
+        """Build the units, a core each; what they gave, by record path, once every file of every rank is on the disk.
+
+        The first error stops all ranks. It is raised where it was met; the others return nothing.
+        """
 
         def work(unit: WorkUnit) -> UnitResult:
             with writing(self.output_dir, f"unit {unit.name}"):
-                return self._build_unit(unit, encoders, progress)
+                return self._build_unit(unit, progress)
 
         with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
-            futures = [pool.submit(work, unit) for unit in units]
+            futures = {record_path(unit): pool.submit(work, unit) for unit in units}
             try:
-                self._watch(futures, progress)
+                is_whole = watch(set(futures.values()), progress)
             finally:
                 self._stopping.set()
                 pool.shutdown(cancel_futures=True)
-        return [future.result() for future in futures]
+        return {path: future.result() for path, future in futures.items() if is_whole}
 
-    def _watch(self, futures: Sequence[Future[UnitResult]], progress: Progress) -> None:
-        """Report progress until all is done, or raise the first error."""
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if progress.report():
-                raise StoppedError
-
-    def _build_unit(self, unit: WorkUnit, encoders: Encoders, progress: Progress) -> UnitResult:
+    def _build_unit(self, unit: WorkUnit, progress: Progress) -> UnitResult:
         signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
         if (finished := self._finished(unit, signature)) is not None:
-            progress.add(unit.size_bytes, 0)
+            progress.add(unit.size_bytes)
             return finished
-        splits = [ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS]
-        try:
-            encoder = encoders.get()
+        with ExitStack() as held:
+            encoder = self._encoders.get()
             try:
                 encoder = encoder or self._new_encoder()
+                writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
+                splits = [held.enter_context(closing(writer)) for writer in writers]
                 rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
             finally:
-                encoders.put(encoder)
+                self._encoders.put(encoder)
             written = tuple(part.finish() for part in splits if part.documents)
-        finally:
-            for part in splits:
-                part.close()
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
         write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
         return result
@@ -129,15 +115,15 @@ class UnitBuilder:
         """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
         rows = empty = taken = 0
         bad: Reasons = []
-        for documents, encoded in self._batches(unit, encoder):
+        for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
-                raise StoppedError
+                raise CancelledError
             if len(documents.texts):
-                self._add(unit, documents, encoded, encoder, splits)
+                self._add(unit, documents, encoder, splits)
             rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
             taken += documents.input_bytes
-            progress.add(documents.input_bytes, pc.sum(pc.binary_length(documents.texts)).as_py() or 0)
-        progress.add(unit.size_bytes - taken, 0)
+            progress.add(documents.input_bytes)
+        progress.add(unit.size_bytes - taken)
         return rows, empty, bad
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
@@ -152,34 +138,13 @@ class UnitBuilder:
                 return None
         return result
 
-    def _batches(self, unit: WorkUnit, encoder: Encoder) -> Iterator[tuple[Documents, Encoded | None]]:
-        """The unit's documents, with their ids if the input holds ids already."""
-        if unit.format not in pretokenized.FORMATS:
-            yield from ((documents, None) for documents in read_documents(unit))
-            return
-        check_unchanged(unit)
-        row, eos_id = 0, self.tokenizer.eos_id
-        for ids, offsets, taken in pretokenized.read_ids(unit.files[0], unit.format, unit.start, unit.stop, eos_id):
-            if len(ids) and ids.max() >= (size := self.tokenizer.vocab_size):
-                raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
-            if len(special := ids[np.isin(ids, list(self.tokenizer.special_tokens.values()))]):
-                token = self.tokenizer.reference.id_to_token(int(special[0]))
-                raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
-            documents = clean(unit, all_rows(encoder.decode(ids, offsets), taken), row)
-            lengths = np.diff(offsets)
-            kept = np.isin(np.arange(row, row + len(lengths)), documents.rows)
-            yield documents, (ids[np.repeat(kept, lengths)], np.append(0, np.cumsum(lengths[kept])))
-            row += len(lengths)
-
-    def _add(
-        self, unit: WorkUnit, documents: Documents, encoded: Encoded | None, encoder: Encoder, parts: list[ShardWriter]
-    ) -> None:
+    def _add(self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter]) -> None:
         """Encode a batch, prove some of it and at least one document of a unit, and add all to their splits."""
-        ids, offsets = encoded or encoder.encode(documents.texts)
+        ids, offsets = documents.encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
         for i in sample or ([] if any(part.documents for part in parts) else [int(hashes.argmin())]):
-            self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder, is_import=encoded is not None)
+            self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
         lengths = pc.binary_length(documents.texts).to_numpy()
@@ -201,10 +166,9 @@ class UnitBuilder:
             raise UserError(f"{self.tokenizer.directory}: {problem}; name a token that text never gives")
         return tokens, offsets + np.arange(len(offsets))
 
-    def _prove(
-        self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder, *, is_import: bool
-    ) -> None:
+    def _prove(self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder) -> None:
         """Compare a document with the reference. Raises UserError naming it if they differ."""
+        is_import = documents.encoded is not None
         if encoder.is_reference and not is_import:
             return
         text = documents.texts[i].as_py()
@@ -222,6 +186,19 @@ class UnitBuilder:
                 own = f"its ids are not what {self.tokenizer.directory} gives for their text"
                 problem = f"{own}; name the tokenizer that made them"
             raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
+
+
+def watch(pending: set[Future[UnitResult]], progress: Progress) -> bool:
+    """Report progress until every rank is done, or one has met an error: then raise it, if it is ours, or say False."""
+    states = {"working"}
+    while "working" in states and "failed" not in states:
+        finished, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+        has_failed = any(future.exception() for future in finished)
+        states = progress.report("failed" if has_failed else "working" if pending else "done")
+        for future in finished:
+            future.result()
+    progress.bar.close()
+    return "failed" not in states
 
 
 def shard_path(split: str, unit: WorkUnit) -> str:

@@ -24,13 +24,12 @@ from data_prep.build_shards import BUILD_NAME, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.mixture import load_mixture, mixture_path
-from data_prep.ranks import Progress, SingleProcess
+from data_prep.ranks import Communicator, Progress
 from data_prep.shards import LOCK_NAME, MANIFEST_NAME, REBUILD, TOKEN_DTYPE, TOKENIZER_NAME, Manifest, Shard
 from data_prep.unit_shards import UnitBuilder, shard_path
 
 CHUNK_TOKENS = 1 << 20
 REMOVE = "remove it"
-ADVICE = f"run this with --repair, or {REBUILD}"
 
 Problem = tuple[Shard | None, str]  # the shard that is bad, if it is one, and the line
 
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         shard, first = problems[0]
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
         advice = ", or this with --repair" if shard else ""
-        advice = advice if REBUILD in first or REMOVE in first else f"; {ADVICE}"
+        advice = advice if REBUILD in first or REMOVE in first else f"; run this with --repair, or {REBUILD}"
         raise UserError(f"{data_dir}: {many}: {first}{advice}")
     seconds = time.perf_counter() - started
     size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in (shard.path, shard.index_path))
@@ -123,7 +122,7 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         threads=len(os.sched_getaffinity(0)),
     )  # fmt: skip
     try:
-        builder.build(units, Progress(SingleProcess(), sum(unit.size_bytes for unit in units)))
+        builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))
         for shard in bad:
             for digest, name in ((shard.xxh3_128, shard.path), (shard.index_xxh3_128, shard.index_path)):
                 if not (scratch / name).is_file() or shards.digest_file(scratch / name) != digest:

@@ -57,8 +57,9 @@ class WorkUnit:
 
 def format_of(name: str, where: str) -> str:
     """The format that a file's name tells. Raises UserError if it tells none."""
+    known = re.sub(r"\.(nd)?json\b", ".jsonl", name.lower())
     for ending in ENDINGS:
-        if name.endswith("." + ending):
+        if known.endswith("." + ending):
             return ending
     raise UserError(f"{where}: the format of {name} is not known from its name; give one of {', '.join(FORMATS)}")
 
@@ -107,17 +108,16 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
     """The units of one file."""
     if format in pretokenized.FORMATS:
         return pretokenized.cut_ids(file, format, eos_id, unit_bytes)
-    if format == "parquet":
-        parquet = open_parquet(file, text_field)
-        return row_group_runs(parquet, range(parquet.metadata.num_row_groups), text_field, unit_bytes)
     if format == "save_to_disk":
         rows = len(load_from_disk(file))
         step = max(1, rows * unit_bytes // max(file.size, 1))
         return [(at, min(at + step, rows), min(step, rows - at) * file.size // rows) for at in range(0, rows, step)]
-    cuts = [0, file.size]
-    if format == "jsonl":
-        with reading(file), open_input(file) as stream:
-            cuts = json_lines.line_cuts(stream, file.size, unit_bytes)
+    with reading(file), open_input(file, 0) as stream:
+        check_first_bytes(file, format, stream.read(8))
+        cuts = json_lines.line_cuts(stream, file.size, unit_bytes) if format == "jsonl" else [0, file.size]
+    if format == "parquet":
+        parquet = open_parquet(file, text_field)
+        return row_group_runs(parquet, range(parquet.metadata.num_row_groups), text_field, unit_bytes)
     return [(start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
 
 
@@ -137,11 +137,9 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
     """Open a parquet file and check that its text column is there and holds text."""
     is_remote = "://" in file.url
     try:
-        parquet = pq.ParquetFile(open_input(file) if is_remote else file.url, pre_buffer=is_remote)
+        parquet = pq.ParquetFile(open_input(file, 0) if is_remote else file.url, pre_buffer=is_remote)
         schema = parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        with reading(file), open_input(file) as stream:
-            check_first_bytes(file, "parquet", stream.read(8))
         problem = f"not a readable parquet file ({one_line(error)})"
         raise UserError(f"{file.url}: {problem}; fetch or write it again") from None
     check_schema(file, schema, text_field)

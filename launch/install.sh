@@ -12,9 +12,8 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 find_environment() {
   ENVIRONMENT=${VIRTUAL_ENV:-}
-  if [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then # conda's base is active by itself; nobody chose it
-    ENVIRONMENT=${ENVIRONMENT:-$CONDA_PREFIX}
-  fi
+  # conda's base is active by itself; nobody chose it
+  [ "${CONDA_DEFAULT_ENV:-base}" = base ] || ENVIRONMENT=${ENVIRONMENT:-$CONDA_PREFIX}
   if [ -n "$ENVIRONMENT" ]; then
     echo "using the active environment $ENVIRONMENT"
     return
@@ -46,9 +45,7 @@ install_project() {
   export PATH="$ENVIRONMENT/bin:$PATH"
   wanted=$REPOSITORY:$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/.ci/constraints.txt" | cksum)
   for stamp in "$ENVIRONMENT/.tablefree-dev" "$ENVIRONMENT/.tablefree-$extra"; do # dev holds what demo needs
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-      return
-    fi
+    [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
   done
   python -m pip --version > /dev/null 2>&1 || python -m ensurepip > /dev/null 2>&1 ||
     fail "$ENVIRONMENT has no pip; install it there (python -m ensurepip, or uv pip install pip), or remove a .venv"

@@ -25,14 +25,13 @@ cd "$REPOSITORY"
 
 stage() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-if [ -f "$run_dir/summary.json" ]; then
-  exec python launch/summary.py "$run_dir" --show
-fi
+[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 took=() # how long the whole job took is known if nothing of it was there before
-[ -d "$run_dir/corpus" ] || took=(--started "$(date +%s)")
+[ -d "$run_dir/corpus" ] || took=("$(date +%s)")
 
 stage "1/7  corpus: 249 State of the Union addresses"
-[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo_corpus.py "$run_dir/corpus"
+install -D -m 644 launch/quickstart.yaml "$run_dir/corpus/mixture.yaml"
+[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo_corpus.py "$run_dir/corpus/corpus.parquet"
 
 stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
 [ -d "$run_dir/corpus/tokenizer" ] || python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
@@ -63,4 +62,4 @@ stage "7/7  export to Hugging Face format, in both forms"
 python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/hf" --architecture tablefree
 python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/gpt_neox" --architecture gpt_neox
 
-python launch/summary.py "$run_dir" --stopped-at-step $half "${took[@]}"
+python launch/summary.py "$run_dir" $half "${took[@]}"

@@ -1,22 +1,28 @@
 """The quick start's last page: what was measured, beside what gzip and xz make of the same held-out text.
 
-python launch/summary.py RUN_DIR --stopped-at-step N [--started T]   measure, print, write RUN_DIR/summary.json
-python launch/summary.py RUN_DIR --show                               print what was written before
+    python launch/summary.py RUN_DIR STOPPED_AT_STEP [STARTED]
+
+Prints it, and writes RUN_DIR/summary.json and summary.txt. STARTED: when the whole job did, in seconds since 1970.
 """
 
-import argparse
 import gzip
 import json
 import lzma
 import math
+import sys
 import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep.shards import ShardReader, write_durably
+from pretrain.checkpoint import load_for_reading
+from pretrain.run_directory import read_metrics
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60
@@ -32,28 +38,20 @@ def held_out_text(reader: ShardReader) -> bytes:
     return text
 
 
-def generate(hf_dir: Path, prompt: str) -> str:
-    """A continuation, sampled with a fixed seed, from the export alone."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
+def generate(hf_dir: Path) -> str:
+    """PROMPT and a continuation, sampled with a fixed seed, from the export alone."""
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True)
     torch.manual_seed(0)
-    ids = torch.tensor([tokenizer.encode(prompt)])
-    with torch.no_grad():
-        mask = torch.ones_like(ids)
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50)
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50)
     return str(tokenizer.decode(output[0].tolist(), skip_special_tokens=True))
 
 
-def measure(run_dir: Path, started: float | None, stopped_at_step: int) -> dict[str, Any]:
+def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -> dict[str, Any]:
     """Every figure of the summary, from the files that the stages wrote."""
-    from pretrain.checkpoint import load_for_reading
-    from pretrain.run_directory import read_metrics
-
     checkpoint = load_for_reading(run_dir)
     reader = ShardReader(run_dir / "dataset")
     text = held_out_text(reader)
@@ -76,15 +74,15 @@ def measure(run_dir: Path, started: float | None, stopped_at_step: int) -> dict[
         "hf_dir": str(run_dir / "hf"),
         "gpt_neox_dir": str(run_dir / "gpt_neox"),
         "prompt": PROMPT,
-        "sample": generate(run_dir / "hf", PROMPT),
+        "sample": generate(run_dir / "hf"),
         "seconds": time.time() - started if started else None,
     }
 
 
 def page(summary: dict[str, Any]) -> str:
     """The summary as a page of text."""
-    compressors = {"gzip -9": summary["gzip_bits_per_byte"], "xz -9": summary["xz_bits_per_byte"]}
-    figures = {**compressors, "this model": summary["val_bits_per_byte"]}
+    names = {"gzip": "gzip -9", "xz": "xz -9", "val": "this model"}
+    figures = {name: summary[f"{key}_bits_per_byte"] for key, name in names.items()}
     longest = max(figures.values())
     chart = "\n".join(f"    {name:<11} {v:5.3f}  {'█' * round(32 * v / longest)}" for name, v in figures.items())
     sample = textwrap.fill(summary["sample"].replace("\n", " "), 76, initial_indent="    ", subsequent_indent="    ")
@@ -111,22 +109,9 @@ stopped and resumed at step {summary["stopped_at_step"]}
 {whole_job}"""
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="launch/summary.py", description="The quick start's summary.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--show", action="store_true", help="print the summary that is there")
-    parser.add_argument("--started", type=float, help="when the whole job started, in seconds since 1970")
-    parser.add_argument("--stopped-at-step", type=int, default=0, help="where training was stopped and resumed")
-    flags = parser.parse_args()
-    path = flags.run_dir / "summary.json"
-    if flags.show:
-        summary = json.loads(path.read_bytes())
-    else:
-        summary = measure(flags.run_dir, flags.started, flags.stopped_at_step)
-        write_durably(path, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-    print(page(summary))
-
-
 if __name__ == "__main__":
-    main()
+    run_dir, stopped_at_step, *started = sys.argv[1:]
+    summary = measure(Path(run_dir), int(stopped_at_step), *map(float, started))
+    write_durably(Path(run_dir, "summary.json"), (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(Path(run_dir, "summary.txt"), page(summary).encode())
+    print(page(summary))

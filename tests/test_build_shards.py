@@ -439,32 +439,32 @@ def test_a_source_without_documents(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"validation_fracton": 0.1}, "unknown key 'validation_fracton'; did you mean 'validation_fraction'?"),
-        ({"sources": [{**A_SOURCE, "wieght": 1}]}, "sources[0]: unknown key 'wieght'; did you mean 'weight'?"),
-        ({"sources": [{"name": "a"}]}, "sources[0]: 'weight' is missing"),
-        ({"sources": [{"name": "a", "weight": 1}]}, "sources[0]: expected either path or hub"),
-        ({"sources": [{**A_SOURCE, "hub": "a/b"}]}, "sources[0]: expected either path or hub"),
-        ({"sources": [{**A_SOURCE, "split": "train"}]}, "sources[0]: split has a meaning only beside hub; remove it"),
-        ({"on_bad_document": "warn"}, "on_bad_document is 'warn', expected one of error, skip"),
-        ({"sources": []}, "expected a list of at least one source"),
-        ({"sources": ["a.parquet"]}, "sources[0]: expected the keys name, path"),
+        ({"validation_fracton": 0.1}, "unknown key validation_fracton; did you mean validation_fraction?"),
+        ({"sources": [{**A_SOURCE, "wieght": 1}]}, "unknown key sources.0.wieght; did you mean weight?"),
+        ({"sources": [{"name": "a"}]}, "sources.0.weight is missing"),
+        ({"sources": [{"name": "a", "weight": 1}]}, "sources.0: expected either path or hub"),
+        ({"sources": [{**A_SOURCE, "hub": "a/b"}]}, "sources.0: expected either path or hub"),
+        ({"sources": [{**A_SOURCE, "split": "train"}]}, "sources.0: split has a meaning only beside hub; remove it"),
+        ({"on_bad_document": "warn"}, "on_bad_document: got 'warn'; Input should be 'error' or 'skip'"),
+        ({"sources": []}, "sources: got []; Tuple should have at least 1 item"),
+        ({"sources": ["a.parquet"]}, "sources.0: got 'a.parquet'; Input should be a valid dictionary"),
         ({"sources": [A_SOURCE, A_SOURCE]}, "two sources are named 'a'"),
-        ({"sources": [{**A_SOURCE, "name": "../a"}]}, "name '../a': expected letters"),
-        ({"sources": [{**A_SOURCE, "weight": 0}]}, "weight is 0.0, expected a positive number"),
-        ({"sources": [{**A_SOURCE, "weight": -1}]}, "weight is -1.0, expected a positive number"),
-        ({"sources": [{**A_SOURCE, "weight": True}]}, "weight is True, expected a number"),
-        ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight is nan, expected a number"),
+        ({"sources": [{**A_SOURCE, "name": "../a"}]}, "sources.0.name: got '../a'; String should match pattern"),
+        ({"sources": [{**A_SOURCE, "weight": 0}]}, "weight: got 0; Input should be greater than 0"),
+        ({"sources": [{**A_SOURCE, "weight": -1}]}, "weight: got -1; Input should be greater than 0"),
+        ({"sources": [{**A_SOURCE, "weight": True}]}, "weight: got True; Input should be a valid number"),
+        ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight: got nan; Input should be "),
         (
             {"sources": [A_SOURCE, {**A_SOURCE, "name": "b", "weight": 1e-6}]},
             "mixture.yaml: source 'b': weight 1e-06 is below 1/4096 of the whole; raise it, or leave that source out",
         ),
-        ({"sources": [{**A_SOURCE, "weight": 1e300}]}, "weight is 1e+300, expected a positive number up to 1e+99"),
+        ({"sources": [{**A_SOURCE, "weight": 1e300}]}, "weight: got 1e+300; Input should be less than or equal to 1"),
         ({"sources": [{**A_SOURCE, "format": "xml"}]}, "format 'xml', expected one of parquet, jsonl, jsonl.gz"),
         ({"sources": [{**A_SOURCE, "format": "txt", "text_field": "x"}]}, "text_field has no meaning for txt"),
         ({"sources": [{**A_SOURCE, "path": "b.parquet"}]}, "source 'a': no file matches b.parquet"),
         ({"sources": [{**A_SOURCE, "text_field": "body"}]}, "no column 'body', it has: id, text"),
-        ({"validation_fraction": 0}, "validation_fraction is 0.0, expected above 0 and below 1"),
-        ({"validation_fraction": "much"}, "validation_fraction is 'much', expected a number"),
+        ({"validation_fraction": 0}, "validation_fraction: got 0; Input should be greater than 0"),
+        ({"validation_fraction": "much"}, "validation_fraction: could not convert string to float: 'much'"),
         ({"tokenizer": "nowhere"}, "nowhere/tokenizer.json: No such file"),
     ],
 )
@@ -485,12 +485,20 @@ def test_bad_mixtures_touch_nothing(
     [
         ("tokenizer: a\nsources: []\ntokenizer: b\n", "line 3: 'tokenizer' is there already; keep one of the two"),
         ("sources:\n- {name: a, weight: 1, weight: 2}\n", "line 2: 'weight' is there already"),
-        ("a: &a {x: 1}\nb: {<<: *a, x: 2}\n", "unknown key 'a'"),  # what YAML itself lets a mapping replace
+        ("a: &a {x: 1}\nb: {<<: *a, x: 2}\n", "unknown key a; did"),  # what YAML itself lets a mapping replace
     ],
 )
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "mixture.yaml").write_text(content)
     assert f"mixture.yaml: {expected}" in build_error(tmp_path / "mixture.yaml", tmp_path / "out")
+
+
+def test_files_of_two_formats_are_two_sources(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:
+    write_parquet(tmp_path / "in.parquet", texts)
+    write_jsonl(tmp_path / "in.jsonl", texts)
+    mixture = write_mixture(tmp_path, tokenizer_dir, [{"name": "a", "path": "in.*", "weight": 1}])
+    message = build_error(mixture, tmp_path / "out")
+    assert "source 'a': files of formats jsonl and parquet; make each a source of its own" in message
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-5", "1e400", "0", "many"])
@@ -545,7 +553,7 @@ def test_ids_beyond_the_vocabulary_stop_the_build(
 
     monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: None)
     monkeypatch.setattr(
-        unit_shards, "new_encoder", lambda *_, **__: Encoder(name="odd", encode=encode, decode=None, is_reference=False)
+        unit_shards, "new_encoder", lambda *_, **__: Encoder(name="odd", encode=encode, is_reference=False)
     )
     assert f"odd gave id {VOCAB_SIZE}, beyond the vocabulary" in build_error(mixture, tmp_path / "out")
 

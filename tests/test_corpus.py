@@ -475,6 +475,9 @@ def test_unit_names_are_safe_and_unique(tmp_path: Path) -> None:
 def test_a_files_name_tells_its_format() -> None:
     for format in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "arrow", "csv"):
         assert format_of(f"a.{format}", "here") == format
+    assert [format_of(f"a.{ending}", "here") for ending in ("json", "ndjson.gz", "Parquet")] == [
+        "jsonl", "jsonl.gz", "parquet",
+    ]  # fmt: skip
     with pytest.raises(UserError, match=r"here: the format of a\.doc is not known from its name; give one of parquet"):
         format_of("a.doc", "here")
 

@@ -42,8 +42,6 @@ configs:
   data_files: "*/train-*.parquet"
 - config_name: mixed
   data_files: ["web/*.parquet", "more.jsonl.gz"]
-- config_name: lines
-  data_files: "more.jsonl.gz"
 ---
 """
 
@@ -92,7 +90,7 @@ def text_bytes(path: Path) -> int:
 
 
 def read_texts(file: InputFile) -> list[str]:
-    return pq.ParquetFile(open_input(file), pre_buffer=True).read(columns=["text"])["text"].to_pylist()
+    return pq.ParquetFile(open_input(file, 0), pre_buffer=True).read(columns=["text"])["text"].to_pylist()
 
 
 def read_all(file: InputFile) -> bytes:
@@ -164,15 +162,16 @@ OPERATIONS = st.lists(
 
 
 @given(content=st.binary(max_size=100).map(lambda content: content.replace(b"\1", b"\n")), operations=OPERATIONS)
-def test_a_remote_file_reads_like_a_local_one(content: bytes, operations: Sequence[tuple[str, int]]) -> None:
+@pytest.mark.parametrize("ahead_bytes", [0, 16])
+def test_a_remote_file_reads_like_a_local_one(
+    ahead_bytes: int, content: bytes, operations: Sequence[tuple[str, int]]
+) -> None:
     url = f"memory://{uuid.uuid4()}/a.bin"
     fsspec.filesystem("memory").pipe(url, content)
-    local, remote = io.BytesIO(content), open_input(the_one(url))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "REQUEST_BYTES", 16)
-        for name, number in operations:
-            assert getattr(remote, name)(number) == getattr(local, name)(number)
-            assert remote.tell() == local.tell()
+    local, remote = io.BytesIO(content), open_input(the_one(url), ahead_bytes)
+    for name, number in operations:
+        assert getattr(remote, name)(number) == getattr(local, name)(number)
+        assert remote.tell() == local.tell()
     assert remote.seek(-1, io.SEEK_END) == max(0, len(content) - 1)
 
 
@@ -208,9 +207,8 @@ def test_a_web_server_s_file(http: HubServer) -> None:
     assert "none?version=2: not found, HTTP status 404" in find_error(f"{http.url}/none?version=2")
 
 
-def test_reading_on_reads_ahead(http: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "REQUEST_BYTES", 1000)
-    with open_input(the_one(f"{http.url}/a.bin")) as stream:
+def test_reading_on_reads_ahead(http: HubServer) -> None:
+    with open_input(the_one(f"{http.url}/a.bin"), 1000) as stream:
         http.reset()
         assert b"".join(iter(lambda: stream.read(70), b"")) == (http.root / "a.bin").read_bytes()
     assert [method for method, _ in http.requests].count("GET") == 3
@@ -283,7 +281,7 @@ def test_a_change_since_the_listing_is_an_error(http: HubServer, content: bytes)
 
 
 def test_a_change_during_an_outage_is_an_error(http: HubServer) -> None:
-    with open_input(the_one(f"{http.url}/a.bin")) as stream:
+    with open_input(the_one(f"{http.url}/a.bin"), 0) as stream:
         stream.seek(1000)
         stream.read(10)
         (http.root / "a.bin").write_bytes(b"x" * 3000)
@@ -305,7 +303,7 @@ def test_a_server_without_ranges(http: HubServer) -> None:
 def test_pyarrow_hands_the_error_on(http: HubServer) -> None:
     write_wide_parquet(http.root / "a.parquet")
     file = the_one(f"{http.url}/a.parquet")
-    parquet = pq.ParquetFile(open_input(file), pre_buffer=True)
+    parquet = pq.ParquetFile(open_input(file, 0), pre_buffer=True)
     http.failures.always["a.parquet"] = 503
     with pytest.raises(UserError, match=r"a\.parquet: HTTP status 503 after 3 tries"):
         parquet.read_row_groups([0, 1], columns=["text"])
@@ -377,11 +375,11 @@ from data_prep.errors import UserError
 time.sleep = lambda seconds: None
 
 def find(*arguments):
-    files, commit, format = inputs.find_hub_inputs(*arguments, "here")
-    return {"files": [dataclasses.asdict(file) for file in files], "commit": commit, "format": format}
+    files, commit = inputs.find_hub_inputs(*arguments, "here")
+    return {"files": [dataclasses.asdict(file) for file in files], "commit": commit}
 
 def read(file):
-    with inputs.open_input(inputs.InputFile(**file)) as stream:
+    with inputs.open_input(inputs.InputFile(**file), 0) as stream:
         return {"texts": pq.ParquetFile(stream, pre_buffer=True).read(columns=["text"])["text"].to_pylist()}
 
 for line in sys.stdin:
@@ -443,8 +441,9 @@ def test_the_files_of_a_split(http: HubServer, hub_user: HubUser) -> None:
     assert found["files"][1] == {
         "name": names[1], "url": f"hf://datasets/owner/corpus@{COMMIT}/{names[1]}", "size": size, "version": COMMIT,
     }  # fmt: skip
-    assert (found["commit"], found["format"], found["notes"]) == (COMMIT, "parquet", "")
-    assert hub_user.find(configs=("lines",))["format"] == "jsonl.gz"
+    assert (found["commit"], found["notes"]) == (COMMIT, "")
+    mixed = hub_user.find(configs=("mixed",))["files"]
+    assert [file["name"] for file in mixed] == ["web/train-0.parquet", "more.jsonl.gz"]
     assert [file["name"] for file in hub_user.find(split="test")["files"]] == ["books/test-0.parquet"]
 
 
@@ -469,10 +468,6 @@ def test_a_column_of_a_hub_s_file(http: HubServer, hub_user: HubUser) -> None:
             "owner/corpus: Config name is missing. Please pick one among the available configs: ['books'",
         ),
         ({"configs": ["books", "both"]}, "owner/corpus: the configs books, both share files"),
-        (
-            {"configs": ["mixed"]},
-            "several formats (web/train-0.parquet, more.jsonl.gz); name files of one by their URLs",
-        ),
         ({"split": "none"}, "owner/corpus: no split 'none', it has: train, test"),
         ({"revision": "none"}, "owner/corpus: no revision 'none'; name a branch, a tag or a commit"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from data_prep import pretokenized
-from data_prep.encode import Encoder, LoadedTokenizer, load_tokenizer, new_encoder
+from data_prep.encode import LoadedTokenizer, decode_ids, load_tokenizer, new_encoder
 from data_prep.errors import UserError
 from data_prep.inputs import InputFile
 from data_prep.pretokenized import cut_ids, read_ids
@@ -225,39 +225,35 @@ def tokenizer(tokenizer_dir: Path) -> LoadedTokenizer:
     return load_tokenizer(tokenizer_dir)
 
 
-def decode(encoder: Encoder, *documents: Sequence[int]) -> pa.LargeStringArray:
+def decode(tokenizer: LoadedTokenizer, *documents: Sequence[int]) -> pa.LargeStringArray:
     ids = np.array([*itertools.chain(*documents)], np.uint32)
     offsets = np.cumsum([0, *map(len, documents)])
-    return encoder.decode(ids, offsets)
+    return decode_ids(tokenizer, ids, offsets)
 
 
-@pytest.fixture(scope="module", params=["gigatoken", "tokenizers"])
-def encoder(request: pytest.FixtureRequest, tokenizer: LoadedTokenizer) -> Encoder:
-    return new_encoder(tokenizer, prefer=request.param)
-
-
-def test_decoding_gives_the_texts_back(encoder: Encoder, texts: list[str]) -> None:
+@pytest.mark.parametrize("encoder", ["gigatoken", "tokenizers"])
+def test_decoding_gives_the_texts_back(encoder: str, tokenizer: LoadedTokenizer, texts: list[str]) -> None:
     documents = pa.array([*texts, "", "end", ""], pa.large_string())
-    ids, offsets = encoder.encode(documents)
-    decoded = encoder.decode(np.asarray(ids), np.asarray(offsets))
+    ids, offsets = new_encoder(tokenizer, prefer=encoder).encode(documents)
+    decoded = decode_ids(tokenizer, np.asarray(ids), np.asarray(offsets))
     decoded.validate(full=True)
     assert decoded.equals(documents)
-    assert decode(encoder, [], []).to_pylist() == ["", ""]
+    assert decode(tokenizer, [], []).to_pylist() == ["", ""]
 
 
 @given(documents=st.lists(st.lists(st.integers(0, 511)), min_size=1, max_size=5))
-def test_decoding_any_ids(encoder: Encoder, tokenizer: LoadedTokenizer, documents: list[list[int]]) -> None:
+def test_decoding_any_ids(tokenizer: LoadedTokenizer, documents: list[list[int]]) -> None:
     """The reference's text wherever the bytes are UTF-8, and elsewhere bytes that a check finds."""
-    got = [value.as_py() for value in decode(encoder, *documents).view(pa.large_binary())]
+    got = [value.as_py() for value in decode(tokenizer, *documents).view(pa.large_binary())]
     reference = tokenizer.reference.decode_batch(documents, skip_special_tokens=False)
     assert [value.decode(errors="replace") for value in got] == reference
 
 
-def test_a_document_cut_inside_a_character_is_found(encoder: Encoder, tokenizer: LoadedTokenizer) -> None:
+def test_a_document_cut_inside_a_character_is_found(tokenizer: LoadedTokenizer) -> None:
     ids = tokenizer.reference.encode("a 日").ids
     with pytest.raises(pa.ArrowInvalid):
-        decode(encoder, ids[:-1], [1]).validate(full=True)
-    assert decode(encoder, [*ids, tokenizer.eos_id]).to_pylist() == ["a 日<|endoftext|>"]
+        decode(tokenizer, ids[:-1], [1]).validate(full=True)
+    assert decode(tokenizer, [*ids, tokenizer.eos_id]).to_pylist() == ["a 日<|endoftext|>"]
 
 
 def new_tokenizer_dir(directory: Path, tokenizer: Tokenizer, eos_token: str) -> Path:
@@ -273,20 +269,20 @@ def test_added_tokens_and_ids_without_a_token(tmp_path: Path, tokenizer_dir: Pat
     model["model"]["merges"] = []
     changed = Tokenizer.from_str(json.dumps(model))
     changed.add_tokens(["é Ġ"])
-    encoder = new_encoder(load_tokenizer(new_tokenizer_dir(tmp_path / "t", changed, "<|endoftext|>")), prefer="none")
+    tokenizer = load_tokenizer(new_tokenizer_dir(tmp_path / "t", changed, "<|endoftext|>"))
     added = changed.token_to_id("é Ġ")
-    assert decode(encoder, [added, added]).to_pylist() == ["é Ġé Ġ"]
+    assert decode(tokenizer, [added, added]).to_pylist() == ["é Ġé Ġ"]
     with pytest.raises(pa.ArrowInvalid):
-        decode(encoder, [300]).validate(full=True)
+        decode(tokenizer, [300]).validate(full=True)
 
 
 def test_other_tokenizers_decode_by_the_reference(tmp_path: Path) -> None:
     vocab = {"<s>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "a": 257, "b": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    encoder = new_encoder(load_tokenizer(new_tokenizer_dir(tmp_path / "t", tokenizer, "<s>")), prefer="tokenizers")
+    loaded = load_tokenizer(new_tokenizer_dir(tmp_path / "t", tokenizer, "<s>"))
     documents = pa.array(["ab", "", "b 日\n"], pa.large_string())
-    assert encoder.decode(*encoder.encode(documents)).equals(documents)
+    assert decode_ids(loaded, *new_encoder(loaded, prefer="tokenizers").encode(documents)).equals(documents)
 
 
 def test_ids_of_four_bytes_are_no_uint16(tmp_path: Path) -> None:

@@ -46,46 +46,40 @@ def test_one_bar_for_all(tmp_path: Path) -> None:
 import time
 from data_prep.ranks import Progress, connect
 world, _ = connect()
-progress = Progress(world, 100)
+progress = Progress(world, 100_000_000)
 progress.bar.mininterval = progress.bar.delay = 0
 for _ in range(10):
-    progress.add(4 + 2 * world.rank, 1000)
-    assert not progress.report()
+    progress.add(4_000_000 + 2_000_000 * world.rank)
+    assert progress.report("working") == {"working"}
     time.sleep(0.02)
-progress.finish()
+assert progress.report("done") == {"done"}
+progress.bar.close()
 if world.rank == 0:
-    print(progress.bar.n, progress.text_bytes)
+    print(progress.bar.n)
 """
     result = run_ranks(tmp_path, program)
-    assert result.stdout == "100 20000\n"
-    assert "building 100% |" in result.stderr
+    assert result.stdout == "100000000\n"
+    assert "building: 100%|" in result.stderr
     assert "MB/s" in result.stderr
 
 
 def test_an_error_reaches_ranks_at_work(tmp_path: Path) -> None:
     program = """
-import sys, time
+import sys
 from data_prep.errors import UserError, exit_code
-from data_prep.ranks import Progress, abort_on_defect, connect, together
+from data_prep.ranks import Progress, connect, together
 world, _ = connect()
 progress = Progress(world, 100)
 
 def work():
+    for _ in range(5):
+        assert progress.report("working") == {"working"}
+    states = progress.report("working" if world.rank == 0 else "failed")
+    assert states == {"working", "failed"}
     if world.rank == 1:
-        progress.stop_others()
-        progress.finish()
         raise UserError("first\\nerror")
-    started = time.perf_counter()
-    while not progress.report():
-        assert time.perf_counter() - started < 20
-        time.sleep(0.01)
-    progress.finish()
 
-def main():
-    with abort_on_defect(world):
-        together(world, work)
-
-sys.exit(exit_code(main))
+sys.exit(exit_code(lambda: together(world, work)))
 """
     assert error_line(run_ranks(tmp_path, program)).endswith("error: first error")
 
@@ -94,12 +88,11 @@ sys.exit(exit_code(main))
 def test_a_defect_of_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     program = f"""
 import time
-from data_prep.ranks import abort_on_defect, connect
+from data_prep.ranks import connect
 world, _ = connect()
-with abort_on_defect(world):
-    if world.rank == {rank}:
-        raise KeyError("defect")
-    time.sleep(60)
+if world.rank == {rank}:
+    raise KeyError("defect")
+time.sleep(60)
 """
     result = run_ranks(tmp_path, program)
     assert result.returncode not in (0, 2)
