@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,11 +27,11 @@ from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import EVALUATION_NAME, Score
-from pretrain.model_card import model_card
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Weights = dict[str, Tensor]
@@ -124,6 +125,15 @@ def read_figures(run_dir: Path, step: int) -> Score | None:
     return Score(**{key: content[key] for key in Score.__dataclass_fields__})
 
 
+def model_card(
+    manifest: dict[str, Any], architecture: str, dtype: str, trained_parameters: int, figures: Score | None
+) -> str:
+    """What the model is, what it was trained on, how well it does, how to load it."""
+    template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    bits = manifest["model_config"].get("code_bits", 16)
+    return template.render(**locals()) + "\n"
+
+
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
@@ -138,10 +148,9 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
         "config.json": config_json(exported_config, architecture, dtype, special_ids),
         "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
         "README.md": model_card(
-            checkpoint.manifest, architecture=architecture, dtype=dtype, trained_parameters=trained_parameters,
-            figures=read_figures(run_dir, checkpoint.step),
+            checkpoint.manifest, architecture, dtype, trained_parameters, read_figures(run_dir, checkpoint.step)
         ),
-    }  # fmt: skip
+    }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     if architecture == "tablefree":

@@ -12,9 +12,13 @@ L layers, D model width, T window, V vocabulary.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from pretrain.config import ModelRecipe
 
+DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 FORMULA = "6 x (12 L D^2 + V D) + 6 L T D"
 
 
@@ -50,33 +54,9 @@ class Device:
     link: str
 
 
-# The makers' data sheets: dense figures, half of those "with sparsity"; of GeForce cards the architecture white
-# papers, bf16 with fp32 accumulation. (name, TFLOP/s, GB, TB/s, link)
 DEVICES = tuple(
     Device(name, tflops * 1e12, gigabytes * 1e9, terabytes_per_s * 1e12, link)
-    for name, tflops, gigabytes, terabytes_per_s, link in (
-        ("b200", 2250.0, 180, 7.7, "nvlink5"),  # HGX B200 data sheet: 8 GPUs have 1,440 GB and 62 TB/s
-        ("gb200", 2500.0, 186, 8.0, "nvlink5"),
-        ("gh200", 990.0, 96, 4.0, "nvlink4"),
-        ("h200", 989.5, 141, 4.8, "nvlink4"),
-        ("h200 nvl", 835.5, 141, 4.8, "pcie5"),
-        ("h100", 989.5, 80, 3.35, "nvlink4"),  # SXM
-        ("h100 pcie", 756.5, 80, 2.0, "pcie5"),
-        ("h100 nvl", 835.5, 94, 3.9, "pcie5"),
-        ("a100", 312.0, 40, 1.555, "nvlink3"),
-        ("a100 80gb", 312.0, 80, 1.935, "nvlink3"),  # memory of the PCIe card, SXM 2.039; link of SXM
-        ("l40s", 362.0, 48, 0.864, "pcie4"),
-        ("l4", 121.0, 24, 0.3, "pcie4"),
-        ("a40", 149.7, 48, 0.696, "pcie4"),
-        ("a10", 125.0, 24, 0.6, "pcie4"),
-        ("rtx 5090", 209.5, 32, 1.792, "pcie5"),
-        ("rtx 4090", 165.2, 24, 1.008, "pcie4"),
-        ("rtx 3090", 71.0, 24, 0.936, "pcie4"),
-        ("mi355x", 2516.6, 288, 8.0, "infinity-fabric4"),
-        ("mi325x", 1307.4, 256, 6.0, "infinity-fabric3"),
-        ("mi300x", 1307.4, 192, 5.3, "infinity-fabric3"),
-        ("mi250x", 191.5, 64, 1.6, "infinity-fabric2"),  # a die of two, each a device to torch: half of 383, 128, 3.2
-    )
+    for name, (tflops, gigabytes, terabytes_per_s, link) in yaml.safe_load(DEVICES_FILE.read_bytes()).items()
 )
 # What a driver's name may hold beside a device's own words. Others, such as MIG or Laptop, make it another device.
 NEUTRAL = re.compile(r"nvidia|amd|instinct|geforce|rtx|tesla|oam|sxm\d?|pcie|hbm\d\w?|\d+gb")
