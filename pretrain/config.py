@@ -39,6 +39,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "validation.eval_tokens",
         "checkpoints.every_steps",
         "checkpoints.keep_last",
+        "checkpoints.keep_every",
         "engine",  # the merged DeepSpeed configuration is compared instead
     }
 )
@@ -127,10 +128,11 @@ class ValidationRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointsRecipe:
-    """How often to save, and how many of the newest checkpoints to keep."""
+    """How often to save, and which checkpoints to keep: the newest ones, and those of each multiple of some steps."""
 
     every_steps: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: all ranks, as training has them
 LET_RANK_0_SPEAK_S = 10.0
 
 # (rank, world size, local rank, local world size) as each launcher calls them
@@ -127,11 +129,18 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def own_address() -> str:
-    """This machine's address as other machines see it (its name may resolve to loopback)."""
+def own_address(seen_by: str = "10.255.255.255") -> str:
+    """This machine's address as another machine sees it (its name may resolve to loopback)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("10.255.255.255", 1))  # sends nothing; only chooses the interface
+        probe.connect((seen_by, 1))  # sends nothing; only chooses the interface
         return str(probe.getsockname()[0])
+
+
+def interface_towards(host: str) -> str:
+    """The network interface through which this machine reaches a host."""
+    own = own_address(host)
+    interfaces = psutil.net_if_addrs().items()
+    return next(name for name, addresses in interfaces if own in {each.address for each in addresses})
 
 
 def set_rendezvous(world: World) -> None:
@@ -156,14 +165,16 @@ def set_rendezvous(world: World) -> None:
         MASTER_ADDR=address[0],
         MASTER_PORT=str(address[1]),
     )
+    if world.world_size > world.local_world_size:  # gloo would ask for the address of this machine's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address[0]))
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Group = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -172,7 +183,7 @@ def barrier() -> None:
     gather(None)
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
     result, failure = None, None
     try:
@@ -181,7 +192,7 @@ def together(action: Callable[[], T]) -> T:
         failure = one_line(error)
     except OSError as error:
         failure = os_error_line(error)
-    failures = [message for message in gather(failure) if message is not None]
+    failures = [message for message in gather(failure, group) if message is not None]
     if failures:
         raise UserError(failures[0])
     return result  # type: ignore[return-value]

@@ -101,7 +101,9 @@ class Engine:
         except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
-        last_step = torch.zeros(len(PHASES) + 1, dtype=torch.float64)  # this rank's seconds and memory
+        self.wants_end = False  # set it at any time: all ranks learn of it in the same step
+        self.ends = False  # whether any rank wanted the run to end when the last step was exchanged
+        last_step = torch.zeros(len(PHASES) + 2, dtype=torch.float64)  # this rank's seconds and memory; wants_end
         self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
         self._have_norm_read()
 
@@ -156,7 +158,8 @@ class Engine:
             rank=self.world.rank, seconds=self.clock.split(), peak_memory_bytes=peak_memory_bytes(self.device)
         )
         slowest = int((of_ranks[:, 1] + of_ranks[:, 2]).argmax())
-        *seconds, peak = of_ranks[slowest, 1:].tolist()
+        self.ends = bool(of_ranks[:, -1].any())
+        *seconds, peak, _ = of_ranks[slowest, 1:].tolist()
         self._figures = StepFigures(
             loss=loss,
             gradient_norm=float(gradient_norm),
@@ -167,14 +170,16 @@ class Engine:
             if peak
             else None,
         )
-        self._last_step.copy_(torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64))
+        self._last_step[:-1] = torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64)
         return gradient_norm
 
     def _synchronise(self, norm: Tensor | float) -> tuple[Tensor, Tensor]:
         """The one place in a step where the host waits for the device: both results are on the CPU.
 
-        For each rank the sum of its losses, then the seconds of PHASES and the memory of its last step; the norm.
+        For each rank the sum of its losses, the seconds of PHASES and the memory of its last step, and whether it wants
+        the run to end; the norm.
         """
+        self._last_step[-1] = self.wants_end
         own = torch.cat([self._loss.double().view(1), self._last_step.to(self.device, non_blocking=True)])
         of_ranks = own.new_empty(self.world.world_size * len(own))
         dist.all_gather_into_tensor(of_ranks, own)

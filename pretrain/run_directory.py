@@ -7,6 +7,7 @@ checkpoints/     see pretrain/checkpoint.py     tokenizer/      a copy of the da
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
 METRICS_NAME = "metrics.jsonl"
 STATE_NAME = "state.json"
+STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpoints updates it too
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -44,7 +46,8 @@ def read_state(run_dir: Path) -> dict[str, Any]:
 
 def write_state(run_dir: Path, **changes: Any) -> None:
     """Update `state.json`."""
-    write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
+    with STATE_LOCK:
+        write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
 
 
 def check_same_run(

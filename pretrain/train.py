@@ -27,7 +27,8 @@ from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
+from pretrain.checkpoint import Checkpoint, newest_good
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import (
@@ -48,6 +49,7 @@ from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_paramet
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
 from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
+from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
 
@@ -199,8 +201,8 @@ def restore(run: Run, engine: Engine, world: World) -> int:
     return checkpoint.step
 
 
-def save(run: Run, engine: Engine, world: World, step: int) -> None:
-    """Checkpoint after `step` steps, then drop the oldest ones."""
+def save(run: Run, engine: Engine, writer: CheckpointWriter, step: int) -> None:
+    """Have a checkpoint made after `step` steps."""
     fragments, optimizer_step = engine.read_state()
     manifest = run.reader.manifest
     about = {
@@ -215,10 +217,7 @@ def save(run: Run, engine: Engine, world: World, step: int) -> None:
         "model_config": model_config(run.recipe.model).to_diff_dict(),
         "parameters": engine.parameter_shapes(),
     }
-    save_checkpoint(run.run_dir, step, fragments, about, world)
-    if world.is_main:
-        write_state(run.run_dir, saved_step=step)
-        prune_checkpoints(run.run_dir, run.recipe.checkpoints.keep_last)
+    writer.save(step, fragments, about)
 
 
 def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
@@ -283,18 +282,17 @@ def validate_if_due(run: Run, engine: Engine, world: World, line: dict[str, Any]
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, world: World, step: int, metrics: MetricsFile | None) -> None:
-    """A checkpoint, where it is due; the lines of metrics.jsonl that it counts on first."""
+def save_if_due(run: Run, engine: Engine, writer: CheckpointWriter, step: int) -> None:
+    """A checkpoint, where it is due."""
     engine.clock.mark("other")
-    if due(step, run.recipe.checkpoints.every_steps, run):
-        if metrics:
-            metrics.flush_to_disk()
-        save(run, engine, world, step + 1)
+    if engine.ends or due(step, run.recipe.checkpoints.every_steps, run):
+        save(run, engine, writer, step + 1)
         engine.clock.mark(PAUSE)
 
 
-def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
-    """Steps, with validation and checkpoints between them."""
+def train(run: Run, engine: Engine, world: World, start_step: int, writer: CheckpointWriter) -> int:
+    """Steps, with validation and checkpoints between them; how many of the run are done then."""
+    steps_done = start_step
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
     progress = Progress(run.recipe, start_step, engine.device, world)
     profiled = run.profile_steps if world.is_main else 0
@@ -314,11 +312,15 @@ def train(run: Run, engine: Engine, world: World, start_step: int) -> None:
         progress.show(line)
         if metrics:
             metrics.append(line)
-        save_if_due(run, engine, world, step, metrics)
+        save_if_due(run, engine, writer, step)
+        steps_done = step + 1
+        if engine.ends:
+            break
     batches.close()
     progress.close()
     if metrics:
         metrics.close()
+    return steps_done
 
 
 def set_determinism(recipe: Recipe) -> None:
@@ -351,18 +353,24 @@ def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> 
         write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
     eos_id = run.reader.manifest.eos_id
     engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device, eos_id)
+    end_on_signals(engine, world)
     announce(run, engine, world)
     start_step = restore(run, engine, world)
-    train(run, engine, world, start_step)
-    finish(run, max(start_step, run.stop_at_step), world)
+
+    def end_run() -> None:
+        engine.wants_end = True
+
+    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run) as writer:
+        steps_done = train(run, engine, world, start_step, writer)
+    finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
     engine.close()
 
 
-def finish(run: Run, step: int, world: World) -> None:
+def finish(run: Run, step: int, world: World, why: str) -> None:
     """Say how the run stands after its last step here."""
     done = step >= run.recipe.total_steps
     if world.is_main:
-        reason = None if done else f"stopped at step {step}, as --stop-at-step asked"
+        reason = None if done else f"stopped at step {step}, as {why} asked"
         write_state(run.run_dir, status="done" if done else "preempted", reason=reason)
     end = f"finished after {step} steps" if done else f"stopped at step {step}; the same command continues"
     say(world, f"{run.run_dir}: {end}")

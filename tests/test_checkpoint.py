@@ -25,9 +25,11 @@ from pretrain.checkpoint import (
     load_for_reading,
     load_model,
     newest_good,
+    pointer_to,
     prune_checkpoints,
     save_checkpoint,
     saved_steps,
+    sidecar_of,
     write_fragments,
 )
 from pretrain.config import ModelRecipe, model_config
@@ -36,6 +38,7 @@ from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_paramet
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
 STATES = ("master", "exp_avg", "exp_avg_sq")
+TENSORS, MANIFEST, SIDECAR = "rank-00000-of-00001.safetensors", "manifest.json", "manifest.json.xxh3_128"
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -79,6 +82,8 @@ def save_as_ranks(run_dir: Path, cuts: list[int]) -> Checkpoint:
     ]
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": 7, **about(), "files": files}
     (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json.xxh3_128").write_bytes(sidecar_of(path))
+    (path.parent / "latest").write_bytes(pointer_to(path))
     return Checkpoint(path)
 
 
@@ -117,14 +122,17 @@ def test_any_range_of_any_parameter_reads_back_whatever_ranks_saved_it(cuts: lis
 
 def test_a_saved_checkpoint_is_plain_safetensors_and_json(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
-    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank-00000-of-00001.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == [MANIFEST, SIDECAR, TENSORS]
     tensors = load_file(path / "rank-00000-of-00001.safetensors")
     assert sorted(tensors) == sorted(f"{name}/{state}" for name in SHAPES for state in STATES)
     assert torch.equal(tensors["vector/exp_avg"], values_of(5)["vector"]["exp_avg"])
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["step"], manifest["optimizer_step"], manifest["parameters"]) == (5, 7, SHAPES)
     pointer = json.loads((path.parent / "latest").read_text())
-    assert pointer == {"checkpoint": "step-00000005", "manifest_xxh3_128": digest_file(path / "manifest.json")}
+    digest = digest_file(path / "manifest.json")
+    assert pointer == {"checkpoint": "step-00000005", "manifest_xxh3_128": digest}
+    assert (path / SIDECAR).read_text() == f"{digest}  manifest.json\n"  # as `xxh128sum --check` reads it
+    assert json.loads((path / MANIFEST).read_text())["files"][0]["xxh3_128"] == digest_file(path / TENSORS)
 
 
 def test_a_part_that_no_file_holds_is_missed(tmp_path: Path) -> None:
@@ -165,18 +173,19 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-TENSORS, MANIFEST = "rank-00000-of-00001.safetensors", "manifest.json"
-
-
 @pytest.mark.parametrize(
     ("damaged", "how", "reason"),
     [
-        (TENSORS, flip_byte, f"{TENSORS} differs from its digest"),
+        (TENSORS, flip_byte, f"{TENSORS} differs from its digest: [0-9a-f]{{32}}, expected [0-9a-f]{{32}}"),
         (TENSORS, truncate, rf"{TENSORS} has [\d,]+ bytes, expected [\d,]+"),
         (TENSORS, Path.unlink, f"{TENSORS} is missing"),
-        (MANIFEST, flip_byte, "manifest.json differs from the digest in latest"),
-        (MANIFEST, truncate, "manifest.json differs from the digest in latest"),
-        (MANIFEST, Path.unlink, "FileNotFoundError"),
+        (MANIFEST, flip_byte, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json"),
+        (MANIFEST, truncate, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json"),
+        (MANIFEST, Path.unlink, "FileNotFoundError.*manifest.json'"),
+        (SIDECAR, flip_byte, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says"),
+        (SIDECAR, truncate, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says"),
+        (SIDECAR, Path.unlink, f"FileNotFoundError.*{SIDECAR}"),
+        ("optimizer.pt", Path.touch, "optimizer.pt is not named in manifest.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason_and_the_older_one_used(
@@ -213,16 +222,41 @@ def test_whatever_the_pointer_or_an_older_manifest_says_a_good_checkpoint_is_fou
         save(run_dir, 5)
         newest = save(run_dir, 10)
         (checkpoints_dir(run_dir) / "latest").write_text(text)
-        assert_holds(newest_good(run_dir)[0], 10)
-        (newest / MANIFEST).write_text(text)  # the pointer no longer guards it
+        checkpoint, (said,) = newest_good(run_dir)
+        assert_holds(checkpoint, 10)
+        assert re.search(r"checkpoints/latest: .*; passed over$", said, re.DOTALL)
+        (newest / MANIFEST).write_text(text)
         assert_holds(newest_good(run_dir)[0], 5)
+
+
+def test_a_pointer_with_another_s_digest_is_said_with_both_values(tmp_path: Path) -> None:
+    pointer, save_again = checkpoints_dir(tmp_path) / "latest", []
+    for step in (5, 10):
+        save_again.append(pointer_to(save(tmp_path, step)).decode())
+    pointer.write_text(save_again[1].replace("step-00000010", "step-00000005"))
+    checkpoint, (said,) = newest_good(tmp_path)
+    assert_holds(checkpoint, 10)
+    assert said == f"{pointer}: says {pointer.read_text()}, expected {save_again[0]}; passed over"
+
+
+def test_a_run_that_has_saved_nothing_has_nothing_to_say(tmp_path: Path) -> None:
+    assert newest_good(tmp_path) == (None, [])
+
+
+def test_a_file_of_a_checkpoint_that_is_not_of_its_format_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    (path / MANIFEST).write_text(json.dumps({"format": "another", "format_version": 1}))
+    (path / SIDECAR).write_bytes(sidecar_of(path))
+    with pytest.raises(ValueError, match="is not of format tablefree-checkpoint 1"):
+        Checkpoint(path)
 
 
 def test_the_first_rank_s_bad_file_is_named_among_many(tmp_path: Path) -> None:
     checkpoint = save_as_ranks(tmp_path, [6, 12])
     flip_byte(checkpoint.path / "rank-00001-of-00003.safetensors", 0.99)
     found = [Checkpoint(checkpoint.path).damage(part, 2) for part in (0, 1)]  # two ranks share three files
-    assert found == [None, "rank-00001-of-00003.safetensors differs from its digest"]
+    assert found[0] is None
+    assert str(found[1]).startswith("rank-00001-of-00003.safetensors differs from its digest: ")
 
 
 def test_a_checkpoint_removed_by_hand_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -262,7 +296,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_the_next_save_works(tmp_pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file of this process may grow beyond 100 bytes
     try:
-        with pytest.raises(UserError, match=r"checkpoint of step 10 not written"):
+        with pytest.raises(UserError, match=r"step-00000010: not written: .*File too large; it needs 300 bytes"):
             save(tmp_path, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -282,10 +316,18 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, 2)
+    prune_checkpoints(saved_steps(tmp_path)[0], 2)
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000020", "step-00000015"]
     assert not list(checkpoints_dir(tmp_path).glob(".*"))
     assert_holds(newest_good(tmp_path)[0], 20)
+
+
+def test_pruning_keeps_every_so_many_th_step(tmp_path: Path) -> None:
+    for step in (4, 5, 8, 10, 12, 15, 17):
+        prune_checkpoints(save(tmp_path, step), 2, 5)
+    assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17, 15, 10, 5]
+    prune_checkpoints(saved_steps(tmp_path)[0], 1)
+    assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17]
 
 
 def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one(tmp_path: Path) -> None:
@@ -293,6 +335,5 @@ def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one
         save(tmp_path, step)
     for path in saved_steps(tmp_path)[:2]:
         flip_byte(path / TENSORS)
-    save(tmp_path, 7)  # training went on from step 5
-    prune_checkpoints(tmp_path, 1)
+    prune_checkpoints(save(tmp_path, 7), 1)  # training went on from step 5
     assert_holds(newest_good(tmp_path)[0], 7)

@@ -1,0 +1,105 @@
+"""Saving off the critical path: a copy of the rank's state in host memory, written by a thread while training goes on.
+
+The ranks' threads meet in a process group of their own, so that they never mix with the exchanges of training. What
+they write, and how, is in pretrain/checkpoint.py.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.shards import fsync_directory
+from pretrain.checkpoint import Fragment, prune_checkpoints, save_checkpoint
+from pretrain.config import CheckpointsRecipe
+from pretrain.distributed import World, together
+from pretrain.run_directory import METRICS_NAME, write_state
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
+
+    Where a save fails, `on_failure` is called on every rank, from its thread, and every rank's next `save` or `wait`
+    raises the error. The memory it takes is that of this rank's fragments, once.
+    """
+
+    def __init__(self, run_dir: Path, recipe: CheckpointsRecipe, world: World, on_failure: Callable[[], None]) -> None:
+        self.run_dir, self.recipe, self.world, self.on_failure = run_dir, recipe, world, on_failure
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._memory = torch.empty(0)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, fragments: list[Fragment], about: dict[str, Any]) -> None:
+        """Have the state after `step` steps written as it is now. Waits for the save before, and raises its error."""
+        self.wait()
+        copies = self._copy(fragments)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, about), name=f"save of step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint is there; raises UserError on all ranks if it could not be written."""
+        if self._thread:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error:
+            raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread:  # what ended the run is to be told; the checkpoint before it is to be whole all the same
+            self._thread.join()
+
+    def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
+        """The fragments in host memory of their own, in the order in which they are written."""
+        sizes = [values.numel() for fragment in fragments for values in fragment.states.values()]
+        if sum(sizes) != len(self._memory):
+            self._memory = host_memory(sum(sizes))
+        places = iter(self._memory.split(sizes))
+        return [
+            replace(fragment, states={state: next(places).copy_(values) for state, values in fragment.states.items()})
+            for fragment in fragments
+        ]
+
+    def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any]) -> None:
+        """Body of the thread."""
+        try:
+            together(self._flush_metrics, self._group)
+            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group)
+            together(lambda: self._conclude(saved, step), self._group)
+        except Exception as error:
+            self._error = error
+            self.on_failure()
+
+    def _flush_metrics(self) -> None:
+        """Make the lines of metrics.jsonl durable that the checkpoint counts on."""
+        metrics = self.run_dir / METRICS_NAME
+        if self.world.is_main and metrics.exists():
+            fsync_directory(metrics)
+
+    def _conclude(self, saved: Path, step: int) -> None:
+        """Note what is saved, then drop the oldest checkpoints."""
+        if self.world.is_main:
+            write_state(self.run_dir, saved_step=step)
+            prune_checkpoints(saved, self.recipe.keep_last, self.recipe.keep_every)
+
+
+def host_memory(elements: int) -> Tensor:
+    """So many fp32 in host memory, from which and to which a GPU copies at full speed.
+
+    Registered, not `pin_memory()`, whose allocator rounds up to a power of two: up to twice as much.
+    """
+    memory = torch.empty(elements)
+    if torch.cuda.is_available():
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    return memory

@@ -1,0 +1,181 @@
+"""Training on nodes in miniature, started as on real ones: a hostfile, ssh, and launch/pretrain.sh."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster.nodes import RANK, Node, cluster, lacking
+from conftest import FIXED_KERNELS, REPOSITORY, environment, run_command, write_recipe
+
+pytestmark = pytest.mark.skipif(bool(lacking()), reason=f"no nodes in miniature: this machine {lacking()}")
+
+HOSTFILE = "node1 slots=1\nnode2 slots=1\n"
+REMOTE_ENVIRONMENT = {**FIXED_KERNELS, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
+UNTIL_KILLED = """
+import sys, time
+sys.path[:0] = {paths!r}
+from cluster.nodes import cluster
+with cluster() as nodes:
+    print(*(node.first_process for node in nodes), nodes[0].switch, flush=True)
+    time.sleep(600)
+"""
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+        time.sleep(0.1)
+
+
+def traces() -> dict[str, object]:
+    """What a cluster could leave behind on this machine, processes aside."""
+    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    ssh_files = [path for folder in (Path("/etc/ssh"), Path.home() / ".ssh") for path in folder.rglob("*")]
+    return {
+        "interfaces": os.listdir("/sys/class/net"),
+        "mounts": [point for point in points if point.startswith(("/etc", "/run", "/proc"))],
+        "named network namespaces": Path("/run/netns").exists() and os.listdir("/run/netns"),
+        "ssh": {path: path.stat().st_mtime_ns for path in ssh_files},
+        "names": Path("/etc/hosts").read_text(),
+        "/run": sorted(os.listdir("/run")),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_traces() -> Iterator[None]:
+    before = traces()
+    yield
+    assert traces() == before
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[list[Node]]:
+    with cluster() as nodes:
+        yield nodes
+        processes = [process for node in nodes for process in node.processes()]
+        processes += [psutil.Process(pid) for node in nodes for pid in (node.first_process, node.switch)]
+    assert not [process for process in processes if process.is_running()]
+
+
+def write_job(home: Path, hosts: str = HOSTFILE) -> None:
+    """What a user of several machines writes: hostfile, and variables for the ranks."""
+    (home / "hosts").write_text(hosts)
+    lines = [f"{name}={value}\n" for name, value in REMOTE_ENVIRONMENT.items()]
+    (home / ".deepspeed_env").write_text("".join(lines))
+
+
+def pretrain(home: Path, data: Path, run: str, *more: str, **recipe: object) -> str:
+    """The command line of a run of the tiny recipe."""
+    path = write_recipe(home / f"{run}.yaml", **recipe)
+    script = str(REPOSITORY / "launch" / "pretrain.sh")
+    return shlex.join([script, "--recipe", str(path), "--data-dir", str(data), "--run-dir", run, *more])
+
+
+def figures(run_dir: Path) -> list[dict[str, object]]:
+    """What a run computed at every step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in line} for line in lines]
+
+
+def test_two_nodes_train_bit_for_bit_what_one_node_of_two_ranks_trains(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    write_job(tmp_path)
+    result = two_nodes[0].run(pretrain(tmp_path, tiny_data, "two", "--hostfile", "hosts"), tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one = run_command(*shlex.split(pretrain(tmp_path, tiny_data, "one", "--ranks", "2")), cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert len(figures(tmp_path / "two")) == 20
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+    saved = sorted((tmp_path / "one" / "checkpoints").rglob("*.safetensors"))
+    assert len({path.name for path in saved}) == 2  # of each rank
+    for path in saved:
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
+
+
+def test_a_killed_launcher_leaves_no_rank_on_any_node(two_nodes: list[Node], tiny_data: Path, tmp_path: Path) -> None:
+    write_job(tmp_path)
+    command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32)
+    launcher = two_nodes[0].start(command, tmp_path, log=tmp_path / "log")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: launcher.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run"))), "a step")
+    assert launcher.poll() is None, (tmp_path / "log").read_text()
+    assert [len(node.processes(RANK)) for node in two_nodes] == [1, 1]
+    two_nodes[0].kill(r"bin/deepspeed |^pdsh|^ssh ")  # as by the kernel when memory runs out, or with the terminal
+    wait_until(lambda: not any(node.processes() for node in two_nodes), "every process on both nodes to end", 10)
+    assert launcher.wait() != 0
+
+
+def test_a_hostfile_of_one_host_trains_there_and_not_here(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    write_job(tmp_path, "node2 slots=1\n")
+    result = two_nodes[0].run(pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", "--dry-run"), tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "node2: # recipe, resolved" in result.stdout
+
+
+def test_a_host_that_cannot_take_part_is_one_clear_line(two_nodes: list[Node], tiny_data: Path, tmp_path: Path) -> None:
+    node1, node2 = two_nodes
+    command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts")
+
+    def refusal(hosts: str) -> str:
+        write_job(tmp_path, hosts)
+        result = node1.run(command, tmp_path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert len(result.stderr.splitlines()) == 1
+        return result.stderr
+
+    assert refusal("# mine\n\nnode1 slots=1\nnode2\n").startswith("error: --hostfile hosts: line 4: node2: expected")
+    assert "no remote hosts" in refusal("# none yet\n")
+    assert "Could not resolve hostname node9" in refusal("node1 slots=1\nnode9 slots=1\n")
+    node2.run(f"mount -t tmpfs tmpfs {tmp_path.parent}", cwd=Path("/"))
+    assert f"node2: ls: cannot access '{tmp_path}'" in refusal(HOSTFILE)
+
+
+def test_a_node_can_be_cut_off_and_comes_back(two_nodes: list[Node], tmp_path: Path) -> None:
+    node1, node2 = two_nodes
+    ask = "ssh -o ConnectTimeout=1 node2 hostname"
+    assert node1.run(ask, tmp_path).stdout == "node2\n"
+    node2.link_down()
+    assert node1.run(ask, tmp_path).returncode == 255
+    node2.link_up()
+    assert node1.run(ask, tmp_path).stdout == "node2\n"
+    assert not node2.processes()
+    assert "10.0.0.2" in node2.run("hostname -I", tmp_path).stdout
+
+
+def test_nothing_outlives_a_test_that_fails() -> None:
+    def fail() -> None:
+        with cluster(nodes=3) as nodes:
+            node = nodes[2]
+            node.run("setsid nohup sleep 600 > /dev/null 2>&1 &", Path("/"))
+            left.extend([*node.processes(), *(psutil.Process(node.first_process) for node in nodes)])
+            assert [process.name() for process in node.processes()] == ["sleep"]
+            raise ZeroDivisionError
+
+    left: list[psutil.Process] = []
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert len(left) == 4
+    assert not [process for process in left if process.is_running()]
+
+
+def test_nothing_outlives_a_killed_test() -> None:
+    code = UNTIL_KILLED.format(paths=[str(REPOSITORY / "tests")])
+    test = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert test.stdout
+    left = [psutil.Process(int(pid)) for pid in test.stdout.readline().split()]
+    assert len(left) == 3
+    test.send_signal(signal.SIGKILL)
+    test.communicate()
+    wait_until(lambda: not any(process.is_running() for process in left), "the nodes to end", 10)

@@ -1,0 +1,89 @@
+"""A run that is told to end: it finishes its step, saves, and goes on later as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPOSITORY, environment, launch_training, losses, write_recipe
+from forked_ranks import train_on
+
+STEP = 6 * 32  # tokens
+LONG = f"--train_tokens={10**5 * STEP}"
+
+
+def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
+    """The training command, once it has taken three steps."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics, end = run_dir / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return process
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.yaml", checkpoints={"every_steps": 10**6}, validation={"every_steps": 10**6})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on_bitwise_equal(
+    number: signal.Signals, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    process = start(launch_training(1, recipe, tiny_data, tmp_path / "run", LONG), tmp_path / "run")
+    process.send_signal(number)
+    process.send_signal(number)  # launchers repeat them
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    steps = len(losses(tmp_path / "run"))
+    assert (state["status"], state["saved_step"]) == ("preempted", steps)
+    assert f"{number.name}: ending after this step" in output
+    train_on(1, recipe, tiny_data, tmp_path / "run", LONG, "--stop-at-step", str(steps + 5))
+    train_on(1, recipe, tiny_data, tmp_path / "unbroken", LONG, "--stop-at-step", str(steps + 5))
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+def test_a_signal_to_one_rank_ends_all(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    process = start(launch_training(2, recipe, tiny_data, tmp_path / "run", LONG), tmp_path / "run")
+    children = psutil.Process(process.pid).children(recursive=True)
+    (rank,) = [child for child in children if "--local_rank=1" in child.cmdline()]
+    os.kill(rank.pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
+
+
+def test_a_signal_to_the_launch_script_ends_its_ranks_well(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
+    process = start(["launch/pretrain.sh", *flags, LONG], tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
+    assert not left
+
+
+def test_a_later_signal_ends_a_run_at_once(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    long_steps = (LONG, f"--batch.global_batch_tokens={200 * 32}", "--model.num_layers=100")
+    command = launch_training(1, recipe, tiny_data, tmp_path / "run", *long_steps)
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while "device cpu" not in process.stderr.readline():
+        assert process.poll() is None
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
