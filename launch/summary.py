@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint import load_for_reading
-from pretrain.run_directory import read_metrics
+from pretrain.run_directory import METRICS_NAME, read_lines
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60
@@ -56,7 +56,7 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
     reader = ShardReader(run_dir / "dataset")
     text = held_out_text(reader)
     evaluation = json.loads((run_dir / "evaluation.json").read_bytes())
-    metrics = read_metrics(run_dir)
+    metrics = read_lines(run_dir / METRICS_NAME)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     return {
         "vocab_size": reader.manifest.vocab_size,

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def safetensors_blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
             yield block.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def write_fragments(path: Path, fragments: list[Fragment]) -> dict[str, Any]:
+def write_fragments(
+    path: Path, fragments: list[Fragment], on_block: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write one rank's file, digested on the way, and flush it to disk; returns its entry in the manifest."""
     tensors = {f"{f.name}/{state}": values for f in fragments for state, values in f.states.items()}
     digest, on_its_way = xxhash.xxh3_128(), 0
@@ -155,6 +157,7 @@ def write_fragments(path: Path, fragments: list[Fragment]) -> dict[str, Any]:
         for block in safetensors_blocks(tensors):
             digest.update(block)
             file.write(block)
+            on_block()
             if file.tell() - on_its_way > BLOCK_BYTES:  # have the disk begin, so that little is left to the fsync
                 os.posix_fadvise(file.fileno(), on_its_way, 0, os.POSIX_FADV_DONTNEED)
                 on_its_way = file.tell()
@@ -176,12 +179,18 @@ def disk_of(path: Path) -> tuple[Path, int]:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, fragments: list[Fragment], about: dict[str, Any], world: World, group: Group = None
+    run_dir: Path,
+    step: int,
+    fragments: list[Fragment],
+    about: dict[str, Any],
+    world: World,
+    group: Group = None,
+    on_block: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save on all ranks; the checkpoint exists, whole, once its directory has its final name.
 
-    `about` is what the manifest says beside step and files. Raises UserError on every rank if any rank fails
-    (a full disk, say), naming disk and bytes; what was saved before stays as it was.
+    `about` is what the manifest says beside step and files; `on_block` is called as writing moves on. Raises UserError
+    on every rank if any rank fails (a full disk, say), naming disk and bytes; what was saved before stays as it was.
     """
     home = checkpoints_dir(run_dir)
     final = home / f"{STEP_PREFIX}{step:08d}"
@@ -207,7 +216,7 @@ def save_checkpoint(
     own_file = staging / f"rank-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
     try:
         together(clear_staging, group)
-        entries = gather(together(lambda: write_fragments(own_file, fragments), group), group)
+        entries = gather(together(lambda: write_fragments(own_file, fragments, on_block), group), group)
         together(complete, group)
     except UserError as error:
         if world.is_main:

@@ -25,12 +25,20 @@ from pretrain.run_directory import METRICS_NAME, write_state
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
 
-    Where a save fails, `on_failure` is called on every rank, from its thread, and every rank's next `save` or `wait`
-    raises the error. The memory it takes is that of this rank's fragments, once.
+    `on_block` is called as writing moves on. Where a save fails, `on_failure` is called on every rank, from its thread,
+    and every rank's next `save` or `wait` raises the error. The memory it takes is that of this rank's fragments, once.
     """
 
-    def __init__(self, run_dir: Path, recipe: CheckpointsRecipe, world: World, on_failure: Callable[[], None]) -> None:
-        self.run_dir, self.recipe, self.world, self.on_failure = run_dir, recipe, world, on_failure
+    def __init__(
+        self,
+        run_dir: Path,
+        recipe: CheckpointsRecipe,
+        world: World,
+        on_failure: Callable[[], None],
+        on_block: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run_dir, self.recipe, self.world = run_dir, recipe, world
+        self.on_failure, self.on_block = on_failure, on_block
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._memory = torch.empty(0)
         self._thread: threading.Thread | None = None
@@ -75,7 +83,7 @@ class CheckpointWriter:
         """Body of the thread."""
         try:
             together(self._flush_metrics, self._group)
-            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group)
+            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, self.on_block)
             together(lambda: self._conclude(saved, step), self._group)
         except Exception as error:
             self._error = error

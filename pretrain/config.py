@@ -40,6 +40,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "checkpoints.every_steps",
         "checkpoints.keep_last",
         "checkpoints.keep_every",
+        "bad_steps.policy",  # what was decided before is replayed
+        "bad_steps.spike_deviations",
+        "bad_steps.max_in_a_row",
+        "stalls.after_medians",
+        "stalls.after_s",
         "engine",  # the merged DeepSpeed configuration is compared instead
     }
 )
@@ -136,6 +141,23 @@ class CheckpointsRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class BadStepsRecipe:
+    """What becomes of a step whose loss or gradient norm is no number, or a spike; see pretrain/bad_steps.py."""
+
+    policy: Literal["skip", "rewind", "stop"] = "skip"
+    spike_deviations: float | None = Field(default=None, gt=0)  # above the running median; default: none is a spike
+    max_in_a_row: int = Field(default=10, ge=1)  # after so many the run has diverged, and stops
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StallsRecipe:
+    """When a run that does nothing has stalled: after so many median steps, but not before so many seconds."""
+
+    after_medians: float = Field(default=30.0, ge=1)
+    after_s: float = Field(default=300.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A whole run."""
 
@@ -147,6 +169,8 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointingRecipe = Field(default_factory=ActivationCheckpointingRecipe)
     validation: ValidationRecipe
     checkpoints: CheckpointsRecipe
+    bad_steps: BadStepsRecipe = Field(default_factory=BadStepsRecipe)
+    stalls: StallsRecipe = Field(default_factory=StallsRecipe)
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
     intra_document_masking: bool = False  # no token sees another document of its window; positions restart

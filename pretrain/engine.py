@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
+from pretrain.bad_steps import no_number
 from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.config import Recipe
 from pretrain.distributed import World, gather, set_rendezvous
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 from pretrain.optim import build_optimizer
-from pretrain.timing import PHASES, StepClock, peak_memory_bytes
+from pretrain.timing import PAUSE, PHASES, StepClock, peak_memory_bytes
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
@@ -66,10 +67,7 @@ class StepFigures:
     own: RankFigures
     # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so None at the first.
     slowest: RankFigures | None
-
-
-class DivergedError(Exception):
-    """The loss or the gradient norm of a step is no number; nothing of the step has reached the weights."""
+    refused: str | None  # why nothing of this step reached weights or moments, or None: it was trained
 
 
 class Engine:
@@ -83,8 +81,11 @@ class Engine:
         world: World,
         device: torch.device,
         eos_id: int | None = None,
+        judge: Callable[[float, float], str | None] = no_number,
     ) -> None:
+        """`judge` sees loss and gradient norm before each update, alike on every rank, and says why not to take it."""
         self.recipe = recipe
+        self.judge = judge
         self.world = world
         self.device = device
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
@@ -105,7 +106,9 @@ class Engine:
         self.ends = False  # whether any rank wanted the run to end when the last step was exchanged
         last_step = torch.zeros(len(PHASES) + 2, dtype=torch.float64)  # this rank's seconds and memory; wants_end
         self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
+        self._figures: StepFigures | None = None
         self._have_norm_read()
+        self._have_refused_steps_update_nothing()
 
     def rows_of(self, micro_step: int) -> slice:
         """Which rows of the global batch this rank takes in a micro-step."""
@@ -127,13 +130,11 @@ class Engine:
         return wide_BT[:, :-1], wide_BT[:, 1:]
 
     def train_step(self, micro_batches: list[Tensor], learning_rate: float) -> StepFigures:
-        """One optimizer step over this rank's micro-batches, as `pinned` gives them.
-
-        Raises DivergedError, before the update, unless loss and gradient norm are numbers.
-        """
+        """One optimizer step over this rank's micro-batches, as `pinned` gives them; a no-op where it is refused."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
+        self._figures = None
         self._loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for wide in micro_batches:
             loss = self.deepspeed(*self.to_device(wide))
@@ -142,18 +143,16 @@ class Engine:
             self._loss += loss.detach()
             self.clock.mark("backward")
             self.deepspeed.step()
-        if not self.deepspeed.was_step_applied():  # BF16_Optimizer passes over such a step by itself
-            raise DivergedError("gradient norm inf")
+        figures = self._figures or self._read_before_update(math.inf)  # DeepSpeed passed over it before it was asked
         self.clock.mark("optimizer")
-        return self._figures
+        return figures
 
-    def _read_before_update(self, norm: Tensor | float) -> Tensor:
-        """Note what this step gave; DeepSpeed asks for the gradient norm just before it clips and updates."""
+    def _read_before_update(self, norm: Tensor | float) -> StepFigures:
+        """Note what this step gave, and what is thought of it, just before DeepSpeed clips and updates."""
         self.clock.mark("backward")
         of_ranks, gradient_norm = self._synchronise(norm)
         loss = float(of_ranks[:, 0].float().sum()) / (self.accumulation_steps * self.world.world_size)
-        if not (math.isfinite(loss) and 0 <= gradient_norm < math.inf):
-            raise DivergedError(f"loss {loss}, gradient norm {float(gradient_norm)}")
+        gradient_norm = gradient_norm if gradient_norm >= 0 else math.inf  # DeepSpeed says -1 for what is no number
         own = RankFigures(
             rank=self.world.rank, seconds=self.clock.split(), peak_memory_bytes=peak_memory_bytes(self.device)
         )
@@ -162,19 +161,20 @@ class Engine:
         *seconds, peak, _ = of_ranks[slowest, 1:].tolist()
         self._figures = StepFigures(
             loss=loss,
-            gradient_norm=float(gradient_norm),
+            gradient_norm=gradient_norm,
             own=own,
             slowest=RankFigures(
                 rank=slowest, seconds=dict(zip(PHASES, seconds, strict=True)), peak_memory_bytes=int(peak)
             )
             if peak
             else None,
+            refused=self.judge(loss, gradient_norm),
         )
         self._last_step[:-1] = torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64)
-        return gradient_norm
+        return self._figures
 
-    def _synchronise(self, norm: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The one place in a step where the host waits for the device: both results are on the CPU.
+    def _synchronise(self, norm: Tensor | float) -> tuple[Tensor, float]:
+        """The one place in a step where the host waits for the device.
 
         For each rank the sum of its losses, the seconds of PHASES and the memory of its last step, and whether it wants
         the run to end; the norm.
@@ -185,7 +185,14 @@ class Engine:
         dist.all_gather_into_tensor(of_ranks, own)
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
         values = torch.cat([of_ranks, norm.double().view(1)]).cpu()
-        return values[:-1].view(self.world.world_size, -1), values[-1].float()
+        return values[:-1].view(self.world.world_size, -1), float(values[-1])
+
+    def row_nats(self, micro_batches: list[Tensor]) -> list[float]:
+        """Mean cross-entropy in nats of every row of the global batch, in order, with the weights as they are now."""
+        self.deepspeed.eval()
+        own = [self.deepspeed.module.nats(*self.to_device(wide)).mean(dim=1).tolist() for wide in micro_batches]
+        of_ranks = gather(own)
+        return [nats for i in range(self.accumulation_steps) for rank in of_ranks for nats in rank[i]]
 
     def mean_nats(self, batches: Iterator[Tokens]) -> float:
         """Mean cross-entropy over the targets of all ranks' batches, in nats."""
@@ -195,6 +202,7 @@ class Engine:
             inputs, targets = self.to_device(self.pinned(ids))
             sums[0] += self.deepspeed.module.nats(inputs, targets).sum(dtype=torch.float64)
             sums[1] += targets.numel()
+            self.clock.mark(PAUSE)
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 
@@ -211,17 +219,27 @@ class Engine:
         zero = self.deepspeed.optimizer
         if hasattr(zero, "scaled_global_norm"):
             gradient_norm = zero.scaled_global_norm
-            zero.scaled_global_norm = lambda: self._read_before_update(gradient_norm())
-        elif self.deepspeed.zero_optimization():  # BF16_Optimizer, which stage 1 gets in bf16
-
-            def read(*_: Any) -> None:
-                self._read_before_update(zero._global_grad_norm)
-
-            self.optimizer.register_step_pre_hook(read)
-        else:  # DeepSpeed's own clipping forgets the norm
+            zero.scaled_global_norm = lambda: self._read(gradient_norm())
+        elif not self.deepspeed.zero_optimization():  # DeepSpeed's own clipping forgets the norm
             parameters, limit = list(self.deepspeed.module.parameters()), self.recipe.optimizer.gradient_clipping
             clip = torch.nn.utils.clip_grad_norm_
-            self.deepspeed.clip_fp32_gradients = lambda: self._read_before_update(clip(parameters, limit))
+            self.deepspeed.clip_fp32_gradients = lambda: self._read(clip(parameters, limit))
+
+    def _read(self, norm: Tensor | float) -> Tensor:
+        """The norm, after it was read, for DeepSpeed to clip by."""
+        return torch.tensor(self._read_before_update(norm).gradient_norm, dtype=torch.float32)
+
+    def _have_refused_steps_update_nothing(self) -> None:
+        """A refused step goes its way through DeepSpeed, which clears its gradients, but for the update itself."""
+        update = self.optimizer.step
+
+        def step() -> None:
+            if self._figures is None:  # BF16_Optimizer, which stage 1 gets in bf16, knows the norm by now
+                self._read_before_update(self.deepspeed.optimizer._global_grad_norm)
+            if self._figures and self._figures.refused is None:
+                update()
+
+        self.optimizer.step = step  # type: ignore[method-assign, assignment]
 
     def _owned(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """Name, first element and fp32 views of the part of each parameter that this rank owns."""
@@ -234,8 +252,17 @@ class Engine:
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
                 first = mapping.lp_fragment_address.start
                 start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-            state = {"master": flat, **self.optimizer.state[flat]}
+            state = {"master": flat, **(self.optimizer.state[flat] or self._moments(flat, steps=0))}
             yield name, first, {key: state[key].detach().flatten().narrow(0, start, count) for key in STATES}
+
+    def _moments(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
+        """Fresh optimizer state of a partition, as after so many steps, to be filled."""
+        self.optimizer.state[flat] = {
+            "step": torch.tensor(float(steps), device=flat.device),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+        return self.optimizer.state[flat]
 
     def read_state(self) -> tuple[list[Fragment], int]:
         """This rank's fragments of masters and moments, and the number of optimizer steps taken."""
@@ -248,11 +275,7 @@ class Engine:
     def write_state(self, checkpoint: Checkpoint) -> None:
         """Fill this rank's fragments from a checkpoint saved at any world size and stage."""
         for flat in [parameter for group in self.optimizer.param_groups for parameter in group["params"]]:
-            self.optimizer.state[flat] = {
-                "step": torch.tensor(float(checkpoint.optimizer_step), device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+            self._moments(flat, checkpoint.optimizer_step)
         for name, start, views in self._owned():
             for state, view in views.items():
                 view.copy_(checkpoint.read(name, state, start, view.numel()))

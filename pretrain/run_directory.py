@@ -89,7 +89,7 @@ class MetricsFile:
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.path = run_dir / METRICS_NAME
-        kept = [line for line in read_metrics(run_dir) if line["step"] < start_step]
+        kept = [line for line in read_lines(self.path) if line["step"] < start_step]
         write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -98,21 +98,18 @@ class MetricsFile:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def flush_to_disk(self) -> None:
-        """Make all lines durable, before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
-        """Flush and close."""
-        self.flush_to_disk()
+        """Flush to disk and close."""
+        os.fsync(self._file.fileno())
         self._file.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole lines of `metrics.jsonl`; a kill can leave a torn one at the end."""
-    path = run_dir / METRICS_NAME
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a damaged one."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); mend or remove it, and the same command continues") from None

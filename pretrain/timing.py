@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,6 +26,8 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._steps = 0
+        self._blocks = 0
         self.mark(PAUSE)
 
     def mark(self, phase: str) -> None:
@@ -41,8 +44,17 @@ class StepClock:
         for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
             seconds[phase] += start.elapsed_time(end) / 1e3 if self.on_cuda else end - start  # type: ignore
         self._marks = self._marks[-1:]
+        self._steps += 1
         del seconds[PAUSE]
         return seconds
+
+    def saved_block(self) -> None:
+        """Count a block of a checkpoint, from whichever thread writes it."""
+        self._blocks += 1
+
+    def place(self) -> list[Any]:
+        """How far this rank is: steps, marks in the step, the last one's phase, and blocks of checkpoints written."""
+        return [self._steps, len(self._marks), self._marks[-1][0], self._blocks]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
 import argparse
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,8 +27,9 @@ from torch import Tensor
 from data_prep.errors import CommandParser, UserError, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
+from pretrain.bad_steps import SKIPS_NAME, BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, newest_good
+from pretrain.checkpoint import Checkpoint, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
@@ -41,7 +43,7 @@ from pretrain.distributed import (
     world_from_environment,
 )
 from pretrain.dry_run import describe
-from pretrain.engine import DivergedError, Engine, start_process_group
+from pretrain.engine import Engine, StepFigures, start_process_group
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
@@ -52,6 +54,7 @@ from pretrain.run_directory import MetricsFile, check_same_run, describe_run, re
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
+from pretrain.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +177,12 @@ def announce(run: Run, engine: Engine, world: World) -> None:
         say(world, line)
 
 
-def restore(run: Run, engine: Engine, world: World) -> int:
+def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
     """Load the newest good checkpoint, if any; returns the step to go on with."""
-    origin = run.branch_from
-    if origin:
-        together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
-        say(world, f"branching from {origin.path}")
     checkpoint, passed_over = newest_good(run.run_dir, world)
     for line in passed_over:
         say(world, line)
+    bad_steps.restore(checkpoint.manifest if checkpoint else None)
     if checkpoint is None:
         saved_step = together(lambda: read_state(run.run_dir)).get("saved_step")
         if saved_step is not None:
@@ -201,7 +201,7 @@ def restore(run: Run, engine: Engine, world: World) -> int:
     return checkpoint.step
 
 
-def save(run: Run, engine: Engine, writer: CheckpointWriter, step: int) -> None:
+def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
     """Have a checkpoint made after `step` steps."""
     fragments, optimizer_step = engine.read_state()
     manifest = run.reader.manifest
@@ -211,7 +211,7 @@ def save(run: Run, engine: Engine, writer: CheckpointWriter, step: int) -> None:
         "fingerprint": manifest.fingerprint,
         "data_dir": str(run.data_dir.resolve()),
         "data": {"eos_id": manifest.eos_id, "sources": [asdict(source) for source in manifest.sources]},
-        "skips": [],
+        **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
         "model_config": model_config(run.recipe.model).to_diff_dict(),
@@ -239,33 +239,67 @@ def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
         yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
 
 
-def one_step(run: Run, engine: Engine, batches: Prefetch[list[Tensor]], step: int) -> dict[str, Any]:
-    """Train one step; its line for metrics.jsonl."""
+def head_of_line(run: Run, step: int, loss: float | None, gradient_norm: float | None) -> dict[str, Any]:
+    """What a step's line in metrics.jsonl begins with, whether it was trained or not."""
     recipe = run.recipe
-    own_batches = batches.take(step)
-    engine.clock.mark("data")
-    rate = learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-    try:
-        figures = engine.train_step(own_batches, rate)
-    except DivergedError as error:
-        raise UserError(
-            f"step {step}: {error}: training diverged; nothing of this step was saved. Start a new run with a lower "
-            f"optimizer.peak_learning_rate or a longer warm-up"
-        ) from None
-    seconds = sum(figures.own.seconds.values())
     return {
         "step": step,
-        "loss": figures.loss,
-        "gradient_norm": figures.gradient_norm,
-        "learning_rate": rate,
+        "loss": loss,
+        "gradient_norm": gradient_norm,
+        "learning_rate": rate_of(recipe, step),
         "tokens": (step + 1) * recipe.batch.global_batch_tokens,
-        "tokens_per_s": recipe.batch.global_batch_tokens / seconds,
-        "tokens_per_s_per_rank": recipe.batch.global_batch_tokens / seconds / engine.world.world_size,
+    }
+
+
+def rate_of(recipe: Recipe, step: int) -> float:
+    """The learning rate of a step: of its number alone."""
+    return learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+
+
+def one_step(
+    run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[list[Tensor]], step: int
+) -> dict[str, Any]:
+    """Train one step, unless it is a bad one; its line for metrics.jsonl."""
+    own_batches = batches.take(step)
+    engine.clock.mark("data")
+    figures = engine.train_step(own_batches, rate_of(run.recipe, step))
+    if figures.refused:
+        refuse(run, bad_steps, step, figures, engine.row_nats(own_batches))
+        return skipped_line(run, bad_steps, step)
+    seconds = sum(figures.own.seconds.values())
+    tokens = run.recipe.batch.global_batch_tokens
+    return {
+        **head_of_line(run, step, figures.loss, figures.gradient_norm),
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_rank": tokens / seconds / engine.world.world_size,
         "step_s": seconds,
         "seconds": figures.own.seconds,
         "peak_memory_bytes": figures.own.peak_memory_bytes,
         "slowest": asdict(figures.slowest) if figures.slowest else None,
     }
+
+
+def refuse(run: Run, bad_steps: BadSteps, step: int, figures: StepFigures, row_nats: list[float]) -> None:
+    """Decide on a bad step, say so and record it. Raises UserError on all ranks where the run is to stop."""
+    policy, batch = bad_steps.decide(step), run.recipe.global_batch_size
+    found: dict[str, Any] = {"step": step, "reason": figures.refused, "policy": policy}
+    found |= {"loss": finite(figures.loss), "gradient_norm": finite(figures.gradient_norm)}
+    found |= describe_rows(run.loader, run.reader, range(step * batch, (step + 1) * batch), row_nats)
+    bad_steps.record(found)
+    if policy == "stop":
+        stopped = f"step {step}: {figures.refused}; nothing of it reached the weights; {bad_steps.path} has its rows"
+        if run.recipe.bad_steps.policy == "stop":
+            raise UserError(f"{stopped}; with --bad_steps.policy=skip the same command goes on without it")
+        raise UserError(
+            f"{stopped}. All {run.recipe.bad_steps.max_in_a_row} steps before it were bad too: training diverged. "
+            f"Start a new run with a lower optimizer.peak_learning_rate or a longer warm-up"
+        )
+
+
+def skipped_line(run: Run, bad_steps: BadSteps, step: int) -> dict[str, Any]:
+    """The line of a step that was not trained, from its record alone: the same whenever the run comes to it."""
+    record = bad_steps.records[step]
+    return {**head_of_line(run, step, record["loss"], record["gradient_norm"]), "skipped": record["reason"]}
 
 
 def due(step: int, every: int, run: Run) -> bool:
@@ -282,17 +316,19 @@ def validate_if_due(run: Run, engine: Engine, world: World, line: dict[str, Any]
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, writer: CheckpointWriter, step: int) -> None:
+def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
     """A checkpoint, where it is due."""
     engine.clock.mark("other")
     if engine.ends or due(step, run.recipe.checkpoints.every_steps, run):
-        save(run, engine, writer, step + 1)
+        save(run, engine, bad_steps, writer, step + 1)
         engine.clock.mark(PAUSE)
 
 
-def train(run: Run, engine: Engine, world: World, start_step: int, writer: CheckpointWriter) -> int:
+def train(
+    run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, start_step: int, writer: CheckpointWriter
+) -> int:
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
-    steps_done = start_step
+    world, step = engine.world, start_step
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
     progress = Progress(run.recipe, start_step, engine.device, world)
     profiled = run.profile_steps if world.is_main else 0
@@ -301,26 +337,34 @@ def train(run: Run, engine: Engine, world: World, start_step: int, writer: Check
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
     engine.clock.mark(PAUSE)  # setting up is part of no step
-    for step in steps:
+    while step < run.stop_at_step and not engine.ends:
         profiler.before(step)
-        line = one_step(run, engine, batches, step)
+        replayed = bad_steps.replayed(step)
+        line = skipped_line(run, bad_steps, step) if replayed else one_step(run, engine, bad_steps, batches, step)
         profiler.after(step)
+        if "skipped" in line:
+            say(world, f"step {step} is skipped: {line['skipped']}")
+        if "skipped" in line and not replayed and run.recipe.bad_steps.policy == "rewind":
+            writer.wait()
+            step = restore(run, engine, bad_steps, world)
+            metrics = MetricsFile(run.run_dir, step) if world.is_main else None
+            continue
         if step > start_step and compiled_graphs() > graphs:
             say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
         graphs = compiled_graphs()
         validate_if_due(run, engine, world, line)
-        progress.show(line)
+        if "step_s" in line:
+            progress.show(line)
+            watch.step_seconds.append(line["step_s"])
         if metrics:
             metrics.append(line)
-        save_if_due(run, engine, writer, step)
-        steps_done = step + 1
-        if engine.ends:
-            break
+        save_if_due(run, engine, bad_steps, writer, step)
+        step += 1
     batches.close()
     progress.close()
     if metrics:
         metrics.close()
-    return steps_done
+    return step
 
 
 def set_determinism(recipe: Recipe) -> None:
@@ -336,7 +380,12 @@ def run_training(run: Run, world: World) -> None:
     device = start_process_group(world)
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
-        train_from_last_checkpoint(run, world, device)
+        if world.is_main:
+            describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
+            fingerprint = run.reader.manifest.fingerprint
+            write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
+        with Watch(world, run.run_dir, run.recipe.stalls) as watch:
+            train_from_last_checkpoint(run, watch, device)
     except Exception as error:
         if world.is_main:
             write_state(run.run_dir, status="failed", reason=f"{type(error).__name__}: {error}")
@@ -346,22 +395,30 @@ def run_training(run: Run, world: World) -> None:
             held.close()
 
 
-def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> None:
-    """Describe the run, load what was saved, train the rest."""
-    if world.is_main:
-        describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
-        write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
-    eos_id = run.reader.manifest.eos_id
-    engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device, eos_id)
+def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> None:
+    """Load what was saved, train the rest."""
+    world = watch.world
+    bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
+    model, eos_id = build_model(run.recipe), run.reader.manifest.eos_id
+    engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
+    watch.clock = engine.clock
     end_on_signals(engine, world)
     announce(run, engine, world)
-    start_step = restore(run, engine, world)
+    origin = run.branch_from
+    if origin:
+        together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
+        say(world, f"branching from {origin.path}")
+    start_step = restore(run, engine, bad_steps, world)
 
     def end_run() -> None:
         engine.wants_end = True
 
-    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run) as writer:
-        steps_done = train(run, engine, world, start_step, writer)
+    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run, engine.clock.saved_block) as writer:
+        if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
+            save(run, engine, bad_steps, writer, 0)  # what there is to go back to
+        steps_done = train(run, engine, bad_steps, watch, start_step, writer)
+    if bad_steps.records:
+        say(world, f"steps skipped: {len(bad_steps.records)}; {run.run_dir / SKIPS_NAME} tells why")
     finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
     engine.close()
 

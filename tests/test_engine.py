@@ -17,7 +17,7 @@ from data_prep.shards import Tokens
 from pretrain.checkpoint import load_for_reading, save_checkpoint
 from pretrain.config import Recipe, build_recipe
 from pretrain.distributed import World
-from pretrain.engine import DivergedError, Engine, start_process_group
+from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 from pretrain.train import build_model
@@ -51,9 +51,13 @@ def batch_of(step: int, windows: int = 6) -> Tokens:
     return random.integers(0, TINY_VOCAB_SIZE, (windows, 33)).astype(np.uint16)
 
 
-def take_step(engine: Engine, step: int, rate: float = 1e-3) -> tuple[float, float]:
+def micro_batches_of(engine: Engine, step: int) -> list[torch.Tensor]:
     rows = [engine.rows_of(i) for i in range(engine.accumulation_steps)]
-    figures = engine.train_step([engine.pinned(batch_of(step)[own]) for own in rows], rate)
+    return [engine.pinned(batch_of(step)[own]) for own in rows]
+
+
+def take_step(engine: Engine, step: int, rate: float = 1e-3) -> tuple[float, float]:
+    figures = engine.train_step(micro_batches_of(engine, step), rate)
     return figures.loss, figures.gradient_norm
 
 
@@ -185,18 +189,65 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     assert torch.all(refreshed == 0.25), moved.format("update_lp_params no longer refreshes the weights")
 
 
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Masters, moments and the weights that the next forward pass takes, copied."""
+    fragments, _ = engine.read_state()
+    weights = {name: p.detach().clone() for name, p in engine.deepspeed.module.model.named_parameters()}
+    return weights | {f"{f.name}/{state}": values.clone() for f in fragments for state, values in f.states.items()}
+
+
+def is_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return before.keys() == after.keys() and all(torch.equal(values, after[name]) for name, values in before.items())
+
+
 @every_stage
-def test_a_step_whose_gradient_norm_is_no_number_raises_before_the_update(
-    stage: dict[str, Any], device: torch.device
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan], ids=["inf", "nan"])
+def test_a_step_whose_gradient_norm_is_no_number_is_a_no_op(
+    factor: float, stage: dict[str, Any], device: torch.device
 ) -> None:
     engine = staged_engine(stage, device)
     take_step(engine, 0)
-    before = masters(engine)
-    infinite = engine.deepspeed.module.model.final_norm.weight.register_hook(lambda grad: grad * torch.inf)
-    with pytest.raises(DivergedError, match=r"gradient norm (inf|nan)"):
-        take_step(engine, 1)
-    infinite.remove()
-    assert all(torch.equal(before[name], after) for name, after in masters(engine).items())
+    before = whole_state(engine)
+    hook = engine.deepspeed.module.model.final_norm.weight.register_hook(lambda grad: grad * factor)
+    figures = engine.train_step(micro_batches_of(engine, 1), 0.01)
+    hook.remove()
+    assert figures.refused
+    assert "gradient norm" in figures.refused
+    assert np.isfinite(figures.loss)
+    assert is_same(before, whole_state(engine))
+
+
+@every_stage
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_refused_step_leaves_no_trace_in_those_that_follow(
+    first: int, stage: dict[str, Any], device: torch.device
+) -> None:
+    """Refused steps, the very first ones too, against a run that never came to them: bit for bit."""
+    with_bad, without = staged_engine(stage, device), staged_engine(stage, device)
+    for step in range(first):
+        assert take_step(with_bad, step) == take_step(without, step)
+    for step in (7, 8):
+        before = whole_state(with_bad)
+        with_bad.judge = lambda loss, norm: f"{loss} and {norm} are not wanted"
+        refused = with_bad.train_step(micro_batches_of(with_bad, step), 0.01).refused
+        assert refused
+        assert refused.endswith("are not wanted")
+        assert is_same(before, whole_state(with_bad))
+    with_bad.judge = without.judge
+    for step in range(first, first + 3):
+        assert take_step(with_bad, step) == take_step(without, step)
+    assert is_same(whole_state(with_bad), whole_state(without))
+    assert with_bad.read_state()[1] == without.read_state()[1] == first + 3  # Adam's steps
+
+
+@every_stage
+def test_the_rows_of_a_step_are_told_apart_by_their_losses(stage: dict[str, Any], device: torch.device) -> None:
+    engine = staged_engine(stage, device)
+    nats = engine.row_nats(micro_batches_of(engine, 5))
+    assert len(nats) == len(batch_of(5))
+    assert len(set(nats)) == len(nats)
+    expected = take_step(engine, 5)[0]
+    assert sum(nats) / len(nats) == pytest.approx(expected, rel=1e-5 if "bf16" not in stage else 1e-2)
 
 
 def test_what_deepspeed_alone_refuses_is_one_line_too(device: torch.device) -> None:

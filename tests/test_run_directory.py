@@ -11,7 +11,7 @@ from conftest import tiny_recipe_content
 from data_prep.errors import UserError
 from data_prep.shards import lock
 from pretrain.config import Recipe, build_recipe, recipe_to_yaml
-from pretrain.run_directory import MetricsFile, check_same_run, read_metrics, read_state, write_state
+from pretrain.run_directory import METRICS_NAME, MetricsFile, check_same_run, read_lines, read_state, write_state
 
 HOLD = """
 import time
@@ -65,11 +65,11 @@ def test_state_keeps_what_is_not_changed(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
     whole = "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(4))
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path / METRICS_NAME)] == [0, 1, 2, 3]
     metrics = MetricsFile(tmp_path, 2)
     metrics.append({"step": 2, "loss": 9.0})
     metrics.close()
-    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.0, 1.0, 9.0]
+    assert [line["loss"] for line in read_lines(tmp_path / METRICS_NAME)] == [0.0, 1.0, 9.0]
 
 
 def test_a_run_that_has_saved_nothing_may_start_over_with_other_values(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Ranks that watch one another: none waits for another that is gone or silent, and a job that stalls is ended.
+
+A thread of each rank keeps a connection to rank 0. The end of a process closes its connection, which is seen at once;
+a machine or network that is lost falls silent. Rank 0 then tells all that are left to end and notes the cause in
+state.json. Every process ends by itself, whatever its main thread waits for.
+"""
+
+import faulthandler
+import json
+import os
+import secrets
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from data_prep.errors import UserError, one_line
+from pretrain.config import StallsRecipe
+from pretrain.distributed import World, gather
+from pretrain.run_directory import read_state, write_state
+from pretrain.timing import StepClock
+
+BEAT_S = 1.0
+SILENCE_S = 30.0
+CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
+MEDIAN_STEPS = 3  # fewer have no median
+EXIT_CODE = 1
+LOGS_NAME = "logs"
+OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")  # in the text of an error that another rank's end causes
+
+
+@dataclass(kw_only=True)
+class Peer:
+    """Another rank, as its watch tells of it."""
+
+    rank: int
+    name: str
+    connection: Connection
+    heard_at: float = field(default_factory=time.monotonic)
+    leaving: bool = False
+    place: list[Any] = field(default_factory=list)  # StepClock.place
+
+
+class Watch:
+    """A rank's part of the watch, from the start of its process group to the end of the `with` block."""
+
+    def __init__(self, world: World, run_dir: Path, stalls: StallsRecipe) -> None:
+        self.world, self.run_dir, self.stalls = world, run_dir, stalls
+        self.name = f"rank {world.rank} ({socket.gethostname()})"
+        self.clock: StepClock | None = None  # once there is one, this rank can be seen to move
+        self.step_seconds: deque[float] = deque(maxlen=100)
+        self._left = threading.Event()
+        self._sending = threading.Lock()
+        self._place: list[Any] = []
+        self._moved_at = time.monotonic()
+        self._peers = self._connect()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def _connect(self) -> list[Peer]:
+        """Rank 0's connections to all others; another rank's to rank 0, at the address where all of them met."""
+        others, key = self.world.world_size - 1, secrets.token_hex()
+        listener = Listener(("", 0), backlog=others, authkey=key.encode()) if self.world.is_main and others else None
+        port, key = gather((listener.address[1] if listener else 0, key))[0]
+        if not self.world.is_main:
+            to_main = Client((os.environ["MASTER_ADDR"], port), authkey=key.encode())
+            to_main.send_bytes(json.dumps([self.world.rank, self.name]).encode())
+            return [Peer(rank=0, name="rank 0", connection=to_main)]
+        if not listener:
+            return []
+        with listener:
+            connections = [listener.accept() for _ in range(others)]
+        greetings = [json.loads(connection.recv_bytes()) for connection in connections]
+        return [
+            Peer(rank=rank, name=name, connection=connection)
+            for (rank, name), connection in zip(greetings, connections, strict=True)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            self._tell_of(error)
+        self._left.set()
+        self._send("leave")
+
+    def _tell_of(self, error: Exception) -> None:
+        """Have all end for an error of this rank, unless it comes from another one's end."""
+        if any(word in str(error) for word in OF_AN_EXCHANGE):
+            time.sleep(CAUSE_S)
+        why = f"{self.name}: {type(error).__name__}: {one_line(error)}"
+        self._send("end", why)
+        if self.world.is_main:
+            self._note(why)
+
+    def _send(self, *message: Any) -> None:
+        """A message to every peer; whether it is still there is seen when reading."""
+        for peer in self._peers:
+            with suppress(OSError), self._sending:
+                peer.connection.send_bytes(json.dumps(message).encode())
+
+    def _run(self) -> None:
+        """Body of the thread."""
+        beat_at = 0.0
+        while not self._left.is_set():
+            listening = {peer.connection: peer for peer in self._peers if not peer.connection.closed}
+            ready = wait(list(listening), BEAT_S) if listening else []
+            if not listening:
+                self._left.wait(BEAT_S)
+            for connection in ready:
+                self._receive(listening[connection])  # type: ignore[index]
+            if time.monotonic() - beat_at >= BEAT_S:
+                beat_at = time.monotonic()
+                self._send("beat", self._where())
+                self._check_silence()
+                self._check_stall()
+
+    def _where(self) -> list[Any]:
+        """How far this rank is."""
+        return self.clock.place() if self.clock else []
+
+    def _receive(self, peer: Peer) -> None:
+        """Take a peer's next message."""
+        try:
+            kind, *content = json.loads(peer.connection.recv_bytes())
+        except (EOFError, OSError):
+            peer.connection.close()
+            if not peer.leaving:
+                self._end(f"{peer.name} is gone: killed, or its machine failed")
+            return
+        if kind == "beat":
+            peer.heard_at = time.monotonic()
+            self._moved_at = self._moved_at if peer.place == content[0] else peer.heard_at
+            peer.place = content[0]
+        elif kind == "leave":  # all others are to do so soon; the silence that follows is counted
+            peer.leaving = True
+        elif kind == "stacks":
+            self._write_stacks()
+        elif self.world.is_main:
+            self._end(content[0])
+        else:
+            os._exit(EXIT_CODE)
+
+    def _check_silence(self) -> None:
+        """End the job for a peer that is not heard of any more."""
+        for peer in self._peers:
+            if time.monotonic() - peer.heard_at > SILENCE_S:
+                self._end(f"{peer.name} has not answered for {SILENCE_S:.0f} s")
+
+    def patience_s(self) -> float:
+        """For how long nothing may move. First steps compile and fill caches: they may take six times as long."""
+        if len(self.step_seconds) < MEDIAN_STEPS:
+            return 6 * self.stalls.after_s
+        return max(self.stalls.after_s, self.stalls.after_medians * statistics.median(self.step_seconds))
+
+    def _check_stall(self) -> None:
+        """On rank 0: end the job when no rank moves, with each rank's stack in its log and the slowest one named."""
+        here, now = self._where(), time.monotonic()
+        if here != self._place:
+            self._place, self._moved_at = here, now
+        seconds = now - self._moved_at
+        if not self.world.is_main or seconds < self.patience_s():
+            return
+        self._send("stacks")
+        self._write_stacks()
+        time.sleep(2 * BEAT_S)  # the others write theirs
+        places = {self.name: here} | {peer.name: peer.place for peer in self._peers}
+        slowest = min(places, key=lambda name: places[name][:2])
+        if places[slowest]:
+            steps, _, phase, _ = places[slowest]
+            slowest += f", whose last sign was the end of {phase!r} after {steps} steps of this start"
+        self._end(
+            f"stalled: nothing has moved for {seconds:.0f} s, {self.patience_s():.0f} s are allowed; slowest is "
+            f"{slowest}; the stacks of all ranks are in {self.run_dir / LOGS_NAME}"
+        )
+
+    def _write_stacks(self) -> None:
+        """What all threads of this rank are doing, appended to its log."""
+        logs = self.run_dir / LOGS_NAME
+        logs.mkdir(exist_ok=True)
+        with (logs / f"rank-{self.world.rank:05d}.log").open("a", encoding="utf-8") as file:
+            print(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} stalled", file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _end(self, why: str) -> None:
+        """End this process, and before it all peers that still listen."""
+        self._send("end", why)
+        if self.world.rank in (0, 1):  # rank 0 speaks; where it is gone, the next
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            note = threading.Thread(target=self._note, args=(why,), daemon=True)
+            note.start()
+            note.join(CAUSE_S)  # the run's directory may be what is lost
+        os._exit(EXIT_CODE)
+
+    def _note(self, why: str) -> None:
+        """The cause in state.json, where no other was noted before."""
+        with suppress(OSError, UserError):
+            if read_state(self.run_dir).get("status") == "running":
+                write_state(self.run_dir, status="failed", reason=why)
