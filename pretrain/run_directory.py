@@ -2,7 +2,8 @@
 
 recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
 deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
-checkpoints/     see pretrain/checkpoint.py     tokenizer/      a copy of the data set's
+checkpoints/     see pretrain/checkpoint.py     skips.jsonl     see pretrain/bad_steps.py
+tokenizer/       a copy of the data set's       logs/           see pretrain/watch.py
 """
 
 import json
@@ -48,6 +49,12 @@ def write_state(run_dir: Path, **changes: Any) -> None:
     """Update `state.json`."""
     with STATE_LOCK:
         write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
+
+
+def note_failure(run_dir: Path, reason: str) -> None:
+    """Why a run failed, in `state.json`, where no other end was noted before."""
+    if read_state(run_dir).get("status") == "running":
+        write_state(run_dir, status="failed", reason=reason)
 
 
 def check_same_run(

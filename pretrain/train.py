@@ -50,7 +50,7 @@ from pretrain.memory import check_it_fits
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
-from pretrain.run_directory import MetricsFile, check_same_run, describe_run, read_state, write_state
+from pretrain.run_directory import MetricsFile, check_same_run, describe_run, note_failure, read_state, write_state
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
@@ -388,7 +388,7 @@ def run_training(run: Run, world: World) -> None:
             train_from_last_checkpoint(run, watch, device)
     except Exception as error:
         if world.is_main:
-            write_state(run.run_dir, status="failed", reason=f"{type(error).__name__}: {error}")
+            note_failure(run.run_dir, f"{type(error).__name__}: {error}")
         raise
     finally:
         if held:

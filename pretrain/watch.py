@@ -25,7 +25,7 @@ from typing import Any, Self
 from data_prep.errors import UserError, one_line
 from pretrain.config import StallsRecipe
 from pretrain.distributed import World, gather
-from pretrain.run_directory import read_state, write_state
+from pretrain.run_directory import note_failure
 from pretrain.timing import StepClock
 
 BEAT_S = 1.0
@@ -201,7 +201,6 @@ class Watch:
         os._exit(EXIT_CODE)
 
     def _note(self, why: str) -> None:
-        """The cause in state.json, where no other was noted before."""
+        """The cause in state.json, as far as the disk lets it."""
         with suppress(OSError, UserError):
-            if read_state(self.run_dir).get("status") == "running":
-                write_state(self.run_dir, status="failed", reason=why)
+            note_failure(self.run_dir, why)

@@ -1,15 +1,17 @@
 """Saving and loading beside plain writes and reads, what a save costs training, and how long a resumed run takes.
 
     python tests/benchmarks/checkpoint_speed.py [--rounds 5] [--megabytes 600] [--directory DIR] [--quick]
+        [--recipe quickstart] [--dotted.key=value ...]
 
 Save and load: a state of so many megabytes, one rank of one thread, in DIR (which disk matters). They take turns with
 a plain sequential write and fsync of the same bytes to a new file, and with a sequential read of them; caches are
 dropped before each read (as root for the whole machine, else for the files). Ratios are medians over rounds. Memory is
 how far this process's resident set grew from before the first save to its highest during one.
 
-Training: the quick start's recipe on a small synthetic data set, one rank. It is stopped after a save and started again
-by the same command; then each part of that command up to its first step is a line of the second table, and every fourth
-step is saved. What happens between the end of a step and the begin of the next is the pause.
+Training: a recipe on a small synthetic data set, one rank, on a GPU if there is one, else in fp32. It is stopped after
+a save and started again by the same command; then each part of that command up to its first step is a line of the
+second table, and every fourth step is saved. What happens between the end of a step and the begin of the next is the
+pause.
 """
 
 import argparse
@@ -155,15 +157,23 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     sys.exit(code)
 
 
-def train_and_resume(scratch: Path, steps: int, quick: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+def train_and_resume(
+    scratch: Path, steps: int, recipe: str, more: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of every part of a resumed start; then the pause, the step after a save and the usual step."""
+    import torch
     from loader import synthetic_dataset
 
-    data_dir = synthetic_dataset(scratch / "data", 4, 200_000, 512 if quick else 65_536)
+    from pretrain.config import load_recipe
+
+    data_dir = synthetic_dataset(scratch / "data", 4, 2_000_000, load_recipe(recipe, more).model.vocab_size)
     run_dir, output = scratch / "run", scratch / "marks.json"
-    flags = ["--recipe", "quickstart", "--data-dir", str(data_dir), "--run-dir", str(run_dir), "--engine=zero2_fp32"]
-    flags += [f"--checkpoints.every_steps={EVERY_STEPS}", "--validation.every_steps=100000", *quick]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    flags = ["--recipe", recipe, "--data-dir", str(data_dir), "--run-dir", str(run_dir)]
+    flags += [f"--checkpoints.every_steps={EVERY_STEPS}", "--validation.every_steps=100000", *more]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+        flags.append("--engine=zero2_fp32")
     for stop in (EVERY_STEPS, EVERY_STEPS + steps):
         command = [sys.executable, __file__, "--as-rank", str(output), *flags, "--stop-at-step", str(stop)]
         started = time.time()
@@ -208,15 +218,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=600)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--directory", type=Path, help="where to write; default: that of temporary files")
+    parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little, once, a tiny vocabulary")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     flags, rest = parser.parse_known_args(arguments)
     if flags.as_rank:
         run_as_rank(flags.as_rank, rest)
     rounds, megabytes, steps = (1, 12, 12) if flags.quick else (flags.rounds, flags.megabytes, flags.steps)
-    quick = ["--model.vocab_size=512", "--model.num_layers=1"] if flags.quick else []
+    rest += ["--model.vocab_size=512", "--model.num_layers=1"] if flags.quick else []
     with tempfile.TemporaryDirectory(prefix="checkpoint_speed.", dir=flags.directory) as name:
-        parts, pauses = train_and_resume(Path(name), steps, quick)
+        parts, pauses = train_and_resume(Path(name), steps, flags.recipe, rest)
         disk = save_and_load(megabytes, rounds, Path(name) / "alone")
     print(report(disk, parts, pauses))
     print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {megabytes} MB, medians of {rounds}")
