@@ -53,7 +53,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def state(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "state.json").read_text())
+    """How the run stands, without when it was last started."""
+    content = json.loads((run_dir / "state.json").read_text())
+    assert content.pop("began") > 0
+    return content
 
 
 def saved(run_dir: Path) -> list[str]:

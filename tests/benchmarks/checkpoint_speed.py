@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     flags, rest = parser.parse_known_args(arguments)
     if flags.as_rank:
-        run_as_rank(flags.as_rank, rest)
+        run_as_rank(flags.as_rank, ["--recipe", flags.recipe, *rest])
     rounds, megabytes, steps = (1, 12, 12) if flags.quick else (flags.rounds, flags.megabytes, flags.steps)
     rest += ["--model.vocab_size=512", "--model.num_layers=1"] if flags.quick else []
     with tempfile.TemporaryDirectory(prefix="checkpoint_speed.", dir=flags.directory) as name:
