@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pretrain.config import Recipe, nearest
+from pretrain.config import Recipe, nearest, shipped_file
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
 OWNED_BY_RECIPE = {
@@ -61,22 +61,9 @@ KNOWN_KEYS = {
 REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]  # the last three of the sections that know them
 
 
-def engine_config_path(name: str) -> Path:
-    """A file of ds_configs/ by name, or the path itself."""
-    path = Path(name)
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise UserError(f"--deepspeed-config {name}: no such file")
-        return path
-    shipped = sorted(p.stem for p in DS_CONFIGS_DIR.glob("*.json"))
-    if name not in shipped:
-        raise UserError(f"engine {name}: no such DeepSpeed configuration; {nearest(name, shipped)} (or give a file)")
-    return DS_CONFIGS_DIR / f"{name}.json"
-
-
 def load_engine_config(name: str) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON. Raises UserError for what this pipeline can't honour."""
-    path = engine_config_path(name)
+    path = shipped_file(name, DS_CONFIGS_DIR, ".json", "engine")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -123,15 +110,12 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     if batch % at_once == 0:
         return batch // at_once
     below = batch // at_once * at_once
-    nearest_tokens = " or ".join(f"{n * recipe.model.seq_len}" for n in (below, below + at_once) if n)
-    fitting = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= recipe.batch.micro_batch_size)
-    fitting_ranks = [n for n in range(1, world_size + 1) if batch % (n * recipe.batch.micro_batch_size) == 0]
-    ways = [f"batch.global_batch_tokens {nearest_tokens}"]
-    per_rank = [n for n in range(fitting, 0, -1) if batch % (world_size * n) == 0]
-    if per_rank:
-        ways.append(f"batch.micro_batch_size {per_rank[0]}")
-    if fitting_ranks:
-        ways.append(f"{fitting_ranks[-1]} rank{'s' if fitting_ranks[-1] > 1 else ''}")
+    tokens = " or ".join(str(n * recipe.model.seq_len) for n in (below, below + at_once) if n)
+    ways = [f"batch.global_batch_tokens {tokens}"]
+    sizes = [n for n in range(1, recipe.batch.micro_batch_size + 1) if batch % (world_size * n) == 0]
+    ways += [f"batch.micro_batch_size {n}" for n in sizes[-1:]]
+    ranks = [n for n in range(1, world_size + 1) if batch % (recipe.batch.micro_batch_size * n) == 0]
+    ways += [f"{n} of the ranks" for n in ranks[-1:]]
     raise UserError(
         f"a step of {batch} windows does not divide over {world_size} ranks x micro-batch "
         f"{recipe.batch.micro_batch_size}; nearest that do: {', or '.join(ways)}"

@@ -206,7 +206,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do() -> N
         accumulation_steps(recipe, world_size=2)
     assert str(caught.value) == (
         "a step of 6 windows does not divide over 2 ranks x micro-batch 2; nearest that do: "
-        "batch.global_batch_tokens 128 or 256, or batch.micro_batch_size 1, or 1 rank"
+        "batch.global_batch_tokens 128 or 256, or batch.micro_batch_size 1, or 1 of the ranks"
     )
 
 
@@ -230,7 +230,7 @@ def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
     if micro := re.search(r"micro_batch_size (\d+)", text):
         changed = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": int(micro[1])})
         accumulation_steps(changed, world_size)
-    if ranks := re.search(r"(\d+) ranks?$", text):
+    if ranks := re.search(r"(\d+) of the ranks$", text):
         accumulation_steps(recipe, int(ranks[1]))
 
 
