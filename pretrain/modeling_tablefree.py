@@ -28,6 +28,11 @@ INPUT_EMBEDDINGS = ("binary_code", "affine_code", "learned")
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 65_536, "d_model": 1_024, "num_layers": 32, "num_heads": 32, "seq_len": 1_024,
+    "input_embedding": "binary_code", "code_bits": None, "affine_rows": None, "affine_offset": None,
+    "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def bits_needed(vocab_size: int) -> int:
@@ -58,7 +63,7 @@ def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
 
 
 class TableFreeConfig(PretrainedConfig):
-    """Architecture of the decoder. `affine_rows` and `affine_offset` hold A and b of an affine code."""
+    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold A and b."""
 
     model_type = "tablefree"
     attribute_map = {  # noqa: RUF012  (transformers declares it so)
@@ -68,32 +73,11 @@ class TableFreeConfig(PretrainedConfig):
         "max_position_embeddings": "seq_len",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 65_536,
-        d_model: int = 1_024,
-        num_layers: int = 32,
-        num_heads: int = 32,
-        seq_len: int = 1_024,
-        input_embedding: str = "binary_code",
-        code_bits: int | None = None,
-        affine_rows: list[int] | None = None,
-        affine_offset: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.d_model = d_model
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.seq_len = seq_len
-        self.input_embedding = input_embedding
-        self.code_bits = bits_needed(vocab_size) if code_bits is None else code_bits
-        self.affine_rows = affine_rows
-        self.affine_offset = affine_offset
-        self.initializer_range = kwargs.pop("initializer_range", INIT_STD)
-        self.use_cache = kwargs.pop("use_cache", True)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        values = {**DEFAULTS, **kwargs}
+        values["code_bits"] = values["code_bits"] or bits_needed(values["vocab_size"])
+        self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
+        super().__init__(**values)
 
 
 class TokenCode(nn.Module):
@@ -169,11 +153,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Any,
-        cache: DynamicCache | None,
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
     ) -> Tensor:
         batch, tokens, width = hidden_BTD.shape
         grouped = self.query_key_value(hidden_BTD).view(batch, tokens, self.num_heads, -1)
@@ -208,14 +188,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Any,
-        cache: DynamicCache | None,
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+
+
+def run_block(block: Block, *inputs: Any) -> Tensor:
+    """Run a block as it is, keeping everything for the backward pass."""
+    return block(*inputs)
 
 
 def attention_mask_of(attention_mask: Any, tokens: int, cached: int, device: torch.device) -> Any:
@@ -284,11 +265,9 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         head_dim = self.config.d_model // self.config.num_heads
         rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
         mask = attention_mask_of(attention_mask, ids_BT.shape[1], cached, ids_BT.device)
+        runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
-            if index in self.block_runners and torch.is_grad_enabled():
-                hidden_BTD = self.block_runners[index](layer, hidden_BTD, rotation, mask, cache)
-            else:
-                hidden_BTD = layer(hidden_BTD, rotation, mask, cache)
+            hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, cache)
         return self.final_norm(hidden_BTD)
 
     def forward(
