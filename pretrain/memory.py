@@ -19,15 +19,14 @@ which the rank owns a part, and the update takes a flat copy. The gradient norm 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.errors import UserError
 from pretrain.config import Recipe
 from pretrain.engine_config import accumulation_steps
 from pretrain.flops import count_parameters
 
-Mode = Literal["none", "selective", "full"]
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
+MODES = ("none", "selective", "full")
 KEPT = {"none": 18, "selective": 11, "full": 1}  # hidden tensors that a block keeps for its backward pass
 RECOMPUTED = {"none": 0, "selective": 8, "full": 17}  # and those that come back while it runs
 IN_FLIGHT = 5
@@ -162,15 +161,15 @@ def needed_bytes(recipe: Recipe, engine_config: dict[str, Any], world_size: int,
     return peak / USABLE[device_type] + CONTEXT_BYTES[device_type]
 
 
-def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: Mode) -> Recipe:
+def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe:
     """The recipe with another micro-batch and checkpointing mode."""
-    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var]
+    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var, arg-type]
     batch = replace(recipe.batch, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
     return replace(recipe, batch=batch, activation_checkpointing=checkpointing)  # type: ignore[type-var]
 
 
 def largest_micro_batch(
-    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: Mode
+    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: str
 ) -> int | None:
     """The largest that divides the batch and fits in that mode; None: not even one window does."""
     for size in range(recipe.global_batch_size // world_size, 0, -1):
