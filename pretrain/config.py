@@ -320,10 +320,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str) -> None:
-    """Raise UserError for the first dotted key whose value differs, unless it may change on resume."""
+    """Raise UserError for the first dotted key whose value differs, unless it, or its section, may change."""
     old, new = flatten(saved), flatten(now)
     for key in [*old, *(k for k in new if k not in old)]:
-        if old.get(key) != new.get(key) and key not in may_change:
+        if old.get(key) != new.get(key) and may_change.isdisjoint((key, key.partition(".")[0])):
             raise UserError(
                 f"{origin}: this run was started with {key}={old.get(key)!r}, got {new.get(key)!r}; "
                 f"give the old value to continue it, or another --run-dir to start a new run"

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +27,10 @@ from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import EVALUATION_NAME
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
-CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Weights = dict[str, Tensor]
@@ -132,16 +131,15 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    about = {
-        "manifest": checkpoint.manifest, "architecture": architecture, "dtype": dtype,
-        "trained_parameters": sum(master.numel() for master in masters.values()),
-        "figures": read_figures(run_dir, checkpoint.step),
-    }  # fmt: skip
+    trained_parameters = sum(master.numel() for master in masters.values())
+    card = render(
+        "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
+        trained_parameters=trained_parameters, figures=read_figures(run_dir, checkpoint.step),
+    )  # fmt: skip
     texts = {
         "config.json": config_json(exported_config, architecture, dtype, special_ids),
         "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
-        "README.md": card.render(about) + "\n",
+        "README.md": card + "\n",
     }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")

@@ -213,7 +213,7 @@ def test_gpus_that_a_step_does_not_divide_over_are_one_line_with_the_batch_that_
     assert last.startswith(" 1024+  a step's 512 windows do not divide")
     tokens = re.search(r"batch.global_batch_tokens (\d+)", last)[1]  # type: ignore[index]
     *_, last = printed(capsys, "--device", "h200", f"--batch.global_batch_tokens={tokens}").splitlines()
-    assert last.startswith("  1024     1 x 1")
+    assert last.startswith("  1024        1 x 1")
 
 
 def test_what_does_not_fit_on_few_gpus_has_no_speed_and_efficiency_counts_from_the_first_that_fits(
