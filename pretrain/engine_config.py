@@ -40,11 +40,10 @@ KNOWN_KEYS = {
     "": {
         "communication_data_type": DTYPE, "steps_per_print": SIZE,
         "zero_force_ds_cpu_optimizer": ("false: the optimizer is torch's AdamW", "false"),
-        **dict.fromkeys(["zero_optimization", "bf16", "fp16", "data_types"], SECTION),
+        **dict.fromkeys(["zero_optimization", "bf16", "data_types"], SECTION),
         **dict.fromkeys(["flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb"], SECTION),
-        **dict.fromkeys(
-            ["zero_allow_untested_optimizer", "dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG
-        ),
+        **dict.fromkeys(["dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG),
+        "zero_allow_untested_optimizer": FLAG,
     },
     "zero_optimization": {
         "stage": ("0, 1 or 2", "[012]"), "reduce_bucket_size": SIZE, "offload_optimizer": SECTION,
@@ -81,8 +80,6 @@ def objections(config: dict[str, Any]) -> Iterator[str]:
         if key in config:
             yield f"{key} belongs to the recipe ({home}); remove it here"
     yield from key_objections(config)
-    if config.get("fp16", {}).get("enabled"):
-        yield "fp16 is not supported; use bf16, or neither for fp32"
     zero, sums = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
     if zero["stage"] == 0 and (config.get("bf16", {}).get("enabled") or sums == "bf16" or "offload_optimizer" in zero):
         yield "zero_optimization.stage is 0, which is for fp32 alone, without bf16 or offload_optimizer; write 1 or 2"

@@ -215,11 +215,6 @@ class TrainingLoader:
         reach = zip(self.names, self.tokens, self.window_counts, strict=True)
         return {name: tokens - (count * self.seq_len + 1) for name, tokens, count in reach}
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source is gone through in a run of that many samples."""
-        shares = zip(self.names, self.shares, self.window_counts, strict=True)
-        return {name: samples * int(share) / BLOCK_SAMPLES / count for name, share, count in shares}
-
 
 class ValidationWindows:
     """The validation split as consecutive windows: each id after the first is a target exactly once."""

@@ -88,21 +88,18 @@ class TokenCode(nn.Module):
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__()
-        self.code_bits = config.code_bits
-        self.repeats = config.d_model // config.code_bits
-        self.affine_rows = config.affine_rows if config.input_embedding == "affine_code" else None
-        self.affine_offset = config.affine_offset
+        self.config = config
         self._constants: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the device."""
         if device not in self._constants:
-            shifts = torch.arange(self.code_bits, device=device)
+            shifts = torch.arange(self.config.code_bits, device=device)
             matrix = offset = None
-            if self.affine_rows is not None:
-                rows = torch.tensor(self.affine_rows, device=device)
+            if self.config.input_embedding == "affine_code":
+                rows = torch.tensor(self.config.affine_rows, device=device)
                 matrix = ((rows[:, None] >> shifts) & 1).T.float()
-                offset = (torch.tensor(self.affine_offset, device=device) >> shifts) & 1
+                offset = (torch.tensor(self.config.affine_offset, device=device) >> shifts) & 1
             self._constants[device] = (shifts, matrix, offset)
         return self._constants[device]
 
@@ -116,7 +113,7 @@ class TokenCode(nn.Module):
 
     def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """Shape (B, T, D): the code repeated d_model / K times."""
-        return self.code(ids_BT).to(dtype).repeat(1, 1, self.repeats)
+        return self.code(ids_BT).to(dtype).repeat(1, 1, self.config.d_model // self.config.code_bits)
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -251,11 +248,7 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.input_embedding(ids_BT)
 
     def hidden_states(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        attention_mask: Any = None,
-        cache: DynamicCache | None = None,
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None, cache: DynamicCache | None = None
     ) -> Tensor:
         """Everything but the output projection: normalised hidden states (B, T, D)."""
         cached = 0 if cache is None else cache.get_seq_length()
@@ -264,7 +257,7 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_BTD = self.embed(ids_BT)
         head_dim = self.config.d_model // self.config.num_heads
         rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
-        mask = attention_mask_of(attention_mask, ids_BT.shape[1], cached, ids_BT.device)
+        mask = attention_mask_of(mask, ids_BT.shape[1], cached, ids_BT.device)
         runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
             hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, cache)

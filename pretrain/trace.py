@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reader.check_files()
     if flags.run_dir and overrides:
         raise UserError(f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only")
-    is_run = flags.run_dir is not None
-    recipe = recipe_of(flags.run_dir, reader.manifest.fingerprint) if is_run else load_recipe(flags.recipe, overrides)
+    fingerprint = reader.manifest.fingerprint
+    recipe = recipe_of(flags.run_dir, fingerprint) if flags.run_dir else load_recipe(flags.recipe, overrides)
     rows = recipe.global_batch_size
     for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
         if not 0 <= getattr(flags, name) < end:

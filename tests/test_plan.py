@@ -16,12 +16,12 @@ from pretrain.calibrate import calibrate
 from pretrain.config import RECIPES_DIR, Recipe, load_recipe
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.flops import DEVICES, LINKS, Costs
-from pretrain.loss import chunk_tokens
 from pretrain.memory import (
     MODES,
     Sizes,
     activation_bytes,
     check_it_fits,
+    chunk_tokens,
     largest_micro_batch,
     loss_head_bytes,
     needed_bytes,
@@ -192,7 +192,7 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
 def test_the_loss_head_s_chunk_is_that_of_the_loss_head() -> None:
     for device, ranks in (("cpu", 1), ("cuda", 8)):
         sizes = Sizes(PAPER, merged(PAPER, ranks), ranks, device)
-        rows = chunk_tokens(PAPER.model.vocab_size, torch.device(device))
+        rows = chunk_tokens(PAPER.model.vocab_size, device)
         gradients = 4 * (65_536 * 1024 + 16 * 1024 * 1024)
         copies = 4 * 65_536 * 1024 if device == "cpu" else 2 * rows * 65_536
         assert loss_head_bytes(sizes) == 8 * rows * 65_536 + gradients + copies
