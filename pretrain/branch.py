@@ -55,10 +55,7 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
     if new.total_steps <= steps:
         raise UserError(f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask for more")
     for step in range(steps):
-        was, now = (
-            learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-            for recipe in (old, new)
-        )
+        was, now = [learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule) for r in (old, new)]
         if was != now:
             raise UserError(
                 f"{origin}: step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}; branch before the "

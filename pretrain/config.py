@@ -4,7 +4,6 @@ The recipe owns model, data order, tokens, batch, optimizer, schedule, activatio
 What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see pretrain/engine.py.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.errors import UserError, parse_yaml
+from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.shards import MAX_VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -167,12 +166,6 @@ class Recipe:
         return -(-self.train_tokens // self.batch.global_batch_tokens)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A suggestion for a misspelt name: `did you mean x?`, or the list of what there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-
-
 def dotted_keys(section: Any, prefix: str = "") -> list[str]:
     """Every key of a recipe, sections and what is in them."""
     keys = []
@@ -219,15 +212,11 @@ def as_numbers(value: Any) -> Any:
     return int(number) if number.is_integer() else number
 
 
-def problem(error: pydantic.ValidationError) -> str:
-    """The first thing that is wrong with a recipe, an unknown key before all else."""
-    first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
-    dotted = ".".join(map(str, first["loc"]))
-    if first["type"] == "unexpected_keyword_argument":
-        keys = dotted_keys(Recipe)
-        same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
-        return f"unknown recipe key {dotted}; {nearest(dotted, same_name or keys)}"
-    return f"{dotted} is missing" if first["type"] == "missing" else f"{dotted}: got {first['input']!r}; {first['msg']}"
+def nearest_key(dotted: str) -> str:
+    """A suggestion for a misspelt recipe key: by its last name anywhere, or close to it."""
+    keys = dotted_keys(Recipe)
+    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    return nearest(dotted, same_name or keys)
 
 
 def build_recipe(content: Any, origin: str) -> Recipe:
@@ -238,7 +227,7 @@ def build_recipe(content: Any, origin: str) -> Recipe:
         recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content), default=str))
         check_recipe(recipe, origin)
     except pydantic.ValidationError as error:
-        raise UserError(f"{origin}: {problem(error)}") from None
+        raise UserError(f"{origin}: {first_problem(error, nearest_key)}") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:  # keys that are lists, endless numbers
         raise UserError(f"{origin}: {error}") from None
     return recipe

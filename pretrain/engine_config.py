@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from pretrain.config import Recipe, nearest, shipped_file
+from data_prep.errors import UserError, nearest
+from pretrain.config import Recipe, shipped_file
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
 OWNED_BY_RECIPE = {
@@ -92,7 +92,7 @@ def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
     for key, text in {**texts, **{key: json.dumps(value) for key, value in content.items()}}.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in known:
-            yield f"unknown key {name}; {nearest(key, sorted(known))}"
+            yield f"unknown key {name}; {nearest(key, known)}"
             continue
         expected, pattern = known[key]
         if not re.fullmatch(pattern, text):

@@ -45,10 +45,10 @@ def score(nats: float, targets: int, text_bytes: int) -> dict[str, float]:
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
     """The data set that the run was trained on, there or at another place."""
-    trained_on = Path(checkpoint.manifest["data_dir"])
-    if data_dir is None and not trained_on.is_dir():
-        raise UserError(f"the data set of this run is not at {trained_on} any more; say where with --data-dir")
-    reader = ShardReader(data_dir or trained_on)
+    path = data_dir or Path(checkpoint.manifest["data_dir"])
+    if not path.is_dir():
+        raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
+    reader = ShardReader(path)
     expected, got = checkpoint.manifest["fingerprint"], reader.manifest.fingerprint
     if got != expected:
         raise UserError(f"{reader.data_dir}: fingerprint {got}, but the run was trained on {expected}; give --data-dir")

@@ -31,7 +31,6 @@ from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Weights = dict[str, Tensor]
 
@@ -127,7 +126,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     weights, exported_config = ARCHITECTURES[architecture](masters, config)
-    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -155,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
     forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
+    weights = "of the weights (default: float32)"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=weights)
     flags = parser.parse_args(arguments)
     run, output, form = flags.run_dir, flags.output_dir, (flags.architecture, flags.dtype)
     checkpoint = load_for_reading(run)

@@ -67,11 +67,9 @@ class TableFreeConfig(PretrainedConfig):
 
     model_type = "tablefree"
     attribute_map = {  # noqa: RUF012  (transformers declares it so)
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
         "max_position_embeddings": "seq_len",
-    }
+    }  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
         values = {**DEFAULTS, **kwargs}
@@ -264,16 +262,10 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.final_norm(hidden_BTD)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        use_cache: bool | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, use_cache: bool | None = None,
+        labels: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits (B, T, V), or of the last `logits_to_keep` positions; with `labels`, the mean loss too.
 
         Labels are the input ids themselves (the shift happens here); -100 is no target. Raises ValueError for what

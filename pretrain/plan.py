@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, nearest
 from data_prep.shards import ShardReader
 from pretrain import memory
-from pretrain.config import Recipe, load_recipe, nearest
+from pretrain.config import Recipe, load_recipe
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.flops import DEVICES, FORMULA, LINKS, Costs, Device, count_parameters, find_device, flops_per_token
 from pretrain.templates import render
@@ -60,7 +60,7 @@ def parse_interconnect(text: str) -> tuple[float, float]:
         try:
             rates.append(REACHED * 1e9 * float(LINKS.get(part.lower(), part)))
         except ValueError:
-            raise UserError(f"--interconnect {part}: {nearest(part, list(LINKS))}, or give GB/s of one GPU") from None
+            raise UserError(f"--interconnect {part}: {nearest(part, LINKS)}, or give GB/s of one GPU") from None
     if len(rates) > 2 or not all(0 < rate < float("inf") for rate in rates):
         raise UserError(f"--interconnect {text}: expected GB/s above 0, within a node and between nodes")
     return rates[0], rates[-1]

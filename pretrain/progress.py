@@ -77,10 +77,8 @@ class Progress:
         if mfu is not None:
             line["mfu"] = mfu
             rate += f", MFU {mfu:.1%}"
-        figures = (
-            f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}, "
-            f"gradient norm {line['gradient_norm']:.2f}"
-        )
+        figures = f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}"
+        figures += f", gradient norm {line['gradient_norm']:.2f}"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
         if "val_loss" in line:

@@ -113,8 +113,8 @@ def test_an_override_can_set_a_key_whose_section_the_file_leaves_out(tmp_path: P
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("--model.num_layer=3", "unknown recipe key model.num_layer; did you mean model.num_layers?"),
-        ("--sede=3", "unknown recipe key sede; did you mean seed?"),
+        ("--model.num_layer=3", "unknown key model.num_layer; did you mean model.num_layers?"),
+        ("--sede=3", "unknown key sede; did you mean seed?"),
         ("--verbose", "--verbose: not a known flag; a recipe key is set as --dotted.key=value"),
         ("stray", "stray: not a known flag"),
         ("--seed.x=1", "seed is a value, not a section"),
@@ -160,12 +160,12 @@ def test_whatever_an_override_says_it_makes_a_recipe_or_one_line(key: str, text:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"model": {"num_layer": 1}}, "tiny.yaml: unknown recipe key model.num_layer; did you mean model.num_layers?"),
-        ({"num_layers": 1}, "unknown recipe key num_layers; did you mean model.num_layers?"),
-        ({"modle": {}}, "unknown recipe key modle; did you mean model?"),
-        ({"batch": {"micro_batch": 1}}, "unknown recipe key batch.micro_batch; did you mean batch.micro_batch_size?"),
+        ({"model": {"num_layer": 1}}, "tiny.yaml: unknown key model.num_layer; did you mean model.num_layers?"),
+        ({"num_layers": 1}, "unknown key num_layers; did you mean model.num_layers?"),
+        ({"modle": {}}, "unknown key modle; did you mean model?"),
+        ({"batch": {"micro_batch": 1}}, "unknown key batch.micro_batch; did you mean batch.micro_batch_size?"),
         ({"optimizer": {"weigth_decay": 0}}, "did you mean optimizer.weight_decay?"),
-        ({"xyzzy": 1}, "unknown recipe key xyzzy; expected one of activation_checkpointing, "),
+        ({"xyzzy": 1}, "unknown key xyzzy; expected one of activation_checkpointing, "),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(sections: dict[str, Any], says: str) -> None:
