@@ -5,12 +5,16 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
+
+if TYPE_CHECKING:
+    import pydantic
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
@@ -51,6 +55,26 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML ({error}); mend it") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt name: `did you mean x?`, or the list of what there is."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+
+
+def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], str]) -> str:
+    """What is wrong with content that pydantic has read, in words; an unknown key first, with a suggestion."""
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # to a model, to a dataclass
+    first: Any = min(error.errors(), key=lambda problem: problem["type"] not in unknown)
+    place = ".".join(map(str, first["loc"])) or "content"
+    if first["type"] in unknown:
+        return f"unknown key {place}; {suggest(place)}"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}"
+    return f"{place}: got {first['input']!r}; {first['msg']}"
 
 
 def os_error_line(error: OSError) -> str:

@@ -3,7 +3,6 @@
 Relative paths are relative to the mixture file. Unknown keys are errors that name the nearest right one.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
-from data_prep.errors import UserError, parse_yaml
+from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD
 
@@ -99,7 +98,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
     try:
         written = MixtureFile.model_validate(parse_yaml(path.read_bytes(), str(path)))
     except pydantic.ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}") from None
+        raise UserError(f"{path}: {first_problem(error, _nearest_key)}") from None
     sources = written.sources
     names = [source.name for source in sources]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -116,16 +115,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
     )  # fmt: skip
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
-    """What is wrong with a mixture, in words; an unknown key first."""
-    first: Any = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    place = ".".join(map(str, first["loc"])) or "content"
-    if first["type"] == "extra_forbidden":
-        known = (MixtureSource if len(first["loc"]) > 1 else MixtureFile).model_fields
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0)
-        return f"unknown key {place}; did you mean {nearest[0]}?"
-    if first["type"] == "missing":
-        return f"{place} is missing; see data_prep/mixtures/example.yaml"
-    if first["type"] == "value_error":
-        return f"{place}: {first['ctx']['error']}"
-    return f"{place}: got {first['input']!r}; {first['msg']}"
+def _nearest_key(place: str) -> str:
+    """A suggestion for a misspelt key, such as `sources.0.wieght`."""
+    known = (MixtureSource if "." in place else MixtureFile).model_fields
+    return nearest(place.rpartition(".")[2], known)

@@ -176,7 +176,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     fsync_directory(path.parent)
 
 
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
     """Write a directory beside, flush it, then put it in place of the old one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")

@@ -16,18 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from pretrain.modeling_tablefree import Block, TableFreeForCausalLM
 
 ATEN = torch.ops.aten
-EXPENSIVE = frozenset(
-    {
-        ATEN.mm.default,
-        ATEN.addmm.default,
-        ATEN.bmm.default,
-        ATEN._scaled_dot_product_flash_attention.default,
-        ATEN._scaled_dot_product_efficient_attention.default,
-        ATEN._scaled_dot_product_cudnn_attention.default,
-        ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.higher_order.flex_attention,
-    }
-)
+EXPENSIVE = frozenset({
+    ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, torch.ops.higher_order.flex_attention,
+    ATEN._scaled_dot_product_flash_attention.default, ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    ATEN._scaled_dot_product_efficient_attention.default, ATEN._scaled_dot_product_cudnn_attention.default,
+})  # fmt: skip
 
 
 def keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -4,28 +4,19 @@ Everything that the steps so far depended on must be the same, their learning ra
 of the other length would have been from its start.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import fsync_directory
-from pretrain.checkpoint import Checkpoint, checkpoints_dir, publish, saved_steps
-from pretrain.config import (
-    MAY_CHANGE_ON_RESUME,
-    Recipe,
-    ScheduleRecipe,
-    build_recipe,
-    dotted_keys,
-    recipe_to_dict,
-    refuse_changes,
-)
+from data_prep.shards import replace_directory, write_durably
+from pretrain.checkpoint import POINTER_NAME, Checkpoint, checkpoints_dir, pointer_to, saved_steps
+from pretrain.config import MAY_CHANGE_ON_RESUME, Recipe, build_recipe, recipe_to_dict, refuse_changes
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 from pretrain.optim import learning_rate
 from pretrain.run_directory import METRICS_NAME, read_state, write_state
 
-MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"train_tokens", *dotted_keys(ScheduleRecipe, "schedule.")}
+MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 
 
 def open_origin(
@@ -64,10 +55,7 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
     if new.total_steps <= steps:
         raise UserError(f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask for more")
     for step in range(steps):
-        was, now = (
-            learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-            for recipe in (old, new)
-        )
+        was, now = [learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule) for r in (old, new)]
         if was != now:
             raise UserError(
                 f"{origin}: step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}; branch before the "
@@ -77,16 +65,10 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
 
 def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     """Make the checkpoint, and the metrics before it, the new run's own. Its digests are checked when it is loaded."""
-    home = checkpoints_dir(run_dir)
-    staging = home / f".{origin.path.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(origin.path, staging)
-    for file in staging.iterdir():
-        with file.open("rb") as copied:
-            os.fsync(copied.fileno())
-    fsync_directory(staging)
     metrics = origin.path.parent.parent / METRICS_NAME
     if metrics.is_file():
         shutil.copyfile(metrics, run_dir / METRICS_NAME)  # cut back to the checkpoint when training starts
     write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
-    publish(staging, home / origin.path.name)
+    copy = checkpoints_dir(run_dir) / origin.path.name
+    replace_directory(copy, lambda staged: shutil.copytree(origin.path, staged, dirs_exist_ok=True))
+    write_durably(copy.with_name(POINTER_NAME), pointer_to(copy))

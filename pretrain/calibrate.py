@@ -89,21 +89,17 @@ def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float
     return reduced / weight.numel(), updated / weight.numel()
 
 
-def check_device(known: Device | None) -> None:
-    """Raise UserError where this machine has another device than the one that is planned for; None is its CPU."""
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    if known is not None and find_device(here) != known:
-        raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
-
-
 def calibrate(
     recipe: Recipe, known: Device | None, *, low_precision: bool, ranks: int = 1, budget_s: float = 24.0
 ) -> Costs:
-    """Measure this machine's device, or one of so many ranks' part of its CPU, for about that long, besides building
-    the models.
+    """Measure this machine's device, or one of so many ranks' part of its CPU (None), for about that long, besides
+    building the models. Raises UserError where this machine has another device than the known one.
     """
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if known is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    elif find_device(here) != known:
+        raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
     device, dtype = torch.device("cuda" if known else "cpu"), torch.bfloat16 if low_precision else torch.float32
     window = seconds_of_a_window(recipe, dtype, device, 0.8 * budget_s)
     reduced, updated = seconds_of_a_parameter(recipe, device, 0.2 * budget_s)

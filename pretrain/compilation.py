@@ -11,19 +11,13 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from data_prep.errors import UserError
-from pretrain.modeling_tablefree import Block, TableFreeForCausalLM
-
-
-def run_block(block: Block, *inputs: Any) -> Tensor:
-    """Run a block that keeps everything."""
-    return block(*inputs)
+from pretrain.modeling_tablefree import TableFreeForCausalLM, run_block
 
 
 def apply_compile(model: TableFreeForCausalLM) -> None:

@@ -4,7 +4,6 @@ The recipe owns model, data order, tokens, batch, optimizer, schedule, activatio
 What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see pretrain/engine.py.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -17,13 +16,14 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.errors import UserError, parse_yaml
+from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.shards import MAX_VOCAB_SIZE
 
 if TYPE_CHECKING:
     from pretrain.modeling_tablefree import TableFreeConfig
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
+MAX_CODE_BITS = 62
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # What a resumed run may change: none of it alters what a step computes, but for the order of float sums.
@@ -60,7 +60,7 @@ class ModelRecipe:
     num_heads: int = Field(ge=1)
     seq_len: int = Field(ge=1)
     input_embedding: Literal["binary_code", "affine_code", "learned"]
-    code_bits: int | None = Field(default=None, ge=1)  # default: ceil(log2 vocab_size)
+    code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)  # default: ceil(log2 vocab_size)
     code_seed: int = 0  # draws A and b of an affine code
 
 
@@ -190,117 +190,70 @@ class Recipe:
         return -(-self.train_tokens // self.batch.global_batch_tokens)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A suggestion for a misspelt name: `; did you mean x?`, or the list of what there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-
-
-def dotted_keys(recipe_class: Any, prefix: str = "") -> list[str]:
+def dotted_keys(section: Any, prefix: str = "") -> list[str]:
     """Every key of a recipe, sections and what is in them."""
     keys = []
-    for name, section in known_keys(recipe_class).items():
-        keys.append(prefix + name)
-        keys += dotted_keys(section, f"{prefix}{name}.") if section is not None else []
+    for key in fields(section):
+        inside = dotted_keys(key.type, f"{prefix}{key.name}.") if is_dataclass(key.type) else []
+        keys += [prefix + key.name, *inside]
     return keys
 
 
-def nearest_key(dotted: str, siblings: Sequence[str]) -> str:
-    """A suggestion for a misspelt recipe key: by its last name anywhere, or close to it, or what its section has."""
-    keys = dotted_keys(Recipe)
-    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
-    close = same_name or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(siblings))}"
-
-
-def known_keys(recipe_class: Any) -> dict[str, Any]:
-    """Field names of a recipe section and, for a nested one, its class."""
-    return {f.name: f.type if is_dataclass(f.type) else None for f in fields(recipe_class)}
-
-
-def check_keys(content: dict[str, Any], recipe_class: Any, origin: str, prefix: str = "") -> None:
-    """Raise UserError for the first key that no recipe has, naming the nearest right one."""
-    known = known_keys(recipe_class)
-    for key, value in content.items():
-        if key not in known:
-            suggestion = nearest_key(f"{prefix}{key}", [prefix + name for name in known])
-            raise UserError(f"{origin}: unknown recipe key {prefix}{key}; {suggestion}")
-        if known[key] is not None:
-            if not isinstance(value, dict):
-                raise UserError(f"{origin}: {prefix}{key}: got {value!r}, expected the keys of a section")
-            check_keys(value, known[key], origin, f"{prefix}{key}.")
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe's name, or the path itself."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"--recipe {name}: no such file")
-        return path
-    shipped = sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
-    if name not in shipped:
-        raise UserError(f"--recipe {name}: no such recipe; {nearest(name, shipped)} (or give a .yaml file)")
-    return RECIPES_DIR / f"{name}.yaml"
+def shipped_file(name: str, directory: Path, suffix: str, key: str) -> Path:
+    """A file that the project ships, by its name, or the path itself."""
+    path = Path(name) if Path(name).suffix else directory / f"{name}{suffix}"
+    if not path.is_file():
+        shipped = [known.stem for known in directory.glob(f"*{suffix}")]
+        raise UserError(f"{key} {name}: no such file; {nearest(name, shipped)} (or give a {suffix} file)")
+    return path
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as YAML."""
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            raise UserError(f"{argument}: not a known flag; recipe keys are set as --dotted.key=value, with the sign =")
-        if not equals:
-            raise UserError(f"{argument}: not a known flag; to set a recipe key write {argument}=VALUE")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"{argument}: not a known flag; a recipe key is set as --dotted.key=value, with the sign =")
         *sections, key = dotted.split(".")
         target = content
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UserError(f"{argument}: {section} is a value, not a section of the recipe")
-        try:
-            target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{argument}: the value is not valid YAML: {error}") from None
+        target[key] = parse_yaml(text, argument)
 
 
-def as_numbers(content: dict[str, Any], recipe_class: Any) -> dict[str, Any]:
-    """Read the numbers that YAML takes for text or another kind: a float `6e-4` or `1`, an int `17e9` or `2.0`."""
-    types = {f.name: f.type for f in fields(recipe_class)}
-    result = {}
-    for key, value in content.items():
-        if is_dataclass(types[key]):
-            value = as_numbers(value, types[key])
-        elif types[key] in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:  # a whole number of hundreds of digits
-                number = math.inf
-            except ValueError:
-                number = None
-            if number is not None:
-                exact = types[key] is int and number.is_integer()
-                value = (value if isinstance(value, int) else int(number)) if exact else number
-        result[key] = value
-    return result
+def as_numbers(value: Any) -> Any:
+    """Read the numbers that YAML takes for text, `6e-4` and `17e9`, and make whole ones integers."""
+    if isinstance(value, dict):
+        return {key: as_numbers(inner) for key, inner in value.items()}
+    if not isinstance(value, str | float):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else number
+
+
+def nearest_key(dotted: str) -> str:
+    """A suggestion for a misspelt recipe key: by its last name anywhere, or close to it."""
+    keys = dotted_keys(Recipe)
+    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    return nearest(dotted, same_name or keys)
 
 
 def build_recipe(content: Any, origin: str) -> Recipe:
     """Check a nested dictionary and make it a Recipe. Raises UserError for the first thing that is wrong."""
     if not isinstance(content, dict):
         raise UserError(f"{origin}: not a recipe: expected keys and values in YAML")
-    check_keys(content, Recipe, origin)
     try:
-        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content, Recipe)))
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content), default=str))
+        check_recipe(recipe, origin)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        dotted = ".".join(map(str, first["loc"]))
-        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            raise UserError(f"{origin}: {dotted} is missing") from None
-        raise UserError(f"{origin}: {dotted}: got {first['input']!r}; {first['msg']}") from None
-    except (TypeError, ValueError) as error:  # a date or another YAML value that no recipe holds
+        raise UserError(f"{origin}: {first_problem(error, nearest_key)}") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # keys that are lists, endless numbers
         raise UserError(f"{origin}: {error}") from None
-    check_recipe(recipe, origin)
     return recipe
 
 
@@ -316,7 +269,8 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         check_code_bits(model, origin)
     check_schedule(recipe, origin)
     if recipe.batch.global_batch_tokens % model.seq_len:
-        near = nearest_multiples(recipe.batch.global_batch_tokens, model.seq_len)
+        below = recipe.global_batch_size * model.seq_len
+        near = f"{below} and {below + model.seq_len}" if below else f"{model.seq_len}"
         raise UserError(
             f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a whole number of "
             f"windows of model.seq_len {model.seq_len}; the nearest are {near}"
@@ -337,36 +291,23 @@ def check_schedule(recipe: Recipe, origin: str) -> None:
         )
 
 
-def fewest_bits(vocab_size: int) -> int:
-    """K = ceil(log2 V): what tells V ids apart."""
-    return max(1, (vocab_size - 1).bit_length())
-
-
 def check_code_bits(model: ModelRecipe, origin: str) -> None:
     """The code must tell all ids apart and tile the model width."""
-    needed = fewest_bits(model.vocab_size)
+    needed = (model.vocab_size - 1).bit_length()  # ceil(log2 V)
     bits = model.code_bits or needed
     if bits < needed:
         raise UserError(
             f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; set it to {needed} or more"
         )
-    if bits > 62:
-        raise UserError(f"{origin}: model.code_bits {bits}: expected at most 62")
     if model.d_model % bits:
-        fitting = next((k for k in range(bits, 63) if model.d_model % k == 0), None)
+        fitting = next((k for k in range(bits, MAX_CODE_BITS + 1) if model.d_model % k == 0), None)
         advice = f"set model.code_bits to {fitting}, the next that does" if fitting else "change model.d_model"
         raise UserError(f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; {advice}")
 
 
-def nearest_multiples(value: int, of: int) -> str:
-    """The multiples of a number around a value, as words: `96 and 104`."""
-    below = value // of * of
-    return f"{below} and {below + of}" if below else f"{of}"
-
-
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name or a file by path, with `--dotted.key=value` overrides."""
-    path = recipe_path(name)
+    path = shipped_file(name, RECIPES_DIR, ".yaml", "--recipe")
     content = parse_yaml(path.read_bytes(), str(path))
     if isinstance(content, dict):
         apply_overrides(content, overrides)
@@ -392,10 +333,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str) -> None:
-    """Raise UserError for the first dotted key whose value differs, unless it may change on resume."""
+    """Raise UserError for the first dotted key whose value differs, unless it, or its section, may change."""
     old, new = flatten(saved), flatten(now)
     for key in [*old, *(k for k in new if k not in old)]:
-        if old.get(key) != new.get(key) and key not in may_change:
+        if old.get(key) != new.get(key) and may_change.isdisjoint((key, key.partition(".")[0])):
             raise UserError(
                 f"{origin}: this run was started with {key}={old.get(key)!r}, got {new.get(key)!r}; "
                 f"give the old value to continue it, or another --run-dir to start a new run"
@@ -404,20 +345,11 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: froze
 
 def model_config(model: ModelRecipe) -> "TableFreeConfig":
     """The architecture as the modelling file wants it, the affine code drawn."""
-    from pretrain.modeling_tablefree import TableFreeConfig, draw_affine_code  # torch takes seconds to import
+    from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code  # torch takes seconds
 
-    rows = offset = None
-    code_bits = model.code_bits or fewest_bits(model.vocab_size)
+    code_bits = model.code_bits or bits_needed(model.vocab_size)
+    architecture = asdict(model) | {"code_bits": code_bits}  # type: ignore[call-overload]
+    seed = architecture.pop("code_seed")
     if model.input_embedding == "affine_code":
-        rows, offset = draw_affine_code(code_bits, model.code_seed)
-    return TableFreeConfig(
-        vocab_size=model.vocab_size,
-        d_model=model.d_model,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        seq_len=model.seq_len,
-        input_embedding=model.input_embedding,
-        code_bits=code_bits,
-        affine_rows=rows,
-        affine_offset=offset,
-    )
+        architecture["affine_rows"], architecture["affine_offset"] = draw_affine_code(code_bits, seed)
+    return TableFreeConfig(**architecture)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from pretrain.config import Recipe, nearest
+from data_prep.errors import UserError, nearest
+from pretrain.config import Recipe, shipped_file
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
 OWNED_BY_RECIPE = {
@@ -40,11 +40,10 @@ KNOWN_KEYS = {
     "": {
         "communication_data_type": DTYPE, "steps_per_print": SIZE,
         "zero_force_ds_cpu_optimizer": ("false: the optimizer is torch's AdamW", "false"),
-        **dict.fromkeys(["zero_optimization", "bf16", "fp16", "data_types"], SECTION),
+        **dict.fromkeys(["zero_optimization", "bf16", "data_types"], SECTION),
         **dict.fromkeys(["flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb"], SECTION),
-        **dict.fromkeys(
-            ["zero_allow_untested_optimizer", "dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG
-        ),
+        **dict.fromkeys(["dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG),
+        "zero_allow_untested_optimizer": FLAG,
     },
     "zero_optimization": {
         "stage": ("0, 1 or 2", "[012]"), "reduce_bucket_size": SIZE, "offload_optimizer": SECTION,
@@ -61,22 +60,9 @@ KNOWN_KEYS = {
 REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]  # the last three of the sections that know them
 
 
-def engine_config_path(name: str) -> Path:
-    """A file of ds_configs/ by name, or the path itself."""
-    path = Path(name)
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise UserError(f"--deepspeed-config {name}: no such file")
-        return path
-    shipped = sorted(p.stem for p in DS_CONFIGS_DIR.glob("*.json"))
-    if name not in shipped:
-        raise UserError(f"engine {name}: no such DeepSpeed configuration; {nearest(name, shipped)} (or give a file)")
-    return DS_CONFIGS_DIR / f"{name}.json"
-
-
 def load_engine_config(name: str) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON. Raises UserError for what this pipeline can't honour."""
-    path = engine_config_path(name)
+    path = shipped_file(name, DS_CONFIGS_DIR, ".json", "engine")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -94,8 +80,6 @@ def objections(config: dict[str, Any]) -> Iterator[str]:
         if key in config:
             yield f"{key} belongs to the recipe ({home}); remove it here"
     yield from key_objections(config)
-    if config.get("fp16", {}).get("enabled"):
-        yield "fp16 is not supported; use bf16, or neither for fp32"
     zero, sums = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
     if zero["stage"] == 0 and (config.get("bf16", {}).get("enabled") or sums == "bf16" or "offload_optimizer" in zero):
         yield "zero_optimization.stage is 0, which is for fp32 alone, without bf16 or offload_optimizer; write 1 or 2"
@@ -108,7 +92,7 @@ def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
     for key, text in {**texts, **{key: json.dumps(value) for key, value in content.items()}}.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in known:
-            yield f"unknown key {name}; {nearest(key, sorted(known))}"
+            yield f"unknown key {name}; {nearest(key, known)}"
             continue
         expected, pattern = known[key]
         if not re.fullmatch(pattern, text):
@@ -123,15 +107,12 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     if batch % at_once == 0:
         return batch // at_once
     below = batch // at_once * at_once
-    nearest_tokens = " or ".join(f"{n * recipe.model.seq_len}" for n in (below, below + at_once) if n)
-    fitting = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= recipe.batch.micro_batch_size)
-    fitting_ranks = [n for n in range(1, world_size + 1) if batch % (n * recipe.batch.micro_batch_size) == 0]
-    ways = [f"batch.global_batch_tokens {nearest_tokens}"]
-    per_rank = [n for n in range(fitting, 0, -1) if batch % (world_size * n) == 0]
-    if per_rank:
-        ways.append(f"batch.micro_batch_size {per_rank[0]}")
-    if fitting_ranks:
-        ways.append(f"{fitting_ranks[-1]} rank{'s' if fitting_ranks[-1] > 1 else ''}")
+    tokens = " or ".join(str(n * recipe.model.seq_len) for n in (below, below + at_once) if n)
+    ways = [f"batch.global_batch_tokens {tokens}"]
+    sizes = [n for n in range(1, recipe.batch.micro_batch_size + 1) if batch % (world_size * n) == 0]
+    ways += [f"batch.micro_batch_size {n}" for n in sizes[-1:]]
+    ranks = [n for n in range(1, world_size + 1) if batch % (recipe.batch.micro_batch_size * n) == 0]
+    ways += [f"{n} of the ranks" for n in ranks[-1:]]
     raise UserError(
         f"a step of {batch} windows does not divide over {world_size} ranks x micro-batch "
         f"{recipe.batch.micro_batch_size}; nearest that do: {', or '.join(ways)}"

@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,70 +24,63 @@ from pretrain.checkpoint import Checkpoint, load_for_reading, load_model
 from pretrain.distributed import keep_freed_memory
 from pretrain.loader import ValidationWindows
 from pretrain.loss import LanguageModelLoss
+from pretrain.templates import render
 
 EVALUATION_NAME = "evaluation.json"
 WINDOWS_AT_ONCE = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Figures of a text under a model."""
+def score(nats: float, targets: int, text_bytes: int) -> dict[str, float]:
+    """The figures of a text under a model that follow from total nats.
 
-    targets: int  # ids that were predicted, end-of-document ids included
-    text_bytes: int  # UTF-8 bytes of the text, without end-of-document
-    loss: float  # nats a target
-    perplexity: float
-    bits_per_byte: float
-
-
-def score(nats: float, targets: int, text_bytes: int) -> Score:
-    """The figures that follow from total nats."""
+    `targets` are the ids that were predicted, end-of-document ids included; `text_bytes` those of the text in UTF-8,
+    without end-of-document; `loss` is in nats a target.
+    """
     loss = nats / targets if targets else math.nan
-    return Score(
-        targets=targets, text_bytes=text_bytes, loss=loss, perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=nats / (math.log(2) * text_bytes) if text_bytes else math.nan,
-    )  # fmt: skip
+    return {
+        "targets": targets, "text_bytes": text_bytes, "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / (math.log(2) * text_bytes) if text_bytes else math.nan,
+    }  # fmt: skip
 
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
     """The data set that the run was trained on, there or at another place."""
-    trained_on = Path(checkpoint.manifest["data_dir"])
-    if data_dir is None and not trained_on.is_dir():
-        raise UserError(f"the data set of this run is not at {trained_on} any more; say where with --data-dir")
-    reader = ShardReader(data_dir or trained_on)
+    path = data_dir or Path(checkpoint.manifest["data_dir"])
+    if not path.is_dir():
+        raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
+    reader = ShardReader(path)
     expected, got = checkpoint.manifest["fingerprint"], reader.manifest.fingerprint
     if got != expected:
         raise UserError(f"{reader.data_dir}: fingerprint {got}, but the run was trained on {expected}; give --data-dir")
     return reader
 
 
-def window_batches(windows: ValidationWindows) -> Iterator[tuple[npt.NDArray[np.int64], Tokens]]:
-    """Windows to score together, whole ones in groups, then the partial one: numbers, ids (windows, seq_len + 1)."""
+def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
+    """Ids of windows to score together, (windows, seq_len + 1): whole ones in groups, then the partial one."""
     whole = windows.whole_windows
     for first in tqdm(range(0, whole, WINDOWS_AT_ONCE), unit="batch", desc="evaluating", disable=None):
-        batch = np.arange(first, min(first + WINDOWS_AT_ONCE, whole))
-        yield batch, windows.windows(batch)
+        yield windows.windows(np.arange(first, min(first + WINDOWS_AT_ONCE, whole)))
     if windows.targets % windows.seq_len:
-        yield np.array([whole]), windows.window(whole)[None]
+        yield windows.window(whole)[None]
 
 
 def source_totals(
     module: LanguageModelLoss, windows: ValidationWindows, source_ends: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Total nats and number of targets of each source; a source ends where the next one starts in the stream."""
-    device = next(module.parameters()).device
+    device, position = next(module.parameters()).device, 1
     nats, targets = np.zeros(len(source_ends)), np.zeros(len(source_ends), np.int64)
-    for batch, ids in window_batches(windows):
+    for ids in window_batches(windows):
         ids_BT = torch.from_numpy(ids.astype(np.int64)).to(device)
-        nats_BT = module.nats(ids_BT[:, :-1], ids_BT[:, 1:]).double().cpu().numpy()
-        positions_BT = batch[:, None] * windows.seq_len + 1 + np.arange(nats_BT.shape[1])
-        sources = np.searchsorted(source_ends, positions_BT.ravel(), side="right")
-        nats += np.bincount(sources, weights=nats_BT.ravel(), minlength=len(nats))
+        of_targets = module.nats(ids_BT[:, :-1], ids_BT[:, 1:]).double().flatten().cpu().numpy()
+        sources = np.searchsorted(source_ends, position + np.arange(len(of_targets)), side="right")
+        nats += np.bincount(sources, weights=of_targets, minlength=len(nats))
         targets += np.bincount(sources, minlength=len(targets))
+        position += len(of_targets)
     return nats, targets
 
 
-def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[Score, dict[str, Score]]:
+def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Figures of the whole validation split, and of each source."""
     model = load_model(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,21 +92,9 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[Score, dict[s
     ends = np.cumsum([reader.manifest.tokens("validation", name) for name in names], dtype=np.int64)
     nats, targets = source_totals(module, windows, ends)
     text_bytes = [sum(s.text_bytes for s in shards if s.source == name) for name in names]
-    of_sources = zip(names, nats.tolist(), targets.tolist(), text_bytes, strict=True)
-    by_source = {name: score(n, t, b) for name, n, t, b in of_sources}
+    figures = zip(nats.tolist(), targets.tolist(), text_bytes, strict=True)
+    by_source = {name: score(*totals) for name, totals in zip(names, figures, strict=True)}
     return score(float(nats.sum()), int(targets.sum()), sum(text_bytes)), by_source
-
-
-def report(checkpoint: Checkpoint, total: Score, by_source: dict[str, Score]) -> str:
-    """The figures as a table."""
-    rows = [("whole split", total)] + (list(by_source.items()) if len(by_source) > 1 else [])
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{checkpoint.path}", f"{'':{width}}  {'targets':>12}  {'loss':>8}  {'perplexity':>10}  bits per byte"]
-    lines += [
-        f"{name:{width}}  {s.targets:>12,}  {s.loss:>8.4f}  {s.perplexity:>10.2f}  {s.bits_per_byte:>13.4f}"
-        for name, s in rows
-    ]
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = load_for_reading(flags.run_dir)
     reader = open_data(checkpoint, flags.data_dir)
     total, by_source = evaluate(checkpoint, reader)
-    content = {"step": checkpoint.step, "fingerprint": reader.manifest.fingerprint, **asdict(total)}
-    content["sources"] = {name: asdict(figures) for name, figures in by_source.items()}
+    content = {"step": checkpoint.step, "fingerprint": reader.manifest.fingerprint, **total, "sources": by_source}
     write_durably(flags.run_dir / EVALUATION_NAME, json.dumps(content, indent=1).encode())
-    print(report(checkpoint, total, by_source))
+    rows = {"whole split": total} | (by_source if len(by_source) > 1 else {})
+    print(render("evaluation.txt.jinja", path=checkpoint.path, rows=rows))
 
 
 if __name__ == "__main__":

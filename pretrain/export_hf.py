@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,13 +25,12 @@ from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
-from pretrain.evaluate import EVALUATION_NAME, Score
+from pretrain.evaluate import EVALUATION_NAME
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
-CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Weights = dict[str, Tensor]
 
@@ -116,55 +114,36 @@ def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_figures(run_dir: Path, step: int) -> Score | None:
+def read_figures(run_dir: Path, step: int) -> dict[str, Any] | None:
     """What `pretrain.evaluate` measured, if it did so at the exported step."""
     path = run_dir / EVALUATION_NAME
     content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    if content.get("step") != step:
-        return None
-    return Score(**{key: content[key] for key in Score.__dataclass_fields__})
-
-
-def model_card(
-    manifest: dict[str, Any], architecture: str, dtype: str, trained_parameters: int, figures: Score | None
-) -> str:
-    """What the model is, what it was trained on, how well it does, how to load it."""
-    template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    bits = manifest["model_config"].get("code_bits", 16)
-    return template.render(**locals()) + "\n"
+    return content if content.get("step") == step else None
 
 
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
-    trained_parameters = sum(master.numel() for master in masters.values())
     weights, exported_config = ARCHITECTURES[architecture](masters, config)
-    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    trained_parameters = sum(master.numel() for master in masters.values())
+    card = render(
+        "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
+        trained_parameters=trained_parameters, figures=read_figures(run_dir, checkpoint.step),
+    )  # fmt: skip
     texts = {
         "config.json": config_json(exported_config, architecture, dtype, special_ids),
         "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
-        "README.md": model_card(
-            checkpoint.manifest, architecture, dtype, trained_parameters, read_figures(run_dir, checkpoint.step)
-        ),
+        "README.md": card + "\n",
     }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
-
-
-def export(run_dir: Path, output_dir: Path, architecture: str, dtype: str) -> None:
-    """Export the newest good checkpoint of a run."""
-    checkpoint = load_for_reading(run_dir)
-    is_export = (output_dir / "model.safetensors").is_file() and (output_dir / "config.json").is_file()
-    if not is_export and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output-dir {output_dir}: holds something else than an export; give an empty directory")
-    replace_directory(output_dir, lambda staged: write_export(run_dir, checkpoint, staged, architecture, dtype))
-    print(f"{output_dir}: {architecture} in {dtype}, from {checkpoint.path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,9 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
     forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
+    weights = "of the weights (default: float32)"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=weights)
     flags = parser.parse_args(arguments)
-    export(flags.run_dir, flags.output_dir, flags.architecture, flags.dtype)
+    run, output, form = flags.run_dir, flags.output_dir, (flags.architecture, flags.dtype)
+    checkpoint = load_for_reading(run)
+    if output.exists() and not (output / "model.safetensors").is_file() and any(output.iterdir()):
+        raise UserError(f"--output-dir {output}: holds something else than an export; give an empty directory")
+    replace_directory(output, lambda staged: write_export(run, checkpoint, staged, *form))
+    print(f"{output}: {flags.architecture} in {flags.dtype}, from {checkpoint.path}")
 
 
 if __name__ == "__main__":

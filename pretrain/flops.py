@@ -44,7 +44,7 @@ class Device:
     """An accelerator as torch counts them: dense bf16 peak with fp32 sums, memory, memory bandwidth, link in its node.
 
     Memory is in the data sheet's decimal gigabytes; what the driver reports is some per cent more. The link is one of
-    pretrain.plan's, the one that holds for all devices of a node: of cards that bridges join in pairs, PCIe.
+    LINKS, the one that holds for all devices of a node: of cards that bridges join in pairs, PCIe.
     """
 
     name: str
@@ -54,9 +54,11 @@ class Device:
     link: str
 
 
+FIGURES = yaml.safe_load(DEVICES_FILE.read_bytes())
+LINKS: dict[str, float] = FIGURES["links"]  # GB/s
 DEVICES = tuple(
     Device(name, tflops * 1e12, gigabytes * 1e9, terabytes_per_s * 1e12, link)
-    for name, (tflops, gigabytes, terabytes_per_s, link) in yaml.safe_load(DEVICES_FILE.read_bytes()).items()
+    for name, (tflops, gigabytes, terabytes_per_s, link) in FIGURES["devices"].items()
 )
 # What a driver's name may hold beside a device's own words. Others, such as MIG or Laptop, make it another device.
 NEUTRAL = re.compile(r"nvidia|amd|instinct|geforce|rtx|tesla|oam|sxm\d?|pcie|hbm\d\w?|\d+gb")

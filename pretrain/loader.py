@@ -10,6 +10,7 @@ index in memory or on disk.
 Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming is arithmetic.
 """
 
+import itertools
 import mmap
 import resource
 from collections.abc import Callable
@@ -86,20 +87,13 @@ class TokenStream:
         allow_open_files(reader)
         self.reader = reader
         self.shards = shards
-        self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-        self.begins = np.concatenate([[0], self.ends])
-        self._ids: dict[int, Tokens] = {}  # of the shards touched so far, by their place in the stream
-
-    @property
-    def tokens(self) -> int:
-        """Length of the stream."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        self.begins = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+        self.tokens = int(self.begins[-1])
 
     def locate(self, position: int) -> tuple[Shard, int]:
         """The shard that holds a position of the stream, and the offset in it."""
-        index = int(np.searchsorted(self.ends, position, side="right"))
-        shard = self.shards[index]
-        return shard, position - (int(self.ends[index]) - shard.tokens)
+        index = int(np.searchsorted(self.begins, position, side="right")) - 1
+        return self.shards[index], position - int(self.begins[index])
 
     def read(self, start: int, length: int) -> Tokens:
         """`length` ids from `start`, across shards where needed."""
@@ -113,34 +107,29 @@ class TokenStream:
 
     def windows(self, starts: I64, length: int) -> Tokens:
         """One row of `length` ids for each start, shape (starts, length)."""
-        shard_of = np.searchsorted(self.ends, starts, side="right")
-        offsets = starts - self.begins[shard_of]
-        self._open(np.unique(shard_of).tolist())
-        places = list(zip(shard_of.tolist(), offsets.tolist(), strict=True))
+        shard_of = np.searchsorted(self.begins, starts, side="right") - 1
+        offsets = (starts - self.begins[shard_of]).tolist()
+        ids = {index: self.reader.tokens(self.shards[index]) for index in np.unique(shard_of).tolist()}
+        places = [(ids[index], offset) for index, offset in zip(shard_of.tolist(), offsets, strict=True)]
         if len(places) <= READ_AHEAD_WINDOWS:
-            self._read_ahead(places, length)
-        rows, ids = np.empty((len(starts), length), np.uint16), self._ids
-        for row, (index, offset) in enumerate(places):
-            piece = ids[index][offset : offset + length]
+            read_ahead(places, length)
+        rows = np.empty((len(starts), length), np.uint16)
+        for row, (shard_ids, offset) in enumerate(places):
+            piece = shard_ids[offset : offset + length]
             rows[row] = piece if len(piece) == length else self.read(int(starts[row]), length)
         return rows
 
-    def _open(self, indices: list[int]) -> None:
-        """Map the shards that are touched for the first time."""
-        for index in indices:
-            if index not in self._ids:
-                self._ids[index] = self.reader.tokens(self.shards[index])
 
-    def _read_ahead(self, places: list[tuple[int, int]], length: int) -> None:
-        """Have the kernel fetch these windows, (shard, offset) each, all at once and nothing else.
+def read_ahead(places: list[tuple[Tokens, int]], length: int) -> None:
+    """Have the kernel fetch these windows, (ids of a shard, offset) each, all at once and nothing else.
 
-        A page fault would wait for each, and have a whole read-ahead (128 KB to megabytes) fetched around it.
-        """
-        for index, offset in places:
-            first = SHARD_HEADER_BYTES + offset * TOKEN_DTYPE.itemsize
-            into_page = first % mmap.PAGESIZE
-            mapped = cast(mmap.mmap, self._ids[index].base)
-            mapped.madvise(mmap.MADV_WILLNEED, first - into_page, into_page + length * TOKEN_DTYPE.itemsize)
+    A page fault would wait for each, and have a whole read-ahead (128 KB to megabytes) fetched around it.
+    """
+    for shard_ids, offset in places:
+        first = SHARD_HEADER_BYTES + offset * TOKEN_DTYPE.itemsize
+        into_page = first % mmap.PAGESIZE
+        mapped = cast(mmap.mmap, shard_ids.base)
+        mapped.madvise(mmap.MADV_WILLNEED, first - into_page, into_page + length * TOKEN_DTYPE.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +138,7 @@ class SamplePlace:
 
     source: str
     epoch: int
+    ordinal: int  # of the source's windows in this epoch
     start: int  # first id of the window in the source's stream
 
 
@@ -160,14 +150,15 @@ class TrainingLoader:
         self.seq_len = seq_len
         self.identity = (self.manifest.fingerprint, seed)
         self.names = [source.name for source in self.manifest.sources]
-        self.streams = [TokenStream(reader, self.manifest.shards_of("train", name)) for name in self.names]
-        self.corpus = TokenStream(reader, tuple(shard for stream in self.streams for shard in stream.shards))
-        self.begins = np.cumsum([0, *(stream.tokens for stream in self.streams)])  # of the sources in it
-        self.window_counts = [max(0, (stream.tokens - 1) // seq_len) for stream in self.streams]
-        for name, count, stream in zip(self.names, self.window_counts, self.streams, strict=True):
-            if count == 0:
+        shards = [self.manifest.shards_of("train", name) for name in self.names]
+        self.corpus = TokenStream(reader, tuple(itertools.chain(*shards)))
+        self.tokens = [sum(shard.tokens for shard in of_source) for of_source in shards]
+        self.begins = np.cumsum([0, *self.tokens])  # of the sources in it
+        self.window_counts = [(tokens - 1) // seq_len for tokens in self.tokens]
+        for name, count, tokens in zip(self.names, self.window_counts, self.tokens, strict=True):
+            if count < 1:
                 raise UserError(
-                    f"{reader.data_dir}: source {name} has {stream.tokens:,} training tokens, fewer than one "
+                    f"{reader.data_dir}: source {name} has {tokens:,} training tokens, fewer than one "
                     f"window of {seq_len + 1:,}; give it more text or leave it out of the mixture"
                 )
         self.shares = np.array([source.share for source in self.manifest.sources], np.int64)
@@ -184,15 +175,6 @@ class TrainingLoader:
             self.rank_at[self.source_at == index] = np.arange(share)
         self._last_block: tuple[int, I64] = (-1, np.empty(0, np.int64))  # and the starts of its samples
 
-    def _window_numbers(self, source: int, ordinals: I64) -> I64:
-        """The window that each ordinal of a source draws."""
-        count = self.window_counts[source]
-        epochs, within = np.divmod(ordinals, count)
-        unique_epochs, epoch_index = np.unique(epochs, return_inverse=True)
-        keys = [derive_key(*self.identity, "epoch", self.names[source], epoch) for epoch in unique_epochs]
-        permuted = permute(within.astype(np.uint64), count, np.array(keys, np.uint64)[epoch_index])
-        return permuted.astype(np.int64)
-
     def _block_starts(self, block: int) -> I64:
         """The first position in `corpus` of every sample of a block.
 
@@ -201,10 +183,12 @@ class TrainingLoader:
         known, starts = self._last_block  # read once: another thread may change it
         if known != block:
             starts = np.empty(BLOCK_SAMPLES, np.int64)
-            for source, share in enumerate(self.shares.tolist()):
-                ordinals = block * share + np.arange(share)
-                windows = self._window_numbers(source, ordinals)
-                starts[self.source_at == source] = self.begins[source] + windows * self.seq_len
+            for source, (share, count) in enumerate(zip(self.shares.tolist(), self.window_counts, strict=True)):
+                epochs, ordinals = np.divmod(block * share + np.arange(share), count)
+                unique_epochs, epoch_index = np.unique(epochs, return_inverse=True)
+                keys = [derive_key(*self.identity, "epoch", self.names[source], epoch) for epoch in unique_epochs]
+                windows = permute(ordinals.astype(np.uint64), count, np.array(keys, np.uint64)[epoch_index])
+                starts[self.source_at == source] = self.begins[source] + windows.astype(np.int64) * self.seq_len
             self._last_block = block, starts
         return starts
 
@@ -222,18 +206,14 @@ class TrainingLoader:
         block, place = divmod(number, BLOCK_SAMPLES)
         source = int(self.source_at[place])
         ordinal = block * int(self.shares[source]) + int(self.rank_at[place])
+        epoch, ordinal = divmod(ordinal, self.window_counts[source])
         start = int(self._block_starts(block)[place] - self.begins[source])
-        return SamplePlace(source=self.names[source], epoch=ordinal // self.window_counts[source], start=start)
+        return SamplePlace(source=self.names[source], epoch=epoch, ordinal=ordinal, start=start)
 
     def unseen_tail_tokens(self) -> dict[str, int]:
         """Ids at the end of each source's stream that no window reaches."""
-        reach = zip(self.names, self.streams, self.window_counts, strict=True)
-        return {name: stream.tokens - (count * self.seq_len + 1) for name, stream, count in reach}
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source is gone through in a run of that many samples."""
-        shares = zip(self.names, self.shares, self.window_counts, strict=True)
-        return {name: samples * int(share) / BLOCK_SAMPLES / count for name, share, count in shares}
+        reach = zip(self.names, self.tokens, self.window_counts, strict=True)
+        return {name: tokens - (count * self.seq_len + 1) for name, tokens, count in reach}
 
 
 class ValidationWindows:
@@ -242,18 +222,10 @@ class ValidationWindows:
     def __init__(self, reader: ShardReader, *, seq_len: int) -> None:
         self.stream = TokenStream(reader, reader.manifest.shards_of("validation"))
         self.seq_len = seq_len
-        if self.stream.tokens < 2:
+        self.targets = self.stream.tokens - 1  # in the whole split
+        self.whole_windows = self.targets // seq_len  # those with seq_len targets
+        if self.targets < 1:
             raise UserError(f"{reader.data_dir}: fewer than two validation tokens; raise validation_fraction")
-
-    @property
-    def targets(self) -> int:
-        """Number of targets in the whole split."""
-        return self.stream.tokens - 1
-
-    @property
-    def whole_windows(self) -> int:
-        """Number of windows with seq_len targets."""
-        return self.targets // self.seq_len
 
     def window(self, index: int) -> Tokens:
         """Ids of window `index`: seq_len + 1 of them, fewer in the last, partial window."""

@@ -17,21 +17,11 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pretrain.documents import hidden_states_by_document
+from pretrain.memory import chunk_tokens
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 # From (hidden_ND, weight_VD, targets_N) the mean cross-entropy in nats, fp32, to call backward on.
 LossHead = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Bytes of a chunk's fp32 logits. A CPU gains nothing from more. A GPU needs rows enough for a product of (C, V) with
-# (V, D) to fill it, and for passes over the fp32 weight gradient, one a chunk, to be few.
-CPU_LOGITS_BYTES = 64 << 20
-GPU_LOGITS_BYTES = 1 << 30
-
-
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """C: at V = 65,536 it is 256 tokens on a CPU and 4,096 on a GPU."""
-    budget = CPU_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES
-    return max(1, budget // (4 * vocab_size))
 
 
 @functools.cache
@@ -64,7 +54,7 @@ def log_probability_chunks(
     `weight_VD` is a factor. The memory is allocated once: on a CPU, page faults would cost more than the softmax.
     """
     tokens, vocab_size = len(targets_N), len(weight_VD)
-    chunk = min(tokens, chunk or chunk_tokens(vocab_size, weight_VD.device))
+    chunk = min(tokens, chunk or chunk_tokens(vocab_size, weight_VD.device.type))
     buffers = torch.empty(2, chunk, vocab_size, dtype=torch.float32, device=weight_VD.device)
     for start in range(0, tokens, chunk):
         place = slice(start, min(start + chunk, tokens))
@@ -127,8 +117,13 @@ def whole_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
     return F.cross_entropy((hidden_ND @ weight_VD.T).float(), targets_N)
 
 
-def liger_head() -> LossHead:
-    """The fused Triton kernel of the package liger-kernel, for CUDA. Raises UserError where it cannot run."""
+def build_loss_head(name: str) -> LossHead:
+    """The head that the recipe key `loss_head` names. Raises UserError where it cannot run.
+
+    `liger` is the fused Triton kernel of the package liger-kernel, for CUDA.
+    """
+    if name != "liger":
+        return {"chunked": chunked_head, "whole": whole_head}[name]
     if not torch.cuda.is_available():
         raise UserError("loss_head liger: it needs a CUDA device and this machine has none; set loss_head to chunked")
     try:
@@ -138,11 +133,6 @@ def liger_head() -> LossHead:
             f"loss_head liger: {error}; install it with pip install 'tablefree[cuda]', or set loss_head to chunked"
         ) from None
     return functools.partial(liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
-
-
-def build_loss_head(name: str) -> LossHead:
-    """The head that the recipe key `loss_head` names."""
-    return liger_head() if name == "liger" else {"chunked": chunked_head, "whole": whole_head}[name]
 
 
 class LanguageModelLoss(nn.Module):

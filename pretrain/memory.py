@@ -19,19 +19,20 @@ which the rank owns a part, and the update takes a flat copy. The gradient norm 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.errors import UserError
 from pretrain.config import Recipe
 from pretrain.engine_config import accumulation_steps
 from pretrain.flops import count_parameters
 
-Mode = Literal["none", "selective", "full"]
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
+MODES = ("none", "selective", "full")
 KEPT = {"none": 18, "selective": 11, "full": 1}  # hidden tensors that a block keeps for its backward pass
 RECOMPUTED = {"none": 0, "selective": 8, "full": 17}  # and those that come back while it runs
 IN_FLIGHT = 5
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of a chunk of the loss head, see pretrain/loss.py
+# Of a chunk's fp32 logits in the loss head. A CPU gains nothing from more. A GPU needs rows enough for a product of
+# (C, V) with (V, D) to fill it, and for passes over the fp32 weight gradient, one a chunk, to be few.
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # What a device must have besides tensors. Contexts of CUDA and NCCL, and what its allocator cannot use, are assumed; of
 # a process that trains on a CPU and keeps freed memory 0.59 to 0.79 were tensors (tests/benchmarks/plan_accuracy.py).
 CONTEXT_BYTES, USABLE = {"cpu": 0.0, "cuda": 1.5e9}, {"cpu": 0.6, "cuda": 0.96}
@@ -93,12 +94,17 @@ def activation_bytes(sizes: Sizes, blocks: int) -> float:
     return float((blocks - recomputed) * kept["none"] + recomputed * kept[mode])
 
 
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Tokens of a chunk of the loss head: at V = 65,536 they are 256 on a CPU and 4,096 on a GPU."""
+    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
+
+
 def loss_head_bytes(sizes: Sizes) -> float:
     """The most that the loss head holds in its forward pass, besides its input; see pretrain/loss.py."""
     model, low_precision = sizes.recipe.model, sizes.element == 2
     if sizes.recipe.loss_head == "whole":
         return (8.0 + 2.0 * low_precision) * sizes.tokens * model.vocab_size
-    chunk = min(sizes.tokens, max(1, LOGITS_BYTES[sizes.device_type] // (4 * model.vocab_size)))
+    chunk = min(sizes.tokens, chunk_tokens(model.vocab_size, sizes.device_type))
     gradients = 4.0 * (sizes.table + sizes.tokens * model.d_model)
     copies = 4.0 * sizes.table if sizes.device_type == "cpu" else 2.0 * chunk * model.vocab_size
     return 8.0 * chunk * model.vocab_size + gradients + copies * low_precision
@@ -162,15 +168,15 @@ def needed_bytes(recipe: Recipe, engine_config: dict[str, Any], world_size: int,
     return peak / USABLE[device_type] + CONTEXT_BYTES[device_type]
 
 
-def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: Mode) -> Recipe:
+def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe:
     """The recipe with another micro-batch and checkpointing mode."""
-    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var]
+    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var, arg-type]
     batch = replace(recipe.batch, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
     return replace(recipe, batch=batch, activation_checkpointing=checkpointing)  # type: ignore[type-var]
 
 
 def largest_micro_batch(
-    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: Mode
+    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: str
 ) -> int | None:
     """The largest that divides the batch and fits in that mode; None: not even one window does."""
     for size in range(recipe.global_batch_size // world_size, 0, -1):

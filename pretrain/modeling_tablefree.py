@@ -28,6 +28,11 @@ INPUT_EMBEDDINGS = ("binary_code", "affine_code", "learned")
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 65_536, "d_model": 1_024, "num_layers": 32, "num_heads": 32, "seq_len": 1_024,
+    "input_embedding": "binary_code", "code_bits": None, "affine_rows": None, "affine_offset": None,
+    "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def bits_needed(vocab_size: int) -> int:
@@ -58,42 +63,19 @@ def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
 
 
 class TableFreeConfig(PretrainedConfig):
-    """Architecture of the decoder. `affine_rows` and `affine_offset` hold A and b of an affine code."""
+    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold A and b."""
 
     model_type = "tablefree"
     attribute_map = {  # noqa: RUF012  (transformers declares it so)
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
         "max_position_embeddings": "seq_len",
-    }
+    }  # fmt: skip
 
-    def __init__(
-        self,
-        vocab_size: int = 65_536,
-        d_model: int = 1_024,
-        num_layers: int = 32,
-        num_heads: int = 32,
-        seq_len: int = 1_024,
-        input_embedding: str = "binary_code",
-        code_bits: int | None = None,
-        affine_rows: list[int] | None = None,
-        affine_offset: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.d_model = d_model
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.seq_len = seq_len
-        self.input_embedding = input_embedding
-        self.code_bits = bits_needed(vocab_size) if code_bits is None else code_bits
-        self.affine_rows = affine_rows
-        self.affine_offset = affine_offset
-        self.initializer_range = kwargs.pop("initializer_range", INIT_STD)
-        self.use_cache = kwargs.pop("use_cache", True)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        values = {**DEFAULTS, **kwargs}
+        values["code_bits"] = values["code_bits"] or bits_needed(values["vocab_size"])
+        self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
+        super().__init__(**values)
 
 
 class TokenCode(nn.Module):
@@ -104,21 +86,18 @@ class TokenCode(nn.Module):
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__()
-        self.code_bits = config.code_bits
-        self.repeats = config.d_model // config.code_bits
-        self.affine_rows = config.affine_rows if config.input_embedding == "affine_code" else None
-        self.affine_offset = config.affine_offset
+        self.config = config
         self._constants: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the device."""
         if device not in self._constants:
-            shifts = torch.arange(self.code_bits, device=device)
+            shifts = torch.arange(self.config.code_bits, device=device)
             matrix = offset = None
-            if self.affine_rows is not None:
-                rows = torch.tensor(self.affine_rows, device=device)
+            if self.config.input_embedding == "affine_code":
+                rows = torch.tensor(self.config.affine_rows, device=device)
                 matrix = ((rows[:, None] >> shifts) & 1).T.float()
-                offset = (torch.tensor(self.affine_offset, device=device) >> shifts) & 1
+                offset = (torch.tensor(self.config.affine_offset, device=device) >> shifts) & 1
             self._constants[device] = (shifts, matrix, offset)
         return self._constants[device]
 
@@ -132,7 +111,7 @@ class TokenCode(nn.Module):
 
     def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """Shape (B, T, D): the code repeated d_model / K times."""
-        return self.code(ids_BT).to(dtype).repeat(1, 1, self.repeats)
+        return self.code(ids_BT).to(dtype).repeat(1, 1, self.config.d_model // self.config.code_bits)
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -169,11 +148,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Any,
-        cache: DynamicCache | None,
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
     ) -> Tensor:
         batch, tokens, width = hidden_BTD.shape
         grouped = self.query_key_value(hidden_BTD).view(batch, tokens, self.num_heads, -1)
@@ -208,14 +183,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Any,
-        cache: DynamicCache | None,
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+
+
+def run_block(block: Block, *inputs: Any) -> Tensor:
+    """Run a block as it is, keeping everything for the backward pass."""
+    return block(*inputs)
 
 
 def attention_mask_of(attention_mask: Any, tokens: int, cached: int, device: torch.device) -> Any:
@@ -270,11 +246,7 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.input_embedding(ids_BT)
 
     def hidden_states(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        attention_mask: Any = None,
-        cache: DynamicCache | None = None,
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None, cache: DynamicCache | None = None
     ) -> Tensor:
         """Everything but the output projection: normalised hidden states (B, T, D)."""
         cached = 0 if cache is None else cache.get_seq_length()
@@ -283,25 +255,17 @@ class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_BTD = self.embed(ids_BT)
         head_dim = self.config.d_model // self.config.num_heads
         rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
-        mask = attention_mask_of(attention_mask, ids_BT.shape[1], cached, ids_BT.device)
+        mask = attention_mask_of(mask, ids_BT.shape[1], cached, ids_BT.device)
+        runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
-            if index in self.block_runners and torch.is_grad_enabled():
-                hidden_BTD = self.block_runners[index](layer, hidden_BTD, rotation, mask, cache)
-            else:
-                hidden_BTD = layer(hidden_BTD, rotation, mask, cache)
+            hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, cache)
         return self.final_norm(hidden_BTD)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        use_cache: bool | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, use_cache: bool | None = None,
+        labels: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits (B, T, V), or of the last `logits_to_keep` positions; with `labels`, the mean loss too.
 
         Labels are the input ids themselves (the shift happens here); -100 is no target. Raises ValueError for what

@@ -26,30 +26,22 @@ def say(world: World, text: str) -> None:
 
 def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
     """How often each source is gone through, and a warning where that is too often."""
-    epochs = loader.epochs(recipe.total_steps * recipe.global_batch_size)
+    epochs = loader.manifest.epochs(recipe.total_steps * recipe.batch.global_batch_tokens)
+    seen = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
     tail = sum(loader.unseen_tail_tokens().values())
-    lines = [
-        f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in epochs.items())}; "
-        f"{tail:,} tokens at the ends of sources fill no window and are never seen"
-    ]
-    lines += [
+    often = [
         f"warning: {name} is gone through {count:.1f} times; beyond {MANY_EPOCHS:g}, repetition is worth little"
         for name, count in epochs.items()
         if count > MANY_EPOCHS
     ]
-    return lines
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [f"epochs: {seen}; {tail:,} tokens at the ends of sources fill no window and are never seen", *often]
 
 
 class Utilisation:
     """Model-FLOPs utilisation: the model's FLOPs a second over the device's bf16 peak; see pretrain/flops.py."""
 
     def __init__(self, recipe: Recipe, device: torch.device, world: World) -> None:
-        self.name = device_name(device)
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.flops_per_token = flops_per_token(recipe.model)
         known = find_device(self.name)
         self.peak_flops = known.peak_flops * world.world_size if known else None
@@ -74,43 +66,30 @@ class Progress:
         self.world = world
         self.utilisation = Utilisation(recipe, device, world)
         say(world, str(self.utilisation))
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=recipe.total_steps,
-            initial=start_step,
-            unit="step",
-            disable=not (world.is_main and self.on_terminal),
-            dynamic_ncols=True,
-        )
+        is_off = None if world.is_main else True  # None: unless stderr is a terminal
+        self.bar = tqdm(total=recipe.total_steps, initial=start_step, unit="step", disable=is_off, dynamic_ncols=True)
         self.start_step, self.total_steps = start_step, recipe.total_steps
         self.last_line_at = -math.inf
 
     def show(self, line: dict[str, Any]) -> None:
         """Report a finished step; adds its MFU to its line, where the device's peak is known."""
-        mfu = self.utilisation.mfu(line["tokens_per_s"])
+        mfu, rate = self.utilisation.mfu(line["tokens_per_s"]), f"{line['tokens_per_s']:,.0f} tokens/s"
         if mfu is not None:
             line["mfu"] = mfu
-        rate = f"{line['tokens_per_s']:,.0f} tokens/s"
-        if self.world.world_size > 1:
-            rate += f" ({line['tokens_per_s_per_rank']:,.0f} a rank)"
-        if mfu is not None:
             rate += f", MFU {mfu:.1%}"
-        figures = (
-            f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}, "
-            f"gradient norm {line['gradient_norm']:.2f}"
-        )
+        figures = f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}"
+        figures += f", gradient norm {line['gradient_norm']:.2f}"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
-        place = f"step {line['step'] + 1:,} of {self.total_steps:,}"
         if "val_loss" in line:
             figures += f", validation loss {line['val_loss']:.4f}"
-        elif self.on_terminal or time.monotonic() - self.last_line_at < self.LINE_EVERY_S:
+        elif not self.bar.disable or time.monotonic() - self.last_line_at < self.LINE_EVERY_S:
             return
         if line["step"] > self.start_step:  # the first step compiles, allocates and fills caches
             figures += f", {(self.total_steps - line['step'] - 1) * line['step_s'] / 60:.1f} min left"
         if self.world.world_size > 1 and line["slowest"]:
             figures += f"; slowest rank {line['slowest']['rank']}: {split_words(line['slowest'])}; rank 0"
-        say(self.world, f"{place}: {figures}: {split_words(line)}")
+        say(self.world, f"step {line['step'] + 1:,} of {self.total_steps:,}: {figures}: {split_words(line)}")
         self.last_line_at = time.monotonic()
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import BLOCK_SAMPLES, TOKENIZER_NAME, Shard, ShardReader
+from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
 from pretrain.loader import TrainingLoader
 
@@ -32,12 +32,12 @@ class Part:
 
 def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
     """The documents in a sample's window, in order."""
-    place = loader.place(sample)
-    stream = loader.streams[loader.names.index(place.source)]
-    position, end = place.start, place.start + loader.seq_len + 1
+    place, corpus = loader.place(sample), loader.corpus
+    position = int(loader.begins[loader.names.index(place.source)]) + place.start
+    end = position + loader.seq_len + 1
     while position < end:
-        shard, start = stream.locate(position)
-        document, origin = stream.reader.document(shard, stream.reader.document_at(shard, start))
+        shard, start = corpus.locate(position)
+        document, origin = corpus.reader.document(shard, corpus.reader.document_at(shard, start))
         offsets = range(start, min(start + end - position, document.stop))
         yield Part(shard=shard, offsets=offsets, document=document, origin=origin)
         position += len(offsets)
@@ -46,11 +46,8 @@ def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
     """Where a sample comes from."""
     place = loader.place(sample)
-    source = loader.names.index(place.source)
-    block, place_in_block = divmod(sample, BLOCK_SAMPLES)
-    ordinal = block * int(loader.shares[source]) + int(loader.rank_at[place_in_block])
-    windows, end = loader.window_counts[source], place.start + loader.seq_len + 1
-    drawn = f"source     {place.source}, epoch {place.epoch}, ordinal {ordinal % windows} of {windows}"
+    windows, end = loader.window_counts[loader.names.index(place.source)], place.start + loader.seq_len + 1
+    drawn = f"source     {place.source}, epoch {place.epoch}, ordinal {place.ordinal} of {windows}"
     return f"{drawn}\nwindow     tokens [{place.start}:{end}] of the source's training shards, one after another"
 
 
@@ -98,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reader.check_files()
     if flags.run_dir and overrides:
         raise UserError(f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only")
-    is_run = flags.run_dir is not None
-    recipe = recipe_of(flags.run_dir, reader.manifest.fingerprint) if is_run else load_recipe(flags.recipe, overrides)
+    fingerprint = reader.manifest.fingerprint
+    recipe = recipe_of(flags.run_dir, fingerprint) if flags.run_dir else load_recipe(flags.recipe, overrides)
     rows = recipe.global_batch_size
     for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
         if not 0 <= getattr(flags, name) < end:

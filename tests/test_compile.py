@@ -8,11 +8,11 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.compilation import apply_compile, check_compiler, compiled_graphs, run_block
+from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import ModelRecipe, model_config
 from pretrain.documents import block_mask, document_positions
 from pretrain.loss import LanguageModelLoss
-from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters, run_block
 
 EOS, SEQ_LEN, STEPS = 0, 16, 3
 NUM_LAYERS = 3

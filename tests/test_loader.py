@@ -112,11 +112,6 @@ def test_only_a_tail_shorter_than_a_window_is_never_seen(lengths: list[int], seq
     assert seen.tolist() == list(range(sum(lengths) - tail))
 
 
-def test_epochs_count_how_often_a_run_goes_through_each_source(tmp_path: Path) -> None:
-    loader = TrainingLoader(count_up(tmp_path, {"a": [41], "b": [81]}, [1, 1]), seq_len=4, seed=1)
-    assert loader.epochs(400) == {"a": 20.0, "b": 10.0}  # 200 samples of each over 10 and 20 windows
-
-
 # A pure function of (fingerprint, seed, n)
 
 DIGEST = """

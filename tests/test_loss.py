@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import UserError
 from pretrain.config import ModelRecipe, model_config
-from pretrain.loss import LanguageModelLoss, build_loss_head, chunk_tokens, chunked_head, token_nats, whole_head
+from pretrain.loss import LanguageModelLoss, build_loss_head, chunked_head, token_nats, whole_head
+from pretrain.memory import chunk_tokens
 from pretrain.modeling_tablefree import INPUT_EMBEDDINGS, TableFreeForCausalLM, initialise_parameters
 
 CHUNK = 64
@@ -114,8 +115,8 @@ def test_token_nats_are_the_cross_entropy_of_each_target(tokens: int) -> None:
 
 @pytest.mark.parametrize(("vocab_size", "on_cpu", "on_gpu"), [(65_536, 256, 4_096), (2_000, 8_388, 134_217)])
 def test_a_chunk_s_logits_have_a_budget_of_bytes_by_device(vocab_size: int, on_cpu: int, on_gpu: int) -> None:
-    assert chunk_tokens(vocab_size, torch.device("cpu")) == on_cpu
-    assert chunk_tokens(vocab_size, torch.device("cuda")) == on_gpu
+    assert chunk_tokens(vocab_size, "cpu") == on_cpu
+    assert chunk_tokens(vocab_size, "cuda") == on_gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a CUDA device it can run")

@@ -1,0 +1,13 @@
+"""Texts that commands print and write, from the templates beside this file."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined)
+
+
+def render(name: str, **values: Any) -> str:
+    """The text of a template. A value that it needs and does not get is an error."""
+    return TEMPLATES.get_template(name).render(values)
