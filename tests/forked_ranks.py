@@ -10,12 +10,15 @@ import sys
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from conftest import environment, free_port
 
 TIMEOUT_S = 300
+# What every rank would import for itself; the last is what DeepSpeed loads, with torch's compiler, at its first engine.
+PRELOADED = ["conftest", "forked_ranks", "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 class Ended(NamedTuple):
@@ -29,7 +32,7 @@ class Ended(NamedTuple):
 def fork_server() -> ForkServerContext:
     """A process with the tests' environment that has imported the training command and waits to be forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.train"])
+    context.set_forkserver_preload(PRELOADED)
     before, fixed = dict(os.environ), environment()
     os.environ.update(fixed)
     try:
@@ -40,28 +43,43 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def be_a_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank: a launcher's variables, output to a file, then the command."""
+def variables_of(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of so many ranks, on a port of their own."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def become_a_rank(variables: dict[str, str], log: Path) -> None:
+    """What comes first in the body of a forked rank: a launcher's variables, and output to a file."""
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+
+
+def be_a_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that runs the training command."""
+    become_a_rank(variables, log)
     from pretrain.train import main
 
     sys.exit(main(arguments))
+
+
+def start_ranks(arguments: list[str], logs: list[Path]) -> list[BaseProcess]:
+    """Start the training command on as many ranks as there are files for their output."""
+    processes = []
+    for variables, log in zip(variables_of(len(logs)), logs, strict=True):
+        processes.append(fork_server().Process(target=be_a_rank, args=(arguments, variables, log)))
+        processes[-1].start()
+    return processes
 
 
 def run_ranks(ranks: int, recipe: Path, data: Path, run_dir: Path, *more: str) -> Ended:
     """Run the training command on so many ranks; their exit codes and all they printed."""
     logs = [run_dir.with_name(f"{run_dir.name}.rank-{rank}.log") for rank in range(ranks)]
     arguments = ["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(run_dir), *more]
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
-    for rank, log in enumerate(logs):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(fork_server().Process(target=be_a_rank, args=(arguments, variables, log)))
-        processes[-1].start()
+    processes = start_ranks(arguments, logs)
     for process in processes:
         process.join(TIMEOUT_S)
         if process.is_alive():
