@@ -5,7 +5,7 @@ Relative paths are relative to the mixture file. Unknown keys are errors that na
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field

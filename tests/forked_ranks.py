@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from conftest import environment, free_port
 
 TIMEOUT_S = 300
+# What every rank would import for itself; the last is what DeepSpeed loads, with torch's compiler, at its first engine.
+PRELOADED = ["conftest", "forked_ranks", "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 class Ended(NamedTuple):
@@ -31,7 +34,7 @@ class Ended(NamedTuple):
 def fork_server() -> ForkServerContext:
     """A process with the tests' environment that has imported the training command and waits to be forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.train"])
+    context.set_forkserver_preload(PRELOADED)
     before, fixed = dict(os.environ), environment()
     os.environ.update(fixed)
     try:
@@ -42,40 +45,42 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def be_a_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank: a launcher's variables, output to a file, then the command."""
+def variables_of(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of so many ranks, on a port of their own."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def become_a_rank(variables: dict[str, str], log: Path) -> None:
+    """What comes first in the body of a forked rank: a launcher's variables, and output to a file."""
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+
+
+def be_a_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that runs the training command."""
+    become_a_rank(variables, log)
     from pretrain.train import main
 
     sys.exit(main(arguments))
 
 
 def start_ranks(
-    ranks: int,
-    recipe: Path,
-    data: Path,
-    run_dir: Path,
-    *more: str,
-    body: Callable[..., None] = be_a_rank,
-    **environment: str,
-) -> tuple[list[ForkServerProcess], list[Path]]:
-    """The training command on so many ranks: their processes, and the files that hold what they print."""
-    logs = [run_dir.with_name(f"{run_dir.name}.rank-{rank}.log") for rank in range(ranks)]
-    arguments = ["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(run_dir), *more]
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    arguments: list[str], logs: list[Path], body: Callable[..., None] = be_a_rank, **more_variables: str
+) -> list[BaseProcess]:
+    """Start the training command on as many ranks as there are files for their output."""
     processes = []
-    for rank, log in enumerate(logs):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(fork_server().Process(target=body, args=(arguments, variables, log)))
+    for variables, log in zip(variables_of(len(logs)), logs, strict=True):
+        own = (arguments, {**variables, **more_variables}, log)
+        processes.append(fork_server().Process(target=body, args=own))
         processes[-1].start()
-    return processes, logs
+    return processes
 
 
-def end_of(processes: list[ForkServerProcess], logs: list[Path], timeout_s: float = TIMEOUT_S) -> Ended:
+def end_of(processes: list[BaseProcess], logs: list[Path], timeout_s: float = TIMEOUT_S) -> Ended:
     """Wait for ranks; those that are still there then are killed, which their exit codes show."""
     deadline = time.monotonic() + timeout_s
     for process in processes:
@@ -87,11 +92,22 @@ def end_of(processes: list[ForkServerProcess], logs: list[Path], timeout_s: floa
     return Ended([process.exitcode for process in processes], "".join(log.read_text() for log in logs))
 
 
+def arguments_of(recipe: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
+    """The flags of a run."""
+    return ["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(run_dir), *more]
+
+
+def logs_of(ranks: int, run_dir: Path) -> list[Path]:
+    """Where the ranks of a run print."""
+    return [run_dir.with_name(f"{run_dir.name}.rank-{rank}.log") for rank in range(ranks)]
+
+
 def run_ranks(
     ranks: int, recipe: Path, data: Path, run_dir: Path, *more: str, body: Callable[..., None] = be_a_rank, **env: str
 ) -> Ended:
     """Run the training command on so many ranks; their exit codes and all they printed."""
-    return end_of(*start_ranks(ranks, recipe, data, run_dir, *more, body=body, **env))
+    logs = logs_of(ranks, run_dir)
+    return end_of(start_ranks(arguments_of(recipe, data, run_dir, *more), logs, body, **env), logs)
 
 
 def train_on(ranks: int, recipe: Path, data: Path, run_dir: Path, *more: str) -> str:

@@ -23,8 +23,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xxhash
-from conftest import free_port, tiny_recipe_content
-from forked_ranks import fork_server
+from conftest import tiny_recipe_content
+from forked_ranks import become_a_rank, fork_server, variables_of
 
 from data_prep.shards import Tokens
 from pretrain.checkpoint import load_for_reading, save_checkpoint
@@ -233,10 +233,7 @@ def try_case(case: Case, world: World) -> Found:
 
 def be_a_rank(tried: list[Case], variables: dict[str, str], result: Path) -> None:
     """Body of a forked rank: every case in turn, output and what was found to files."""
-    os.environ.update(variables)
-    descriptor = os.open(result.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    become_a_rank(variables, result.with_suffix(".log"))
     from pretrain.engine import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
@@ -255,12 +252,9 @@ def be_a_rank(tried: list[Case], variables: dict[str, str], result: Path) -> Non
 def launch(ranks: int, home: Path) -> list[tuple[Case, list[Found]]]:
     """Every case of so many ranks, with what each rank found."""
     tried = cases(ranks, home)
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     results = [home / f"{ranks}-ranks-{rank}.json" for rank in range(ranks)]
     processes = []
-    for rank, result in enumerate(results):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for variables, result in zip(variables_of(ranks), results, strict=True):
         processes.append(fork_server().Process(target=be_a_rank, args=(tried, variables, result)))
         processes[-1].start()
     for process in processes:

@@ -22,7 +22,7 @@ from conftest import (
     write_recipe,
     write_source,
 )
-from forked_ranks import be_a_rank, end_of, run_ranks, start_ranks
+from forked_ranks import arguments_of, be_a_rank, end_of, logs_of, run_ranks, start_ranks
 
 LONG = f"--train_tokens={10**5 * 6 * 32}"
 
@@ -80,7 +80,8 @@ def test_when_a_rank_is_killed_the_others_end_even_outside_a_collective(
     sleeping = [rank for rank in range(3) if rank != killed]
     variables = {"TROUBLED": " ".join(map(str, sleeping)), "TROUBLE": "sleeps", "MARK": str(tmp_path)}
     run_dir = tmp_path / "run"
-    processes, logs = start_ranks(3, recipe, tiny_data, run_dir, LONG, body=be_a_troubled_rank, **variables)
+    logs = logs_of(3, run_dir)
+    processes = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables)
     wait_until(lambda: all((tmp_path / str(rank)).exists() for rank in sleeping), "the others to be outside")
     began = time.monotonic()
     os.kill(processes[killed].pid or 0, signal.SIGKILL)
@@ -106,7 +107,8 @@ def test_a_rank_that_does_not_answer_ends_the_job(silent: int, recipe: Path, tin
     """As a machine that hangs, or whose network is cut: its connections stay open, and nothing comes."""
     run_dir = tmp_path / "run"
     variables = {"TROUBLED": "", "TROUBLE": "", "MARK": "", "SILENCE_S": "3"}
-    processes, logs = start_ranks(2, recipe, tiny_data, run_dir, LONG, body=be_a_troubled_rank, **variables)
+    logs = logs_of(2, run_dir)
+    processes = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables)
     wait_until(lambda: has_steps(run_dir, 3), "three steps")
     os.kill(processes[silent].pid or 0, signal.SIGSTOP)
     ended = end_of(processes, logs, timeout_s=15)
