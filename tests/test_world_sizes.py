@@ -108,7 +108,8 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
     noting = NotingLoader(run.loader)
     run = replace(run, loader=noting)  # type: ignore[arg-type]
     engine = Engine(train.build_model(run.recipe), run.recipe, run.engine_config, world, torch.device("cpu"))
-    found, first_step = Found(), train.restore(run, engine, world)
+    bad_steps = train.BadSteps(leg.run_dir, run.recipe.bad_steps, world)
+    found, first_step = Found(), train.restore(run, engine, bad_steps, world)
     look_at_groups(engine, found)
     if checkpoint := newest_good(leg.run_dir, world)[0]:
         for name, weight in engine.deepspeed.module.model.named_parameters():
@@ -117,7 +118,7 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
     for step in range(first_step, max(leg.saves) + 1):
         if step in leg.saves:
             with CheckpointWriter(leg.saves[step], run.recipe.checkpoints, world, lambda: None) as writer:
-                train.save(run, engine, writer, step)
+                train.save(run, engine, bad_steps, writer, step)
         if step < max(leg.saves):
             noting.numbers = []
             rate = learning_rate(step, STEPS, run.recipe.optimizer.peak_learning_rate, run.recipe.schedule)
