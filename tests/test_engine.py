@@ -71,7 +71,7 @@ def test_the_validation_figure_is_the_mean_over_all_targets_and_trains_nothing(d
     before = masters(engine)
     batches = [batch_of(1, windows=3), batch_of(2, windows=1)]
     figure = engine.mean_nats(iter(batches))
-    ids = torch.from_numpy(np.concatenate(batches).astype("int64"))
+    ids = torch.from_numpy(np.concatenate(batches).astype("int64")).to(device)
     with torch.no_grad():
         logits = engine.deepspeed.module.model(ids[:, :-1]).logits
     assert figure == pytest.approx(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-6)
@@ -176,7 +176,7 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     assert {fragment.name for fragment in fragments} == set(weights), moved.format("some parameters are owned by none")
     for fragment in fragments:
         weight = weights[fragment.name].detach().flatten()
-        own = fragment.states["master"].to(weight.dtype)
+        own = fragment.states["master"].to(weight.device, weight.dtype)
         assert torch.equal(own, weight), moved.format(f"{fragment.name} lies elsewhere")
     if engine.deepspeed.zero_optimization():
         with torch.no_grad():
