@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 
 from data_prep import json_lines, pretokenized, work_units
 from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, explained
 from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES
 from data_prep.work_units import JSONL_FORMATS, WorkUnit, check_column, check_first_bytes, check_schema, open_parquet
 
 BATCH_BYTES = 8 << 20
+ANEW = "fetch or write it again"
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of record batches
 
 
@@ -132,12 +133,9 @@ def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
         numbers = range(start, stop)
         rows = sum(file.metadata.row_group(number).num_rows for number in numbers)
         batch_rows = max(1, rows * BATCH_BYTES // max(size, BATCH_BYTES))
-        try:
+        with explained((pa.ArrowException, OSError), f"{unit.url}: row groups {start} to {stop - 1}: damaged", ANEW):
             for batch in file.iter_batches(batch_rows, list(numbers), [unit.text_field], use_threads=False):
                 yield all_rows(batch.column(0), size * len(batch) // rows)
-        except (pa.ArrowException, OSError) as error:
-            where = f"{unit.url}: row groups {start} to {stop - 1}"
-            raise UserError(f"{where}: damaged ({one_line(error)}); fetch or write it again") from None
 
 
 def all_rows(column: Any, input_bytes: int) -> Documents:
@@ -188,28 +186,25 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
 def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
     taken = 0
-    try:
-        with open_input(unit.files[0]) as stream:
-            is_file = stream.read(6) == b"ARROW1"
-            if not is_file:
-                stream.seek(-len(ARROW_END), io.SEEK_END)
-                if stream.read() != ARROW_END:
-                    raise EOFError("the stream of record batches ends early")
-            stream.seek(0)
-            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
-            check_schema(unit.files[0], reader.schema, unit.text_field)
-            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-                column = batch.column(reader.schema.names.index(unit.text_field))
-                column.validate()
-                is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-                (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
-                rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
-                for at in range(0, len(column), rows):
-                    yield all_rows(column.slice(at, rows), stream.tell() - taken)
-                    taken = stream.tell()
-    except (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError) as error:
-        problem = one_line(error) or "a record batch larger than memory"
-        raise UserError(f"{unit.url}: damaged ({problem}); fetch or write it again") from None
+    kinds = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError)
+    with explained(kinds, f"{unit.url}: damaged", ANEW), open_input(unit.files[0]) as stream:
+        is_file = stream.read(6) == b"ARROW1"
+        if not is_file:
+            stream.seek(-len(ARROW_END), io.SEEK_END)
+            if stream.read() != ARROW_END:
+                raise EOFError("the stream of record batches ends early")
+        stream.seek(0)
+        reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+        check_schema(unit.files[0], reader.schema, unit.text_field)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            column = batch.column(reader.schema.names.index(unit.text_field))
+            column.validate()
+            is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
+            rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
+            for at in range(0, len(column), rows):
+                yield all_rows(column.slice(at, rows), stream.tell() - taken)
+                taken = stream.tell()
 
 
 def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
@@ -255,9 +250,7 @@ def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
     saved = work_units.load_from_disk(unit.files[0])
     check_schema(unit.files[0], saved.features.arrow_schema, unit.text_field)
     rows = unit.stop - unit.start
-    try:
+    with explained(Exception, f"{unit.url}: datasets can't read it", "save it again"):  # its exceptions have no base
         part = saved.select(range(unit.start, unit.stop)).select_columns([unit.text_field]).with_format("arrow")
         for table in part.iter(max(1, min(1000, rows * BATCH_BYTES // max(unit.size_bytes, 1)))):
             yield all_rows(table.column(0), unit.size_bytes * len(table) // rows)
-    except Exception as error:  # `datasets` has no base class of its exceptions
-        raise UserError(f"{unit.url}: datasets can't read it ({one_line(error)}); save it again") from None

@@ -5,9 +5,10 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import yaml
@@ -18,6 +19,17 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 
 class UserError(Exception):
     """Input that can't be used. The message says what, where, got, expected, and what to do."""
+
+
+@contextlib.contextmanager
+def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str, advice: str) -> Iterator[None]:
+    """Exceptions of these kinds become a UserError: the problem, (what the exception says), and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{problem} ({what_it_says(error)}); {advice}") from None
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -39,23 +51,24 @@ class _UniqueKeysLoader(yaml.SafeLoader):
         firsts: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if firsts.setdefault((key.tag, str(key.value)), key) is not key:
-                raise UserError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
         return node
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
     """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
-    try:
+    with explained((yaml.YAMLError, ValueError, RecursionError), f"{where}: not valid YAML", "mend it"):
         return yaml.load(content, _UniqueKeysLoader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML ({error}); mend it") from None
 
 
 def os_error_line(error: OSError) -> str:
     """What the operating system refused, and where."""
     return f"{error.filename}: {error.strerror}; check the path" if error.filename else one_line(error)
+
+
+def what_it_says(error: Exception) -> str:
+    """The error's text as one line, of an OSError without the path; its name, if it says nothing."""
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:

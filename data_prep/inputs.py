@@ -10,13 +10,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, explained, one_line
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -72,13 +72,9 @@ def open_input(file: InputFile, ahead_bytes: int = REQUEST_BYTES) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(remote, ahead_bytes) if ahead_bytes else remote)
 
 
-@contextmanager
-def reading(file: InputFile) -> Iterator[None]:
+def reading(file: InputFile) -> AbstractContextManager[None]:
     """What the operating system refuses meanwhile is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
+    return explained(OSError, f"{file.url}: can't be read", "check the file")
 
 
 class RemoteFile(io.RawIOBase):

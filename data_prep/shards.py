@@ -32,9 +32,10 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 import xxhash
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, explained
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
@@ -311,27 +312,20 @@ def load_manifest(data_dir: Path) -> Manifest:
     path = data_dir / MANIFEST_NAME
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such directory; build a data set with python -m data_prep.build_shards")
-    try:
+    if not path.is_file():
+        problem = f"no {MANIFEST_NAME}, so the data set is not complete"
+        raise UserError(f"{data_dir}: {problem}; run python -m data_prep.build_shards")
+    with explained(ValueError, f"{path}: not valid JSON", REBUILD):
         raw = path.read_bytes()
         content = json.loads(raw)
-    except FileNotFoundError:
-        problem = f"no {MANIFEST_NAME}, so the data set is not complete"
-        raise UserError(f"{data_dir}: {problem}; run python -m data_prep.build_shards") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {REBUILD}") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a manifest of this project's shards; {REBUILD}")
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {REBUILD}")
-    try:
-        sources = tuple(Source(**source) for source in content.pop("sources"))
-        shards = tuple(Shard(**shard | {"inputs": tuple(shard["inputs"])}) for shard in content.pop("shards"))
-        bad = tuple(BadDocument(**document) for document in content.pop("bad_documents"))
-        manifest = Manifest(sources=sources, shards=shards, bad_documents=bad, **content)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged manifest ({error}); {REBUILD}") from None
-    if manifest.to_bytes() != raw or sum(source.share for source in sources) != BLOCK_SAMPLES:
+    with explained(pydantic.ValidationError, f"{path}: damaged manifest", REBUILD):
+        manifest = pydantic.TypeAdapter(Manifest).validate_python(content)
+    if manifest.to_bytes() != raw or sum(source.share for source in manifest.sources) != BLOCK_SAMPLES:
         raise UserError(f"{path}: damaged manifest (not as build_shards writes it); {REBUILD}")
     return manifest
 
@@ -339,12 +333,10 @@ def load_manifest(data_dir: Path) -> Manifest:
 def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """Memory-map one file of a data set. Raises UserError unless it has the type and shape expected."""
     full_path = data_dir / path
-    try:
+    if not full_path.is_file():
+        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}")
+    with explained((ValueError, EOFError, OSError), f"{full_path}: truncated or damaged", REBUILD):
         array = np.load(full_path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{full_path}: truncated or damaged ({error}); {REBUILD}") from None
     if array.dtype != dtype:
         raise UserError(f"{full_path}: dtype {array.dtype}, expected {dtype}; {REBUILD}")
     if array.shape != shape:

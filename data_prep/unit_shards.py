@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import xxhash
 from data_prep import shards
 from data_prep.corpus import Documents, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
-from data_prep.errors import UserError
+from data_prep.errors import UserError, explained
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import SPLITS, TOKEN_DTYPE, Index, ShardFacts, ShardWriter, Tokens, digest_file, write_durably
@@ -240,13 +240,9 @@ def read_record(path: Path, signature: str) -> UnitResult | None:
         return None
 
 
-@contextmanager
-def writing(output_dir: Path, what: str) -> Iterator[None]:
+def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
     """A full disk, or one that can't be written to, is a UserError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{output_dir}: can't write {what} ({error.strerror or error}); {SPACE}") from None
+    return explained(OSError, f"{output_dir}: can't write {what}", SPACE)
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:
