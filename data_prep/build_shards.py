@@ -21,15 +21,16 @@ from typing import IO, Any
 from data_prep import shards
 from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number
 from data_prep.mixture import Mixture, load_mixture, mixture_path
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
-from data_prep.show import describe, epoch_lines, token_count
+from data_prep.show import describe, epoch_lines
 from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
 
 BUILD_NAME = "build.json"
+ENCODERS = ("gigatoken", "tokenizers")
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
 
@@ -50,9 +51,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mixture", required=True, metavar="NAME_OR_FILE", help="one of data_prep/mixtures, or a file")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
     parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")
-    encoders = ("gigatoken", "tokenizers")
-    parser.add_argument("--encoder", choices=encoders, default=encoders[0], help="both give the same ids (%(default)s)")
-    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
+    parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="both give the same ids (%(default)s)")
+    parser.add_argument("--train-tokens", type=large_number, metavar="N", help="say how often a run sees each source")
     return parser.parse_args(argv)
 
 
@@ -102,11 +102,10 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     begun = {shards.LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
     if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= begun):
         return False
-    try:
+    other = f"{output_dir}: exists, and is not a data set of this command"
+    with explained((OSError, ValueError, KeyError, TypeError), other, elsewhere):
         built = json.loads((output_dir / BUILD_NAME).read_bytes())
         signature = built["signature"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{output_dir}: exists, and is not a data set of this command; {elsewhere}") from None
     is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
     is_akin = is_of_tokenizer and any(origin in built.get("origins", []) for origin in plan.identity["origins"])
     if not (output_dir / shards.MANIFEST_NAME).exists():
@@ -143,7 +142,7 @@ def finish(
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
-    files = {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
+    files = {path for shard in manifest.shards for path in shard.digests}
     remove_strays(output_dir, files | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         shards.fsync_directory(directory)

@@ -43,6 +43,14 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def large_number(text: str) -> int:
+    """A number of 1 or more on a command line; 17e9 is one too."""
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 1e18:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text}: expected a number, such as 17e9")
+
+
 class _UniqueKeysLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last in silence."""
 

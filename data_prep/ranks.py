@@ -4,9 +4,9 @@ import functools
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -88,10 +88,8 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
     result, error = None, None
     try:
         result = work()
-    except UserError as raised:
-        error = one_line(raised)
-    except OSError as raised:
-        error = os_error_line(raised)
+    except (UserError, OSError) as raised:
+        error = os_error_line(raised) if isinstance(raised, OSError) else one_line(raised)
     errors = [message for message in comm.allgather(error) if message is not None]
     if errors:
         more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""
@@ -107,8 +105,7 @@ class Progress:
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
         self.comm = comm
-        self._lock = threading.Lock()
-        self._done_bytes = 0
+        self._done_bytes: deque[int] = deque()  # its calls are atomic
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
             total=max(total_bytes, 1), desc="building", unit="B", unit_scale=True, disable=comm.rank > 0,
@@ -117,13 +114,11 @@ class Progress:
 
     def add(self, input_bytes: int) -> None:
         """Count work done."""
-        with self._lock:
-            self._done_bytes += input_bytes
+        self._done_bytes.append(input_bytes)
 
     def report(self, state: str) -> set[str]:
         """Show what was done since, by all ranks; how this one stands (working, done, failed), and how all do."""
-        with self._lock:
-            done_bytes, self._done_bytes = self._done_bytes, 0
+        done_bytes = sum(self._done_bytes.popleft() for _ in range(len(self._done_bytes)))
         states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
         self.bar.update(sum(of_ranks))
         return set(states)

@@ -1,7 +1,5 @@
 """Show what a data set holds: its sources in numbers, samples of its documents, and where a token came from."""
 
-import argparse
-import contextlib
 import math
 import os
 import re
@@ -17,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, large_number
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
 
 SAMPLE_CHARACTERS = 300
@@ -38,11 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m data_prep.show", description=__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="documents shown per split (%(default)s)")
-    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
+    parser.add_argument("--train-tokens", type=large_number, metavar="N", help="say how often a run sees each source")
     parser.add_argument("--trace", metavar="SHARD:OFFSET", help="name the document that a token came from")
     arguments = parser.parse_args(argv)
-    if arguments.samples < 0:
-        raise UserError(f"--samples {arguments.samples}: expected 0 or more")
     reader = ShardReader(arguments.data_dir)
     tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME)
     if arguments.trace:
@@ -160,19 +156,9 @@ def commonest(tokenizer: LoadedTokenizer, counts: npt.NDArray[np.int64]) -> Iter
 def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
     """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-    if not documents:
-        return "0", "0", "-", "-"
     of_text = max(tokens - documents, 1)
     characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
     return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
-
-
-def token_count(text: str) -> int:
-    """A number of tokens on a command line; 17e9 is one too."""
-    with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e18:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of tokens, such as 17e9")
 
 
 def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:
@@ -237,11 +223,11 @@ def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
     """The shard and offset that SHARD:OFFSET names; any unambiguous end of a shard's path will do."""
     name, _, number = place.rpartition(":")
     end = name.removesuffix(".npy")
-    matching = [s for s in manifest.shards if s.path == name or s.path.removesuffix(".npy").endswith(end)]
+    matching = [shard for shard in manifest.shards if shard.path.removesuffix(".npy").endswith(end)]
     if not name or not matching:
         raise UserError(f"--trace {place}: no such shard; expected SHARD:OFFSET, such as {manifest.shards[0].path}:0")
-    shard = matching[0]
-    if len(matching) > 1 and shard.path != name:
+    shard, *others = matching
+    if others:
         raise UserError(f"--trace {place}: {len(matching)} shards end so; name one, such as {shard.path}:{number}")
     if not number.isdecimal() or int(number) >= shard.tokens:
         raise UserError(f"--trace {place}: offset {number!r}, expected 0 to {shard.tokens - 1}")

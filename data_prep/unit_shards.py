@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pydantic
 import xxhash
 
 from data_prep import shards
@@ -62,14 +63,11 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
-        self.encoder = self._new_encoder()
+        self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
         for encoder in (self.encoder, *[None] * (self.threads - 1)):
             self._encoders.put(encoder)
         self._stopping = threading.Event()
-
-    def _new_encoder(self) -> Encoder:
-        return new_encoder(self.tokenizer, prefer=self.prefer)
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
         """Build the units, a core each; what they gave, by record path, once every file of every rank is on the disk.
@@ -98,7 +96,7 @@ class UnitBuilder:
         with ExitStack() as held:
             encoder = self._encoders.get()
             try:
-                encoder = encoder or self._new_encoder()
+                encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
                 rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
@@ -172,14 +170,10 @@ class UnitBuilder:
         if encoder.is_reference and not is_import:
             return
         text = documents.texts[i].as_py()
-        is_cut = len(text) > PARITY_CHARACTERS
-        text = text[:PARITY_CHARACTERS]
-        expected = reference_ids(self.tokenizer, text)
-        if is_cut and is_import:
+        expected = reference_ids(self.tokenizer, text[:PARITY_CHARACTERS])
+        if len(text) > PARITY_CHARACTERS:
             expected = expected[:-PARITY_MARGIN]
             got = got[: len(expected)]
-        elif is_cut:
-            got, _ = encoder.encode(pa.array([text], pa.large_string()))
         if not np.array_equal(got, expected):
             problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
             if is_import:
@@ -229,15 +223,11 @@ def _seal(signature: str, content: dict[str, Any]) -> str:
 
 def read_record(path: Path, signature: str) -> UnitResult | None:
     """The record of a finished unit; None if there is none, a damaged one, or one of other inputs."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content: dict[str, Any] = json.loads(path.read_bytes())
-        if content.pop("seal") != _seal(signature, content):
-            return None
-        written = tuple(ShardFacts(**shard) for shard in content.pop("shards"))
-        bad = [(int(row), str(reason)) for row, reason in content.pop("bad_documents")]
-        return UnitResult(shards=written, bad_documents=bad, **content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        if content.pop("seal") == _seal(signature, content):
+            return pydantic.TypeAdapter(UnitResult).validate_python(content)
+    return None
 
 
 def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
