@@ -111,8 +111,8 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
     if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
         return files, eos.get("content") if isinstance(eos, dict) else eos
     if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
-        missing = next(name for name in TOKENIZER_FILES if name not in files)
-        raise UserError(f"{directory / missing}: No such file or directory; a tokenizer directory needs it; {TRAIN}")
+        problem = "No such file or directory; a tokenizer directory needs it"
+        raise UserError(f"{directory / 'tokenizer.json'}: {problem}; {TRAIN}")
     from transformers import AutoTokenizer
 
     with explained(Exception, f"{directory}: AutoTokenizer can't load it", TRAIN):

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -38,9 +38,6 @@ class InputFile:
 
 def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
     """The files that a path (relative to `base`), glob or URL names, sorted by name. UserError if there are none."""
-    if pattern.startswith("file://"):
-        files = _find_local(Path("/"), pattern.removeprefix("file://"), where)
-        return [replace(file, name=f"file://{file.name}") for file in files]
     return _find_remote(pattern, where) if re.match(r"[\w.+:-]+://", pattern) else _find_local(base, pattern, where)
 
 
@@ -108,10 +105,8 @@ class RemoteFile(io.RawIOBase):
         handle: Any = self._handle or _open_remote(self._file)
         self._handle = None  # until it is seen to work: after a failure the file is opened anew
         handle.seek(start)
-        try:
+        with explained(ValueError, f"{self._file.name}: no part can be had alone", "download it and name its path"):
             content = cast(bytes, handle.read(stop - start))
-        except ValueError as error:  # a server that sends nothing but whole files
-            raise UserError(f"{self._file.name}: {one_line(error)} Download the file and name its path") from None
         if len(content) != stop - start:
             raise ConnectionError(f"the answer ended at byte {start + len(content)} of {self._file.size}")
         self._handle = handle
@@ -170,14 +165,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.partition(":")[0]
     options = {"headers": {"Accept-Encoding": "identity"}} if protocol in ("http", "https") else {}
-    try:
+    with (
+        explained(ImportError, f"{protocol}:// needs a package", "pip install 'tablefree[remote]', or what it says"),
+        explained(ValueError, url, "expected a path, or a URL such as s3://bucket/key"),
+    ):
         return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        package = getattr(error.__cause__, "name", None) or one_line(error)
-        install = "'tablefree[remote]'" if protocol in ("s3", "http", "https") else package
-        raise UserError(f"{protocol}:// needs the package {package}; pip install {install}") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {one_line(error)}; expected a path, or a URL such as s3://bucket/key") from None
 
 
 def _resolve(name: str, revision: str | None, what: str) -> tuple[str, str]:
@@ -203,11 +195,11 @@ def _data_files(repository: str, config: str | None, commit: str, split: str, wh
 
     datasets.disable_progress_bars()
     path = f"hf://datasets/{repository}"
-    try:
-        with tempfile.TemporaryDirectory() as empty:  # where the hub is silent, a cached copy is no answer
-            builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
-    except (ValueError, RuntimeError) as error:  # no such config; a data set made by a script
-        raise UserError(f"{what}: {one_line(error)}") from None
+    with (
+        explained((ValueError, RuntimeError), f"{what}: datasets can't use it", "see its page on the hub"),
+        tempfile.TemporaryDirectory() as empty,  # where the hub is silent, a cached copy is no answer
+    ):
+        builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
     urls = (builder.config.data_files or {}).get(split)
     if not urls:
         raise UserError(f"{what}: no split {split!r}, it has: {', '.join(map(str, builder.config.data_files or ()))}")

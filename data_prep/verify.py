@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
 from data_prep import shards
@@ -144,19 +143,14 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
     """The ids are as the manifest says, below vocab_size, and documents end where a good index says."""
     path = data_dir / shard.path
-    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
-    state, ends, largest, position = xxhash.xxh3_128(), [], 0, 0
-    buffer = np.empty(CHUNK_TOKENS, TOKEN_DTYPE)
-    with path.open("rb", buffering=0) as file:
-        state.update(file.read(shards.SHARD_HEADER_BYTES))
-        while count := file.readinto(buffer) // TOKEN_DTYPE.itemsize:  # type: ignore[arg-type]
-            chunk = buffer[:count]
-            state.update(chunk.data)
-            largest = max(largest, int(chunk.max()))
-            ends.append(np.flatnonzero(chunk == manifest.eos_id) + position)
-            position += count
-    if state.hexdigest() != shard.xxh3_128:
+    tokens = shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+    if shards.digest_file(path) != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
+    ends, largest = [], 0
+    for start in range(0, shard.tokens, CHUNK_TOKENS):
+        chunk = tokens[start : start + CHUNK_TOKENS]
+        largest = max(largest, int(chunk.max()))
+        ends.append(np.flatnonzero(chunk == manifest.eos_id) + start)
     if largest >= manifest.vocab_size:
         raise UserError(f"{path}: holds id {largest}, the vocabulary ends at {manifest.vocab_size - 1}")
     if starts is None:
