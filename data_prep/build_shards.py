@@ -25,7 +25,7 @@ from data_prep.errors import CommandParser, UserError, exit_code, explained, lar
 from data_prep.mixture import Mixture, load_mixture, mixture_path
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
-from data_prep.show import describe, epoch_lines
+from data_prep.show import describe, print_epochs
 from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
 
@@ -75,8 +75,8 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
             together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
             if held:
                 (output_dir / shards.LOCK_NAME).unlink()
-    if arguments.train_tokens and comm.rank == 0:
-        print("\n".join(epoch_lines(load_manifest(output_dir), arguments.train_tokens)))
+    if comm.rank == 0:
+        print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
 
 def build_units(

@@ -23,7 +23,7 @@ import io
 import json
 import mmap
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -162,7 +162,7 @@ class Manifest:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
+    """Make a file, or the renames inside a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,24 +185,16 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
     """Write a directory beside, flush it, then put it in place of the old one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")
-    for leftover in (staged, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        staged = Path(scratch, "new")
+        staged.mkdir()
         write(staged)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    for file in staged.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_directory(staged)
-    if directory.exists():
-        os.rename(directory, old)
-    os.rename(staged, directory)
-    fsync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        for path in (*staged.iterdir(), staged):
+            fsync_directory(path)
+        if directory.exists():
+            os.rename(directory, Path(scratch, "old"))
+        os.rename(staged, directory)
+        fsync_directory(directory.parent)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> str:

@@ -124,14 +124,11 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
 
 def row_group_runs(file: pq.ParquetFile, numbers: range, text_field: str | None, limit_bytes: int) -> list[Range]:
     """Runs of row groups within limit_bytes of text."""
-    return runs_within((_column_bytes(file, group, text_field) for group in numbers), limit_bytes, numbers.start)
-
-
-def _column_bytes(file: pq.ParquetFile, group: int, text_field: str | None) -> int:
-    """Uncompressed bytes of the text column in one row group."""
-    row_group = file.metadata.row_group(group)
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+    sizes = []
+    for group in map(file.metadata.row_group, numbers):
+        columns = [group.column(i) for i in range(group.num_columns)]
+        sizes.append(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field))
+    return runs_within(sizes, limit_bytes, numbers.start)
 
 
 def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:

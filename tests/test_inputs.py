@@ -473,7 +473,7 @@ def test_a_column_of_a_hub_s_file(http: HubServer, hub_user: HubUser) -> None:
         ({"configs": ["none"]}, "BuilderConfig 'none' not found. Available: ['books', 'web', 'both',"),
         (
             {"configs": []},
-            "owner/corpus: datasets can't use it (Config name is missing. Please pick one among the available configs: ['books'",
+            "owner/corpus: datasets can't use it (Config name is missing. Please pick one among the available",
         ),
         ({"configs": ["books", "both"]}, "owner/corpus: the configs books, both share files"),
         ({"split": "none"}, "owner/corpus: no split 'none', it has: train, test"),
