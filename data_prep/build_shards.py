@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep import shards
-from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number
-from data_prep.mixture import Mixture, load_mixture, mixture_path
+from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
 from data_prep.show import describe, print_epochs

@@ -186,7 +186,7 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
 def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
     taken = 0
-    kinds = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError)
+    kinds = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, ValueError)
     with explained(kinds, f"{unit.url}: damaged", ANEW), open_input(unit.files[0]) as stream:
         is_file = stream.read(6) == b"ARROW1"
         if not is_file:

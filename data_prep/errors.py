@@ -69,9 +69,11 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         return yaml.load(content, _UniqueKeysLoader)
 
 
-def os_error_line(error: OSError) -> str:
-    """What the operating system refused, and where."""
-    return f"{error.filename}: {error.strerror}; check the path" if error.filename else one_line(error)
+def os_error_line(error: UserError | OSError) -> str:
+    """The line of a UserError, or what the operating system refused, and where."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path"
+    return one_line(error)
 
 
 def what_it_says(error: Exception) -> str:
@@ -89,15 +91,12 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"error: {os_error_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     return 0

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+import fsspec.core
+import fsspec.spec
+
 from data_prep.errors import UserError, explained, one_line
 
 T = TypeVar("T")
@@ -74,32 +77,15 @@ def reading(file: InputFile) -> AbstractContextManager[None]:
     return explained(OSError, f"{file.url}: can't be read", "check the file")
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(fsspec.spec.AbstractBufferedFile):
     """Requests just the bytes that are asked for."""
 
     def __init__(self, file: InputFile) -> None:
-        self._file, self._handle, self._position = file, None, 0
+        super().__init__(None, file.url, cache_type="none", size=file.size)
+        self._file, self._handle = file, None
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + (0, self._position, self._file.size)[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer; only at the end of the file it stays in part as it was."""
-        stop = min(self._position + len(buffer), self._file.size)
-        content = _with_retries(self._file.name, self._request, self._position, stop) if stop > self._position else b""
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-    def readall(self) -> bytes:
-        return self.read(self._file.size) or b""
+    def _fetch_range(self, start: int, stop: int) -> bytes:
+        return _with_retries(self._file.name, self._request, start, min(stop, self.size))
 
     def _request(self, start: int, stop: int) -> bytes:
         handle: Any = self._handle or _open_remote(self._file)
@@ -161,8 +147,6 @@ def _version(fs: Any, info: dict[str, Any]) -> str:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it."""
-    import fsspec.core
-
     protocol = url.partition(":")[0]
     options = {"headers": {"Accept-Encoding": "identity"}} if protocol in ("http", "https") else {}
     with (

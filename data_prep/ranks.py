@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_error_line
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -44,13 +44,10 @@ def connect() -> tuple[Communicator, int]:
             advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
             _refuse(f"srun started {tasks} tasks without MPI; {advice}", int(os.environ.get("SLURM_PROCID", "0")))
         return Communicator(), len(cores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
-            from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        problem = f"started by an MPI launcher, but mpi4py can't be used ({error})"
-        raise UserError(f"{problem}; see data_prep/README.md") from None
+    unusable = "started by an MPI launcher, but mpi4py can't be used"
+    with explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
+        from mpi4py import MPI
     world: Any = MPI.COMM_WORLD
     sys.excepthook = functools.partial(_abort, world)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
@@ -89,7 +86,7 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
     try:
         result = work()
     except (UserError, OSError) as raised:
-        error = os_error_line(raised) if isinstance(raised, OSError) else one_line(raised)
+        error = os_error_line(raised)
     errors = [message for message in comm.allgather(error) if message is not None]
     if errors:
         more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""

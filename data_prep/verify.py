@@ -18,11 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep import shards
-from data_prep.build_plan import make_plan
 from data_prep.build_shards import BUILD_NAME, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.mixture import load_mixture, mixture_path
+from data_prep.mixture import load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress
 from data_prep.shards import LOCK_NAME, MANIFEST_NAME, REBUILD, TOKEN_DTYPE, TOKENIZER_NAME, Manifest, Shard
 from data_prep.unit_shards import UnitBuilder, shard_path

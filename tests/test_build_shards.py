@@ -38,10 +38,9 @@ from prep_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import train_tokenizer, unit_shards, work_units
-from data_prep.build_plan import assign
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError, exit_code
-from data_prep.mixture import load_mixture, mixture_path
+from data_prep.mixture import assign, load_mixture, mixture_path
 from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.work_units import WorkUnit
 
