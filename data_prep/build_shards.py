@@ -35,13 +35,6 @@ BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    arguments = parse_arguments(argv)
-    comm, threads = connect()
-    build(arguments, comm, threads)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = CommandParser(
         prog="python -m data_prep.build_shards",
         description="Encode a mixture of sources into a data set of uint16 token shards.",
@@ -52,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")
     parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="both give the same ids (%(default)s)")
     parser.add_argument("--train-tokens", type=large_number, metavar="N", help="say how often a run sees each source")
-    return parser.parse_args(argv)
+    build(parser.parse_args(argv), *connect())
 
 
 def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> None:

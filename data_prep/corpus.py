@@ -38,7 +38,6 @@ class Documents:
     texts: pa.LargeStringArray
     rows: npt.NDArray[np.uint64]  # row of each document, relative to its unit
     rows_read: int  # rows this batch covers, blank lines and left out documents included
-    input_bytes: int  # part of the unit's size_bytes that this batch took
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
     encoded: Encoded | None = None  # the texts' ids, if the input holds ids
@@ -135,26 +134,26 @@ def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
         batch_rows = max(1, rows * BATCH_BYTES // max(size, BATCH_BYTES))
         with explained((pa.ArrowException, OSError), f"{unit.url}: row groups {start} to {stop - 1}: damaged", ANEW):
             for batch in file.iter_batches(batch_rows, list(numbers), [unit.text_field], use_threads=False):
-                yield all_rows(batch.column(0), size * len(batch) // rows)
+                yield all_rows(batch.column(0))
 
 
-def all_rows(column: Any, input_bytes: int) -> Documents:
+def all_rows(column: Any) -> Documents:
     """A batch of all rows of a column."""
     texts = column.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     rows = np.arange(len(texts), dtype=np.uint64)
-    return Documents(texts=texts, rows=rows, rows_read=len(texts), input_bytes=input_bytes)
+    return Documents(texts=texts, rows=rows, rows_read=len(texts))
 
 
-def _some_rows(texts: list[bytes], rows: list[int], bad: Reasons, rows_read: int, input_bytes: int) -> Documents:
+def _some_rows(texts: list[bytes], rows: list[int], bad: Reasons, rows_read: int) -> Documents:
     """A batch of the rows that could be read."""
     flat, numbers = json_lines.arrow_texts(texts), np.array(rows, np.uint64)
-    return Documents(texts=flat, rows=numbers, bad=bad, rows_read=rows_read, input_bytes=input_bytes)
+    return Documents(texts=flat, rows=numbers, bad=bad, rows_read=rows_read)
 
 
 def _read_text(unit: WorkUnit) -> Iterator[Documents]:
     """A file is a document."""
-    for start, stop, size in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
+    for start, stop, _ in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
         texts, rows, bad = [], [], []
         for row, file in enumerate(unit.files[start:stop]):
             if file.size > MAX_DOCUMENT_BYTES:
@@ -164,20 +163,20 @@ def _read_text(unit: WorkUnit) -> Iterator[Documents]:
                 texts.append(stream.read())
             check_first_bytes(file, unit.format, texts[-1])
             rows.append(row)
-        yield _some_rows(texts, rows, bad, stop - start, size)
+        yield _some_rows(texts, rows, bad, stop - start)
 
 
 def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     """A block of lines at a time."""
-    row, taken = 0, unit.start
+    row = 0
     try:
         with open_input(unit.files[0]) as stream:
             chunks = json_lines.read_chunks(stream, unit.format, unit.start, unit.stop)
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
-                lines, position = json_lines.count_lines(block), stream.tell()
-                yield Documents(texts=texts, rows=rows, rows_read=lines, input_bytes=position - taken, bad=bad)
-                row, taken = row + lines, position
+                lines = json_lines.count_lines(block)
+                yield Documents(texts=texts, rows=rows, rows_read=lines, bad=bad)
+                row += lines
     except json_lines.DAMAGED as error:
         where = _place(unit, row - 1).replace(": line ", ": damaged after line ")
         raise UserError(f"{where} ({error}); fetch or write it again") from None
@@ -185,7 +184,6 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
 
 def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
-    taken = 0
     kinds = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, ValueError)
     with explained(kinds, f"{unit.url}: damaged", ANEW), open_input(unit.files[0]) as stream:
         is_file = stream.read(6) == b"ARROW1"
@@ -203,8 +201,7 @@ def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
             (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
             rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
             for at in range(0, len(column), rows):
-                yield all_rows(column.slice(at, rows), stream.tell() - taken)
-                taken = stream.tell()
+                yield all_rows(column.slice(at, rows))
 
 
 def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
@@ -217,7 +214,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
             header = next(records, [])
             check_column(unit.files[0], header, unit.text_field)
             column = header.index(unit.text_field or "")
-            texts, rows, bad, first, size, taken = [], [], [], 0, 0, 0
+            texts, rows, bad, first, size = [], [], [], 0, 0
             for row, record in enumerate(itertools.chain(records, [None])):
                 if record and len(record) != len(header):
                     bad.append((row - first, f"a record of {len(record)} fields, the header has {len(header)}"))
@@ -226,8 +223,8 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
                     rows.append(row - first)
                     size += len(texts[-1])
                 if size >= BATCH_BYTES or record is None:
-                    yield _some_rows(texts, rows, bad, row - first + (record is not None), stream.tell() - taken)
-                    texts, rows, bad, first, size, taken = [], [], [], row + 1, 0, stream.tell()
+                    yield _some_rows(texts, rows, bad, row - first + (record is not None))
+                    texts, rows, bad, first, size = [], [], [], row + 1, 0
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
         raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None
@@ -236,13 +233,13 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
 def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]:
     """Documents that are ids already, and the texts that they stand for."""
     file, special_ids = unit.files[0], list(tokenizer.special_tokens.values())
-    for ids, offsets, taken in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
+    for ids, offsets in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
         if len(ids) and ids.max() >= (size := tokenizer.vocab_size):
             raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
         if len(special := ids[np.isin(ids, special_ids)]):
             token = tokenizer.reference.id_to_token(int(special[0]))
             raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
-        yield replace(all_rows(decode_ids(tokenizer, ids, offsets), taken), encoded=(ids, offsets))
+        yield replace(all_rows(decode_ids(tokenizer, ids, offsets)), encoded=(ids, offsets))
 
 
 def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
@@ -253,4 +250,4 @@ def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
     with explained(Exception, f"{unit.url}: datasets can't read it", "save it again"):  # its exceptions have no base
         part = saved.select(range(unit.start, unit.stop)).select_columns([unit.text_field]).with_format("arrow")
         for table in part.iter(max(1, min(1000, rows * BATCH_BYTES // max(unit.size_bytes, 1)))):
-            yield all_rows(table.column(0), unit.size_bytes * len(table) // rows)
+            yield all_rows(table.column(0))

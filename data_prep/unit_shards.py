@@ -77,7 +77,9 @@ class UnitBuilder:
 
         def work(unit: WorkUnit) -> UnitResult:
             with writing(self.output_dir, f"unit {unit.name}"):
-                return self._build_unit(unit, progress)
+                result = self._build_unit(unit)
+            progress.add(unit.size_bytes)
+            return result
 
         with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
             futures = {record_path(unit): pool.submit(work, unit) for unit in units}
@@ -88,10 +90,9 @@ class UnitBuilder:
                 pool.shutdown(cancel_futures=True)
         return {path: future.result() for path, future in futures.items() if is_whole}
 
-    def _build_unit(self, unit: WorkUnit, progress: Progress) -> UnitResult:
+    def _build_unit(self, unit: WorkUnit) -> UnitResult:
         signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
         if (finished := self._finished(unit, signature)) is not None:
-            progress.add(unit.size_bytes)
             return finished
         with ExitStack() as held:
             encoder = self._encoders.get()
@@ -99,7 +100,7 @@ class UnitBuilder:
                 encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
+                rows, empty, bad = self._encode_unit(unit, encoder, splits)
             finally:
                 self._encoders.put(encoder)
             written = tuple(part.finish() for part in splits if part.documents)
@@ -107,11 +108,9 @@ class UnitBuilder:
         write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
         return result
 
-    def _encode_unit(
-        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter], progress: Progress
-    ) -> tuple[int, int, Reasons]:
+    def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> tuple[int, int, Reasons]:
         """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
-        rows = empty = taken = 0
+        rows = empty = 0
         bad: Reasons = []
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
@@ -119,9 +118,6 @@ class UnitBuilder:
             if len(documents.texts):
                 self._add(unit, documents, encoder, splits)
             rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
-            taken += documents.input_bytes
-            progress.add(documents.input_bytes)
-        progress.add(unit.size_bytes - taken)
         return rows, empty, bad
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:

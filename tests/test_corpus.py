@@ -121,7 +121,6 @@ def test_a_large_row_group_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.
     batches = list(read_documents(unit))
     assert max(len(batch.texts) for batch in batches) < 20
     assert read([unit]) == (texts, list(range(100)), [])
-    assert 0.9 * unit.size_bytes < sum(batch.input_bytes for batch in batches) <= unit.size_bytes
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 10, 1 << 20])
@@ -492,4 +491,3 @@ def test_a_unit_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [len(batch.texts) for batch in batches] == [2, 2, 1]
     assert list(itertools.chain(*(batch.rows.tolist() for batch in batches))) == [0, 2, 4, 6, 8]
     assert sum(batch.rows_read for batch in batches) == 10
-    assert sum(batch.input_bytes for batch in batches) == unit.size_bytes
