@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -95,27 +94,18 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
 
 
 class Progress:
-    """One bar for the whole job, on rank 0: part of the input done, MB/s of it, time left.
-
-    `add` may be called from any thread; `report` from the main one, on all ranks together.
-    """
+    """One bar for the whole job, on rank 0: part of the input done, MB/s of it, time left."""
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
         self.comm = comm
-        self._done_bytes: deque[int] = deque()  # its calls are atomic
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
             total=max(total_bytes, 1), desc="building", unit="B", unit_scale=True, disable=comm.rank > 0,
             mininterval=interval, delay=interval,
         )  # fmt: skip
 
-    def add(self, input_bytes: int) -> None:
-        """Count work done."""
-        self._done_bytes.append(input_bytes)
-
-    def report(self, state: str) -> set[str]:
-        """Show what was done since, by all ranks; how this one stands (working, done, failed), and how all do."""
-        done_bytes = sum(self._done_bytes.popleft() for _ in range(len(self._done_bytes)))
+    def report(self, state: str, done_bytes: int = 0) -> set[str]:
+        """Show what all ranks did since; how this one stands (working, done, failed), and how all do. All call it."""
         states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
         self.bar.update(sum(of_ranks))
         return set(states)

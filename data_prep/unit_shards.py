@@ -77,14 +77,12 @@ class UnitBuilder:
 
         def work(unit: WorkUnit) -> UnitResult:
             with writing(self.output_dir, f"unit {unit.name}"):
-                result = self._build_unit(unit)
-            progress.add(unit.size_bytes)
-            return result
+                return self._build_unit(unit)
 
         with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
             futures = {record_path(unit): pool.submit(work, unit) for unit in units}
             try:
-                is_whole = watch(set(futures.values()), progress)
+                is_whole = watch({futures[record_path(unit)]: unit.size_bytes for unit in units}, progress)
             finally:
                 self._stopping.set()
                 pool.shutdown(cancel_futures=True)
@@ -178,13 +176,14 @@ class UnitBuilder:
             raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
 
 
-def watch(pending: set[Future[UnitResult]], progress: Progress) -> bool:
+def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> bool:
     """Report progress until every rank is done, or one has met an error: then raise it, if it is ours, or say False."""
     states = {"working"}
     while "working" in states and "failed" not in states:
-        finished, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+        finished, _ = wait(pending_bytes, POLL_SECONDS, FIRST_EXCEPTION)
         has_failed = any(future.exception() for future in finished)
-        states = progress.report("failed" if has_failed else "working" if pending else "done")
+        done_bytes = sum(map(pending_bytes.pop, finished))
+        states = progress.report("failed" if has_failed else "working" if pending_bytes else "done", done_bytes)
         for future in finished:
             future.result()
     progress.bar.close()
