@@ -27,6 +27,7 @@ from data_prep.pretokenized import MAX_DOCUMENT_BYTES
 from data_prep.work_units import JSONL_FORMATS, WorkUnit, check_column, check_first_bytes, check_schema, open_parquet
 
 BATCH_BYTES = 8 << 20
+BATCH_RECORDS = 512  # of CSV, whatever their size
 ANEW = "fetch or write it again"
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of record batches
 
@@ -145,25 +146,24 @@ def all_rows(column: Any) -> Documents:
     return Documents(texts=texts, rows=rows, rows_read=len(texts))
 
 
-def _some_rows(texts: list[bytes], rows: list[int], bad: Reasons, rows_read: int) -> Documents:
+def _some_rows(good: list[tuple[int, bytes]], bad: Reasons, rows_read: int) -> Documents:
     """A batch of the rows that could be read."""
-    flat, numbers = json_lines.arrow_texts(texts), np.array(rows, np.uint64)
-    return Documents(texts=flat, rows=numbers, bad=bad, rows_read=rows_read)
+    texts, rows = json_lines.arrow_texts(good)
+    return Documents(texts=texts, rows=rows, bad=bad, rows_read=rows_read)
 
 
 def _read_text(unit: WorkUnit) -> Iterator[Documents]:
     """A file is a document."""
     for start, stop, _ in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
-        texts, rows, bad = [], [], []
+        good, bad = [], []
         for row, file in enumerate(unit.files[start:stop]):
             if file.size > MAX_DOCUMENT_BYTES:
                 bad.append((row, _too_long(file.size)))
                 continue
             with reading(file), open_input(file) as stream:
-                texts.append(stream.read())
-            check_first_bytes(file, unit.format, texts[-1])
-            rows.append(row)
-        yield _some_rows(texts, rows, bad, stop - start)
+                good.append((row, stream.read()))
+            check_first_bytes(file, unit.format, good[-1][1])
+        yield _some_rows(good, bad, stop - start)
 
 
 def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
@@ -214,17 +214,12 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
             header = next(records, [])
             check_column(unit.files[0], header, unit.text_field)
             column = header.index(unit.text_field or "")
-            texts, rows, bad, first, size = [], [], [], 0, 0
-            for row, record in enumerate(itertools.chain(records, [None])):
-                if record and len(record) != len(header):
-                    bad.append((row - first, f"a record of {len(record)} fields, the header has {len(header)}"))
-                elif record:
-                    texts.append(record[column].encode(errors="surrogateescape"))
-                    rows.append(row - first)
-                    size += len(texts[-1])
-                if size >= BATCH_BYTES or record is None:
-                    yield _some_rows(texts, rows, bad, row - first + (record is not None))
-                    texts, rows, bad, first, size = [], [], [], row + 1, 0
+            while batch := list(itertools.islice(records, BATCH_RECORDS)):
+                whole = [(row, record) for row, record in enumerate(batch) if len(record) == len(header)]
+                good = [(row, record[column].encode(errors="surrogateescape")) for row, record in whole]
+                other = [(row, len(record)) for row, record in enumerate(batch) if len(record) not in (0, len(header))]
+                bad = [(row, f"a record of {size} fields, the header has {len(header)}") for row, size in other]
+                yield _some_rows(good, bad, len(batch))
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
         raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None

@@ -108,16 +108,10 @@ def parse_block(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt
     """Texts of a block, the line of each, from 0, and the lines that are bad. Blank lines give nothing."""
     if (quickly := _parse_quickly(block, field)) is not None:
         return quickly, np.arange(len(quickly), dtype=np.uint64), []
-    texts, rows, bad = [], [], []
-    for row, line in enumerate(block.split(b"\n")):
-        if line and not line.isspace():
-            text, reason = _parse_line(line, field, "utf-8-sig" if is_first and row == 0 else "utf-8")
-            if reason:
-                bad.append((row, reason))
-            else:
-                texts.append(text)
-                rows.append(row)
-    return arrow_texts(texts), np.array(rows, np.uint64), bad
+    lines = [(row, line) for row, line in enumerate(block.split(b"\n")) if line and not line.isspace()]
+    found = [(row, *_parse_line(line, field, "utf-8" if row or not is_first else "utf-8-sig")) for row, line in lines]
+    good = [(row, text) for row, text, reason in found if not reason]
+    return *arrow_texts(good), [(row, reason) for row, _, reason in found if reason]
 
 
 def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
@@ -134,7 +128,7 @@ def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
     schema = pa.schema([(field, pa.large_string())])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        arrow_texts([block]).validate(full=True)
+        arrow_texts([(0, block)])[0].validate(full=True)
         read_options = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
         texts = pa.json.read_json(pa.BufferReader(block), read_options, options).column(0).combine_chunks()
     except pa.ArrowException:
@@ -166,11 +160,12 @@ def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
         return b"", f"half a surrogate pair at character {error.start} is not valid Unicode"
 
 
-def arrow_texts(texts: list[bytes]) -> pa.LargeStringArray:
-    """One Arrow array out of UTF-8 byte strings."""
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+def arrow_texts(numbered: list[tuple[int, bytes]]) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint64]]:
+    """One Arrow array out of UTF-8 byte strings, and the row of each."""
+    texts = [text for _, text in numbered]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    array = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    return array, np.array([row for row, _ in numbered], np.uint64)
 
 
 def count_newlines(stream: BinaryIO, stop: int) -> int:

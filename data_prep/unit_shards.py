@@ -103,7 +103,9 @@ class UnitBuilder:
                 self._encoders.put(encoder)
             written = tuple(part.finish() for part in splits if part.documents)
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
-        write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
+        content = asdict(result)
+        sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
+        write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
 
     def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> tuple[int, int, Reasons]:
@@ -204,12 +206,6 @@ def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: f
     """All that the shards of a unit depend on, as a digest."""
     about = asdict(unit) | {"skip_bad": None, "tokenizer": tokenizer_sha256, "validation": validation_fraction}
     return hashlib.sha256(json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
-
-
-def record_bytes(signature: str, result: UnitResult) -> bytes:
-    """The record of a finished unit, as a file: what it gave, sealed with the unit's signature."""
-    content = asdict(result)
-    return (json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n").encode()
 
 
 def _seal(signature: str, content: dict[str, Any]) -> str:
