@@ -63,7 +63,7 @@ class Source:
 
     name: str
     share: int  # samples of this source in every block of BLOCK_SAMPLES training samples
-    weight: float  # as written in the mixture
+    weight: int | float  # as written in the mixture; in its manifest an int stays one
     origin: str  # path, glob or name as written in the mixture
     format: str
     text_field: str | None
