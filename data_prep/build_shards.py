@@ -19,29 +19,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep import shards
-from data_prep.build_plan import Plan, assign, make_plan
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.mixture import Mixture, load_mixture, mixture_path
+from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number
+from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
-from data_prep.show import describe, epoch_lines, token_count
+from data_prep.show import describe, print_epochs
 from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
 
 BUILD_NAME = "build.json"
+ENCODERS = ("gigatoken", "tokenizers")
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    arguments = parse_arguments(argv)
-    comm, threads = connect()
-    build(arguments, comm, threads)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = CommandParser(
         prog="python -m data_prep.build_shards",
         description="Encode a mixture of sources into a data set of uint16 token shards.",
@@ -50,10 +43,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mixture", required=True, metavar="NAME_OR_FILE", help="one of data_prep/mixtures, or a file")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
     parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")
-    encoders = ("gigatoken", "tokenizers")
-    parser.add_argument("--encoder", choices=encoders, default=encoders[0], help="both give the same ids (%(default)s)")
-    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
-    return parser.parse_args(argv)
+    parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="both give the same ids (%(default)s)")
+    parser.add_argument("--train-tokens", type=large_number, metavar="N", help="say how often a run sees each source")
+    build(parser.parse_args(argv), *connect())
 
 
 def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> None:
@@ -75,8 +67,8 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
             together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
             if held:
                 (output_dir / shards.LOCK_NAME).unlink()
-    if arguments.train_tokens and comm.rank == 0:
-        print("\n".join(epoch_lines(load_manifest(output_dir), arguments.train_tokens)))
+    if comm.rank == 0:
+        print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
 
 def build_units(
@@ -102,11 +94,10 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     begun = {shards.LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
     if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= begun):
         return False
-    try:
+    other = f"{output_dir}: exists, and is not a data set of this command"
+    with explained((OSError, ValueError, KeyError, TypeError), other, elsewhere):
         built = json.loads((output_dir / BUILD_NAME).read_bytes())
         signature = built["signature"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{output_dir}: exists, and is not a data set of this command; {elsewhere}") from None
     is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
     is_akin = is_of_tokenizer and any(origin in built.get("origins", []) for origin in plan.identity["origins"])
     if not (output_dir / shards.MANIFEST_NAME).exists():
@@ -143,7 +134,7 @@ def finish(
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
-    files = {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
+    files = {path for shard in manifest.shards for path in shard.digests}
     remove_strays(output_dir, files | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         shards.fsync_directory(directory)

@@ -20,13 +20,15 @@ import pyarrow.compute as pc
 
 from data_prep import json_lines, pretokenized, work_units
 from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, explained
 from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES
 from data_prep.work_units import JSONL_FORMATS, WorkUnit, check_column, check_first_bytes, check_schema, open_parquet
 
 BATCH_BYTES = 8 << 20
+BATCH_RECORDS = 512  # of CSV, whatever their size
+ANEW = "fetch or write it again"
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of record batches
 
 
@@ -37,7 +39,6 @@ class Documents:
     texts: pa.LargeStringArray
     rows: npt.NDArray[np.uint64]  # row of each document, relative to its unit
     rows_read: int  # rows this batch covers, blank lines and left out documents included
-    input_bytes: int  # part of the unit's size_bytes that this batch took
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
     encoded: Encoded | None = None  # the texts' ids, if the input holds ids
@@ -132,54 +133,50 @@ def _read_parquet(unit: WorkUnit) -> Iterator[Documents]:
         numbers = range(start, stop)
         rows = sum(file.metadata.row_group(number).num_rows for number in numbers)
         batch_rows = max(1, rows * BATCH_BYTES // max(size, BATCH_BYTES))
-        try:
+        with explained((pa.ArrowException, OSError), f"{unit.url}: row groups {start} to {stop - 1}: damaged", ANEW):
             for batch in file.iter_batches(batch_rows, list(numbers), [unit.text_field], use_threads=False):
-                yield all_rows(batch.column(0), size * len(batch) // rows)
-        except (pa.ArrowException, OSError) as error:
-            where = f"{unit.url}: row groups {start} to {stop - 1}"
-            raise UserError(f"{where}: damaged ({one_line(error)}); fetch or write it again") from None
+                yield all_rows(batch.column(0))
 
 
-def all_rows(column: Any, input_bytes: int) -> Documents:
+def all_rows(column: Any) -> Documents:
     """A batch of all rows of a column."""
     texts = column.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     rows = np.arange(len(texts), dtype=np.uint64)
-    return Documents(texts=texts, rows=rows, rows_read=len(texts), input_bytes=input_bytes)
+    return Documents(texts=texts, rows=rows, rows_read=len(texts))
 
 
-def _some_rows(texts: list[bytes], rows: list[int], bad: Reasons, rows_read: int, input_bytes: int) -> Documents:
+def _some_rows(good: list[tuple[int, bytes]], bad: Reasons, rows_read: int) -> Documents:
     """A batch of the rows that could be read."""
-    flat, numbers = json_lines.arrow_texts(texts), np.array(rows, np.uint64)
-    return Documents(texts=flat, rows=numbers, bad=bad, rows_read=rows_read, input_bytes=input_bytes)
+    texts, rows = json_lines.arrow_texts(good)
+    return Documents(texts=texts, rows=rows, bad=bad, rows_read=rows_read)
 
 
 def _read_text(unit: WorkUnit) -> Iterator[Documents]:
     """A file is a document."""
-    for start, stop, size in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
-        texts, rows, bad = [], [], []
+    for start, stop, _ in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
+        good, bad = [], []
         for row, file in enumerate(unit.files[start:stop]):
             if file.size > MAX_DOCUMENT_BYTES:
                 bad.append((row, _too_long(file.size)))
                 continue
             with reading(file), open_input(file) as stream:
-                texts.append(stream.read())
-            check_first_bytes(file, unit.format, texts[-1])
-            rows.append(row)
-        yield _some_rows(texts, rows, bad, stop - start, size)
+                good.append((row, stream.read()))
+            check_first_bytes(file, unit.format, good[-1][1])
+        yield _some_rows(good, bad, stop - start)
 
 
 def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     """A block of lines at a time."""
-    row, taken = 0, unit.start
+    row = 0
     try:
         with open_input(unit.files[0]) as stream:
             chunks = json_lines.read_chunks(stream, unit.format, unit.start, unit.stop)
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
-                lines, position = json_lines.count_lines(block), stream.tell()
-                yield Documents(texts=texts, rows=rows, rows_read=lines, input_bytes=position - taken, bad=bad)
-                row, taken = row + lines, position
+                lines = json_lines.count_lines(block)
+                yield Documents(texts=texts, rows=rows, rows_read=lines, bad=bad)
+                row += lines
     except json_lines.DAMAGED as error:
         where = _place(unit, row - 1).replace(": line ", ": damaged after line ")
         raise UserError(f"{where} ({error}); fetch or write it again") from None
@@ -187,29 +184,24 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
 
 def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
     """A record batch at a time, a large one in parts, of a file in Arrow's stream or file format."""
-    taken = 0
-    try:
-        with open_input(unit.files[0]) as stream:
-            is_file = stream.read(6) == b"ARROW1"
-            if not is_file:
-                stream.seek(-len(ARROW_END), io.SEEK_END)
-                if stream.read() != ARROW_END:
-                    raise EOFError("the stream of record batches ends early")
-            stream.seek(0)
-            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
-            check_schema(unit.files[0], reader.schema, unit.text_field)
-            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-                column = batch.column(reader.schema.names.index(unit.text_field))
-                column.validate()
-                is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-                (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
-                rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
-                for at in range(0, len(column), rows):
-                    yield all_rows(column.slice(at, rows), stream.tell() - taken)
-                    taken = stream.tell()
-    except (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError) as error:
-        problem = one_line(error) or "a record batch larger than memory"
-        raise UserError(f"{unit.url}: damaged ({problem}); fetch or write it again") from None
+    kinds = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, ValueError)
+    with explained(kinds, f"{unit.url}: damaged", ANEW), open_input(unit.files[0]) as stream:
+        is_file = stream.read(6) == b"ARROW1"
+        if not is_file:
+            stream.seek(-len(ARROW_END), io.SEEK_END)
+            if stream.read() != ARROW_END:
+                raise EOFError("the stream of record batches ends early")
+        stream.seek(0)
+        reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+        check_schema(unit.files[0], reader.schema, unit.text_field)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            column = batch.column(reader.schema.names.index(unit.text_field))
+            column.validate()
+            is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            (column.cast(pa.large_binary()) if is_plain else column).validate(full=True)
+            rows = max(1, len(column) * BATCH_BYTES // max(column.nbytes, BATCH_BYTES))
+            for at in range(0, len(column), rows):
+                yield all_rows(column.slice(at, rows))
 
 
 def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
@@ -222,17 +214,12 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
             header = next(records, [])
             check_column(unit.files[0], header, unit.text_field)
             column = header.index(unit.text_field or "")
-            texts, rows, bad, first, size, taken = [], [], [], 0, 0, 0
-            for row, record in enumerate(itertools.chain(records, [None])):
-                if record and len(record) != len(header):
-                    bad.append((row - first, f"a record of {len(record)} fields, the header has {len(header)}"))
-                elif record:
-                    texts.append(record[column].encode(errors="surrogateescape"))
-                    rows.append(row - first)
-                    size += len(texts[-1])
-                if size >= BATCH_BYTES or record is None:
-                    yield _some_rows(texts, rows, bad, row - first + (record is not None), stream.tell() - taken)
-                    texts, rows, bad, first, size, taken = [], [], [], row + 1, 0, stream.tell()
+            while batch := list(itertools.islice(records, BATCH_RECORDS)):
+                whole = [(row, record) for row, record in enumerate(batch) if len(record) == len(header)]
+                good = [(row, record[column].encode(errors="surrogateescape")) for row, record in whole]
+                other = [(row, len(record)) for row, record in enumerate(batch) if len(record) not in (0, len(header))]
+                bad = [(row, f"a record of {size} fields, the header has {len(header)}") for row, size in other]
+                yield _some_rows(good, bad, len(batch))
     except csv.Error as error:
         where = f"{unit.url}: line {records.line_num}"
         raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None
@@ -241,13 +228,13 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
 def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]:
     """Documents that are ids already, and the texts that they stand for."""
     file, special_ids = unit.files[0], list(tokenizer.special_tokens.values())
-    for ids, offsets, taken in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
+    for ids, offsets in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
         if len(ids) and ids.max() >= (size := tokenizer.vocab_size):
             raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
         if len(special := ids[np.isin(ids, special_ids)]):
             token = tokenizer.reference.id_to_token(int(special[0]))
             raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
-        yield replace(all_rows(decode_ids(tokenizer, ids, offsets), taken), encoded=(ids, offsets))
+        yield replace(all_rows(decode_ids(tokenizer, ids, offsets)), encoded=(ids, offsets))
 
 
 def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
@@ -255,9 +242,7 @@ def _read_saved(unit: WorkUnit) -> Iterator[Documents]:
     saved = work_units.load_from_disk(unit.files[0])
     check_schema(unit.files[0], saved.features.arrow_schema, unit.text_field)
     rows = unit.stop - unit.start
-    try:
+    with explained(Exception, f"{unit.url}: datasets can't read it", "save it again"):  # its exceptions have no base
         part = saved.select(range(unit.start, unit.stop)).select_columns([unit.text_field]).with_format("arrow")
         for table in part.iter(max(1, min(1000, rows * BATCH_BYTES // max(unit.size_bytes, 1)))):
-            yield all_rows(table.column(0), unit.size_bytes * len(table) // rows)
-    except Exception as error:  # `datasets` has no base class of its exceptions
-        raise UserError(f"{unit.url}: datasets can't read it ({one_line(error)}); save it again") from None
+            yield all_rows(table.column(0))

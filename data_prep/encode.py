@@ -1,7 +1,7 @@
 """Load a tokenizer, encode texts fast, and prove it: gigatoken does the work, `tokenizers` is the reference.
 
 Used by `build_shards`. A tokenizer is a directory with `tokenizer.json` and `tokenizer_config.json`. Both
-encoders give the same ids; where gigatoken is missing or can't load a tokenizer, `tokenizers` takes its
+encoders give the same ids; where gigatoken can't load a tokenizer, `tokenizers` takes its
 place, and that is said. Strings that spell a special token are ordinary text to both.
 """
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, explained
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 TRAIN = "train one with python -m data_prep.train_tokenizer"
@@ -78,10 +78,8 @@ class Encoder:
 def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it."""
     files, eos_token = read_files(directory)
-    try:
+    with explained(Exception, f"{directory / 'tokenizer.json'}: not a loadable tokenizer", TRAIN):
         reference = Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{directory / 'tokenizer.json'}: not a loadable tokenizer ({error}); {TRAIN}") from None
     reference.encode_special_tokens = True
     reference.no_truncation()
     reference.no_padding()
@@ -104,10 +102,8 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
     files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
+        with explained(ValueError, f"{directory / name}: not valid JSON", TRAIN):
             content = json.loads(files.get(name, b"{}"))
-        except ValueError as error:
-            raise UserError(f"{directory / name}: not valid JSON ({error}); {TRAIN}") from None
         if not isinstance(content, dict):
             raise UserError(f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}")
         config |= content
@@ -115,30 +111,26 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
     if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
         return files, eos.get("content") if isinstance(eos, dict) else eos
     if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
-        missing = next(name for name in TOKENIZER_FILES if name not in files)
-        raise UserError(f"{directory / missing}: No such file or directory; a tokenizer directory needs it; {TRAIN}")
+        problem = "No such file or directory; a tokenizer directory needs it"
+        raise UserError(f"{directory / 'tokenizer.json'}: {problem}; {TRAIN}")
     from transformers import AutoTokenizer
 
-    try:
+    with explained(Exception, f"{directory}: AutoTokenizer can't load it", TRAIN):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         files.setdefault("tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
-    except Exception as error:  # whatever it raises, the directory is of no use
-        raise UserError(f"{directory}: AutoTokenizer can't load it ({one_line(error)}); {TRAIN}") from None
     config = {**config, "eos_token": tokenizer.eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
     files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return {name: files[name] for name in TOKENIZER_FILES if name in files}, tokenizer.eos_token
 
 
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
-    """gigatoken if it is preferred, installed and able; else the reference, with the reason."""
+    """gigatoken if it is preferred and able; else the reference, with the reason."""
     reason = None
     if prefer == "gigatoken":
         try:
             encode = _gigatoken_encode(tokenizer)
             return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
-        except ImportError:
-            reason = "gigatoken is not installed"
-        except Exception as error:  # whatever its loader raises, the reference can do the work
+        except Exception as error:  # it may be missing, too; the reference can do the work
             reason = f"gigatoken can't load {tokenizer.directory} ({error})"
     encode = partial(_reference_encode, tokenizer.reference)
     name = f"tokenizers {version('tokenizers')}"

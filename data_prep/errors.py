@@ -5,10 +5,11 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -24,6 +25,17 @@ class UserError(Exception):
     """Input that can't be used. The message says what, where, got, expected, and what to do."""
 
 
+@contextlib.contextmanager
+def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str, advice: str) -> Iterator[None]:
+    """Exceptions of these kinds become a UserError: the problem, (what the exception says), and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{problem} ({what_it_says(error)}); {advice}") from None
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`s: one line, like all others."""
 
@@ -35,6 +47,14 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def large_number(text: str) -> int:
+    """A number of 1 or more on a command line; 17e9 is one too."""
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 1e18:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text}: expected a number, such as 17e9")
+
+
 class _UniqueKeysLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last in silence."""
 
@@ -43,18 +63,14 @@ class _UniqueKeysLoader(yaml.SafeLoader):
         firsts: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if firsts.setdefault((key.tag, str(key.value)), key) is not key:
-                raise UserError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
         return node
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
     """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
-    try:
+    with explained((yaml.YAMLError, ValueError, RecursionError), f"{where}: not valid YAML", "mend it"):
         return yaml.load(content, _UniqueKeysLoader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML ({error}); mend it") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -77,9 +93,16 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
     return f"{place}: got {first['input']!r}; {first['msg']}"
 
 
-def os_error_line(error: OSError) -> str:
-    """What the operating system refused, and where."""
-    return f"{error.filename}: {error.strerror}; check the path" if error.filename else one_line(error)
+def os_error_line(error: UserError | OSError) -> str:
+    """The line of a UserError, or what the operating system refused, and where."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path"
+    return one_line(error)
+
+
+def what_it_says(error: Exception) -> str:
+    """The error's text as one line, of an OSError without the path; its name, if it says nothing."""
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:
@@ -92,15 +115,12 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"error: {os_error_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     return 0

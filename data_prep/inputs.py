@@ -10,13 +10,16 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from data_prep.errors import UserError, one_line
+import fsspec.core
+import fsspec.spec
+
+from data_prep.errors import UserError, explained, one_line
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -38,9 +41,6 @@ class InputFile:
 
 def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
     """The files that a path (relative to `base`), glob or URL names, sorted by name. UserError if there are none."""
-    if pattern.startswith("file://"):
-        files = _find_local(Path("/"), pattern.removeprefix("file://"), where)
-        return [replace(file, name=f"file://{file.name}") for file in files]
     return _find_remote(pattern, where) if re.match(r"[\w.+:-]+://", pattern) else _find_local(base, pattern, where)
 
 
@@ -72,50 +72,27 @@ def open_input(file: InputFile, ahead_bytes: int = REQUEST_BYTES) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(remote, ahead_bytes) if ahead_bytes else remote)
 
 
-@contextmanager
-def reading(file: InputFile) -> Iterator[None]:
+def reading(file: InputFile) -> AbstractContextManager[None]:
     """What the operating system refuses meanwhile is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{file.url}: can't be read ({error.strerror or error}); check the file") from None
+    return explained(OSError, f"{file.url}: can't be read", "check the file")
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(fsspec.spec.AbstractBufferedFile):
     """Requests just the bytes that are asked for."""
 
     def __init__(self, file: InputFile) -> None:
-        self._file, self._handle, self._position = file, None, 0
+        super().__init__(None, file.url, cache_type="none", size=file.size)
+        self._file, self._handle = file, None
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + (0, self._position, self._file.size)[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer; only at the end of the file it stays in part as it was."""
-        stop = min(self._position + len(buffer), self._file.size)
-        content = _with_retries(self._file.name, self._request, self._position, stop) if stop > self._position else b""
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-    def readall(self) -> bytes:
-        return self.read(self._file.size) or b""
+    def _fetch_range(self, start: int, stop: int) -> bytes:
+        return _with_retries(self._file.name, self._request, start, min(stop, self.size))
 
     def _request(self, start: int, stop: int) -> bytes:
         handle: Any = self._handle or _open_remote(self._file)
         self._handle = None  # until it is seen to work: after a failure the file is opened anew
         handle.seek(start)
-        try:
+        with explained(ValueError, f"{self._file.name}: no part can be had alone", "download it and name its path"):
             content = cast(bytes, handle.read(stop - start))
-        except ValueError as error:  # a server that sends nothing but whole files
-            raise UserError(f"{self._file.name}: {one_line(error)} Download the file and name its path") from None
         if len(content) != stop - start:
             raise ConnectionError(f"the answer ended at byte {start + len(content)} of {self._file.size}")
         self._handle = handle
@@ -170,18 +147,13 @@ def _version(fs: Any, info: dict[str, Any]) -> str:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it."""
-    import fsspec.core
-
     protocol = url.partition(":")[0]
     options = {"headers": {"Accept-Encoding": "identity"}} if protocol in ("http", "https") else {}
-    try:
+    with (
+        explained(ImportError, f"{protocol}:// needs a package", "pip install 'tablefree[remote]', or what it says"),
+        explained(ValueError, url, "expected a path, or a URL such as s3://bucket/key"),
+    ):
         return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        package = getattr(error.__cause__, "name", None) or one_line(error)
-        install = "'tablefree[remote]'" if protocol in ("s3", "http", "https") else package
-        raise UserError(f"{protocol}:// needs the package {package}; pip install {install}") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {one_line(error)}; expected a path, or a URL such as s3://bucket/key") from None
 
 
 def _resolve(name: str, revision: str | None, what: str) -> tuple[str, str]:
@@ -207,11 +179,11 @@ def _data_files(repository: str, config: str | None, commit: str, split: str, wh
 
     datasets.disable_progress_bars()
     path = f"hf://datasets/{repository}"
-    try:
-        with tempfile.TemporaryDirectory() as empty:  # where the hub is silent, a cached copy is no answer
-            builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
-    except (ValueError, RuntimeError) as error:  # no such config; a data set made by a script
-        raise UserError(f"{what}: {one_line(error)}") from None
+    with (
+        explained((ValueError, RuntimeError), f"{what}: datasets can't use it", "see its page on the hub"),
+        tempfile.TemporaryDirectory() as empty,  # where the hub is silent, a cached copy is no answer
+    ):
+        builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
     urls = (builder.config.data_files or {}).get(split)
     if not urls:
         raise UserError(f"{what}: no split {split!r}, it has: {', '.join(map(str, builder.config.data_files or ()))}")

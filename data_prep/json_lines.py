@@ -18,11 +18,14 @@ import pyarrow.json
 import zstandard
 
 READ_BYTES = 1 << 20
-SEARCH_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
 COMPRESSED_BYTES = 4 << 10  # read at a time: in zstd it may stand for 128 MiB
 MAX_LINE_BYTES = 256 << 20
 TOO_LONG = b"\0too long"  # takes the place of a longer line; no JSON holds a NUL
 DAMAGED = (OSError, EOFError, zlib.error, zstandard.ZstdError)  # what a broken stream raises
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "jsonl.gz": lambda: zlib.decompressobj(wbits=31),
+    "jsonl.zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+}
 
 Reasons = list[tuple[int, str]]  # row and what is wrong with it
 
@@ -31,25 +34,19 @@ def line_cuts(stream: BinaryIO, size: int, unit_bytes: int) -> list[int]:
     """Byte offsets at line starts, about unit_bytes apart, from 0 to the size of the file."""
     cuts = [0]
     while cuts[-1] + unit_bytes < size:
-        at = cuts[-1] + unit_bytes - 1
-        stream.seek(at)
-        while (part := stream.read(SEARCH_BYTES)) and b"\n" not in part:
-            at += len(part)
-        cuts.append(at + part.find(b"\n") + 1)
+        stream.seek(cuts[-1] + unit_bytes - 1)
+        while (part := stream.readline(READ_BYTES)) and not part.endswith(b"\n"):
+            pass  # in parts: a line may be longer than memory
+        cuts.append(stream.tell())
     return cuts if cuts[-1] == size and len(cuts) > 1 else [*cuts, size]
 
 
 def read_chunks(stream: BinaryIO, format: str, start: int, stop: int) -> Iterator[bytes]:
     """The bytes from start to stop of a plain stream; those of a compressed one whole, and decompressed."""
-    if format == "jsonl.gz":
-        return _decompress(stream, lambda: zlib.decompressobj(wbits=31))
-    if format == "jsonl.zst":
-        return _decompress(stream, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj())
+    if format in DECOMPRESSORS:
+        yield from _decompress(stream, DECOMPRESSORS[format])
+        return
     stream.seek(start)
-    return _read_range(stream, start, stop)
-
-
-def _read_range(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     while start < stop:
         chunk = stream.read(min(READ_BYTES, stop - start))
         if not chunk:
@@ -77,32 +74,29 @@ def blocks(chunks: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
 
     What broke the stream is raised after the whole lines before it.
     """
-    lines: list[bytes] = []
-    begun: list[bytes] = []  # of the line that is not at its end yet
-    size = begun_size = 0
-    damage = None
+    block, begun = bytearray(), bytearray()  # whole lines; what is there of the next
     try:
         for chunk in chunks:
-            first, end = chunk.find(b"\n"), chunk.rfind(b"\n") + 1
-            if end:
-                is_too_long = begun_size + first > MAX_LINE_BYTES
-                lines += [TOO_LONG, chunk[first:end]] if is_too_long else [*begun, chunk[:end]]
-                size, begun, begun_size = size + begun_size + end, [], 0
-            if size >= block_bytes:
-                block, lines, size = b"".join(lines), [], 0
-                yield block
-            begun.append(chunk[end:])
-            begun_size += len(chunk) - end
-            if begun_size > MAX_LINE_BYTES:
-                begun = []
-    except DAMAGED as error:
-        damage = error
-    if begun_size and not damage:
-        lines += [TOO_LONG] if begun_size > MAX_LINE_BYTES else begun
-    if lines:
-        yield b"".join(lines)
-    if damage:
-        raise damage
+            head, newline, rest = chunk.partition(b"\n")
+            begun += head
+            del begun[MAX_LINE_BYTES + 1 :]  # so much tells that it is too long
+            if newline:
+                end = rest.rfind(b"\n") + 1
+                block += _not_too_long(begun) + newline + rest[:end]
+                begun[:] = rest[end:]
+            if len(block) >= block_bytes:
+                yield bytes(block)
+                block.clear()
+    except DAMAGED:
+        if block:
+            yield bytes(block)
+        raise
+    if block or begun:
+        yield bytes(block + _not_too_long(begun))
+
+
+def _not_too_long(line: bytearray) -> bytes | bytearray:
+    return TOO_LONG if len(line) > MAX_LINE_BYTES else line
 
 
 def count_lines(block: bytes) -> int:
@@ -112,10 +106,12 @@ def count_lines(block: bytes) -> int:
 
 def parse_block(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
     """Texts of a block, the line of each, from 0, and the lines that are bad. Blank lines give nothing."""
-    texts = _parse_quickly(block, field)
-    if texts is None:
-        return _parse_lines(block, field, is_first)
-    return texts, np.arange(len(texts), dtype=np.uint64), []
+    if (quickly := _parse_quickly(block, field)) is not None:
+        return quickly, np.arange(len(quickly), dtype=np.uint64), []
+    lines = [(row, line) for row, line in enumerate(block.split(b"\n")) if line and not line.isspace()]
+    found = [(row, *_parse_line(line, field, "utf-8" if row or not is_first else "utf-8-sig")) for row, line in lines]
+    good = [(row, text) for row, text, reason in found if not reason]
+    return *arrow_texts(good), [(row, reason) for row, _, reason in found if reason]
 
 
 def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
@@ -132,28 +128,12 @@ def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
     schema = pa.schema([(field, pa.large_string())])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        arrow_texts([block]).validate(full=True)
+        arrow_texts([(0, block)])[0].validate(full=True)
         read_options = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
         texts = pa.json.read_json(pa.BufferReader(block), read_options, options).column(0).combine_chunks()
     except pa.ArrowException:
         return None
     return texts if len(texts) == len(ends) + 1 and not texts.null_count else None
-
-
-def _parse_lines(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
-    texts: list[bytes] = []
-    rows: list[int] = []
-    bad: Reasons = []
-    for row, line in enumerate(block.split(b"\n")):
-        if not line or line.isspace():
-            continue
-        text, reason = _parse_line(line, field, "utf-8-sig" if is_first and row == 0 else "utf-8")
-        if reason:
-            bad.append((row, reason))
-        else:
-            texts.append(text)
-            rows.append(row)
-    return arrow_texts(texts), np.array(rows, np.uint64), bad
 
 
 def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
@@ -180,11 +160,12 @@ def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
         return b"", f"half a surrogate pair at character {error.start} is not valid Unicode"
 
 
-def arrow_texts(texts: list[bytes]) -> pa.LargeStringArray:
-    """One Arrow array out of UTF-8 byte strings."""
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+def arrow_texts(numbered: list[tuple[int, bytes]]) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint64]]:
+    """One Arrow array out of UTF-8 byte strings, and the row of each."""
+    texts = [text for _, text in numbered]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    array = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    return array, np.array([row for row, _ in numbered], np.uint64)
 
 
 def count_newlines(stream: BinaryIO, stop: int) -> int:

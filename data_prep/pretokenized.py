@@ -37,10 +37,10 @@ def cut_ids(file: InputFile, format: str, eos_id: int, unit_bytes: int) -> list[
     return list(_cut(source, source.start, source.stop, unit_bytes))
 
 
-def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -> Iterator[tuple[Ids, Offsets, int]]:
-    """A unit's documents in batches: ids without end-of-document ids, offsets (documents + 1), bytes taken."""
+def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -> Iterator[tuple[Ids, Offsets]]:
+    """A unit's documents in batches: ids without end-of-document ids and offsets (documents + 1)."""
     source = _open(file, format, eos_id)
-    for first, last, size in _cut(source, start, stop, BATCH_TOKENS * source.itemsize):
+    for first, last, _ in _cut(source, start, stop, BATCH_TOKENS * source.itemsize):
         ids, offsets = source.read(first, last)
         is_eos = np.append(ids == eos_id, False)
         inside = np.setdiff1d(np.flatnonzero(is_eos), offsets[1:] - 1)
@@ -50,7 +50,7 @@ def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -
         ended = is_eos[offsets[1:] - 1] & (np.diff(offsets) > 0)
         if source.itemsize == 8:
             ids = np.minimum(ids, np.uint64(2**32 - 1))  # what is too large stays so
-        yield ids[~is_eos[:-1]].astype(np.uint32), offsets - np.append(0, np.cumsum(ended)), size
+        yield ids[~is_eos[:-1]].astype(np.uint32), offsets - np.append(0, np.cumsum(ended))
 
 
 class _Megatron:

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_error_line
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -44,13 +43,10 @@ def connect() -> tuple[Communicator, int]:
             advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
             _refuse(f"srun started {tasks} tasks without MPI; {advice}", int(os.environ.get("SLURM_PROCID", "0")))
         return Communicator(), len(cores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
-            from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        problem = f"started by an MPI launcher, but mpi4py can't be used ({error})"
-        raise UserError(f"{problem}; see data_prep/README.md") from None
+    unusable = "started by an MPI launcher, but mpi4py can't be used"
+    with explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
+        from mpi4py import MPI
     world: Any = MPI.COMM_WORLD
     sys.excepthook = functools.partial(_abort, world)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
@@ -88,9 +84,7 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
     result, error = None, None
     try:
         result = work()
-    except UserError as raised:
-        error = one_line(raised)
-    except OSError as raised:
+    except (UserError, OSError) as raised:
         error = os_error_line(raised)
     errors = [message for message in comm.allgather(error) if message is not None]
     if errors:
@@ -100,30 +94,18 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
 
 
 class Progress:
-    """One bar for the whole job, on rank 0: part of the input done, MB/s of it, time left.
-
-    `add` may be called from any thread; `report` from the main one, on all ranks together.
-    """
+    """One bar for the whole job, on rank 0: part of the input done, MB/s of it, time left."""
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
         self.comm = comm
-        self._lock = threading.Lock()
-        self._done_bytes = 0
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
             total=max(total_bytes, 1), desc="building", unit="B", unit_scale=True, disable=comm.rank > 0,
             mininterval=interval, delay=interval,
         )  # fmt: skip
 
-    def add(self, input_bytes: int) -> None:
-        """Count work done."""
-        with self._lock:
-            self._done_bytes += input_bytes
-
-    def report(self, state: str) -> set[str]:
-        """Show what was done since, by all ranks; how this one stands (working, done, failed), and how all do."""
-        with self._lock:
-            done_bytes, self._done_bytes = self._done_bytes, 0
+    def report(self, state: str, done_bytes: int = 0) -> set[str]:
+        """Show what all ranks did since; how this one stands (working, done, failed), and how all do. All call it."""
         states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
         self.bar.update(sum(of_ranks))
         return set(states)

@@ -23,7 +23,7 @@ import io
 import json
 import mmap
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -32,9 +32,10 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 import xxhash
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, explained
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
@@ -62,7 +63,7 @@ class Source:
 
     name: str
     share: int  # samples of this source in every block of BLOCK_SAMPLES training samples
-    weight: float  # as written in the mixture
+    weight: int | float  # as written in the mixture; in its manifest an int stays one
     origin: str  # path, glob or name as written in the mixture
     format: str
     text_field: str | None
@@ -99,6 +100,11 @@ class Shard(ShardFacts):
     def index_path(self) -> str:
         """Path of the document index, relative to the data set."""
         return self.path.removesuffix(".npy") + ".documents.npy"
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Both files, by path."""
+        return {self.path: self.xxh3_128, self.index_path: self.index_xxh3_128}
 
     def origin(self, row: int) -> tuple[str, int]:
         """Input file and row in it of a row of `ShardReader.documents`."""
@@ -156,7 +162,7 @@ class Manifest:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
+    """Make a file, or the renames inside a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,24 +185,16 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
     """Write a directory beside, flush it, then put it in place of the old one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f".{directory.name}.old")
-    for leftover in (staged, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        staged = Path(scratch, "new")
+        staged.mkdir()
         write(staged)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    for file in staged.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_directory(staged)
-    if directory.exists():
-        os.rename(directory, old)
-    os.rename(staged, directory)
-    fsync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        for path in (*staged.iterdir(), staged):
+            fsync_directory(path)
+        if directory.exists():
+            os.rename(directory, Path(scratch, "old"))
+        os.rename(staged, directory)
+        fsync_directory(directory.parent)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> str:
@@ -311,40 +309,31 @@ def load_manifest(data_dir: Path) -> Manifest:
     path = data_dir / MANIFEST_NAME
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such directory; build a data set with python -m data_prep.build_shards")
-    try:
+    if not path.is_file():
+        problem = f"no {MANIFEST_NAME}, so the data set is not complete"
+        raise UserError(f"{data_dir}: {problem}; run python -m data_prep.build_shards")
+    with explained(ValueError, f"{path}: not valid JSON", REBUILD):
         raw = path.read_bytes()
         content = json.loads(raw)
-    except FileNotFoundError:
-        problem = f"no {MANIFEST_NAME}, so the data set is not complete"
-        raise UserError(f"{data_dir}: {problem}; run python -m data_prep.build_shards") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {REBUILD}") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a manifest of this project's shards; {REBUILD}")
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {REBUILD}")
-    try:
-        sources = tuple(Source(**source) for source in content.pop("sources"))
-        shards = tuple(Shard(**shard | {"inputs": tuple(shard["inputs"])}) for shard in content.pop("shards"))
-        bad = tuple(BadDocument(**document) for document in content.pop("bad_documents"))
-        manifest = Manifest(sources=sources, shards=shards, bad_documents=bad, **content)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged manifest ({error}); {REBUILD}") from None
-    if manifest.to_bytes() != raw or sum(source.share for source in sources) != BLOCK_SAMPLES:
-        raise UserError(f"{path}: damaged manifest (not as build_shards writes it); {REBUILD}")
-    return manifest
+    with contextlib.suppress(pydantic.ValidationError):
+        manifest = pydantic.TypeAdapter(Manifest).validate_python(content)
+        if manifest.to_bytes() == raw and sum(source.share for source in manifest.sources) == BLOCK_SAMPLES:
+            return manifest
+    raise UserError(f"{path}: damaged manifest (not as build_shards writes it); {REBUILD}")
 
 
 def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """Memory-map one file of a data set. Raises UserError unless it has the type and shape expected."""
     full_path = data_dir / path
-    try:
+    if not full_path.is_file():
+        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}")
+    with explained((ValueError, EOFError, OSError), f"{full_path}: truncated or damaged", REBUILD):
         array = np.load(full_path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{full_path}: truncated or damaged ({error}); {REBUILD}") from None
     if array.dtype != dtype:
         raise UserError(f"{full_path}: dtype {array.dtype}, expected {dtype}; {REBUILD}")
     if array.shape != shape:

@@ -1,13 +1,9 @@
 """Show what a data set holds: its sources in numbers, samples of its documents, and where a token came from."""
 
-import argparse
-import contextlib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, large_number
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
 
 SAMPLE_CHARACTERS = 300
@@ -38,17 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m data_prep.show", description=__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="documents shown per split (%(default)s)")
-    parser.add_argument("--train-tokens", type=token_count, metavar="N", help="say how often a run sees each source")
+    parser.add_argument("--train-tokens", type=large_number, metavar="N", help="say how often a run sees each source")
     parser.add_argument("--trace", metavar="SHARD:OFFSET", help="name the document that a token came from")
     arguments = parser.parse_args(argv)
-    if arguments.samples < 0:
-        raise UserError(f"--samples {arguments.samples}: expected 0 or more")
     reader = ShardReader(arguments.data_dir)
     tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME)
     if arguments.trace:
         print(trace(reader, tokenizer.reference, arguments.trace))
         return
-    print(describe(arguments.data_dir, reader.manifest, arguments.train_tokens))
+    print(describe(arguments.data_dir, reader.manifest))
+    print_epochs(reader.manifest, arguments.train_tokens)
     for source in reader.manifest.sources:
         print("\n" + source.name + "\n" + "\n".join(facts(about_source(reader, tokenizer, source), "  ")))
     for split in SPLITS:
@@ -67,7 +62,7 @@ def cut(text: str, length: int) -> str:
     return text[:length] + "…" * (len(text) > length)
 
 
-def describe(data_dir: Path, manifest: Manifest, train_tokens: int | None = None) -> str:
+def describe(data_dir: Path, manifest: Manifest) -> str:
     """The data set in numbers."""
     rows = [HEADER]
     for split in SPLITS:
@@ -83,7 +78,7 @@ def describe(data_dir: Path, manifest: Manifest, train_tokens: int | None = None
         ("separator", f"{manifest.document_separator}: {manifest.eos_token} = {manifest.eos_id}"),
         ("shards", f"{len(manifest.shards):,}"),
     )
-    return "\n".join([*facts(about), *(epoch_lines(manifest, train_tokens) if train_tokens else ()), "", table(rows)])
+    return "\n".join([*facts(about), "", table(rows)])
 
 
 def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source) -> Iterator[tuple[str, str]]:
@@ -107,22 +102,14 @@ def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source
 
 
 def count(reader: ShardReader, shards: Sequence[Shard]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Length of every document, and how often each id occurs in at most about COUNTED_TOKENS, on all cores."""
-
-    def lengths_of(shard: Shard) -> npt.NDArray[np.int64]:
-        starts = reader.documents(shard)[:, 0].astype(np.int64)
-        return np.append(starts[1:], shard.tokens) - starts - 1
-
-    def count_piece(piece: tuple[Shard, int]) -> npt.NDArray[np.int64]:
-        shard, start = piece
-        return np.bincount(reader.tokens(shard)[start : start + PIECE_TOKENS], minlength=MAX_VOCAB_SIZE)
-
+    """Length of every document, and how often each id occurs in at most about COUNTED_TOKENS."""
+    ends = [np.append(reader.documents(shard)[:, 0], shard.tokens).astype(np.int64) for shard in shards]
+    counts = np.zeros(MAX_VOCAB_SIZE, np.int64)
     pieces = [(shard, start) for shard in shards for start in range(0, shard.tokens, PIECE_TOKENS)]
     pieces = pieces[:: -(-sum(shard.tokens for shard in shards) // COUNTED_TOKENS)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        lengths = np.concatenate(list(pool.map(lengths_of, shards)))
-        counted = tqdm(pool.map(count_piece, pieces), total=len(pieces), desc="counting", leave=False, disable=None)
-        return lengths, sum(counted, np.zeros(MAX_VOCAB_SIZE, np.int64))
+    for shard, start in tqdm(pieces, desc="counting", leave=False, disable=None):
+        counts += np.bincount(reader.tokens(shard)[start : start + PIECE_TOKENS], minlength=MAX_VOCAB_SIZE)
+    return np.concatenate([np.diff(bounds) - 1 for bounds in ends]), counts
 
 
 def histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:
@@ -160,38 +147,24 @@ def commonest(tokenizer: LoadedTokenizer, counts: npt.NDArray[np.int64]) -> Iter
 def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
     """Documents, tokens, characters and bytes per token (end-of-document ids not counted as tokens in these two)."""
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-    if not documents:
-        return "0", "0", "-", "-"
     of_text = max(tokens - documents, 1)
     characters, size = sum(shard.text_characters for shard in shards), sum(shard.text_bytes for shard in shards)
     return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
 
 
-def token_count(text: str) -> int:
-    """A number of tokens on a command line; 17e9 is one too."""
-    with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e18:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of tokens, such as 17e9")
-
-
-def epoch_lines(manifest: Manifest, train_tokens: int) -> list[str]:
-    """How often a training run sees each source; a source seen too often is warned of."""
-    lines = []
-    for name, epochs in manifest.epochs(train_tokens).items():
+def print_epochs(manifest: Manifest, train_tokens: int | None) -> None:
+    """How often a training run of so many tokens sees each source; a source seen too often is warned of."""
+    for name, epochs in manifest.epochs(train_tokens or 0).items() if train_tokens else ():
         warning = f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight" * (epochs > MAX_EPOCHS)
-        lines.append(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
-    return lines
+        print(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first two to the left, numbers to the right, a rule below the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    form = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))
+    rule = ["-" * width for width in widths]
+    return "\n".join(form.format(*row).rstrip() for row in (rows[0], rule, *rows[1:]))
 
 
 def spread(shards: Sequence[Shard], count: int) -> Iterable[tuple[Shard, int]]:
@@ -237,11 +210,11 @@ def find_token(manifest: Manifest, place: str) -> tuple[Shard, int]:
     """The shard and offset that SHARD:OFFSET names; any unambiguous end of a shard's path will do."""
     name, _, number = place.rpartition(":")
     end = name.removesuffix(".npy")
-    matching = [s for s in manifest.shards if s.path == name or s.path.removesuffix(".npy").endswith(end)]
+    matching = [shard for shard in manifest.shards if shard.path.removesuffix(".npy").endswith(end)]
     if not name or not matching:
         raise UserError(f"--trace {place}: no such shard; expected SHARD:OFFSET, such as {manifest.shards[0].path}:0")
-    shard = matching[0]
-    if len(matching) > 1 and shard.path != name:
+    shard, *others = matching
+    if others:
         raise UserError(f"--trace {place}: {len(matching)} shards end so; name one, such as {shard.path}:{number}")
     if not number.isdecimal() or int(number) >= shard.tokens:
         raise UserError(f"--trace {place}: offset {number!r}, expected 0 to {shard.tokens - 1}")

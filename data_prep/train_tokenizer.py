@@ -3,7 +3,7 @@
 `byte_bpe` is byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256 bytes, then
 merges. `char_ngram` is that of the paper, rebuilt: characters, bigrams and trigrams. Any text survives
 encoding and decoding with either, and no text, not even a special token spelled out, encodes to a special
-id. The same text gives the same files, byte for byte, with every library that trains.
+id. The same text gives the same files, byte for byte.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import gigabpe
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from data_prep import char_ngram
 from data_prep.corpus import read_documents
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, large_number
 from data_prep.inputs import find_inputs
 from data_prep.shards import MAX_VOCAB_SIZE, replace_directory, tokenizer_sha256
 from data_prep.work_units import FORMATS, WorkUnit, cut_units, format_of
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     arguments = parse_arguments(argv)
     started = time.perf_counter()
-    check_arguments(arguments.algorithm, arguments.vocab_size, arguments.max_characters)
+    check_vocab_size(arguments.algorithm, arguments.vocab_size)
     texts = TrainingTexts(units=source_units(arguments), max_characters=arguments.max_characters)
     special_tokens = SPECIAL_TOKENS[arguments.algorithm]
     if arguments.algorithm == "char_ngram":
@@ -75,15 +76,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="format of the sources (by default from the file's name)")
     parser.add_argument("--text-field", default="text", help="column or JSON field of the text (%(default)s)")
     most_help = "learn from N characters at most, taken evenly over the sources (%(default)s)"
-    parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS, metavar="N", help=most_help)
+    parser.add_argument("--max-characters", type=large_number, default=MAX_CHARACTERS, metavar="N", help=most_help)
     parser.add_argument("--output-dir", type=Path, required=True, help="directory of the new tokenizer")
     return parser.parse_args(argv)
 
 
-def check_arguments(algorithm: str, vocab_size: int, max_characters: int) -> None:
-    """Raises UserError for numbers that can't be met."""
-    if max_characters < 1:
-        raise UserError(f"--max-characters {max_characters}: expected 1 or more")
+def check_vocab_size(algorithm: str, vocab_size: int) -> None:
+    """Raises UserError for a size that can't be met."""
     if algorithm == "char_ngram" and vocab_size != char_ngram.VOCAB_SIZE:
         raise UserError(f"--vocab-size {vocab_size}: expected {char_ngram.VOCAB_SIZE}, the one size of char_ngram")
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
@@ -116,8 +115,8 @@ class TrainingTexts:
             for number, unit in enumerate(self.units):
                 share = (self.max_characters - self.characters) // (len(self.units) - number)
                 for text in itertools.chain.from_iterable(d.texts.to_pylist() for d in read_documents(unit)):
-                    yield text[:share]
                     taken = min(len(text), share)
+                    yield text[:taken]
                     bar.update(taken)
                     self.characters += taken
                     share -= taken
@@ -156,23 +155,8 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
     """BPE merges in order, at least as many as needed where the text has them. Text is cut at line ends."""
     names = list(map(str, files))
-    try:
-        import gigabpe
-    except ImportError:
-        print("note: gigabpe is not installed; training with tokenizers, slower, same output", file=sys.stderr)
-        return reference_merges(names, vocab_size)
     _, merges = gigabpe.train_bpe(names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
     return [(left, right) for left, right in merges]
-
-
-def reference_merges(names: list[str], vocab_size: int) -> Merges:
-    """The same merges from `tokenizers`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS_TOKEN], **options)
-    tokenizer.train(names, trainer)
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def spellings(text: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pydantic
 import xxhash
 
 from data_prep import shards
 from data_prep.corpus import Documents, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
-from data_prep.errors import UserError
+from data_prep.errors import UserError, explained
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import SPLITS, TOKEN_DTYPE, Index, ShardFacts, ShardWriter, Tokens, digest_file, write_durably
@@ -62,14 +63,11 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
-        self.encoder = self._new_encoder()
+        self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
         for encoder in (self.encoder, *[None] * (self.threads - 1)):
             self._encoders.put(encoder)
         self._stopping = threading.Event()
-
-    def _new_encoder(self) -> Encoder:
-        return new_encoder(self.tokenizer, prefer=self.prefer)
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
         """Build the units, a core each; what they gave, by record path, once every file of every rank is on the disk.
@@ -79,41 +77,40 @@ class UnitBuilder:
 
         def work(unit: WorkUnit) -> UnitResult:
             with writing(self.output_dir, f"unit {unit.name}"):
-                return self._build_unit(unit, progress)
+                return self._build_unit(unit)
 
         with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
             futures = {record_path(unit): pool.submit(work, unit) for unit in units}
             try:
-                is_whole = watch(set(futures.values()), progress)
+                is_whole = watch({futures[record_path(unit)]: unit.size_bytes for unit in units}, progress)
             finally:
                 self._stopping.set()
                 pool.shutdown(cancel_futures=True)
         return {path: future.result() for path, future in futures.items() if is_whole}
 
-    def _build_unit(self, unit: WorkUnit, progress: Progress) -> UnitResult:
+    def _build_unit(self, unit: WorkUnit) -> UnitResult:
         signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
         if (finished := self._finished(unit, signature)) is not None:
-            progress.add(unit.size_bytes)
             return finished
         with ExitStack() as held:
             encoder = self._encoders.get()
             try:
-                encoder = encoder or self._new_encoder()
+                encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad = self._encode_unit(unit, encoder, splits, progress)
+                rows, empty, bad = self._encode_unit(unit, encoder, splits)
             finally:
                 self._encoders.put(encoder)
             written = tuple(part.finish() for part in splits if part.documents)
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
-        write_durably(self.output_dir / record_path(unit), record_bytes(signature, result))
+        content = asdict(result)
+        sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
+        write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
 
-    def _encode_unit(
-        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter], progress: Progress
-    ) -> tuple[int, int, Reasons]:
+    def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> tuple[int, int, Reasons]:
         """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
-        rows = empty = taken = 0
+        rows = empty = 0
         bad: Reasons = []
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
@@ -121,9 +118,6 @@ class UnitBuilder:
             if len(documents.texts):
                 self._add(unit, documents, encoder, splits)
             rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
-            taken += documents.input_bytes
-            progress.add(documents.input_bytes)
-        progress.add(unit.size_bytes - taken)
         return rows, empty, bad
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
@@ -172,14 +166,10 @@ class UnitBuilder:
         if encoder.is_reference and not is_import:
             return
         text = documents.texts[i].as_py()
-        is_cut = len(text) > PARITY_CHARACTERS
-        text = text[:PARITY_CHARACTERS]
-        expected = reference_ids(self.tokenizer, text)
-        if is_cut and is_import:
+        expected = reference_ids(self.tokenizer, text[:PARITY_CHARACTERS])
+        if len(text) > PARITY_CHARACTERS:
             expected = expected[:-PARITY_MARGIN]
             got = got[: len(expected)]
-        elif is_cut:
-            got, _ = encoder.encode(pa.array([text], pa.large_string()))
         if not np.array_equal(got, expected):
             problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
             if is_import:
@@ -188,13 +178,14 @@ class UnitBuilder:
             raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
 
 
-def watch(pending: set[Future[UnitResult]], progress: Progress) -> bool:
+def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> bool:
     """Report progress until every rank is done, or one has met an error: then raise it, if it is ours, or say False."""
     states = {"working"}
     while "working" in states and "failed" not in states:
-        finished, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+        finished, _ = wait(pending_bytes, POLL_SECONDS, FIRST_EXCEPTION)
         has_failed = any(future.exception() for future in finished)
-        states = progress.report("failed" if has_failed else "working" if pending else "done")
+        done_bytes = sum(map(pending_bytes.pop, finished))
+        states = progress.report("failed" if has_failed else "working" if pending_bytes else "done", done_bytes)
         for future in finished:
             future.result()
     progress.bar.close()
@@ -217,36 +208,22 @@ def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: f
     return hashlib.sha256(json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
 
 
-def record_bytes(signature: str, result: UnitResult) -> bytes:
-    """The record of a finished unit, as a file: what it gave, sealed with the unit's signature."""
-    content = asdict(result)
-    return (json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n").encode()
-
-
 def _seal(signature: str, content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([signature, content]).encode()).hexdigest()
 
 
 def read_record(path: Path, signature: str) -> UnitResult | None:
     """The record of a finished unit; None if there is none, a damaged one, or one of other inputs."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content: dict[str, Any] = json.loads(path.read_bytes())
-        if content.pop("seal") != _seal(signature, content):
-            return None
-        written = tuple(ShardFacts(**shard) for shard in content.pop("shards"))
-        bad = [(int(row), str(reason)) for row, reason in content.pop("bad_documents")]
-        return UnitResult(shards=written, bad_documents=bad, **content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        if content.pop("seal") == _seal(signature, content):
+            return pydantic.TypeAdapter(UnitResult).validate_python(content)
+    return None
 
 
-@contextmanager
-def writing(output_dir: Path, what: str) -> Iterator[None]:
+def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
     """A full disk, or one that can't be written to, is a UserError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{output_dir}: can't write {what} ({error.strerror or error}); {SPACE}") from None
+    return explained(OSError, f"{output_dir}: can't write {what}", SPACE)
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:

@@ -7,23 +7,21 @@ files are built again from their sources, and put in place if they are what the 
 import contextlib
 import json
 import os
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
 from data_prep import shards
-from data_prep.build_plan import make_plan
 from data_prep.build_shards import BUILD_NAME, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.mixture import load_mixture, mixture_path
+from data_prep.mixture import load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress
 from data_prep.shards import LOCK_NAME, MANIFEST_NAME, REBUILD, TOKEN_DTYPE, TOKENIZER_NAME, Manifest, Shard
 from data_prep.unit_shards import UnitBuilder, shard_path
@@ -55,13 +53,12 @@ def main(argv: list[str] | None = None) -> None:
             repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
             problems = list(find_problems(data_dir, manifest))
     if problems:
-        shard, first = problems[0]
+        first = problems[0][1]
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
-        advice = ", or this with --repair" if shard else ""
-        advice = advice if REBUILD in first or REMOVE in first else f"; run this with --repair, or {REBUILD}"
+        advice = "" if REMOVE in first else "; --repair builds bad files again"
         raise UserError(f"{data_dir}: {many}: {first}{advice}")
     seconds = time.perf_counter() - started
-    size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in (shard.path, shard.index_path))
+    size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in shard.digests)
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
     print(f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint {manifest.fingerprint}")
 
@@ -97,10 +94,9 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
 
 def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None) -> None:
     """Build the units of bad shards again, beside; put them in place if they are what the manifest says."""
-    try:
-        built = dict(json.loads((data_dir / BUILD_NAME).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        built = {}
+    built: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        built |= json.loads((data_dir / BUILD_NAME).read_bytes())
     path = mixture_path(mixture_name) if mixture_name else Path(built.get("mixture", "its mixture file"))
     if not path.is_file():
         raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
@@ -115,26 +111,20 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     plan = make_plan(mixture, tokenizer)
     names = {shard.path for shard in bad}
     units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}]
-    scratch = data_dir / "repair.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    builder = UnitBuilder(
-        output_dir=scratch, tokenizer=tokenizer, prefer="gigatoken", validation_fraction=manifest.validation_fraction,
-        threads=len(os.sched_getaffinity(0)),
-    )  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:
+        builder = UnitBuilder(
+            output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=len(os.sched_getaffinity(0)),
+            validation_fraction=manifest.validation_fraction,
+        )  # fmt: skip
         builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))
         for shard in bad:
-            for digest, name in ((shard.xxh3_128, shard.path), (shard.index_xxh3_128, shard.index_path)):
-                if not (scratch / name).is_file() or shards.digest_file(scratch / name) != digest:
+            for name, digest in shard.digests.items():
+                if not Path(scratch, name).is_file() or shards.digest_file(Path(scratch, name)) != digest:
                     where = f"{shard.inputs[0]}: rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
                     raise UserError(f"{where}: not the text any more that {shard.path} was made of; bring it back")
-        for name in sorted({path for shard in bad for path in (shard.path, shard.index_path)}):
-            (data_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(scratch / name, data_dir / name)
-            shards.fsync_directory((data_dir / name).parent)
+        for name in sorted({name for shard in bad for name in shard.digests}):
+            shards.write_durably(data_dir / name, Path(scratch, name).read_bytes())
             print(f"repaired: {data_dir / name}")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
@@ -152,19 +142,14 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
     """The ids are as the manifest says, below vocab_size, and documents end where a good index says."""
     path = data_dir / shard.path
-    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
-    state, ends, largest, position = xxhash.xxh3_128(), [], 0, 0
-    buffer = np.empty(CHUNK_TOKENS, TOKEN_DTYPE)
-    with path.open("rb", buffering=0) as file:
-        state.update(file.read(shards.SHARD_HEADER_BYTES))
-        while count := file.readinto(buffer) // TOKEN_DTYPE.itemsize:  # type: ignore[arg-type]
-            chunk = buffer[:count]
-            state.update(chunk.data)
-            largest = max(largest, int(chunk.max()))
-            ends.append(np.flatnonzero(chunk == manifest.eos_id) + position)
-            position += count
-    if state.hexdigest() != shard.xxh3_128:
+    tokens = shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+    if shards.digest_file(path) != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
+    ends, largest = [], 0
+    for start in range(0, shard.tokens, CHUNK_TOKENS):
+        chunk = tokens[start : start + CHUNK_TOKENS]
+        largest = max(largest, int(chunk.max()))
+        ends.append(np.flatnonzero(chunk == manifest.eos_id) + start)
     if largest >= manifest.vocab_size:
         raise UserError(f"{path}: holds id {largest}, the vocabulary ends at {manifest.vocab_size - 1}")
     if starts is None:
@@ -177,7 +162,7 @@ def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offse
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
     known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)}
-    known.update(path for shard in manifest.shards for path in (shard.path, shard.index_path))
+    known.update(path for shard in manifest.shards for path in shard.digests)
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
         if name not in known and not (name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")):

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep import json_lines, pretokenized
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, explained
 from data_prep.inputs import InputFile, open_input, reading
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
 UNITS_OF_A_SOURCE = 256  # about so many, within the limits above
 LISTING_THREADS = 16
+SEARCH_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
 JSONL_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
 ENDINGS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv")  # of files' names, each a format
 FORMATS = (*ENDINGS, "save_to_disk", *pretokenized.FORMATS)
@@ -112,7 +113,7 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
         rows = len(load_from_disk(file))
         step = max(1, rows * unit_bytes // max(file.size, 1))
         return [(at, min(at + step, rows), min(step, rows - at) * file.size // rows) for at in range(0, rows, step)]
-    with reading(file), open_input(file, 0) as stream:
+    with reading(file), open_input(file, SEARCH_BYTES * (format == "jsonl")) as stream:
         check_first_bytes(file, format, stream.read(8))
         cuts = json_lines.line_cuts(stream, file.size, unit_bytes) if format == "jsonl" else [0, file.size]
     if format == "parquet":
@@ -123,26 +124,19 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
 
 def row_group_runs(file: pq.ParquetFile, numbers: range, text_field: str | None, limit_bytes: int) -> list[Range]:
     """Runs of row groups within limit_bytes of text."""
-    return runs_within((_column_bytes(file, group, text_field) for group in numbers), limit_bytes, numbers.start)
-
-
-def _column_bytes(file: pq.ParquetFile, group: int, text_field: str | None) -> int:
-    """Uncompressed bytes of the text column in one row group."""
-    row_group = file.metadata.row_group(group)
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+    sizes = []
+    for group in map(file.metadata.row_group, numbers):
+        columns = [group.column(i) for i in range(group.num_columns)]
+        sizes.append(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field))
+    return runs_within(sizes, limit_bytes, numbers.start)
 
 
 def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
     """Open a parquet file and check that its text column is there and holds text."""
     is_remote = "://" in file.url
-    try:
+    with explained((pa.ArrowException, OSError), f"{file.url}: not a readable parquet file", "fetch or write it again"):
         parquet = pq.ParquetFile(open_input(file, 0) if is_remote else file.url, pre_buffer=is_remote)
-        schema = parquet.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        problem = f"not a readable parquet file ({one_line(error)})"
-        raise UserError(f"{file.url}: {problem}; fetch or write it again") from None
-    check_schema(file, schema, text_field)
+        check_schema(file, parquet.schema_arrow, text_field)
     return parquet
 
 
@@ -157,10 +151,8 @@ def check_first_bytes(file: InputFile, format: str, first: bytes) -> None:
 
 def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> None:
     """The text column is there and holds text."""
-    try:
+    with explained(UnicodeDecodeError, f"{file.url}: damaged, a column's name is not UTF-8", "fetch or write it again"):
         check_column(file, schema.names, text_field)
-    except UnicodeDecodeError:
-        raise UserError(f"{file.url}: damaged (the name of a column is not UTF-8); fetch or write it again") from None
     type_ = schema.field(schema.names.index(text_field)).type
     value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
     if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
@@ -178,7 +170,5 @@ def load_from_disk(file: InputFile) -> Any:
     """A data set that `datasets` saved."""
     import datasets
 
-    try:
+    with explained(Exception, f"{file.url}: datasets can't load it", "save it again"):
         return datasets.load_from_disk(str(Path(file.url).parent))
-    except Exception as error:
-        raise UserError(f"{file.url}: datasets can't load it ({one_line(error)}); save it again") from None

@@ -10,11 +10,11 @@ import json
 import lzma
 import math
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,32 +81,8 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
 
 def page(summary: dict[str, Any]) -> str:
     """The summary as a page of text."""
-    names = {"gzip": "gzip -9", "xz": "xz -9", "val": "this model"}
-    figures = {name: summary[f"{key}_bits_per_byte"] for key, name in names.items()}
-    longest = max(figures.values())
-    chart = "\n".join(f"    {name:<11} {v:5.3f}  {'█' * round(32 * v / longest)}" for name, v in figures.items())
-    sample = textwrap.fill(summary["sample"].replace("\n", " "), 76, initial_indent="    ", subsequent_indent="    ")
-    seconds = summary["seconds"]
-    whole_job = f"  whole job    {seconds // 60:.0f} min {seconds % 60:.0f} s\n" if seconds else ""
-    return f"""
-  A language model without an input embedding table
-  ─────────────────────────────────────────────────
-  {summary["parameters"]:,} trained parameters, {summary["trainable_input_parameters"]} of them in the input; \
-vocabulary {summary["vocab_size"]:,}
-  {summary["train_tokens"]:,} tokens in {summary["steps"]} steps at {summary["tokens_per_s"]:,.0f} tokens/s; \
-stopped and resumed at step {summary["stopped_at_step"]}
-  held-out loss {summary["val_loss"]:.3f} nats a token, perplexity {summary["val_perplexity"]:,.1f}
-
-  Bits per byte on {summary["val_text_bytes"] / 1e3:,.0f} kB of held-out text (lower is better)
-{chart}
-
-  It continues "{summary["prompt"]}":
-{sample}
-
-  data set     {summary["dataset_fingerprint"]} (fingerprint)
-  table-free   {summary["hf_dir"]}
-  GPT-NeoX     {summary["gpt_neox_dir"]}
-{whole_job}"""
+    template = Path(__file__).with_name("summary.txt.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(summary)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,9 @@ from prep_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import train_tokenizer, unit_shards, work_units
-from data_prep.build_plan import assign
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError, exit_code
-from data_prep.mixture import load_mixture, mixture_path
+from data_prep.mixture import assign, load_mixture, mixture_path
 from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.work_units import WorkUnit
 
@@ -141,7 +140,7 @@ def test_the_same_bits_without_gigatoken(tmp_path: Path, mixture: Path) -> None:
     (blocked / "gigatoken.py").write_text("raise ImportError('blocked')\n")
     result = run(build_command(mixture, tmp_path / "slow"), PYTHONPATH=str(blocked))
     assert result.returncode == 0, result.stderr
-    assert "note: gigatoken is not installed; encoding with tokenizers" in result.stderr
+    assert "(blocked); encoding with tokenizers" in result.stderr
     assert load_manifest(tmp_path / "slow").fingerprint == build(mixture, tmp_path / "fast").fingerprint
     assert (
         build(mixture, tmp_path / "chosen", "--encoder", "tokenizers").fingerprint
@@ -493,7 +492,9 @@ def test_bad_mixtures_touch_nothing(
 )
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "mixture.yaml").write_text(content)
-    assert f"mixture.yaml: {expected}" in build_error(tmp_path / "mixture.yaml", tmp_path / "out")
+    message = build_error(tmp_path / "mixture.yaml", tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'mixture.yaml'}: ")
+    assert expected in message
 
 
 def test_files_of_two_formats_are_two_sources(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:
@@ -506,7 +507,7 @@ def test_files_of_two_formats_are_two_sources(tmp_path: Path, tokenizer_dir: Pat
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-5", "1e400", "0", "many"])
 def test_numbers_of_training_tokens_that_are_none(tmp_path: Path, mixture: Path, number: str) -> None:
-    with pytest.raises(UserError, match=f"--train-tokens: {number}: expected a number of tokens, such as 17e9"):
+    with pytest.raises(UserError, match=f"--train-tokens: {number}: expected a number, such as 17e9"):
         build(mixture, tmp_path / "out", "--train-tokens", number)
     assert not (tmp_path / "out").exists()
 

@@ -107,7 +107,7 @@ def test_damaged_files_of_ids(tmp_path: Path, kind: str, data: st.DataObject) ->
     message = ""
     try:
         for start, stop, _ in pretokenized.cut_ids(file, format, EOS, 40):
-            for ids, offsets, _ in pretokenized.read_ids(file, format, start, stop, EOS):
+            for ids, offsets in pretokenized.read_ids(file, format, start, stop, EOS):
                 assert offsets[0] == 0
                 assert offsets[-1] == len(ids)
                 assert (offsets[1:] >= offsets[:-1]).all()

@@ -49,8 +49,7 @@ world, _ = connect()
 progress = Progress(world, 100_000_000)
 progress.bar.mininterval = progress.bar.delay = 0
 for _ in range(10):
-    progress.add(4_000_000 + 2_000_000 * world.rank)
-    assert progress.report("working") == {"working"}
+    assert progress.report("working", 4_000_000 + 2_000_000 * world.rank) == {"working"}
     time.sleep(0.02)
 assert progress.report("done") == {"done"}
 progress.bar.close()
