@@ -166,10 +166,13 @@ class UnitBuilder:
         if encoder.is_reference and not is_import:
             return
         text = documents.texts[i].as_py()
-        expected = reference_ids(self.tokenizer, text[:PARITY_CHARACTERS])
-        if len(text) > PARITY_CHARACTERS:
+        is_cut, text = len(text) > PARITY_CHARACTERS, text[:PARITY_CHARACTERS]
+        expected = reference_ids(self.tokenizer, text)
+        if is_cut and is_import:
             expected = expected[:-PARITY_MARGIN]
             got = got[: len(expected)]
+        elif is_cut:  # the whole document's ids may differ far before the cut
+            got, _ = encoder.encode(pa.array([text], pa.large_string()))
         if not np.array_equal(got, expected):
             problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
             if is_import:
