@@ -16,11 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import environment, free_port
+from conftest import REPOSITORY, environment, free_port
 
 TIMEOUT_S = 300
-# What every rank would import for itself; the last is what DeepSpeed loads, with torch's compiler, at its first engine.
-PRELOADED = ["conftest", "forked_ranks", "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 class Ended(NamedTuple):
@@ -34,8 +32,9 @@ class Ended(NamedTuple):
 def fork_server() -> ForkServerContext:
     """A process with the tests' environment that has imported the training command and waits to be forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    before, fixed = dict(os.environ), environment()
+    context.set_forkserver_preload(["preloaded"])
+    before = dict(os.environ)
+    fixed = environment(PYTHONPATH=f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")  # what it imports by
     os.environ.update(fixed)
     try:
         forkserver.ensure_running()
@@ -54,6 +53,7 @@ def variables_of(ranks: int) -> list[dict[str, str]]:
 
 def become_a_rank(variables: dict[str, str], log: Path) -> None:
     """What comes first in the body of a forked rank: a launcher's variables, and output to a file."""
+    assert "preloaded" in sys.modules  # an import that fails there is not said
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
