@@ -15,6 +15,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
 import argparse
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -350,7 +351,8 @@ def train_from_last_checkpoint(run: Run, world: World, device: torch.device) -> 
     """Describe the run, load what was saved, train the rest."""
     if world.is_main:
         describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
-        write_state(run.run_dir, status="running", reason=None, fingerprint=run.reader.manifest.fingerprint)
+        fingerprint = run.reader.manifest.fingerprint
+        write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
     eos_id = run.reader.manifest.eos_id
     engine = Engine(build_model(run.recipe), run.recipe, run.engine_config, world, device, eos_id)
     end_on_signals(engine, world)
