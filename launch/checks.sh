@@ -39,16 +39,6 @@ parse_flags() {
   [ -z "$hostfile" ] || [ -f "$hostfile" ] || fail "--hostfile $hostfile: no such file; it holds a line for each host"
 }
 
-# Refuses a DeepSpeed hostfile with a bad line, or with a host that can't be reached or lacks what is here.
-check_hosts() {
-  local line='^[[:space:]]*(#.*|[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*)?$' hosts why
-  why=$(grep -Evnm1 "$line" "$1") && fail "--hostfile $1: line ${why/:/: }: expected one as node1 slots=8"
-  hosts=$(sed -nE 's/^[[:space:]]*([^#[:space:]]+)[[:space:]].*/\1/p' "$1" | paste -sd,)
-  command -v pdsh > /dev/null || fail "pdsh: not found; DeepSpeed starts ranks on other machines with it"
-  why=$(PDSH_RCMD_TYPE=ssh pdsh -S -w "$hosts" "ls -d $(printf '%q ' "$PWD" "$(command -v python)")" 2>&1 > /dev/null |
-    head -n 1 | tr -d '\r') || fail "--hostfile $1: $why; hosts must be reached by ssh and see what this one sees"
-}
-
 # Prints a command, then becomes it.
 run() {
   command -v "$1" > /dev/null || fail "$1: not found; activate the environment that holds the project"

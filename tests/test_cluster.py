@@ -136,10 +136,61 @@ def test_a_host_that_cannot_take_part_is_one_clear_line(two_nodes: list[Node], t
         return result.stderr
 
     assert refusal("# mine\n\nnode1 slots=1\nnode2\n").startswith("error: --hostfile hosts: line 4: node2: expected")
-    assert "no remote hosts" in refusal("# none yet\n")
+    assert refusal("# none yet\n").startswith("error: --hostfile hosts: names no host")
     assert "Could not resolve hostname node9" in refusal("node1 slots=1\nnode9 slots=1\n")
     node2.run(f"mount -t tmpfs tmpfs {tmp_path.parent}", cwd=Path("/"))
     assert f"node2: ls: cannot access '{tmp_path}'" in refusal(HOSTFILE)
+
+
+def test_a_host_that_is_cut_off_is_left_out_and_takes_part_again_when_it_is_back(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    node1, node2 = two_nodes
+    write_job(tmp_path, "node1 slots=2\nnode2 slots=1\n")  # a step of three windows divides over 3 ranks or 1
+    recipe = {"batch": {"global_batch_tokens": 3 * 32}, "train_tokens": 20_000 * 3 * 32}
+    typed = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", "--max-restarts", "2", **recipe)
+    log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
+
+    def wait_for_steps(more_than: bytes) -> None:
+        def is_there() -> bool:
+            trained = metrics.exists() and len(figures(tmp_path / "run")) > 5 and metrics.read_bytes() != more_than
+            return script.poll() is not None or trained
+
+        wait_until(is_there, "steps", 300)
+        assert script.poll() is None, log.read_text()
+
+    node2.link_down()
+    script = node1.start(typed, tmp_path, log)
+    wait_for_steps(b"")
+    assert "run: left out node2 (node2: ssh: " in log.read_text()
+    assert "run: only 1 of the 2 ranks left take part" in log.read_text()
+    assert (tmp_path / "run" / "hostfile").read_text() == "node1 slots=1\n"
+    assert [len(node.processes(RANK)) for node in two_nodes] == [1, 0]
+    node2.link_up()
+    node1.kill(RANK)
+    wait_until(lambda: "restart 1 continues from step" in log.read_text(), "a restart", 300)
+    assert "on 3 ranks\n" in log.read_text()
+    wait_until(lambda: [len(node.processes(RANK)) for node in two_nodes] == [2, 1], "ranks on both nodes", 300)
+    wait_for_steps(metrics.read_bytes())
+    node1.kill(r"supervise\.py", signal.SIGTERM)
+    assert script.wait(120) == 0, log.read_text()
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "preempted"
+    assert not [process for node in two_nodes for process in node.processes()]
+
+
+def test_a_signal_to_the_script_on_a_machine_that_trains_nothing_ends_the_run_well(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    node1 = two_nodes[0]
+    write_job(tmp_path, "node2 slots=2\n")
+    typed = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32)
+    script, metrics = node1.start(typed, tmp_path, tmp_path / "log"), tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: script.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run"))), "a step")
+    assert [len(node.processes(RANK)) for node in two_nodes] == [0, 2]
+    node1.kill(r"supervise\.py", signal.SIGTERM)
+    assert script.wait(120) == 0, (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "preempted"
+    assert not [process for node in two_nodes for process in node.processes()]
 
 
 def test_a_node_can_be_cut_off_and_comes_back(two_nodes: list[Node], tmp_path: Path) -> None:

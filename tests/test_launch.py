@@ -14,6 +14,7 @@ from prep_helpers import source, write_mixture, write_parquet
 
 pytest_plugins = ("prep_fixtures",)
 
+PRETRAIN = ("launch/pretrain.sh", "--recipe", "quickstart", "--data-dir", "d", "--run-dir", "r")
 SUMMARY_KEYS = {
     "vocab_size",
     "parameters",
@@ -61,7 +62,7 @@ def test_build_shards_prints_the_command_it_runs_and_builds(
 
 
 def test_a_missing_hostfile_is_one_clear_line() -> None:
-    result = run_command("launch/pretrain.sh", "--recipe", "quickstart", "--hostfile", "nowhere")
+    result = run_command(*PRETRAIN, "--hostfile", "nowhere")
     assert result.returncode == 2
     assert result.stderr.startswith("error: --hostfile nowhere: no such file")
     assert len(result.stderr.splitlines()) == 1
@@ -124,16 +125,21 @@ def test_the_benchmark_of_training_runs() -> None:
 @pytest.mark.parametrize(
     ("command", "variables", "line"),
     [
-        (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "abc"], {}, "error: --ranks abc: expected"),
-        (["launch/pretrain.sh", "--recipe", "quickstart", "--ranks", "0"], {}, "error: --ranks 0: expected"),
+        ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: invalid int value: 'abc'"),
+        ([*PRETRAIN, "--ranks", "0"], {}, "error: --ranks and --max-restarts: expected a number, 1 or more ranks"),
+        ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --ranks and --max-restarts: expected a number, 1 or more"),
+        (["launch/pretrain.sh"], {}, "error: the following arguments are required: --recipe, --data-dir, --run-dir"),
+        ([*PRETRAIN, "--hostfile", "README.md"], {}, "error: --hostfile README.md: line 3: **Pre"),
         (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS 1: expected"),
         (["launch/quickstart.sh", "--steps", "9"], {}, "error: --steps: not a known flag"),
         (["launch/build_shards.sh"], {}, "error: no flags; launch/build_shards.sh --help"),
         (["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"], {}, "error: --hostfile README.md:"),
-        (["launch/pretrain.sh", "--hostfile", "README.md", "--ranks=2", "--seed=1"], {}, "error: --ranks and --hostf"),
+        ([*PRETRAIN, "--hostfile", "README.md", "--ranks=2"], {}, "error: --ranks and --hostfile: the hostfile's"),
+        ([*PRETRAIN, "--ranks"], {}, "error: argument --ranks: expected one argument"),
+        ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: invalid int value: ''"),
+        ([*PRETRAIN, "--hostfile="], {}, "error: --hostfile .: no such file"),
         *(
-            ([f"launch/{script}.sh", *flags], {}, f"error: {flags[0].removesuffix('=')}: expected a value after it")
-            for script in ("pretrain", "build_shards")
+            (["launch/build_shards.sh", *flags], {}, f"error: {flags[0].removesuffix('=')}: expected a value after it")
             for flags in (["--ranks"], ["--hostfile"], ["--ranks="], ["--hostfile", "", "--seed=1"])
         ),
     ],

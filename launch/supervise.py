@@ -1,0 +1,276 @@
+"""Keeps a training job going: starts `deepspeed`, ends it well when told to, starts it again when it failed.
+
+    launch/pretrain.sh --recipe R --data-dir D --run-dir RUN_DIR [--max-restarts N] [...]
+
+How a start ended is read in RUN_DIR/state.json, which the trainer writes: the launcher can end with 0 while ranks
+were killed. The launcher is the first process of a session of its own. In it sits a shell that waits for the end of a
+pipe from here and then kills them all: so nothing outlives this process, however it ends. Ranks on other hosts have
+terminals of ssh, and end with them.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run by path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, one_line
+from data_prep.shards import lock, write_durably
+from pretrain.config import Recipe, load_recipe
+
+GUARDED = 'exec 3<&0 < /dev/null; sh -c "read _ <&3; kill -9 0" & exec 3<&-; exec "$@"'
+# sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
+# DeepSpeed's launchers must get none: they would orphan their ranks, or end them in the middle of a step.
+SIGNAL_RANKS = """cd /proc; for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
+grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
+COUNT_GPUS = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
+SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
+SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
+POLL_S = 0.1
+LONGEST_BACK_OFF_S = 300.0
+LOCKED_S = 120.0  # a file server may take so long to notice that the machine with a locked file is gone
+HOST_LINE = re.compile(r"\s*(?:#.*|(\S+)\s+slots=([1-9]\d{0,5})\s*)?")
+HERE = ""  # this machine, among hosts
+Slots = dict[str, int]  # ranks by host
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """The flags that matter here, and all those of pretrain.train."""
+    parser = CommandParser(prog="launch/pretrain.sh", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 2)")
+    parser.add_argument("--hostfile", type=Path, metavar="F", help="a line for each machine, as node1 slots=8")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)")
+    for name in ("--recipe", "--data-dir", "--run-dir"):
+        parser.add_argument(name, required=True, help="as pretrain.train has it, with all its other flags")
+    flags, others = parser.parse_known_args(arguments)
+    if flags.max_restarts < 0 or (flags.ranks is not None and flags.ranks < 1):
+        raise UserError("--ranks and --max-restarts: expected a number, 1 or more ranks and 0 or more restarts")
+    if flags.ranks and flags.hostfile:
+        raise UserError("--ranks and --hostfile: the hostfile's slots say how many ranks there are; leave --ranks out")
+    return flags, ["--recipe", flags.recipe, "--data-dir", flags.data_dir, "--run-dir", flags.run_dir, *others]
+
+
+def read_hostfile(path: Path) -> Slots:
+    """A DeepSpeed hostfile. Raises UserError for the first line that isn't one of its."""
+    if not path.is_file():
+        raise UserError(f"--hostfile {path}: no such file; it holds a line for each host")
+    slots: Slots = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        match = HOST_LINE.fullmatch(line)
+        if not match or match[1] in slots:
+            raise UserError(f"--hostfile {path}: line {number}: {line}: expected one for each host, as node1 slots=8")
+        slots |= {match[1]: int(match[2])} if match[1] else {}
+    if not slots:
+        raise UserError(f"--hostfile {path}: names no host; it holds a line for each, as node1 slots=8")
+    return slots
+
+
+def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on this machine, or on hosts by ssh, on all at the same time."""
+    ssh = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-oBatchMode=yes {os.getenv('PDSH_SSH_ARGS_APPEND', '')}"}
+    if HERE not in hosts:
+        command = ("pdsh", "-t", "10", "-u", "45", "-f", "1024", "-w", ",".join(hosts), shlex.join(command))
+    env, nothing = {**os.environ, **ssh}, subprocess.DEVNULL
+    return subprocess.run(command, env=env, stdin=nothing, capture_output=True, text=True, process_group=0)
+
+
+def trim(slots: Slots, recipe: Recipe) -> Slots:
+    """As many of the ranks as divide a step, those of the first hosts; all of them if no number does."""
+    at_once, every = recipe.batch.micro_batch_size, sum(slots.values())
+    left = next((ranks for ranks in range(every, 0, -1) if recipe.global_batch_size % (ranks * at_once) == 0), every)
+    kept: Slots = {}
+    for host, ranks in slots.items():
+        kept[host] = min(ranks, left - sum(kept.values()))
+    return {host: ranks for host, ranks in kept.items() if ranks}
+
+
+def standing(run_dir: Path) -> dict[str, Any]:
+    """How a run stands: its state.json, and its steps; what is damaged is the trainer's to complain about.
+
+    `began` differs after a start that got as far as training; a start that trained made the file of its steps anew.
+    """
+    state, lines, number = {}, b"", 0
+    with suppress(OSError, ValueError):
+        state = dict(json.loads((run_dir / "state.json").read_bytes()))
+    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        lines, number = file.read(), os.fstat(file.fileno()).st_ino
+    return {"status": "unknown", "began": None, **state, "steps": lines.count(b"\n"), "steps_file": number}
+
+
+def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Why a start failed, on one line: what the trainer says, else how the launcher ended."""
+    if now["status"] == "failed" and now != before:
+        return " ".join(str(now.get("reason")).split())
+    by = f" ({SIGNAL_NAMES[-code % 256]})" if -code % 256 in SIGNAL_NAMES else ""
+    return f"deepspeed ended with exit code {code}{by}, state.json says {now['status']}"
+
+
+@dataclass
+class Supervisor:
+    """A job over all its starts."""
+
+    flags: Namespace
+    trainer_flags: list[str]
+    signals: list[tuple[int, float]] = field(default_factory=list)  # number, time
+    ports: list[str] = field(default_factory=list)  # that the ranks of each start met at
+    gpus: int = 0  # the most that were seen
+
+    def say(self, text: str) -> None:
+        """A line about the run."""
+        print(f"{self.flags.run_dir}: {text}", file=sys.stderr, flush=True)
+
+    def load_recipe(self) -> Recipe:
+        """The recipe, with all overrides that say how large a step is."""
+        return load_recipe(self.flags.recipe, [f for f in self.trainer_flags if re.match(r"--(model|batch)\.", f)])
+
+    def find_gpus(self) -> tuple[Slots, Slots]:
+        """The ranks of this machine that were asked for, and those that it has GPUs for now."""
+        answer = run_on([HERE], *COUNT_GPUS)
+        if answer.returncode:
+            raise UserError("python can't import torch; activate the environment that holds the project")
+        gpus = int(answer.stdout)
+        self.gpus = max(gpus, self.gpus)
+        if self.gpus and not gpus:
+            raise UserError("no GPU is left on this machine")
+        asked = self.flags.ranks or self.gpus or 2  # a wrong wish is refused by the trainer, in the first start
+        return {HERE: asked}, {HERE: min(asked, gpus) if gpus and self.ports else asked}
+
+    def find_hosts(self) -> tuple[Slots, Slots]:
+        """The hostfile's slots, and those of the hosts that ssh reaches and that see what this machine sees."""
+        asked = read_hostfile(self.flags.hostfile)
+        look = f"{shlex.join(['ls', '-d', os.getcwd(), sys.executable])} > /dev/null && echo sees %h"
+        answer = run_on([*asked], "sh", "-c", look)
+        left = {host: asked[host] for host in asked if f"sees {host}\n" in answer.stdout}
+        missing = sorted(asked.keys() - left.keys())
+        why = next((line for line in answer.stderr.splitlines() if line.partition(":")[0] in missing), "no answer")
+        if missing and not (left and self.flags.max_restarts):
+            raise UserError(f"--hostfile {self.flags.hostfile}: {why}; ssh must reach all, and each see what is here")
+        if missing:
+            self.say(f"left out {', '.join(missing)} ({why.strip()})")
+        return asked, left
+
+    def command(self, asked: Slots, slots: Slots) -> tuple[list[str], dict[str, str]]:
+        """What to run for a start, and in which environment."""
+        launcher, flags, env = ["deepspeed", "--quiet", "--master_port", self.ports[-1]], self.trainer_flags, {}
+        if hostfile := self.flags.hostfile:
+            if slots != asked:
+                hostfile = Path(self.flags.run_dir, "hostfile")
+                write_durably(hostfile, "".join(f"{host} slots={ranks}\n" for host, ranks in slots.items()).encode())
+            # ranks get a terminal, so that they end when ssh does; ssh ends 15 s after its node fell silent
+            env["PDSH_SSH_ARGS_APPEND"] = f"-tt -o ServerAliveInterval=5 {os.getenv('PDSH_SSH_ARGS_APPEND', '')}"
+            launcher += ["--hostfile", str(hostfile), "--force_multi"]  # or a single host is taken for this machine
+        else:
+            cores = len(os.sched_getaffinity(0))
+            env["OMP_NUM_THREADS"] = os.getenv("OMP_NUM_THREADS", str(max(1, cores // slots[HERE])))
+            launcher += ["--num_gpus", str(slots[HERE])]
+            if not self.gpus:
+                env["DS_ACCELERATOR"] = "cpu"
+                if not re.search(r" --(deepspeed[-_]config|engine=)", " ".join(flags)):
+                    flags = [*flags, "--deepspeed-config", "zero2_fp32"]
+        return [*launcher, "--module", "pretrain.train", *flags], {**os.environ, **env}
+
+    def signal_ranks(self, hosts: list[str], number: int) -> bool:
+        """Send a signal to the ranks of all starts; whether there were any."""
+        return bool(run_on(hosts, "sh", "-c", SIGNAL_RANKS, "|".join(self.ports), str(int(number))).stdout)
+
+    def start(self, restart: int) -> int:
+        """Run the launcher once; its exit code, when it and all ranks are gone. Raises UserError if none can run."""
+        asked, left = self.find_hosts() if self.flags.hostfile else self.find_gpus()
+        slots = left if left == asked else trim(left, self.load_recipe())
+        hosts, ranks = [*slots], sum(slots.values())
+        if restart:
+            self.signal_ranks(hosts, signal.SIGKILL)  # of a host that was cut off, and is back
+            newest = max(Path(self.flags.run_dir).glob("checkpoints/step-" + "[0-9]" * 8), default=Path("step 0"))
+            self.say(f"restart {restart} continues from {newest.name} on {ranks} ranks")
+        if slots != left:
+            self.say(f"only {ranks} of the {sum(left.values())} ranks left take part: they divide a step")
+        with socket.create_server(("", 0)) as listener:
+            self.ports.append(str(listener.getsockname()[1]))
+        command, env = self.command(asked, slots)
+        print("+", shlex.join(command), flush=True)
+        guarded = ["sh", "-c", GUARDED, "sh", *command]
+        with subprocess.Popen(guarded, stdin=subprocess.PIPE, env=env, start_new_session=True) as launcher:
+            while launcher.poll() is None and not self.signals:
+                time.sleep(POLL_S)
+            # without a rank to tell, nothing is lost yet
+            is_ending = launcher.poll() is None and self.signal_ranks(hosts, signal.SIGTERM)
+            while is_ending and launcher.poll() is None and self.signals[-1][1] - self.signals[0][1] < SAME_SIGNAL_S:
+                time.sleep(POLL_S)
+            self.signal_ranks(hosts, signal.SIGKILL)
+        return launcher.wait()  # leaving closed the pipe
+
+    def wait(self, seconds: float) -> None:
+        """Back off, then until no rank holds the run's directory any more; a signal ends that."""
+        end = time.monotonic() + seconds
+        while not self.signals and time.monotonic() < end + LOCKED_S:
+            time.sleep(POLL_S)
+            with suppress(UserError):
+                if time.monotonic() > end:
+                    lock(Path(self.flags.run_dir), "training there", "--run-dir").close()
+                    break
+
+    def end_unless_failed(self, code: int, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Leave with the job's exit code if it ends with this start."""
+        good = ("done", "preempted") if now["began"] != before["began"] else ("done",)
+        if code == USER_ERROR_EXIT_CODE or now["status"] in good or (code == 0 and "--dry-run" in self.trainer_flags):
+            sys.exit(code if code == USER_ERROR_EXIT_CODE else 0)
+        if self.signals:
+            self.say(f"ended by {SIGNAL_NAMES[self.signals[0][0]]}; the same command continues")
+            sys.exit(128 + self.signals[0][0])
+
+    def run(self) -> None:
+        """Start, and start again; leaves with the exit code."""
+        run_dir, failed_step, back_off = Path(self.flags.run_dir), None, float(os.getenv("BACK_OFF_S", "5"))
+        for restart in range(1, self.flags.max_restarts + 2):
+            before = standing(run_dir)
+            try:
+                code, refusal = 1 if self.signals else self.start(restart - 1), ""
+            except UserError as error:
+                if restart == 1:
+                    raise
+                code, refusal = 1, one_line(error)
+            now, last_failed_step = standing(run_dir), failed_step
+            self.end_unless_failed(code, before, now)
+            why = refusal or describe_failure(code, before, now)
+            trained = now["began"] != before["began"] and now["steps_file"] != before["steps_file"]
+            failed_step = now["steps"] if trained else None
+            if failed_step is not None and failed_step == last_failed_step:
+                sys.exit(f"error: {run_dir}: {why}; {self.describe_step(failed_step)}")
+            if restart <= self.flags.max_restarts:
+                self.say(f"failed: {why}; restart {restart} of {self.flags.max_restarts} in {back_off:g} s")
+                self.wait(back_off)
+                back_off = min(2 * back_off, LONGEST_BACK_OFF_S)
+        sys.exit(f"error: {run_dir}: {why}; no restarts left of {self.flags.max_restarts}; the same command continues")
+
+    def describe_step(self, step: int) -> str:
+        """What a step that failed twice was made of."""
+        batch = self.load_recipe().global_batch_size
+        where = ["--run-dir", self.flags.run_dir, "--data-dir", self.flags.data_dir, "--step", str(step), "--row", "0"]
+        return (
+            f"step {step} failed twice in a row; it has the samples {step * batch} to {(step + 1) * batch - 1}, and "
+            f"{shlex.join(['python', '-m', 'pretrain.trace', *where])} shows the documents in the first"
+        )
+
+
+def main() -> None:
+    """The command."""
+    supervisor = Supervisor(*parse())
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ending, lambda number, _: supervisor.signals.append((number, time.monotonic())))
+    supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
