@@ -26,7 +26,7 @@ from typing import Any
 if not __package__:  # run by path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, one_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, large_number, one_line
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
 
@@ -49,16 +49,15 @@ Slots = dict[str, int]  # ranks by host
 def parse(arguments: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """The flags that matter here, and all those of pretrain.train."""
     parser = CommandParser(prog="launch/pretrain.sh", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 2)")
-    parser.add_argument("--hostfile", type=Path, metavar="F", help="a line for each machine, as node1 slots=8")
+    where = parser.add_mutually_exclusive_group()  # the hostfile's slots say how many ranks there are
+    where.add_argument("--ranks", type=large_number, metavar="N", help="on this machine (default: its GPUs, or 2)")
+    where.add_argument("--hostfile", type=Path, metavar="F", help="a line for each machine, as node1 slots=8")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)")
     for name in ("--recipe", "--data-dir", "--run-dir"):
         parser.add_argument(name, required=True, help="as pretrain.train has it, with all its other flags")
     flags, others = parser.parse_known_args(arguments)
-    if flags.max_restarts < 0 or (flags.ranks is not None and flags.ranks < 1):
-        raise UserError("--ranks and --max-restarts: expected a number, 1 or more ranks and 0 or more restarts")
-    if flags.ranks and flags.hostfile:
-        raise UserError("--ranks and --hostfile: the hostfile's slots say how many ranks there are; leave --ranks out")
+    if flags.max_restarts < 0:
+        raise UserError(f"--max-restarts {flags.max_restarts}: expected a number, 0 or more")
     return flags, ["--recipe", flags.recipe, "--data-dir", flags.data_dir, "--run-dir", flags.run_dir, *others]
 
 

@@ -40,6 +40,7 @@ SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
 POINTER_NAME = "latest"
 STEP_PREFIX = "step-"
 BLOCK_BYTES = 4 << 20
+Callback = Callable[[], None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,7 @@ def safetensors_blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
             yield block.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def write_fragments(
-    path: Path, fragments: list[Fragment], on_block: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+def write_fragments(path: Path, fragments: list[Fragment], on_block: Callback = None) -> dict[str, Any]:
     """Write one rank's file, digested on the way, and flush it to disk; returns its entry in the manifest."""
     tensors = {f"{f.name}/{state}": values for f in fragments for state, values in f.states.items()}
     digest, on_its_way = xxhash.xxh3_128(), 0
@@ -157,7 +156,8 @@ def write_fragments(
         for block in safetensors_blocks(tensors):
             digest.update(block)
             file.write(block)
-            on_block()
+            if on_block:
+                on_block()
             if file.tell() - on_its_way > BLOCK_BYTES:  # have the disk begin, so that little is left to the fsync
                 os.posix_fadvise(file.fileno(), on_its_way, 0, os.POSIX_FADV_DONTNEED)
                 on_its_way = file.tell()
@@ -185,7 +185,7 @@ def save_checkpoint(
     about: dict[str, Any],
     world: World,
     group: Group = None,
-    on_block: Callable[[], None] = lambda: None,
+    on_block: Callback = None,
 ) -> Path:
     """Save on all ranks; the checkpoint exists, whole, once its directory has its final name.
 

@@ -5,7 +5,6 @@ they write, and how, is in pretrain/checkpoint.py.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.shards import fsync_directory
-from pretrain.checkpoint import Fragment, prune_checkpoints, save_checkpoint
+from pretrain.checkpoint import Callback, Fragment, prune_checkpoints, save_checkpoint
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World, together
 from pretrain.run_directory import METRICS_NAME, write_state
@@ -30,12 +29,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        recipe: CheckpointsRecipe,
-        world: World,
-        on_failure: Callable[[], None],
-        on_block: Callable[[], None] = lambda: None,
+        self, run_dir: Path, recipe: CheckpointsRecipe, world: World, on_failure: Callback, on_block: Callback = None
     ) -> None:
         self.run_dir, self.recipe, self.world = run_dir, recipe, world
         self.on_failure, self.on_block = on_failure, on_block
@@ -87,7 +81,8 @@ class CheckpointWriter:
             together(lambda: self._conclude(saved, step), self._group)
         except Exception as error:
             self._error = error
-            self.on_failure()
+            if self.on_failure:
+                self.on_failure()
 
     def _flush_metrics(self) -> None:
         """Make the lines of metrics.jsonl durable that the checkpoint counts on."""

@@ -26,27 +26,11 @@ RECIPES_DIR = Path(__file__).parent / "recipes"
 MAX_CODE_BITS = 62
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# What a resumed run may change: none of it alters what a step computes, but for the order of float sums.
+# What a resumed run may change, keys and sections: none of it alters what a step computes, but for the order of float
+# sums. Decisions on bad steps are recorded and replayed; of the engine, the merged configuration is compared instead.
 MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "batch.micro_batch_size",
-        "compile",
-        "loss_head",
-        "data.stage_dir",
-        "activation_checkpointing.mode",
-        "activation_checkpointing.every_n_layers",
-        "validation.every_steps",
-        "validation.eval_tokens",
-        "checkpoints.every_steps",
-        "checkpoints.keep_last",
-        "checkpoints.keep_every",
-        "bad_steps.policy",  # what was decided before is replayed
-        "bad_steps.spike_deviations",
-        "bad_steps.max_in_a_row",
-        "stalls.after_medians",
-        "stalls.after_s",
-        "engine",  # the merged DeepSpeed configuration is compared instead
-    }
+    {"batch.micro_batch_size", "compile", "loss_head", "data", "activation_checkpointing", "validation", "checkpoints"}
+    | {"bad_steps", "stalls", "engine"}
 )
 
 

@@ -153,22 +153,15 @@ class Engine:
         of_ranks, gradient_norm = self._synchronise(norm)
         loss = float(of_ranks[:, 0].float().sum()) / (self.accumulation_steps * self.world.world_size)
         gradient_norm = gradient_norm if gradient_norm >= 0 else math.inf  # DeepSpeed says -1 for what is no number
-        own = RankFigures(
-            rank=self.world.rank, seconds=self.clock.split(), peak_memory_bytes=peak_memory_bytes(self.device)
-        )
-        slowest = int((of_ranks[:, 1] + of_ranks[:, 2]).argmax())
+        seconds, peak = self.clock.split(), peak_memory_bytes(self.device)
+        own = RankFigures(rank=self.world.rank, seconds=seconds, peak_memory_bytes=peak)
         self.ends = bool(of_ranks[:, -1].any())
-        *seconds, peak, _ = of_ranks[slowest, 1:].tolist()
+        rank = int((of_ranks[:, 1] + of_ranks[:, 2]).argmax())
+        *theirs, peak, _ = of_ranks[rank, 1:].tolist()
+        slowest = RankFigures(rank=rank, seconds=dict(zip(PHASES, theirs, strict=True)), peak_memory_bytes=int(peak))
+        refused = self.judge(loss, gradient_norm)
         self._figures = StepFigures(
-            loss=loss,
-            gradient_norm=gradient_norm,
-            own=own,
-            slowest=RankFigures(
-                rank=slowest, seconds=dict(zip(PHASES, seconds, strict=True)), peak_memory_bytes=int(peak)
-            )
-            if peak
-            else None,
-            refused=self.judge(loss, gradient_norm),
+            loss=loss, gradient_norm=gradient_norm, own=own, slowest=slowest if peak else None, refused=refused
         )
         self._last_step[:-1] = torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64)
         return self._figures

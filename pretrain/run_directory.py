@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, explained
 from data_prep.shards import TOKENIZER_NAME, write_durably
 from pretrain import config
 from pretrain.checkpoint import saved_steps
@@ -30,12 +30,10 @@ STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpo
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A YAML or JSON file of this directory. Raises UserError if something else wrote it."""
-    try:
+    with explained((ValueError, yaml.YAMLError), f"{path}: damaged", "remove it to continue from the checkpoints"):
         content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it to continue from the checkpoints") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged (no keys and values); remove it to continue from the checkpoints")
+        if not isinstance(content, dict):
+            raise ValueError("no keys and values")
     return content
 
 
@@ -115,8 +113,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a damaged one."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); mend or remove it, and the same command continues") from None
+    with explained(ValueError, f"{path}: damaged", "mend or remove it, and the same command continues"):
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, explained
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
 from pretrain.loader import TrainingLoader
@@ -79,10 +79,8 @@ def build_parser() -> CommandParser:
 
 def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
     """The recipe of a run. Raises UserError if the run saw another data set."""
-    try:
+    with explained((ValueError, KeyError, TypeError), f"{run_dir / 'state.json'}: damaged", "use --recipe"):
         trained_on = json.loads((run_dir / "state.json").read_bytes())["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / 'state.json'}: damaged ({error!r}); use --recipe") from None
     if trained_on != fingerprint:
         raise UserError(f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on {trained_on}")
     return load_recipe(str(run_dir / "recipe.yaml"))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import CommandParser, UserError, os_error_line
+from data_prep.errors import CommandParser, UserError, large_number, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import SKIPS_NAME, BadSteps, describe_rows, finite
@@ -76,23 +76,18 @@ class Run:
 
 def build_parser() -> CommandParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
-    parser = CommandParser(
-        prog="python -m pretrain.train",
-        description="Train a recipe on a data set, or continue the run in --run-dir.",
-        epilog="Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8.",
-    )
+    epilog = "Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8."
+    about = (__doc__ or "").split("\n")[0]
+    parser = CommandParser(prog="python -m pretrain.train", description=about, epilog=epilog)
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
     parser.add_argument("--data-dir", required=True, type=Path, help="data set made by data_prep.build_shards")
     parser.add_argument("--run-dir", required=True, type=Path, help="where the run lives; the same one continues it")
-    parser.add_argument(
-        "--deepspeed-config",
-        "--deepspeed_config",
-        metavar="NAME|FILE",
-        help="DeepSpeed JSON (default: the recipe's engine key)",
-    )
-    parser.add_argument("--stop-at-step", type=int, metavar="N", help="save and stop after N steps of the whole run")
+    names = ("--deepspeed-config", "--deepspeed_config")
+    parser.add_argument(*names, metavar="NAME|FILE", help="DeepSpeed JSON (default: the recipe's engine key)")
+    steps: dict[str, Any] = {"type": large_number, "metavar": "N"}
+    parser.add_argument("--stop-at-step", **steps, help="save and stop after N steps of the whole run")
     parser.add_argument("--branch-from", type=Path, metavar="CHECKPOINT", help="begin with another run's step-N")
-    parser.add_argument("--profile", type=int, metavar="N", help="profile N steps: a trace, and the ten largest costs")
+    parser.add_argument("--profile", **steps, help="profile N steps: a trace, and the ten largest costs")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     return parser
@@ -101,9 +96,6 @@ def build_parser() -> CommandParser:
 def prepare(arguments: Sequence[str], world: World) -> Run:
     """Check everything that one rank can check alone. Raises UserError."""
     flags, overrides = build_parser().parse_known_args(arguments)
-    for flag, steps in (("--stop-at-step", flags.stop_at_step), ("--profile", flags.profile)):
-        if steps is not None and steps < 1:
-            raise UserError(f"{flag} {steps}: expected a number of steps, 1 or more")
     recipe = load_recipe(flags.recipe, overrides)
     engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
     merged = merge_config(recipe, engine_config, world.world_size)
@@ -138,18 +130,11 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     return Run(
-        recipe=recipe,
-        engine_config=merged,
-        data_dir=flags.data_dir,
-        reader=reader,
-        loader=loader,
-        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
-        run_dir=flags.run_dir,
+        recipe=recipe, engine_config=merged, data_dir=flags.data_dir, reader=reader, loader=loader,
+        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
-        branch_from=branch_from,
-        profile_steps=flags.profile or 0,
-        dry_run=flags.dry_run,
-    )
+        branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
+    )  # fmt: skip
 
 
 def build_model(recipe: Recipe) -> TableFreeForCausalLM:
@@ -191,8 +176,7 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
                 f"start again with another --run-dir"
             )
         return 0
-    saved = checkpoint.manifest["fingerprint"]
-    if saved != run.reader.manifest.fingerprint:
+    if (saved := checkpoint.manifest["fingerprint"]) != run.reader.manifest.fingerprint:
         raise UserError(f"{checkpoint.path}: made on data set {saved}, got {run.reader.manifest.fingerprint}")
     if checkpoint.shapes != engine.parameter_shapes():
         raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
@@ -282,10 +266,9 @@ def one_step(
 def refuse(run: Run, bad_steps: BadSteps, step: int, figures: StepFigures, row_nats: list[float]) -> None:
     """Decide on a bad step, say so and record it. Raises UserError on all ranks where the run is to stop."""
     policy, batch = bad_steps.decide(step), run.recipe.global_batch_size
-    found: dict[str, Any] = {"step": step, "reason": figures.refused, "policy": policy}
-    found |= {"loss": finite(figures.loss), "gradient_norm": finite(figures.gradient_norm)}
-    found |= describe_rows(run.loader, run.reader, range(step * batch, (step + 1) * batch), row_nats)
-    bad_steps.record(found)
+    rows = describe_rows(run.loader, run.reader, range(step * batch, (step + 1) * batch), row_nats)
+    figures_found = {"loss": finite(figures.loss), "gradient_norm": finite(figures.gradient_norm)}
+    bad_steps.record({"step": step, "reason": figures.refused, "policy": policy, **figures_found, **rows})
     if policy == "stop":
         stopped = f"step {step}: {figures.refused}; nothing of it reached the weights; {bad_steps.path} has its rows"
         if run.recipe.bad_steps.policy == "stop":
@@ -331,8 +314,7 @@ def train(
     world, step = engine.world, start_step
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
     progress = Progress(run.recipe, start_step, engine.device, world)
-    profiled = run.profile_steps if world.is_main else 0
-    steps = range(start_step, run.stop_at_step)
+    profiled, steps = run.profile_steps if world.is_main else 0, range(start_step, run.stop_at_step)
     profiler = StepProfiler(profiled, steps, run.run_dir / "profile", lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
@@ -404,8 +386,7 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
     watch.clock = engine.clock
     end_on_signals(engine, world)
     announce(run, engine, world)
-    origin = run.branch_from
-    if origin:
+    if origin := run.branch_from:
         together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
         say(world, f"branching from {origin.path}")
     start_step = restore(run, engine, bad_steps, world)

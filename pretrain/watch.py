@@ -31,7 +31,6 @@ from pretrain.timing import StepClock
 BEAT_S = 1.0
 SILENCE_S = 30.0
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
-MEDIAN_STEPS = 3  # fewer have no median
 EXIT_CODE = 1
 LOGS_NAME = "logs"
 OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")  # in the text of an error that another rank's end causes
@@ -98,8 +97,6 @@ class Watch:
             time.sleep(CAUSE_S)
         why = f"{self.name}: {type(error).__name__}: {one_line(error)}"
         self._send("end", why)
-        if self.world.is_main:
-            self._note(why)
 
     def _send(self, *message: Any) -> None:
         """A message to every peer; whether it is still there is seen when reading."""
@@ -157,7 +154,7 @@ class Watch:
 
     def patience_s(self) -> float:
         """For how long nothing may move. First steps compile and fill caches: they may take six times as long."""
-        if len(self.step_seconds) < MEDIAN_STEPS:
+        if len(self.step_seconds) < 3:
             return 6 * self.stalls.after_s
         return max(self.stalls.after_s, self.stalls.after_medians * statistics.median(self.step_seconds))
 
@@ -195,12 +192,7 @@ class Watch:
         self._send("end", why)
         if self.world.rank in (0, 1):  # rank 0 speaks; where it is gone, the next
             print(f"error: {why}", file=sys.stderr, flush=True)
-            note = threading.Thread(target=self._note, args=(why,), daemon=True)
+            note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
             note.start()
             note.join(CAUSE_S)  # the run's directory may be what is lost
         os._exit(EXIT_CODE)
-
-    def _note(self, why: str) -> None:
-        """The cause in state.json, as far as the disk lets it."""
-        with suppress(OSError, UserError):
-            note_failure(self.run_dir, why)

@@ -125,18 +125,18 @@ def test_the_benchmark_of_training_runs() -> None:
 @pytest.mark.parametrize(
     ("command", "variables", "line"),
     [
-        ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: invalid int value: 'abc'"),
-        ([*PRETRAIN, "--ranks", "0"], {}, "error: --ranks and --max-restarts: expected a number, 1 or more ranks"),
-        ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --ranks and --max-restarts: expected a number, 1 or more"),
+        ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: abc: expected a number"),
+        ([*PRETRAIN, "--ranks", "0"], {}, "error: argument --ranks: 0: expected a number, such as"),
+        ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --max-restarts -1: expected a number, 0"),
         (["launch/pretrain.sh"], {}, "error: the following arguments are required: --recipe, --data-dir, --run-dir"),
         ([*PRETRAIN, "--hostfile", "README.md"], {}, "error: --hostfile README.md: line 3: **Pre"),
         (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS 1: expected"),
         (["launch/quickstart.sh", "--steps", "9"], {}, "error: --steps: not a known flag"),
         (["launch/build_shards.sh"], {}, "error: no flags; launch/build_shards.sh --help"),
         (["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"], {}, "error: --hostfile README.md:"),
-        ([*PRETRAIN, "--hostfile", "README.md", "--ranks=2"], {}, "error: --ranks and --hostfile: the hostfile's"),
+        ([*PRETRAIN, "--hostfile", "README.md", "--ranks=2"], {}, "error: argument --ranks: not allowed with"),
         ([*PRETRAIN, "--ranks"], {}, "error: argument --ranks: expected one argument"),
-        ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: invalid int value: ''"),
+        ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: : expected a number"),
         ([*PRETRAIN, "--hostfile="], {}, "error: --hostfile .: no such file"),
         *(
             (["launch/build_shards.sh", *flags], {}, f"error: {flags[0].removesuffix('=')}: expected a value after it")
