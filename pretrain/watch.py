@@ -147,10 +147,11 @@ class Watch:
             os._exit(EXIT_CODE)
 
     def _check_silence(self) -> None:
-        """End the job for a peer that is not heard of any more."""
+        """End the job for a peer that is not heard of any more; rank 0, which knows best who is lost, says so first."""
+        limit_s = SILENCE_S if self.world.is_main else SILENCE_S + CAUSE_S
         for peer in self._peers:
-            if time.monotonic() - peer.heard_at > SILENCE_S:
-                self._end(f"{peer.name} has not answered for {SILENCE_S:.0f} s")
+            if time.monotonic() - peer.heard_at > limit_s:
+                self._end(f"{peer.name} has not answered for {limit_s:.0f} s")
 
     def patience_s(self) -> float:
         """For how long nothing may move. First steps compile and fill caches: they may take six times as long."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -176,6 +177,88 @@ def test_a_host_that_is_cut_off_is_left_out_and_takes_part_again_when_it_is_back
     assert script.wait(120) == 0, log.read_text()
     assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "preempted"
     assert not [process for node in two_nodes for process in node.processes()]
+
+
+class LongRun:
+    """A run of both nodes that saves often and goes on until it is told to end."""
+
+    def __init__(self, nodes: list[Node], data: Path, home: Path) -> None:
+        self.nodes, self.home, self.log = nodes, home, home / "log"
+        write_job(home)
+        recipe: dict[str, Any] = {"train_tokens": 10**5 * 6 * 32, "checkpoints": {"every_steps": 20}}
+        recipe["validation"] = {"every_steps": 10**6}
+        self.typed = pretrain(home, data, "run", "--hostfile", "hosts", "--max-restarts", "1", **recipe)
+        self.start()
+
+    def start(self) -> None:
+        """Type the command at node1, and wait for steps."""
+        self.script = self.nodes[0].start(self.typed, self.home, self.log)
+        self.wait_for_steps()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str, timeout_s: float) -> None:
+        wait_until(lambda: text in self.said() or self.script.poll() is not None, f"{text!r} in the log", timeout_s)
+        assert text in self.said(), self.said()
+
+    def wait_for_steps(self) -> None:
+        """Until 30 more were trained."""
+        metrics = self.home / "run" / "metrics.jsonl"
+        before = metrics.stat().st_ino if metrics.exists() else 0  # a start that trains makes the file anew
+
+        def are_there() -> bool:
+            trained = metrics.exists() and metrics.stat().st_ino != before and len(figures(self.home / "run")) > 30
+            return self.script.poll() is not None or trained
+
+        wait_until(are_there, "steps", 300)
+        assert self.script.poll() is None, self.said()
+
+    def ranks(self) -> list[int]:
+        return [len(node.processes(RANK)) for node in self.nodes]
+
+    def end(self) -> None:
+        """As Slurm would, and see that all is well."""
+        self.nodes[0].kill(r"supervise\.py", signal.SIGTERM)
+        assert self.script.wait(120) == 0, self.said()
+        assert json.loads((self.home / "run" / "state.json").read_text())["status"] == "preempted"
+        steps = [line["step"] for line in figures(self.home / "run")]
+        assert steps == list(range(len(steps)))
+        assert not [process for node in self.nodes for process in node.processes(r"pretrain|deepspeed")]
+
+
+def test_a_node_cut_off_in_mid_run_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    run = LongRun(two_nodes, tiny_data, tmp_path)
+    assert run.ranks() == [1, 1]
+    began = time.monotonic()
+    two_nodes[1].link_down()
+    run.wait_for("failed: ", 60)
+    wait_until(lambda: run.ranks()[1] == 0, "the rank that is cut off to end", 60 - (time.monotonic() - began))
+    assert "failed: rank 1 (node2) has not answered for 30 s; restart 1 of 1 in " in run.said(), run.said()
+    run.wait_for("left out node2", 120)
+    run.wait_for_steps()
+    assert run.ranks() == [1, 0]
+    run.end()
+    two_nodes[1].link_up()
+    run.start()
+    assert run.ranks() == [1, 1]
+    assert "continuing from" in run.said()
+    run.end()
+
+
+def test_a_rank_killed_on_one_node_in_mid_run_ends_the_job_on_both_and_it_goes_on(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    run = LongRun(two_nodes, tiny_data, tmp_path)
+    two_nodes[1].kill(RANK)
+    run.wait_for("failed: ", 60)
+    assert "failed: rank 1 (node2) is gone: killed, or its machine failed; restart 1 of 1 in " in run.said()
+    run.wait_for("restart 1 continues from step-", 60)
+    run.wait_for_steps()
+    assert run.ranks() == [1, 1]
+    run.end()
 
 
 def test_a_signal_to_the_script_on_a_machine_that_trains_nothing_ends_the_run_well(

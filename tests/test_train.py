@@ -527,7 +527,7 @@ def untouched(directory: Path) -> dict[str, bytes]:
             ["--deepspeed-config=zero2_bf16"],
             "deepspeed.json (chosen with --deepspeed-config): this run was started with bf16.enabled=None, got True",
         ),
-        (["--deepspeed-config=zero3"], "engine zero3: no such DeepSpeed configuration"),
+        (["--deepspeed-config=zero3"], "engine zero3: no such file; did you mean zero2_"),
         (["--no-such-flag"], "--no-such-flag: not a known flag"),
         (["--model.layers=3"], "unknown key model.layers; did you mean model."),
         (["--batch.micro_batch_size=4"], "a step of 6 windows does not divide over 1 ranks x micro-batch 4; nearest"),
