@@ -722,6 +722,7 @@ def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     flags, rest = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and let nothing stay behind
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # killed processes give nothing back
     if flags.directory:
         flags.directory.mkdir(parents=True)

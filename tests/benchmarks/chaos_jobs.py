@@ -84,7 +84,7 @@ class ForkedJob:
 
 def warm_up() -> None:
     """Have the process from which ranks are forked import all that it imports."""
-    process = fork_server().Process(target=print)
+    process = fork_server().Process(target=os.getpid)
     process.start()
     process.join()
 
