@@ -150,14 +150,15 @@ class Engine:
     def _read_before_update(self, norm: Tensor | float) -> StepFigures:
         """Note what this step gave, and what is thought of it, just before DeepSpeed clips and updates."""
         self.clock.mark("backward")
-        of_ranks, gradient_norm = self._synchronise(norm)
-        loss = float(of_ranks[:, 0].float().sum()) / (self.accumulation_steps * self.world.world_size)
-        gradient_norm = gradient_norm if gradient_norm >= 0 else math.inf  # DeepSpeed says -1 for what is no number
+        losses, norms, last_steps = self._synchronise(norm).split([1, 1, len(self._last_step)], dim=1)
+        loss = float(losses.float().sum()) / (self.accumulation_steps * self.world.world_size)
+        # the same norm on every rank, whatever happens on one; DeepSpeed says -1 for what is no number
+        gradient_norm = float(norms.max()) if norms.min() >= 0 else math.inf
         seconds, peak = self.clock.split(), peak_memory_bytes(self.device)
         own = RankFigures(rank=self.world.rank, seconds=seconds, peak_memory_bytes=peak)
-        self.ends = bool(of_ranks[:, -1].any())
-        rank = int((of_ranks[:, 1] + of_ranks[:, 2]).argmax())
-        *theirs, peak, _ = of_ranks[rank, 1:].tolist()
+        self.ends = bool(last_steps[:, -1].any())
+        rank = int(last_steps[:, :2].sum(dim=1).argmax())
+        *theirs, peak, _ = last_steps[rank].tolist()
         slowest = RankFigures(rank=rank, seconds=dict(zip(PHASES, theirs, strict=True)), peak_memory_bytes=int(peak))
         refused = self.judge(loss, gradient_norm)
         self._figures = StepFigures(
@@ -166,19 +167,19 @@ class Engine:
         self._last_step[:-1] = torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64)
         return self._figures
 
-    def _synchronise(self, norm: Tensor | float) -> tuple[Tensor, float]:
+    def _synchronise(self, norm: Tensor | float) -> Tensor:
         """The one place in a step where the host waits for the device.
 
-        For each rank the sum of its losses, the seconds of PHASES and the memory of its last step, and whether it wants
-        the run to end; the norm.
+        For each rank the sum of its losses, the gradient norm, the seconds of PHASES and the memory of its last step,
+        and whether it wants the run to end.
         """
         self._last_step[-1] = self.wants_end
-        own = torch.cat([self._loss.double().view(1), self._last_step.to(self.device, non_blocking=True)])
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).view(())
+        figures = torch.stack([self._loss, norm]).double()
+        own = torch.cat([figures, self._last_step.to(self.device, non_blocking=True)])
         of_ranks = own.new_empty(self.world.world_size * len(own))
         dist.all_gather_into_tensor(of_ranks, own)
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
-        values = torch.cat([of_ranks, norm.double().view(1)]).cpu()
-        return values[:-1].view(self.world.world_size, -1), float(values[-1])
+        return of_ranks.cpu().view(self.world.world_size, -1)
 
     def row_nats(self, micro_batches: list[Tensor]) -> list[float]:
         """Mean cross-entropy in nats of every row of the global batch, in order, with the weights as they are now."""
