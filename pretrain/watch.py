@@ -30,6 +30,7 @@ from pretrain.timing import StepClock
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
+CONNECT_S = 10.0  # all ranks have met just before: what takes so long is gone
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
@@ -60,6 +61,7 @@ class Watch:
         self._sending = threading.Lock()
         self._place: list[Any] = []
         self._moved_at = time.monotonic()
+        self._peers: list[Peer] = []
         self._peers = self._connect()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -70,17 +72,19 @@ class Watch:
         port, key = gather((listener.address[1] if listener else 0, key))[0]
         if not self.world.is_main:
             to_main = Client((os.environ["MASTER_ADDR"], port), authkey=key.encode())
-            to_main.send_bytes(json.dumps([self.world.rank, self.name]).encode())
+            to_main.send_bytes(json.dumps({"rank": self.world.rank, "name": self.name}).encode())
             return [Peer(rank=0, name="rank 0", connection=to_main)]
         if not listener:
             return []
+        why = f"one of {others} other ranks did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
+        too_late = threading.Timer(CONNECT_S, self._end, [why])
+        too_late.daemon = True
+        too_late.start()
         with listener:
             connections = [listener.accept() for _ in range(others)]
-        greetings = [json.loads(connection.recv_bytes()) for connection in connections]
-        return [
-            Peer(rank=rank, name=name, connection=connection)
-            for (rank, name), connection in zip(greetings, connections, strict=True)
-        ]
+        peers = [Peer(connection=connection, **json.loads(connection.recv_bytes())) for connection in connections]
+        too_late.cancel()
+        return peers
 
     def __enter__(self) -> Self:
         return self

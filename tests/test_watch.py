@@ -93,6 +93,27 @@ def test_when_a_rank_is_killed_the_others_end_even_outside_a_collective(
     assert error_lines(ended.output) == [f"error: {state(run_dir)['reason']}"]
 
 
+def be_a_rank_that_may_not_connect(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that is killed, if it is rank 1, when all have met and it is to connect."""
+    from pretrain import watch
+
+    watch.CONNECT_S = 2.0
+    if variables["RANK"] == "1":
+        watch.Client = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, misc]
+    be_a_rank(arguments, variables, log)
+
+
+def test_a_rank_killed_before_it_is_watched_ends_the_others(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = run_ranks(3, recipe, tiny_data, tmp_path / "run", LONG, body=be_a_rank_that_may_not_connect)
+    assert time.monotonic() - began < 60
+    assert ended.exit_codes[:2] == [1, -9], ended.output
+    assert ended.exit_codes[2] not in (0, -9)
+    reason = "one of 2 other ranks did not connect within 2 s: killed, or its machine failed"
+    assert f"error: {reason}" in ended.output
+    assert state(tmp_path / "run")["reason"] == reason
+
+
 def test_an_error_of_one_rank_is_named_as_the_cause_not_what_it_did_to_the_others(
     recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
