@@ -293,8 +293,8 @@ def test_nothing_outlives_a_test_that_fails() -> None:
         with cluster(nodes=3) as nodes:
             node = nodes[2]
             node.run("setsid nohup sleep 600 > /dev/null 2>&1 &", Path("/"))
+            wait_until(lambda: [process.name() for process in node.processes()] == ["sleep"], "it to be there", 10)
             left.extend([*node.processes(), *(psutil.Process(node.first_process) for node in nodes)])
-            assert [process.name() for process in node.processes()] == ["sleep"]
             raise ZeroDivisionError
 
     left: list[psutil.Process] = []

@@ -177,9 +177,9 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     model, eos_id, seq_len = load_model(checkpoint).eval(), reader.manifest.eos_id, 32
     windows = [stream[start : start + seq_len + 1] for start in range(0, len(stream) - 1, seq_len)]
     nats = sum(nats_of_documents_alone(model, ids[:-1], ids[1:], eos_id) for ids in windows)
-    assert masked.targets == plain.targets == len(stream) - 1
-    assert masked.loss == pytest.approx(nats / masked.targets, rel=1e-6)
-    assert abs(masked.loss - plain.loss) > 1e-5 * plain.loss  # ten times the tolerance above
+    assert masked["targets"] == plain["targets"] == len(stream) - 1
+    assert masked["loss"] == pytest.approx(nats / masked["targets"], rel=1e-6)
+    assert abs(masked["loss"] - plain["loss"]) > 1e-5 * plain["loss"]  # ten times the tolerance above
 
 
 def test_the_benchmark_runs() -> None:
