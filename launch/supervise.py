@@ -109,11 +109,11 @@ def standing(run_dir: Path) -> dict[str, Any]:
 
 
 def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Why a start failed, on one line: what the trainer says, else how the launcher ended."""
+    """Why a start failed, on one line: what the trainer says, else what can be known."""
     if now["status"] == "failed" and now != before:
         return " ".join(str(now.get("reason")).split())
-    by = f" ({SIGNAL_NAMES[-code % 256]})" if -code % 256 in SIGNAL_NAMES else ""
-    return f"deepspeed ended with exit code {code}{by}, state.json says {now['status']}"
+    what = "its ranks or their launcher were killed" if now["status"] == "running" else "it ended before training"
+    return f"{what} (deepspeed's exit code {code})"
 
 
 @dataclass
@@ -137,8 +137,6 @@ class Supervisor:
     def find_gpus(self) -> tuple[Slots, Slots]:
         """The ranks of this machine that were asked for, and those that it has GPUs for now."""
         answer = run_on([HERE], *COUNT_GPUS)
-        if answer.returncode:
-            raise UserError("python can't import torch; activate the environment that holds the project")
         gpus = int(answer.stdout)
         self.gpus = max(gpus, self.gpus)
         if self.gpus and not gpus:

@@ -24,10 +24,9 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader, write_durably
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
 from pretrain.loader import TrainingLoader
-from pretrain.run_directory import read_lines
+from pretrain.run_directory import SKIPS_NAME, read_lines
 from pretrain.trace import parts_of
 
-SKIPS_NAME = "skips.jsonl"
 RUNNING_STEPS = 128
 FEWEST_STEPS = 32  # no spike before so many were trained
 DEVIATIONS_OF_NORMAL = 1.4826
@@ -55,12 +54,8 @@ class BadSteps:
         """Take up what a checkpoint holds, if there is one, and every decision of the run that is on disk."""
         manifest = manifest or {}
         self.recent = deque(map(tuple, manifest.get("recent_steps", [])), maxlen=RUNNING_STEPS)
-        lines = gather(together(self._recorded))[0]
-        for record in [*manifest.get("skips", []), *lines]:
+        for record in [*manifest.get("skips", []), *gather(together(self._recorded))[0]]:
             self.records[record["step"]] = {key: record[key] for key in DECISION}
-        lost = self.records.keys() - {line["step"] for line in lines}
-        if self.world.is_main and lost:
-            self._append(*(self.records[step] for step in sorted(lost)))
 
     def _recorded(self) -> list[Record]:
         """On rank 0, what the file holds; a line that a kill tore is cut off, since nothing followed from it."""
@@ -110,13 +105,10 @@ class BadSteps:
         """Keep a decision, on disk before anything follows from it."""
         self.records[record["step"]] = {key: record[key] for key in DECISION}
         if self.world.is_main:
-            self._append(record)
-
-    def _append(self, *records: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def describe_rows(loader: TrainingLoader, reader: ShardReader, samples: range, row_nats: list[float]) -> Record:

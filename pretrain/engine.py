@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_problem
 from data_prep.shards import Tokens
 from pretrain.bad_steps import no_number
 from pretrain.checkpoint import Checkpoint, Fragment
@@ -96,9 +96,7 @@ class Engine:
                 model=module, optimizer=self.optimizer, config=config, dist_init_required=False
             )
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"the DeepSpeed configuration: {where}: got {first['input']!r}; {first['msg']}") from None
+            raise UserError(f"the DeepSpeed configuration: {first_problem(error, str)}") from None
         except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)

@@ -80,7 +80,7 @@ class Progress:
         figures = f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}"
         figures += f", gradient norm {line['gradient_norm']:.2f}"
         self.bar.set_postfix_str(figures, refresh=False)
-        self.bar.update()
+        self.bar.update(line["step"] + 1 - self.bar.n)  # steps are skipped, and gone back
         if "val_loss" in line:
             figures += f", validation loss {line['val_loss']:.4f}"
         elif not self.bar.disable or time.monotonic() - self.last_line_at < self.LINE_EVERY_S:

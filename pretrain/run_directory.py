@@ -24,6 +24,7 @@ from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
 METRICS_NAME = "metrics.jsonl"
+SKIPS_NAME = "skips.jsonl"
 STATE_NAME = "state.json"
 STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpoints updates it too
 
@@ -81,9 +82,18 @@ def check_same_run(
             refuse_changes(saved_engine, engine_config, engine_may_change, origin)
 
 
-def describe_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], data_dir: Path) -> None:
-    """Write what was asked for, and keep the tokenizer, so that an export needs the run alone."""
-    write_durably(run_dir / RECIPE_NAME, recipe_to_yaml(recipe).encode())
+def describe_run(
+    run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], data_dir: Path, fingerprint: str
+) -> None:
+    """Write what was asked for, and keep the tokenizer, so that an export needs the run alone.
+
+    A run that starts over as another one has no use for decisions on the bad steps of the one before.
+    """
+    before, now = run_dir / RECIPE_NAME, (recipe_to_yaml(recipe).encode(), fingerprint)
+    is_other = before.exists() and (before.read_bytes(), read_state(run_dir).get("fingerprint")) != now
+    if is_other and not saved_steps(run_dir):
+        (run_dir / SKIPS_NAME).unlink(missing_ok=True)
+    write_durably(before, now[0])
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
     for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
         write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())

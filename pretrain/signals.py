@@ -23,7 +23,10 @@ def end_on_signals(engine: Engine, world: World) -> None:
         if not first_at:
             first_at.append(time.monotonic())
             engine.wants_end = True
-            say(world, f"{signal.Signals(number).name}: ending after this step; the same signal again ends it at once")
+            say(
+                world,
+                f"{signal.Signals(number).name}: ending after this step; one more, after 2 s, ends it at once",
+            )
 
     for number in ENDING:
         signal.signal(number, handle)

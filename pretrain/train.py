@@ -13,6 +13,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import math
 import os
 import time
@@ -27,9 +28,9 @@ from torch import Tensor
 from data_prep.errors import CommandParser, UserError, large_number, os_error_line
 from data_prep.shards import ShardReader, Tokens, lock
 from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.bad_steps import SKIPS_NAME, BadSteps, describe_rows, finite
+from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, newest_good, saved_steps
+from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
@@ -55,6 +56,8 @@ from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
 from pretrain.watch import Watch
+
+Line = dict[str, Any]  # of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +126,8 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         check_compiler(device_type)
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
-    branch_from = None
-    if flags.branch_from:
-        branch_from = open_origin(flags.branch_from, flags.run_dir, recipe, merged, fingerprint)
+    origin = flags.branch_from
+    branch_from = open_origin(origin, flags.run_dir, recipe, merged, fingerprint) if origin else None
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
@@ -223,37 +225,28 @@ def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
         yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
 
 
-def head_of_line(run: Run, step: int, loss: float | None, gradient_norm: float | None) -> dict[str, Any]:
-    """What a step's line in metrics.jsonl begins with, whether it was trained or not."""
+def head_of_line(run: Run, step: int) -> Line:
+    """What a step's line in metrics.jsonl begins with, whether it is trained or not; its figures are still open."""
     recipe = run.recipe
-    return {
-        "step": step,
-        "loss": loss,
-        "gradient_norm": gradient_norm,
-        "learning_rate": rate_of(recipe, step),
-        "tokens": (step + 1) * recipe.batch.global_batch_tokens,
-    }
+    rate = learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+    tokens = (step + 1) * recipe.batch.global_batch_tokens
+    return {"step": step, "loss": None, "gradient_norm": None, "learning_rate": rate, "tokens": tokens}
 
 
-def rate_of(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step: of its number alone."""
-    return learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-
-
-def one_step(
-    run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[list[Tensor]], step: int
-) -> dict[str, Any]:
+def one_step(run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[list[Tensor]], step: int) -> Line:
     """Train one step, unless it is a bad one; its line for metrics.jsonl."""
     own_batches = batches.take(step)
     engine.clock.mark("data")
-    figures = engine.train_step(own_batches, rate_of(run.recipe, step))
+    line = head_of_line(run, step)
+    figures = engine.train_step(own_batches, line["learning_rate"])
     if figures.refused:
         refuse(run, bad_steps, step, figures, engine.row_nats(own_batches))
         return skipped_line(run, bad_steps, step)
-    seconds = sum(figures.own.seconds.values())
-    tokens = run.recipe.batch.global_batch_tokens
+    seconds, tokens = sum(figures.own.seconds.values()), run.recipe.batch.global_batch_tokens
     return {
-        **head_of_line(run, step, figures.loss, figures.gradient_norm),
+        **line,
+        "loss": figures.loss,
+        "gradient_norm": figures.gradient_norm,
         "tokens_per_s": tokens / seconds,
         "tokens_per_s_per_rank": tokens / seconds / engine.world.world_size,
         "step_s": seconds,
@@ -279,10 +272,11 @@ def refuse(run: Run, bad_steps: BadSteps, step: int, figures: StepFigures, row_n
         )
 
 
-def skipped_line(run: Run, bad_steps: BadSteps, step: int) -> dict[str, Any]:
+def skipped_line(run: Run, bad_steps: BadSteps, step: int) -> Line:
     """The line of a step that was not trained, from its record alone: the same whenever the run comes to it."""
     record = bad_steps.records[step]
-    return {**head_of_line(run, step, record["loss"], record["gradient_norm"]), "skipped": record["reason"]}
+    figures = {"loss": record["loss"], "gradient_norm": record["gradient_norm"], "skipped": record["reason"]}
+    return {**head_of_line(run, step), **figures}
 
 
 def due(step: int, every: int, run: Run) -> bool:
@@ -290,7 +284,7 @@ def due(step: int, every: int, run: Run) -> bool:
     return (step + 1) % every == 0 or step + 1 == run.stop_at_step
 
 
-def validate_if_due(run: Run, engine: Engine, world: World, line: dict[str, Any]) -> None:
+def validate_if_due(run: Run, engine: Engine, world: World, line: Line) -> None:
     """Add the validation figures to a step's line, where they are due."""
     engine.clock.mark("other")
     if due(line["step"], run.recipe.validation.every_steps, run):
@@ -307,15 +301,13 @@ def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: Checkpoin
         engine.clock.mark(PAUSE)
 
 
-def train(
-    run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, start_step: int, writer: CheckpointWriter
-) -> int:
+def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int, writer: CheckpointWriter) -> int:
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
-    world, step = engine.world, start_step
+    world, start_step = engine.world, step
     metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
     progress = Progress(run.recipe, start_step, engine.device, world)
-    profiled, steps = run.profile_steps if world.is_main else 0, range(start_step, run.stop_at_step)
-    profiler = StepProfiler(profiled, steps, run.run_dir / "profile", lambda text: say(world, text))
+    profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
+    profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
     engine.clock.mark(PAUSE)  # setting up is part of no step
@@ -325,11 +317,15 @@ def train(
         line = skipped_line(run, bad_steps, step) if replayed else one_step(run, engine, bad_steps, batches, step)
         profiler.after(step)
         if "skipped" in line:
-            say(world, f"step {step} is skipped: {line['skipped']}")
+            say(world, f"step {step} is skipped{', as recorded' if replayed else ''}: {line['skipped']}")
         if "skipped" in line and not replayed and run.recipe.bad_steps.policy == "rewind":
+            say(world, f"rewinding from step {step}")
+            watch.step_seconds.clear()  # loading takes as long as at the start
             writer.wait()
             step = restore(run, engine, bad_steps, world)
-            metrics = MetricsFile(run.run_dir, step) if world.is_main else None
+            if metrics:
+                metrics.close()
+                metrics = MetricsFile(run.run_dir, step)
             continue
         if step > start_step and compiled_graphs() > graphs:
             say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
@@ -363,14 +359,20 @@ def run_training(run: Run, world: World) -> None:
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         if world.is_main:
-            describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir)
             fingerprint = run.reader.manifest.fingerprint
+            describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir, fingerprint)
             write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
         with Watch(world, run.run_dir, run.recipe.stalls) as watch:
-            train_from_last_checkpoint(run, watch, device)
+            try:
+                train_from_last_checkpoint(run, watch, device)
+            except OSError as error:
+                mount, free = disk_of(run.run_dir)
+                where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
+                raise UserError(f"{run.run_dir}: {where}; mend that, and the same command continues") from error
     except Exception as error:
         if world.is_main:
-            note_failure(run.run_dir, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                note_failure(run.run_dir, str(error) if isinstance(error, UserError) else repr(error))
         raise
     finally:
         if held:
@@ -398,8 +400,8 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
             save(run, engine, bad_steps, writer, 0)  # what there is to go back to
         steps_done = train(run, engine, bad_steps, watch, start_step, writer)
-    if bad_steps.records:
-        say(world, f"steps skipped: {len(bad_steps.records)}; {run.run_dir / SKIPS_NAME} tells why")
+    if skipped := len([step for step in bad_steps.records if bad_steps.replayed(step)]):
+        say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
     finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
     engine.close()
 

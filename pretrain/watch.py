@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from pretrain.timing import StepClock
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
-CONNECT_S = 10.0  # all ranks have met just before: what takes so long is gone
+CONNECT_S = 30.0  # all ranks have met just before: what takes so long is gone
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
@@ -67,24 +68,23 @@ class Watch:
 
     def _connect(self) -> list[Peer]:
         """Rank 0's connections to all others; another rank's to rank 0, at the address where all of them met."""
-        others, key = self.world.world_size - 1, secrets.token_hex()
-        listener = Listener(("", 0), backlog=others, authkey=key.encode()) if self.world.is_main and others else None
-        port, key = gather((listener.address[1] if listener else 0, key))[0]
-        if not self.world.is_main:
-            to_main = Client((os.environ["MASTER_ADDR"], port), authkey=key.encode())
-            to_main.send_bytes(json.dumps({"rank": self.world.rank, "name": self.name}).encode())
-            return [Peer(rank=0, name="rank 0", connection=to_main)]
-        if not listener:
-            return []
-        why = f"one of {others} other ranks did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
+        key, size = secrets.token_hex(), self.world.world_size
+        listener = Listener(("", 0), backlog=size, authkey=key.encode()) if self.world.is_main else None
+        port = listener.address[1] if listener else 0
+        names, ports, keys = zip(*gather((self.name, port, key)), strict=True)
+        if listener is None:
+            to_main = Client((os.environ["MASTER_ADDR"], ports[0]), authkey=keys[0].encode())
+            to_main.send_bytes(json.dumps(self.world.rank).encode())
+            return [Peer(rank=0, name=names[0], connection=to_main)]
+        why = f"one of {size - 1} other ranks did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
         too_late = threading.Timer(CONNECT_S, self._end, [why])
         too_late.daemon = True
         too_late.start()
         with listener:
-            connections = [listener.accept() for _ in range(others)]
-        peers = [Peer(connection=connection, **json.loads(connection.recv_bytes())) for connection in connections]
+            connections = [listener.accept() for _ in names[1:]]
+        ranks = [json.loads(connection.recv_bytes()) for connection in connections]
         too_late.cancel()
-        return peers
+        return [Peer(rank=r, name=names[r], connection=c) for r, c in zip(ranks, connections, strict=True)]
 
     def __enter__(self) -> Self:
         return self
@@ -99,8 +99,9 @@ class Watch:
         """Have all end for an error of this rank, unless it comes from another one's end."""
         if any(word in str(error) for word in OF_AN_EXCHANGE):
             time.sleep(CAUSE_S)
-        why = f"{self.name}: {type(error).__name__}: {one_line(error)}"
-        self._send("end", why)
+        if not self.world.is_main:  # whose answer ends this process before Python prints it
+            traceback.print_exception(error)
+        self._send("end", f"{self.name}: {type(error).__name__}: {one_line(error)}")
 
     def _send(self, *message: Any) -> None:
         """A message to every peer; whether it is still there is seen when reading."""
@@ -113,10 +114,7 @@ class Watch:
         beat_at = 0.0
         while not self._left.is_set():
             listening = {peer.connection: peer for peer in self._peers if not peer.connection.closed}
-            ready = wait(list(listening), BEAT_S) if listening else []
-            if not listening:
-                self._left.wait(BEAT_S)
-            for connection in ready:
+            for connection in wait(list(listening), BEAT_S):
                 self._receive(listening[connection])  # type: ignore[index]
             if time.monotonic() - beat_at >= BEAT_S:
                 beat_at = time.monotonic()
@@ -176,9 +174,8 @@ class Watch:
         time.sleep(2 * BEAT_S)  # the others write theirs
         places = {self.name: here} | {peer.name: peer.place for peer in self._peers}
         slowest = min(places, key=lambda name: places[name][:2])
-        if places[slowest]:
-            steps, _, phase, _ = places[slowest]
-            slowest += f", whose last sign was the end of {phase!r} after {steps} steps of this start"
+        if place := places[slowest]:
+            slowest += f", whose last sign was the end of {place[2]!r} after {place[0]} steps of this start"
         self._end(
             f"stalled: nothing has moved for {seconds:.0f} s, {self.patience_s():.0f} s are allowed; slowest is "
             f"{slowest}; the stacks of all ranks are in {self.run_dir / LOGS_NAME}"
@@ -195,9 +192,9 @@ class Watch:
     def _end(self, why: str) -> None:
         """End this process, and before it all peers that still listen."""
         self._send("end", why)
-        if self.world.rank in (0, 1):  # rank 0 speaks; where it is gone, the next
+        if self.world.rank in (0, 1) or self.world.local_rank == 0:  # or else, where rank 0 is gone, too many speak
             print(f"error: {why}", file=sys.stderr, flush=True)
-            note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
-            note.start()
-            note.join(CAUSE_S)  # the run's directory may be what is lost
+        note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
+        note.start()
+        note.join(CAUSE_S)  # the run's directory may be what is lost
         os._exit(EXIT_CODE)

@@ -128,7 +128,6 @@ def test_decisions_survive_torn_lines_and_a_lost_file(tmp_path: Path) -> None:
     third.restore(json.loads(json.dumps(first.about(9))))
     assert third.records == {3: record_of(3)}  # of those before the checkpoint's step
     assert list(third.recent) == [(1.5, 0.1)]
-    assert [record["step"] for record in skips(tmp_path)] == [3]
     (tmp_path / "skips.jsonl").write_text("no json\n")
     with pytest.raises(UserError, match=r"skips.jsonl: damaged"):
         judge_of(tmp_path).restore(None)
@@ -303,3 +302,15 @@ def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_p
     assert "step-00000000" in rewound.output
     assert poisoned_run(2, "2", recipe, tiny_data, tmp_path / "skipped").exit_codes == [0, 0]
     assert is_same(tmp_path / "rewound", tmp_path / "skipped")
+
+
+def test_a_run_that_starts_over_with_other_values_has_no_decisions_to_replay(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"every_steps": 100})
+    diverging = ("--optimizer.peak_learning_rate=1e30", "--optimizer.gradient_clipping=1e30")
+    ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *diverging)
+    assert ended.exit_codes == [2]
+    assert len(skips(tmp_path / "run")) > 5
+    output = train_on(1, recipe, tiny_data, tmp_path / "run")
+    assert "skipped" not in output
+    assert not (tmp_path / "run" / "skips.jsonl").exists()
+    assert load_for_reading(tmp_path / "run").optimizer_step == 20

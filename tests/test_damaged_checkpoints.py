@@ -348,6 +348,28 @@ def test_the_command_ends_with_one_line_on_a_full_disk_and_continues_once_there_
     assert losses(run_dir) == (losses(two_saved) if ranks == 2 else pytest.approx(losses(two_saved), rel=1e-4))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_fills_between_saves_is_one_line_too(
+    ranks: int, recipe: Path, tiny_data: Path, two_saved: Path, small_disk: Path
+) -> None:
+    run_dir, flags = small_disk / "run", ("--stop-at-step", "10", "--checkpoints.every_steps=10")
+    train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "2", "--checkpoints.every_steps=10")
+    disk = os.statvfs(small_disk)
+    used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    resize(small_disk, f"size={used + 4096 * 3}")  # room for its state, not for long lines
+    line = {"step": 0, "padding": "x" * 4096}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(2)))
+    ended = run_ranks(ranks, recipe, tiny_data, run_dir, *flags)
+    assert ended.exit_codes[0] == 2, ended.output
+    assert 0 not in ended.exit_codes
+    (said,) = {line for line in ended.output.splitlines() if line.startswith("error:")}
+    assert f"error: {run_dir}: " in said
+    assert f"No space left on device; the disk mounted at {small_disk} has " in said
+    resize(small_disk, "size=20m")
+    output = train_on(ranks, recipe, tiny_data, run_dir, *flags)
+    assert f"continuing from {checkpoints_dir(run_dir)}/step-00000002" in output
+
+
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     sample, step = random.Random(3), 1
     killed_within = 0

@@ -89,7 +89,7 @@ def test_when_a_rank_is_killed_the_others_end_even_outside_a_collective(
     assert ended.exit_codes == [-9 if rank == killed else 1 for rank in range(3)], ended.output
     assert time.monotonic() - began < 10
     assert state(run_dir)["status"] == "failed"
-    assert re.match(rf"rank {killed}( \(.+\))? is gone: killed, ", state(run_dir)["reason"])
+    assert re.match(rf"rank {killed} \(.+\) is gone: killed, ", state(run_dir)["reason"])
     assert error_lines(ended.output) == [f"error: {state(run_dir)['reason']}"]
 
 
@@ -121,6 +121,18 @@ def test_an_error_of_one_rank_is_named_as_the_cause_not_what_it_did_to_the_other
     ended = run_ranks(3, recipe, tiny_data, tmp_path / "run", LONG, body=be_a_troubled_rank, **variables)
     assert 0 not in ended.exit_codes
     assert re.match(r"rank 1 \(.+\): ZeroDivisionError: of a defect on this rank", state(tmp_path / "run")["reason"])
+    assert "Traceback (most recent call last)" in (tmp_path / "run.rank-1.log").read_text()
+
+
+def test_the_cause_is_named_where_ranks_0_and_1_die_together(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    variables, logs = {"TROUBLED": "2", "TROUBLE": "sleeps", "MARK": str(tmp_path)}, logs_of(3, run_dir)
+    processes = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables)
+    wait_until(lambda: (tmp_path / "2").exists(), "the other to be outside a collective")
+    for process in processes[:2]:
+        os.kill(process.pid or 0, signal.SIGKILL)
+    assert end_of(processes, logs, timeout_s=10).exit_codes == [-9, -9, 1]
+    assert re.match(r"rank 0 \(.+\) is gone: killed, ", state(run_dir)["reason"])
 
 
 @pytest.mark.parametrize("silent", [0, 1])
@@ -134,7 +146,7 @@ def test_a_rank_that_does_not_answer_ends_the_job(silent: int, recipe: Path, tin
     os.kill(processes[silent].pid or 0, signal.SIGSTOP)
     ended = end_of(processes, logs, timeout_s=20)
     assert ended.exit_codes == [-9 if rank == silent else 1 for rank in range(2)], ended.output
-    assert re.match(rf"rank {silent}( \(.+\))? has not answered for {3 if silent else 8} s", state(run_dir)["reason"])
+    assert re.match(rf"rank {silent} \(.+\) has not answered for {3 if silent else 8} s", state(run_dir)["reason"])
 
 
 def test_a_stall_is_ended_with_every_rank_s_stack_and_the_slowest_named(
