@@ -39,8 +39,9 @@ def start_process_group(world: World) -> torch.device:
     """Join the other ranks; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
-    # DeepSpeed would compile this CPU extension for a minute, and hang on the lock of a killed build.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would ask a compiler about each of its extensions, for a second, and compile one on a CPU, for a minute,
+    # or hang on the lock of a killed build. None is needed.
+    deepspeed.ops.__compatible_ops__ = {}
     set_rendezvous(world)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -100,9 +100,11 @@ def trainer_step(recipe: Recipe, device: torch.device, home: Path) -> Step:
     progress = Progress(recipe, 0, device, ALONE)
     batches = Prefetch(lambda step: train.micro_batches(run, engine, step), run.stop_at_step)
     numbers = iter(range(run.stop_at_step))
+    bad_steps = train.BadSteps(run.run_dir, recipe.bad_steps, ALONE)
+    engine.judge = bad_steps.judge
 
     def step(_: list[Tokens]) -> None:
-        line = train.one_step(run, engine, batches, next(numbers))
+        line = train.one_step(run, engine, bad_steps, batches, next(numbers))
         progress.show(line)
         metrics.append(line)
         engine.clock.mark("other")
