@@ -17,6 +17,7 @@ pause.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     """Medians over rounds: ratios to plain writing and reading, GB/s, the main thread's wait, memory."""
     import torch
 
-    from pretrain.checkpoint import Fragment, newest_good
+    from pretrain.checkpoint import Fragment, newest_good, saved_steps
     from pretrain.checkpoint_writer import CheckpointWriter
     from pretrain.config import CheckpointsRecipe
     from pretrain.distributed import World
@@ -87,7 +88,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     about = {"optimizer_step": 1, "parameters": {fragment.name: [size] for fragment in fragments}}
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     home.mkdir()
-    writer = CheckpointWriter(home, CheckpointsRecipe(every_steps=1, keep_last=1), world, lambda: None)
+    writer = CheckpointWriter(home, CheckpointsRecipe(every_steps=1, keep_last=10**6), world, lambda: None)
     content = memoryview(torch.cat([values for *_, values in tensors]).numpy()).cast("B")
     block, plain = bytearray(BLOCK_BYTES), home / "plain"
     plain_write(plain, content)
@@ -108,6 +109,8 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
         os.sync()
         figures["wait"].append(seconds(lambda n=number: writer.save(n + 1, fragments, about)))  # type: ignore[misc]
         figures["save"].append(figures["wait"][-1] + seconds(writer.wait))
+        for old in saved_steps(home)[1:]:  # the plain file before is removed beforehand too
+            shutil.rmtree(old)
         os.sync()
         if number == 0:
             memory = (resident_bytes("VmHWM") - before) / content.nbytes
