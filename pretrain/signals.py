@@ -23,10 +23,8 @@ def end_on_signals(engine: Engine, world: World) -> None:
         if not first_at:
             first_at.append(time.monotonic())
             engine.wants_end = True
-            say(
-                world,
-                f"{signal.Signals(number).name}: ending after this step; one more, after 2 s, ends it at once",
-            )
+            name = signal.Signals(number).name
+            say(world, f"{name}: ending after this step; one more, after 2 s, ends it at once")
 
     for number in ENDING:
         signal.signal(number, handle)

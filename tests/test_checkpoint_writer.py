@@ -20,6 +20,7 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World
 from pretrain.run_directory import read_state, write_state
+from pretrain.timing import StepClock
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -174,3 +175,15 @@ def test_ranks_save_beside_the_exchanges_of_training_and_share_a_failure(tmp_pat
     assert checkpoint is not None
     assert (checkpoint.step, said) == (8, [])
     assert torch.equal(checkpoint.parameter("a"), torch.full((1000,), 8.0))
+
+
+def test_writing_a_checkpoint_counts_as_moving(tmp_path: Path) -> None:
+    clock = StepClock(torch.device("cpu"))
+    before = clock.place()
+    recipe = CheckpointsRecipe(every_steps=1)
+    with CheckpointWriter(tmp_path, recipe, ALONE, None, clock.saved_block) as writer:
+        states = {state: torch.zeros(3_000_000) for state in ("master", "exp_avg", "exp_avg_sq")}
+        about = {"optimizer_step": 1, "parameters": {"weight": [3_000_000]}}
+        writer.save(1, [Fragment(name="weight", start=0, states=states)], about)
+    assert clock.place()[:3] == before[:3]
+    assert clock.place()[3] == 1 + 3 * 3  # the header; blocks of 4 MiB
