@@ -263,6 +263,8 @@ def saved_steps(run_dir: Path) -> list[Path]:
 
 def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
     """What is wrong with the pointer beside checkpoints, but for naming one that was passed over, or None."""
+    if not pointer.exists():
+        return f"{pointer}: missing (removed, or a kill came before it was first written); passed over"
     try:
         content = pointer.read_bytes()
         named = pointer.with_name(json.loads(content)["checkpoint"])

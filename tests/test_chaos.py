@@ -124,6 +124,18 @@ def test_a_checkpoint_that_is_gone_or_cannot_be_read_is_a_problem(home: Path, tm
     assert looked_at(none)
 
 
+def test_a_kill_before_the_first_pointer_is_no_problem_and_a_pointer_lost_later_is_one(
+    home: Path, tmp_path: Path
+) -> None:
+    first, later = (leg_of(home, tmp_path / name) for name in ("first", "later"))
+    for leg in (first, later):
+        (leg.run_dir / "checkpoints" / "latest").unlink()
+    for older in saved_steps(first.run_dir)[1:]:
+        shutil.rmtree(older)
+    assert looked_at(first) == []
+    assert any("latest: missing (removed, or a kill came before" in problem for problem in looked_at(later))
+
+
 def test_a_line_that_differs_in_one_bit_is_missing_or_twice_there_is_a_problem(home: Path, tmp_path: Path) -> None:
     reference = lines_of(home / "unbroken" / "run")
     assert line_problems(reference, reference) == []

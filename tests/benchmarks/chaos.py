@@ -38,7 +38,7 @@ from typing import Any
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
 from conftest import counting_dataset, write_recipe
 
-from pretrain.checkpoint import Checkpoint, checkpoints_dir, newest_good, saved_steps
+from pretrain.checkpoint import POINTER_NAME, Checkpoint, checkpoints_dir, newest_good, saved_steps
 from pretrain.config import load_recipe
 
 TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
@@ -289,6 +289,8 @@ class Leg:
             self.problem(f"the newest checkpoint: {type(error).__name__}: {error}")
             return len(lines), True
         passed_over = [line for line in said if not any(f"/{name}: " in line for name, _ in self.damaged)]
+        if len(good) == 1 and not (pointer := good[0].with_name(POINTER_NAME)).exists():
+            passed_over = [line for line in passed_over if f"{pointer}: missing" not in line]  # killed just before it
         path = self.taken.path if self.taken else None
         if passed_over or path != (good[0] if good else None):
             self.problem(f"newest good checkpoint {path} of {[p.name for p in good]}; {said}")
