@@ -52,7 +52,7 @@ def large_number(text: str) -> int:
     with contextlib.suppress(ValueError):
         if 1 <= float(text) < 1e18:
             return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text}: expected a number, such as 17e9")
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of 1 or more, such as 8 or 17e9")
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):

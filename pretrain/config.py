@@ -295,7 +295,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     content = parse_yaml(path.read_bytes(), str(path))
     if isinstance(content, dict):
         apply_overrides(content, overrides)
-    return build_recipe(content, str(path))
+    return build_recipe(content, " ".join([str(path), *overrides]))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

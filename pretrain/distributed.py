@@ -78,11 +78,15 @@ def world_from_environment() -> World:
     return World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def share_cores(world: World) -> None:
-    """Give this rank its part of the cores, unless the launcher set OMP_NUM_THREADS."""
+def set_up_rank(world: World) -> None:
+    """Give this process its part of the machine: a GPU, or cores unless the launcher set OMP_NUM_THREADS.
+
+    Raises UserError where others of the machine leave no GPU for it.
+    """
+    memory_of_rank(world)
+    keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // world.local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
 
 
 def keep_freed_memory() -> None:
@@ -183,29 +187,32 @@ def barrier() -> None:
     gather(None)
 
 
+class SharedError(UserError):
+    """What one rank met, raised on all."""
+
+
 def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
-    result, failure = None, None
+    result, failure, host = None, None, socket.gethostname()
     try:
         result = action()
-    except UserError as error:
-        failure = one_line(error)
-    except OSError as error:
+    except (UserError, OSError) as error:
         failure = os_error_line(error)
-    failures = [message for message in gather(failure, group) if message is not None]
-    if failures:
-        raise UserError(failures[0])
+    answers = gather((failure, host), group)
+    for message, where in answers:
+        if message is not None:
+            raise SharedError(message if where == answers[0][1] else f"on {where}: {message}")
     return result  # type: ignore[return-value]
 
 
 def exit_with(error: UserError, world: World) -> int:
     """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit.
 
-    A rank that is still there after that met an error that rank 0 did not, and prints its own.
+    A rank that is still there after that, and met an error that rank 0 did not, prints its own.
     """
-    where = ""
     if not world.is_main:
         time.sleep(LET_RANK_0_SPEAK_S)
-        where = f" on rank {world.rank} ({socket.gethostname()})"
-    print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+    if world.is_main or not isinstance(error, SharedError):
+        where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
+        print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE

@@ -6,6 +6,7 @@ What it is configured with comes from pretrain/engine_config.py.
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.errors import UserError, first_problem
+from data_prep.errors import UserError, first_problem, one_line
 from data_prep.shards import Tokens
 from pretrain.bad_steps import no_number
 from pretrain.checkpoint import Checkpoint, Fragment
@@ -36,7 +37,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 def start_process_group(world: World) -> torch.device:
-    """Join the other ranks; returns this rank's device."""
+    """Join the other ranks, unless that is done; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     # DeepSpeed would ask a compiler about each of its extensions, for a second, and compile one on a CPU, for a minute,
@@ -46,8 +47,19 @@ def start_process_group(world: World) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(world.local_rank)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except dist.DistError as error:  # after DEEPSPEED_TIMEOUT minutes, 10 unless set
+        why = f"another rank failed before all had met, or cannot reach this one ({one_line(error)})"
+        raise SystemExit(f"error: rank {world.rank} ({socket.gethostname()}): {why}") from None
     return torch.device(accelerator.current_device_name())
+
+
+def leave_process_group() -> None:
+    """Leave the other ranks, once all have come so far."""
+    if dist.is_initialized():
+        gather(None)
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +286,3 @@ class Engine:
                 view.copy_(checkpoint.read(name, state, start, view.numel()))
         if self.deepspeed.zero_optimization():
             self.deepspeed.optimizer.update_lp_params()
-
-    def close(self) -> None:
-        """Leave the process group."""
-        gather(None)
-        dist.destroy_process_group()

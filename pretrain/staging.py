@@ -3,8 +3,8 @@
     <stage_dir>/<fingerprint>/       the data set; a file gets its name when it is whole and on the disk
 
 Every node reads all shards, since each step draws its windows from all of them. Ranks of a node take turns at a lock,
-without a time limit: the first copies what is not there, the others find it. Nodes don't wait for one another until
-the process group starts, and there for as long as it waits for a rank: DeepSpeed's DEEPSPEED_TIMEOUT, 10 minutes.
+without a time limit: the first copies what is not there, the others find it. A node that is done waits for the others
+DEEPSPEED_TIMEOUT minutes, 10 unless that is set; if one of them fails, all end with its line.
 """
 
 import fcntl

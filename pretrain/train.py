@@ -34,17 +34,9 @@ from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
-from pretrain.distributed import (
-    World,
-    exit_with,
-    keep_freed_memory,
-    memory_of_rank,
-    share_cores,
-    together,
-    world_from_environment,
-)
+from pretrain.distributed import World, exit_with, gather, memory_of_rank, set_up_rank, together, world_from_environment
 from pretrain.dry_run import describe
-from pretrain.engine import Engine, StepFigures, start_process_group
+from pretrain.engine import Engine, StepFigures, leave_process_group, start_process_group
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
@@ -62,7 +54,7 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything a run needs that was checked before any rank met another."""
+    """Everything a run needs that a rank can check by itself."""
 
     recipe: Recipe
     engine_config: dict[str, Any]
@@ -97,7 +89,7 @@ def build_parser() -> CommandParser:
 
 
 def prepare(arguments: Sequence[str], world: World) -> Run:
-    """Check everything that one rank can check alone. Raises UserError."""
+    """Check everything that a rank can check by itself. Raises UserError."""
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides)
     engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
@@ -403,7 +395,6 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
     if skipped := len([step for step in bad_steps.records if bad_steps.replayed(step)]):
         say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
     finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
-    engine.close()
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:
@@ -421,16 +412,19 @@ def main(arguments: Sequence[str]) -> int:
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
         world = world_from_environment()
-        share_cores(world)
-        keep_freed_memory()
-        run = prepare(arguments, world)
+        set_up_rank(world)
+        build_parser().parse_known_args(arguments)  # --help, or a wrong flag: that takes no other rank
+        if world.world_size > 1:  # what one rank cannot use, all are to hear of
+            start_process_group(world)
+        run = together(lambda: prepare(arguments, world))
         if run.dry_run:
             if world.is_main:
                 print(describe(run.recipe, run.engine_config, run.loader, world.world_size))
-        elif read_state(run.run_dir).get("status") == "done":
+        elif gather(together(lambda: read_state(run.run_dir)).get("status"))[0] == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
         else:
             run_training(run, world)
+        leave_process_group()
     except UserError as error:
         return exit_with(error, world)
     except OSError as error:

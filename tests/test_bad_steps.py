@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,28 @@ def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_p
     assert "step-00000000" in rewound.output
     assert poisoned_run(2, "2", recipe, tiny_data, tmp_path / "skipped").exit_codes == [0, 0]
     assert is_same(tmp_path / "rewound", tmp_path / "skipped")
+
+
+def be_a_poisoned_rank_that_loads_slowly(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that has steps whose gradients are no numbers, and takes 7 s to go back."""
+    from pretrain import train
+
+    honest, seconds = train.restore, iter([0, 7])  # at the start, and when it rewinds
+
+    def restore(*what: Any) -> int:
+        time.sleep(next(seconds))
+        return honest(*what)
+
+    train.restore = restore  # type: ignore[attr-defined]
+    be_a_poisoned_rank(arguments, variables, log)
+
+
+def test_a_rewind_may_load_for_longer_than_a_run_may_stall(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", bad_steps={"policy": "rewind"}, stalls={"after_s": 2.0})
+    body = be_a_poisoned_rank_that_loads_slowly
+    ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", body=body, POISONED="12")
+    assert "rewinding from step 12" in ended.output
+    assert ended.exit_codes == [0], ended.output
 
 
 def test_a_run_that_starts_over_with_other_values_has_no_decisions_to_replay(tiny_data: Path, tmp_path: Path) -> None:

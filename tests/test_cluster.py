@@ -143,6 +143,25 @@ def test_a_host_that_cannot_take_part_is_one_clear_line(two_nodes: list[Node], t
     assert f"node2: ls: cannot access '{tmp_path}'" in refusal(HOSTFILE)
 
 
+def test_what_one_host_alone_cannot_use_ends_the_job_on_all_with_one_line_that_names_the_host(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    write_job(tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    two_nodes[1].run(f"mount -t tmpfs -o size=16k tmpfs {scratch}", cwd=Path("/"))
+    command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", f"--data.stage_dir={scratch}")
+    began = time.monotonic()
+    result = two_nodes[0].run(command, tmp_path)
+    assert time.monotonic() - began < 60
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = [line for line in (result.stdout + result.stderr).splitlines() if "error" in line]
+    assert line.startswith(f"node1: error: on node2: data.stage_dir {scratch}: "), line
+    assert "make room, give a larger disk" in line
+    assert not [process for node in two_nodes for process in node.processes(RANK)]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_host_that_is_cut_off_is_left_out_and_takes_part_again_when_it_is_back(
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:

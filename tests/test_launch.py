@@ -126,7 +126,7 @@ def test_the_benchmark_of_training_runs() -> None:
     ("command", "variables", "line"),
     [
         ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: abc: expected a number"),
-        ([*PRETRAIN, "--ranks", "0"], {}, "error: argument --ranks: 0: expected a number, such as"),
+        ([*PRETRAIN, "--ranks", "0"], {}, "error: argument --ranks: 0: expected a number of 1 or more, such as"),
         ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --max-restarts -1: expected a number, 0"),
         (["launch/pretrain.sh"], {}, "error: the following arguments are required: --recipe, --data-dir, --run-dir"),
         ([*PRETRAIN, "--hostfile", "README.md"], {}, "error: --hostfile README.md: line 3: **Pre"),

@@ -191,7 +191,7 @@ def test_epochs_and_a_warning_of_many(dataset: Path, capsys: pytest.CaptureFixtu
     assert ["above 4" in line for line in lines] == [n > 4 for n in manifest.epochs(train_tokens).values()]
     assert "epochs" not in shown(capsys, str(dataset))
     for bad in ("nan", "inf", "0", "-5", "1e400", "many"):
-        with pytest.raises(UserError, match=f"--train-tokens: {bad}: expected a number, such as 17e9"):
+        with pytest.raises(UserError, match=f"--train-tokens: {bad}: expected a number of 1 or more"):
             show.main([str(dataset), f"--train-tokens={bad}"])
 
 

@@ -146,7 +146,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     from pretrain import train
 
     marks.mark("import the rest")
-    marks.around(train, "prepare", "checks before any rank meets another")
+    marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")
     marks.around(train, "build_model", "model, initial weights")
     marks.around(train.Engine, "__init__", "DeepSpeed engine")

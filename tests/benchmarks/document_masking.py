@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Recipe, load_recipe, model_config
-from pretrain.distributed import keep_freed_memory, share_cores, world_from_environment
+from pretrain.distributed import set_up_rank, world_from_environment
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 
@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.quick:
         overrides += ["--model.vocab_size=512", "--model.num_layers=1"]
         flags.rounds, flags.steps = 2, 1
-    share_cores(world_from_environment())
-    keep_freed_memory()
+    set_up_rank(world_from_environment())
     recipe = load_recipe(flags.recipe, overrides)
     plain, masked = measure(recipe, flags.rounds, flags.steps, flags.document_tokens)
     ratio = statistics.median(m / p for m, p in zip(masked, plain, strict=True))

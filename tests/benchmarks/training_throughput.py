@@ -35,7 +35,7 @@ from hand_made_shards import write_dataset, write_source
 from data_prep.shards import Tokens
 from pretrain import train
 from pretrain.config import Recipe, load_recipe, recipe_to_dict
-from pretrain.distributed import World, free_port, keep_freed_memory, share_cores
+from pretrain.distributed import World, free_port, set_up_rank
 from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.loader import Prefetch
@@ -205,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += ["--model.vocab_size=512", "--model.num_layers=1", "--batch.global_batch_tokens=256"]
         overrides += ["--batch.micro_batch_size=1"]
         flags.rounds, flags.steps = 2, 1
-    share_cores(ALONE)
-    keep_freed_memory()  # as pretrain.train does, and for every contestant
+    set_up_rank(ALONE)  # as pretrain.train does, and for every contestant
     recipe = load_recipe(flags.recipe, overrides)
     model = recipe.model
     print(
