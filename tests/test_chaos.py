@@ -8,14 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chaos
 import pytest
 import torch
-from conftest import REPOSITORY, run_command
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
-import chaos
 from chaos import Attempt, Leg, Pace, kill_one, line_problems, lines_of, tensor_problems
+from conftest import run_command
+from safetensors.torch import load_file
 
 from data_prep.shards import digest_file
 from pretrain.checkpoint import Checkpoint, Fragment, saved_steps, sidecar_of, write_fragments
