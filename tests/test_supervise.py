@@ -161,7 +161,7 @@ def test_bad_input_is_not_tried_again(recipe: Path, tiny_data: Path, tmp_path: P
     assert result.returncode == 2
     assert result.stdout.count("+ deepspeed") == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {recipe}: unknown key model.depth; ")
+    assert line.startswith(f"error: {recipe} --model.depth=9: unknown key model.depth; ")
     assert "restart" not in result.stderr
 
 
