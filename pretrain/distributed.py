@@ -215,4 +215,6 @@ def exit_with(error: UserError, world: World) -> int:
     if world.is_main or not isinstance(error, SharedError):
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
         print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+    if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
+        os._exit(USER_ERROR_EXIT_CODE)
     return USER_ERROR_EXIT_CODE

@@ -152,8 +152,7 @@ def announce(run: Run, engine: Engine, world: World) -> None:
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
         f"of {recipe.batch.global_batch_tokens:,} tokens; ranks: {world.world_size}",
     )
-    for line in epochs_lines(recipe, run.loader):
-        say(world, line)
+    say(world, "\n".join(epochs_lines(recipe, run.loader)))
 
 
 def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
