@@ -7,6 +7,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,20 @@ def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str
         raise
     except kinds as error:
         raise UserError(f"{problem} ({what_it_says(error)}); {advice}") from None
+
+
+@contextlib.contextmanager
+def heard_or_not() -> Iterator[None]:
+    """What is printed inside nobody has to read: a closed pipe, or a full disk below a log, ends nothing."""
+    try:
+        yield
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # room may come back, a reader does not
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class CommandParser(argparse.ArgumentParser):

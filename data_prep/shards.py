@@ -170,10 +170,13 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part."""
+def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp") -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part.
+
+    Processes that may write the same file at the same time need suffixes of their own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".tmp")
+    staged = path.with_name(path.name + suffix)
     with staged.open("wb") as file:
         file.write(content)
         file.flush()

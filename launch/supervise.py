@@ -26,11 +26,19 @@ from typing import Any
 if not __package__:  # run by path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, large_number, one_line
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    CommandParser,
+    UserError,
+    exit_code,
+    heard_or_not,
+    large_number,
+    one_line,
+)
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
 
-GUARDED = 'exec 3<&0 < /dev/null; sh -c "read _ <&3; kill -9 0" & exec 3<&-; exec "$@"'
+GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
 # sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
 # DeepSpeed's launchers must get none: they would orphan their ranks, or end them in the middle of a step.
 SIGNAL_RANKS = """cd /proc; for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
@@ -40,6 +48,7 @@ SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 LONGEST_BACK_OFF_S = 300.0
+ANSWER_S = 90.0  # of a command on a machine
 LOCKED_S = 120.0  # a file server may take so long to notice that the machine with a locked file is gone
 HOST_LINE = re.compile(r"\s*(?:#.*|(\S+)\s+slots=([1-9]\d{0,5})\s*)?")
 HERE = ""  # this machine, among hosts
@@ -82,7 +91,12 @@ def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
     if HERE not in hosts:
         command = ("pdsh", "-t", "10", "-u", "45", "-f", "1024", "-w", ",".join(hosts), shlex.join(command))
     env, nothing = {**os.environ, **ssh}, subprocess.DEVNULL
-    return subprocess.run(command, env=env, stdin=nothing, capture_output=True, text=True, process_group=0)
+    try:
+        return subprocess.run(
+            command, env=env, stdin=nothing, capture_output=True, text=True, process_group=0, timeout=ANSWER_S
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{shlex.join(command)[:80]} ...: no answer within {ANSWER_S:.0f} s") from None
 
 
 def trim(slots: Slots, recipe: Recipe) -> Slots:
@@ -128,7 +142,8 @@ class Supervisor:
 
     def say(self, text: str) -> None:
         """A line about the run."""
-        print(f"{self.flags.run_dir}: {text}", file=sys.stderr, flush=True)
+        with heard_or_not():
+            print(f"{self.flags.run_dir}: {text}", file=sys.stderr, flush=True)
 
     def load_recipe(self) -> Recipe:
         """The recipe, with all overrides that say how large a step is."""
@@ -137,6 +152,8 @@ class Supervisor:
     def find_gpus(self) -> tuple[Slots, Slots]:
         """The ranks of this machine that were asked for, and those that it has GPUs for now."""
         answer = run_on([HERE], *COUNT_GPUS)
+        if not answer.stdout.strip().isdecimal():
+            raise UserError(f"GPUs cannot be counted: {' '.join(answer.stderr.split()[-12:])}")
         gpus = int(answer.stdout)
         self.gpus = max(gpus, self.gpus)
         if self.gpus and not gpus:
@@ -182,29 +199,42 @@ class Supervisor:
         """Send a signal to the ranks of all starts; whether there were any."""
         return bool(run_on(hosts, "sh", "-c", SIGNAL_RANKS, "|".join(self.ports), str(int(number))).stdout)
 
-    def start(self, restart: int) -> int:
-        """Run the launcher once; its exit code, when it and all ranks are gone. Raises UserError if none can run."""
+    def end(self, launcher: subprocess.Popen[bytes], hosts: list[str]) -> None:
+        """Have the ranks end after their step, and wait for that, unless one more signal comes.
+
+        The launcher may be gone before them: who ends a whole job signals each of its processes.
+        """
+        self.signal_ranks(hosts, signal.SIGTERM)
+        while launcher.poll() is None or self.signal_ranks(hosts, 0):
+            time.sleep(POLL_S)
+            if self.signals[-1][1] - self.signals[0][1] >= SAME_SIGNAL_S:
+                break
+
+    def start(self, restart: int, before: dict[str, Any]) -> int:
+        """Run the launcher once; its exit code, when it and all ranks are gone. Raises UserError if none can run.
+
+        `before` is how the run stood.
+        """
         asked, left = self.find_hosts() if self.flags.hostfile else self.find_gpus()
         slots = left if left == asked else trim(left, self.load_recipe())
         hosts, ranks = [*slots], sum(slots.values())
         if restart:
             self.signal_ranks(hosts, signal.SIGKILL)  # of a host that was cut off, and is back
             newest = max(Path(self.flags.run_dir).glob("checkpoints/step-" + "[0-9]" * 8), default=Path("step 0"))
-            self.say(f"restart {restart} continues from {newest.name} on {ranks} ranks")
+            self.say(f"restart {restart} continues from {newest.name}, if that is whole, on {ranks} ranks")
         if slots != left:
             self.say(f"only {ranks} of the {sum(left.values())} ranks left take part: they divide a step")
         with socket.create_server(("", 0)) as listener:
             self.ports.append(str(listener.getsockname()[1]))
         command, env = self.command(asked, slots)
-        print("+", shlex.join(command), flush=True)
+        with heard_or_not():
+            print("+", shlex.join(command), flush=True)
         guarded = ["sh", "-c", GUARDED, "sh", *command]
         with subprocess.Popen(guarded, stdin=subprocess.PIPE, env=env, start_new_session=True) as launcher:
             while launcher.poll() is None and not self.signals:
                 time.sleep(POLL_S)
-            # without a rank to tell, nothing is lost yet
-            is_ending = launcher.poll() is None and self.signal_ranks(hosts, signal.SIGTERM)
-            while is_ending and launcher.poll() is None and self.signals[-1][1] - self.signals[0][1] < SAME_SIGNAL_S:
-                time.sleep(POLL_S)
+            if self.signals and standing(Path(self.flags.run_dir))["began"] != before["began"]:
+                self.end(launcher, hosts)  # before it began nothing is lost
             self.signal_ranks(hosts, signal.SIGKILL)
         return launcher.wait()  # leaving closed the pipe
 
@@ -233,7 +263,7 @@ class Supervisor:
         for restart in range(1, self.flags.max_restarts + 2):
             before = standing(run_dir)
             try:
-                code, refusal = 1 if self.signals else self.start(restart - 1), ""
+                code, refusal = 1 if self.signals else self.start(restart - 1, before), ""
             except UserError as error:
                 if restart == 1:
                     raise

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from data_prep.errors import explained
 from data_prep.shards import TOKENIZER_NAME, ShardReader, write_durably
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
@@ -55,7 +56,8 @@ class BadSteps:
         manifest = manifest or {}
         self.recent = deque(map(tuple, manifest.get("recent_steps", [])), maxlen=RUNNING_STEPS)
         for record in [*manifest.get("skips", []), *gather(together(self._recorded))[0]]:
-            self.records[record["step"]] = {key: record[key] for key in DECISION}
+            with explained(KeyError, f"{self.path}: step {record['step']}: damaged", "mend or remove it"):
+                self.records[record["step"]] = {key: record[key] for key in DECISION}
 
     def _recorded(self) -> list[Record]:
         """On rank 0, what the file holds; a line that a kill tore is cut off, since nothing followed from it."""

@@ -10,13 +10,10 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards import replace_directory, write_durably
-from pretrain.checkpoint import POINTER_NAME, Checkpoint, checkpoints_dir, pointer_to, saved_steps
-from pretrain.config import MAY_CHANGE_ON_RESUME, Recipe, build_recipe, recipe_to_dict, refuse_changes
-from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
+from pretrain.checkpoint import POINTER_NAME, UNREADABLE, Checkpoint, checkpoints_dir, pointer_to, saved_steps
+from pretrain.config import Recipe, build_recipe
 from pretrain.optim import learning_rate
-from pretrain.run_directory import METRICS_NAME, read_state, write_state
-
-MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
+from pretrain.run_directory import METRICS_NAME, read_state, refuse_another_run, write_state
 
 
 def open_origin(
@@ -38,15 +35,11 @@ def open_origin(
         return None
     try:
         checkpoint = Checkpoint(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         there = ", ".join(step.name for step in saved_steps(path.parent.parent)) or "none"
         raise UserError(f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}") from None
-    manifest = checkpoint.manifest
-    old = build_recipe(manifest["recipe"], str(path))
-    refuse_changes({"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin)
-    refuse_changes(recipe_to_dict(old), recipe_to_dict(recipe), MAY_CHANGE, origin)
-    refuse_changes(manifest["deepspeed"], engine_config, ENGINE_MAY_CHANGE_ON_RESUME, origin)
-    check_rates(old, recipe, checkpoint.step, origin)
+    refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
+    check_rates(build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin)
     return checkpoint
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file, fsync_directory, write_durably
-from pretrain.distributed import Group, World, barrier, gather, together
+from pretrain.distributed import Group, SharedError, World, barrier, gather, together
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
 
 FORMAT = "tablefree-checkpoint"
@@ -40,6 +40,7 @@ SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
 POINTER_NAME = "latest"
 STEP_PREFIX = "step-"
 BLOCK_BYTES = 4 << 20
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)  # what damage raises
 Callback = Callable[[], None] | None
 
 
@@ -85,6 +86,8 @@ class Checkpoint:
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
         """What is wrong with every `parts`-th file from `part` on, or None when all digests agree."""
+        if self.path.name != f"{STEP_PREFIX}{self.step:08d}":
+            return f"its {MANIFEST_NAME} is of step {self.step}: it was renamed"
         named = {MANIFEST_NAME, SIDECAR_NAME, *(file["name"] for file in self.files)}
         for stranger in sorted(set(os.listdir(self.path)) - named):
             return f"{stranger} is not named in {MANIFEST_NAME}"
@@ -222,7 +225,7 @@ def save_checkpoint(
         if world.is_main:
             shutil.rmtree(staging, ignore_errors=True)
         mount, free = disk_of(home)
-        raise UserError(
+        raise SharedError(
             f"{final}: not written: {error}; it needs {needed:,} bytes, the disk mounted at {mount} has {free:,} free; "
             f"make room or mend that, and the same command continues"
         ) from None
@@ -281,7 +284,7 @@ def examine(path: Path, part: int, parts: int) -> str | None:
     """What is wrong with this rank's part of a checkpoint, or None."""
     try:
         return Checkpoint(path).damage(part, parts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
 
 

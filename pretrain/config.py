@@ -32,6 +32,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {"batch.micro_batch_size", "compile", "loss_head", "data", "activation_checkpointing", "validation", "checkpoints"}
     | {"bad_steps", "stalls", "engine"}
 )
+MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,6 +1,5 @@
 """What a run says while it trains: what it is about to do, then a bar on a terminal or a line now and then."""
 
-import contextlib
 import math
 import sys
 import time
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_prep.errors import heard_or_not
 from pretrain.config import Recipe
 from pretrain.distributed import World
 from pretrain.flops import find_device, flops_per_token
@@ -18,9 +18,9 @@ MANY_EPOCHS = 4.0  # beyond four, repeated text is worth little (Muennighoff et 
 
 
 def say(world: World, text: str) -> None:
-    """One line of the log, from rank 0. Nobody has to read it: a closed pipe does not end a run."""
+    """One line of the log, from rank 0."""
     if world.is_main:
-        with contextlib.suppress(BrokenPipeError):
+        with heard_or_not():
             tqdm.write(text, file=sys.stderr)
 
 

@@ -6,20 +6,20 @@ checkpoints/     see pretrain/checkpoint.py     skips.jsonl     see pretrain/bad
 tokenizer/       a copy of the data set's       logs/           see pretrain/watch.py
 """
 
+import contextlib
 import json
 import os
+import secrets
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from data_prep.errors import UserError, explained
 from data_prep.shards import TOKENIZER_NAME, write_durably
 from pretrain import config
-from pretrain.checkpoint import saved_steps
+from pretrain.checkpoint import UNREADABLE, Checkpoint, saved_steps
 from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
+from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -29,19 +29,13 @@ STATE_NAME = "state.json"
 STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpoints updates it too
 
 
-def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A YAML or JSON file of this directory. Raises UserError if something else wrote it."""
-    with explained((ValueError, yaml.YAMLError), f"{path}: damaged", "remove it to continue from the checkpoints"):
-        content = parse(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no keys and values")
-    return content
-
-
 def read_state(run_dir: Path) -> dict[str, Any]:
-    """How the run stands; empty if it never started."""
+    """How the run stands; empty if it never started. Raises UserError if something else wrote it."""
     path = run_dir / STATE_NAME
-    return read_mapping(path, json.loads) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with explained((ValueError, TypeError), f"{path}: damaged", "remove it to continue from the checkpoints"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_state(run_dir: Path, **changes: Any) -> None:
@@ -51,35 +45,48 @@ def write_state(run_dir: Path, **changes: Any) -> None:
 
 
 def note_failure(run_dir: Path, reason: str) -> None:
-    """Why a run failed, in `state.json`, where no other end was noted before."""
-    if read_state(run_dir).get("status") == "running":
-        write_state(run_dir, status="failed", reason=reason)
+    """Why a run failed, in `state.json`, where no other end was noted before. Several ranks may do so at once."""
+    with STATE_LOCK:
+        state = read_state(run_dir)
+        if state.get("status") == "running":
+            content = json.dumps({**state, "status": "failed", "reason": reason}, indent=1).encode()
+            write_durably(run_dir / STATE_NAME, content, f".{secrets.token_hex(8)}.tmp")
 
 
-def check_same_run(
-    run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str, engine_may_change: frozenset[str]
+def refuse_another_run(
+    run_dir: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    engine_config: dict[str, Any],
+    fingerprint: str,
+    flag: str = "",
 ) -> None:
-    """Refuse to continue a run with another recipe, engine or data set.
+    """Raise UserError where a checkpoint was made with another recipe, engine or data set, naming both values.
+
+    Length and schedule may be others if the run was branched off there, or is to be: then `flag` says so.
+    """
+    manifest, origin = checkpoint.manifest, flag or str(checkpoint.path)
+    is_branch = flag or Path(read_state(run_dir).get("branched_from", "")).name == checkpoint.path.name
+    may_change = config.MAY_CHANGE_ON_BRANCH if is_branch else config.MAY_CHANGE_ON_RESUME
+    saved_recipe = recipe_to_dict(build_recipe(manifest["recipe"], origin))  # keys it lacks are as default
+    refuse_changes({"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin)
+    refuse_changes(saved_recipe, recipe_to_dict(recipe), may_change, origin)
+    origin += " (chosen with --deepspeed-config)"
+    refuse_changes(manifest["deepspeed"], engine_config, ENGINE_MAY_CHANGE_ON_RESUME, origin)
+
+
+def check_same_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str) -> None:
+    """Refuse to continue a run as another one, as its newest checkpoint that can be read has it.
 
     A run that has saved nothing yet has nothing to continue: it may start over with other values.
     """
-    has_saved = bool(saved_steps(run_dir)) or "saved_step" in read_state(run_dir)
-    recipe_path, engine_path = run_dir / RECIPE_NAME, run_dir / ENGINE_CONFIG_NAME
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: is a file; give a directory")
-    if recipe_path.is_file():
-        saved_recipe = read_mapping(recipe_path, yaml.safe_load)
-        if has_saved:
-            saved_recipe = recipe_to_dict(build_recipe(saved_recipe, str(recipe_path)))  # keys it lacks are as default
-            refuse_changes(saved_recipe, recipe_to_dict(recipe), config.MAY_CHANGE_ON_RESUME, str(recipe_path))
-    saved_fingerprint = read_state(run_dir).get("fingerprint", fingerprint)
-    if has_saved:
-        refuse_changes({"fingerprint": saved_fingerprint}, {"fingerprint": fingerprint}, frozenset(), str(run_dir))
-    if engine_path.is_file():
-        saved_engine = read_mapping(engine_path, json.loads)
-        if has_saved:
-            origin = f"{engine_path} (chosen with --deepspeed-config)"
-            refuse_changes(saved_engine, engine_config, engine_may_change, origin)
+    read_state(run_dir)  # raises if it is damaged
+    for path in saved_steps(run_dir):
+        with contextlib.suppress(*UNREADABLE):  # which is said when it is passed over
+            refuse_another_run(run_dir, Checkpoint(path), recipe, engine_config, fingerprint)
+            return
 
 
 def describe_run(
@@ -105,6 +112,7 @@ class MetricsFile:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.path = run_dir / METRICS_NAME
         kept = [line for line in read_lines(self.path) if line["step"] < start_step]
+        self.lacks = start_step - len({line["step"] for line in kept})
         write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -124,4 +132,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with explained(ValueError, f"{path}: damaged", "mend or remove it, and the same command continues"):
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
+            raise ValueError("a line without a step")
+        return lines

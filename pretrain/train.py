@@ -37,13 +37,21 @@ from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World, exit_with, gather, memory_of_rank, set_up_rank, together, world_from_environment
 from pretrain.dry_run import describe
 from pretrain.engine import Engine, StepFigures, leave_process_group, start_process_group
-from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME, load_engine_config, merge_config
+from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
-from pretrain.run_directory import MetricsFile, check_same_run, describe_run, note_failure, read_state, write_state
+from pretrain.run_directory import (
+    MetricsFile,
+    check_same_run,
+    describe_run,
+    note_failure,
+    read_state,
+    refuse_another_run,
+    write_state,
+)
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
@@ -117,7 +125,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if recipe.compile:
         check_compiler(device_type)
     fingerprint = reader.manifest.fingerprint
-    check_same_run(flags.run_dir, recipe, merged, fingerprint, ENGINE_MAY_CHANGE_ON_RESUME)
+    check_same_run(flags.run_dir, recipe, merged, fingerprint)
     origin = flags.branch_from
     branch_from = open_origin(origin, flags.run_dir, recipe, merged, fingerprint) if origin else None
     if recipe.data.stage_dir and not flags.dry_run:
@@ -169,8 +177,7 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
                 f"start again with another --run-dir"
             )
         return 0
-    if (saved := checkpoint.manifest["fingerprint"]) != run.reader.manifest.fingerprint:
-        raise UserError(f"{checkpoint.path}: made on data set {saved}, got {run.reader.manifest.fingerprint}")
+    refuse_another_run(run.run_dir, checkpoint, run.recipe, run.engine_config, run.reader.manifest.fingerprint)
     if checkpoint.shapes != engine.parameter_shapes():
         raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
     together(lambda: engine.write_state(checkpoint))
@@ -292,10 +299,19 @@ def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: Checkpoin
         engine.clock.mark(PAUSE)
 
 
+def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
+    """The file for the lines of metrics.jsonl from a step on."""
+    with naming_the_disk(run.run_dir):
+        metrics = MetricsFile(run.run_dir, step)
+    if metrics.lacks:
+        say(world, f"warning: {metrics.path} lacks {metrics.lacks} of the lines of the {step} steps so far")
+    return metrics
+
+
 def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int, writer: CheckpointWriter) -> int:
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
     world, start_step = engine.world, step
-    metrics = MetricsFile(run.run_dir, start_step) if world.is_main else None
+    metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
     progress = Progress(run.recipe, start_step, engine.device, world)
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
     profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
@@ -316,7 +332,7 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
             step = restore(run, engine, bad_steps, world)
             if metrics:
                 metrics.close()
-                metrics = MetricsFile(run.run_dir, step)
+            metrics = together(lambda: open_metrics(run, world, step) if world.is_main else None)  # noqa: B023
             continue
         if step > start_step and compiled_graphs() > graphs:
             say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
@@ -343,23 +359,34 @@ def set_determinism(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+@contextlib.contextmanager
+def naming_the_disk(run_dir: Path) -> Iterator[None]:
+    """What the disk of the run's directory refuses becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        mount, free = disk_of(run_dir)
+        where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
+        raise UserError(f"{run_dir}: {where}; mend that, and the same command continues") from error
+
+
+def begin(run: Run) -> None:
+    """Note what is about to be trained."""
+    fingerprint = run.reader.manifest.fingerprint
+    with naming_the_disk(run.run_dir):
+        describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir, fingerprint)
+        write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
+
+
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
     set_determinism(run.recipe)
     device = start_process_group(world)
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
-        if world.is_main:
-            fingerprint = run.reader.manifest.fingerprint
-            describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir, fingerprint)
-            write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
-        with Watch(world, run.run_dir, run.recipe.stalls) as watch:
-            try:
-                train_from_last_checkpoint(run, watch, device)
-            except OSError as error:
-                mount, free = disk_of(run.run_dir)
-                where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
-                raise UserError(f"{run.run_dir}: {where}; mend that, and the same command continues") from error
+        together(lambda: begin(run) if world.is_main else None)
+        with Watch(world, run.run_dir, run.recipe.stalls) as watch, naming_the_disk(run.run_dir):
+            train_from_last_checkpoint(run, watch, device)
     except Exception as error:
         if world.is_main:
             with contextlib.suppress(OSError):  # the disk may be what failed

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, heard_or_not, one_line
 from pretrain.config import StallsRecipe
 from pretrain.distributed import World, gather
 from pretrain.run_directory import note_failure
@@ -100,7 +100,8 @@ class Watch:
         if any(word in str(error) for word in OF_AN_EXCHANGE):
             time.sleep(CAUSE_S)
         if not self.world.is_main:  # whose answer ends this process before Python prints it
-            traceback.print_exception(error)
+            with heard_or_not():
+                traceback.print_exception(error)
         self._send("end", f"{self.name}: {type(error).__name__}: {one_line(error)}")
 
     def _send(self, *message: Any) -> None:
@@ -113,9 +114,14 @@ class Watch:
         """Body of the thread."""
         beat_at = 0.0
         while not self._left.is_set():
+            turn_at = time.monotonic()
             listening = {peer.connection: peer for peer in self._peers if not peer.connection.closed}
             for connection in wait(list(listening), BEAT_S):
                 self._receive(listening[connection])  # type: ignore[index]
+            if time.monotonic() - turn_at > CAUSE_S:  # this process was suspended, and so may all have been
+                self._moved_at = time.monotonic()
+                for peer in self._peers:
+                    peer.heard_at = self._moved_at
             if time.monotonic() - beat_at >= BEAT_S:
                 beat_at = time.monotonic()
                 self._send("beat", self._where())
@@ -193,7 +199,8 @@ class Watch:
         """End this process, and before it all peers that still listen."""
         self._send("end", why)
         if self.world.rank in (0, 1) or self.world.local_rank == 0:  # or else, where rank 0 is gone, too many speak
-            print(f"error: {why}", file=sys.stderr, flush=True)
+            with heard_or_not():
+                print(f"error: {why}", file=sys.stderr, flush=True)
         note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
         note.start()
         note.join(CAUSE_S)  # the run's directory may be what is lost

@@ -337,3 +337,11 @@ def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one
         flip_byte(path / TENSORS)
     prune_checkpoints(save(tmp_path, 7), 1)  # training went on from step 5
     assert_holds(newest_good(tmp_path)[0], 7)
+
+
+def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 10).rename(checkpoints_dir(tmp_path) / "step-00000018")
+    good, said = newest_good(tmp_path)
+    assert_holds(good, 5)
+    assert any("step-00000018: its manifest.json is of step 10: it was renamed; passed over" in line for line in said)

@@ -303,7 +303,7 @@ def test_a_node_can_be_cut_off_and_comes_back(two_nodes: list[Node], tmp_path: P
     assert node1.run(ask, tmp_path).returncode == 255
     node2.link_up()
     assert node1.run(ask, tmp_path).stdout == "node2\n"
-    assert not node2.processes()
+    wait_until(lambda: not node2.processes(), "the sshd of the last one to end", 10)
     assert "10.0.0.2" in node2.run("hostname -I", tmp_path).stdout
 
 

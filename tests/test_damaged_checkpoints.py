@@ -4,6 +4,7 @@ Checkpoints of a real run of two ranks: flips, truncations and deletions by the 
 """
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -368,6 +369,26 @@ def test_a_disk_that_fills_between_saves_is_one_line_too(
     resize(small_disk, "size=20m")
     output = train_on(ranks, recipe, tiny_data, run_dir, *flags)
     assert f"continuing from {checkpoints_dir(run_dir)}/step-00000002" in output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_when_a_run_goes_on_is_one_line_too(
+    ranks: int, recipe: Path, tiny_data: Path, small_disk: Path
+) -> None:
+    run_dir = small_disk / "run"
+    train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "5")
+    with contextlib.suppress(OSError), (small_disk / "other").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    ended = run_ranks(ranks, recipe, tiny_data, run_dir)
+    assert ended.exit_codes[0] == 2, ended.output
+    assert "Traceback" not in ended.output
+    (said,) = [line for line in ended.output.splitlines() if line.startswith("error")]
+    assert f"error: {run_dir}: " in said
+    assert f"No space left on device; the disk mounted at {small_disk} has " in said
+    (small_disk / "other").unlink()
+    output = train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "7")
+    assert f"continuing from {checkpoints_dir(run_dir)}/step-00000005" in output
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A run's directory: one trainer at a time, and damaged files named."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,15 @@ from conftest import tiny_recipe_content
 from data_prep.errors import UserError
 from data_prep.shards import lock
 from pretrain.config import Recipe, build_recipe, recipe_to_yaml
-from pretrain.run_directory import METRICS_NAME, MetricsFile, check_same_run, read_lines, read_state, write_state
+from pretrain.run_directory import (
+    METRICS_NAME,
+    MetricsFile,
+    check_same_run,
+    note_failure,
+    read_lines,
+    read_state,
+    write_state,
+)
 
 HOLD = """
 import time
@@ -40,19 +50,47 @@ def test_only_one_process_holds_a_directory_and_a_kill_frees_it(tmp_path: Path) 
     lock(tmp_path, "training there", "--run-dir").close()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "deepspeed.json", "state.json"])
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name}: damaged"):
-        check_same_run(tmp_path, recipe(), {}, "f", frozenset())
+def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state\.json: damaged"):
+        check_same_run(tmp_path, recipe(), {}, "f")
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "null", "3", '{"step": "x"}', '{"loss": 1.0}'])
+def test_a_line_that_is_no_step_is_a_damaged_file(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl: damaged \(a line without a step\)"):
+        MetricsFile(tmp_path, 1)
+
+
+def test_lines_that_are_missing_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 4, 5)))
+    assert MetricsFile(tmp_path, 5).lacks == 2
+
+
+def note(run_dir: Path, rank: int) -> None:
+    for number in range(200):
+        note_failure(run_dir, f"{rank} {number}")
+        if rank == 0:
+            write_state(run_dir, status="running")
+
+
+def test_several_ranks_may_note_a_failure_at_once(tmp_path: Path) -> None:
+    write_state(tmp_path, status="running")
+    processes = [multiprocessing.get_context("fork").Process(target=note, args=(tmp_path, rank)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        assert read_state(tmp_path)["status"] in ("running", "failed")
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert os.listdir(tmp_path) == ["state.json"]
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        check_same_run(tmp_path / "file", recipe(), {}, "f", frozenset())
+        check_same_run(tmp_path / "file", recipe(), {}, "f")
 
 
 def test_state_keeps_what_is_not_changed(tmp_path: Path) -> None:
@@ -75,7 +113,4 @@ def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: P
 def test_a_run_that_has_saved_nothing_may_start_over_with_other_values(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
     other = build_recipe(tiny_recipe_content(seed=2), "tiny.yaml")
-    check_same_run(tmp_path, other, {}, "f", frozenset())
-    write_state(tmp_path, saved_step=5)
-    with pytest.raises(UserError, match="was started with seed=1, got 2"):
-        check_same_run(tmp_path, other, {}, "f", frozenset())
+    check_same_run(tmp_path, other, {}, "f")

@@ -75,6 +75,23 @@ def test_a_signal_to_the_launch_script_ends_its_ranks_well(recipe: Path, tiny_da
     assert not left
 
 
+def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_well(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """As Slurm does when the time is up, or systemd: the launchers die of it, the ranks finish their step."""
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
+    long_steps = (LONG, f"--batch.global_batch_tokens={60 * 32}", "--model.num_layers=20")
+    process = start(["launch/pretrain.sh", *flags, *long_steps], tmp_path / "run")
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
+    assert not left
+
+
 def test_a_later_signal_ends_a_run_at_once(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     long_steps = (LONG, f"--batch.global_batch_tokens={200 * 32}", "--model.num_layers=100")
     command = launch_training(1, recipe, tiny_data, tmp_path / "run", *long_steps)

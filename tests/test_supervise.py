@@ -101,7 +101,9 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_bitwise_equal(
     result = run_command(*typed, **faults(tmp_path, "12"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("+ deepspeed") == 2
-    assert f"{tmp_path / 'run'}: restart 1 continues from step-00000010 on 2 ranks\n" in result.stderr
+    assert (
+        f"{tmp_path / 'run'}: restart 1 continues from step-00000010, if that is whole, on 2 ranks\n" in result.stderr
+    )
     assert status_of(tmp_path / "run") == "done"
     train_on(2, recipe, tiny_data, tmp_path / "unbroken", "--deepspeed-config", "zero2_fp32")
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
@@ -271,3 +273,35 @@ def test_a_hostfile_is_read_as_deepspeed_does_or_refused_with_its_line(tmp_path:
     path.write_text("# none yet\n")
     with pytest.raises(UserError, match="names no host"):
         read_hostfile(path)
+
+
+def test_a_job_whose_output_nobody_reads_any_more_goes_on_after_a_rank_is_killed(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    typed = command(recipe, tiny_data, tmp_path / "run", "--max-restarts=1")
+    variables = environment(**faults(tmp_path, "12"))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(typed, cwd=REPOSITORY, env=variables, stdout=pipe, stderr=subprocess.STDOUT) as job:
+        assert job.stdout
+        assert job.stdout.readline().startswith(b"+ deepspeed")
+        job.stdout.close()  # as when `tee` is killed
+        assert job.wait(200) == 0
+    assert status_of(tmp_path / "run") == "done"
+    assert steps_of(tmp_path / "run") == 20
+    assert (tmp_path / "faults" / "died-at-12").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import sys; sys.exit('the driver is not loaded')", "GPUs cannot be counted: the driver is not loaded"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ],
+)
+def test_gpus_that_cannot_be_counted_are_bad_input_at_first_and_a_failed_start_later(
+    code: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "COUNT_GPUS", (sys.executable, "-c", code))
+    monkeypatch.setattr(supervise, "ANSWER_S", 1.0)
+    with pytest.raises(UserError, match=says):
+        supervisor(tmp_path / "run").find_gpus()

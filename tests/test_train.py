@@ -518,14 +518,14 @@ def untouched(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--seed=2"], "recipe.yaml: this run was started with seed=1, got 2; give the old value"),
+        (["--seed=2"], "/step-00000012: this run was started with seed=1, got 2; give the old value"),
         (["--model.num_layers=3"], "started with model.num_layers=2, got 3"),
         (["--model.input_embedding=learned"], "started with model.input_embedding='binary_code', got 'learned'"),
         (["--train_tokens=7680"], "started with train_tokens=3840, got 7680"),
         (["--optimizer.peak_learning_rate=0.02"], "started with optimizer.peak_learning_rate=0.01, got 0.02"),
         (
             ["--deepspeed-config=zero2_bf16"],
-            "deepspeed.json (chosen with --deepspeed-config): this run was started with bf16.enabled=None, got True",
+            "/step-00000012 (chosen with --deepspeed-config): this run was started with bf16.enabled=None, got True",
         ),
         (["--deepspeed-config=zero3"], "engine zero3: no such file; did you mean zero2_"),
         (["--no-such-flag"], "--no-such-flag: not a known flag"),
@@ -540,6 +540,30 @@ def test_a_run_is_not_continued_as_another(
     assert main(["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(stopped_run), *more]) == 2
     assert_one_line(capsys.readouterr().err, says)
     assert untouched(stopped_run) == before
+
+
+@pytest.mark.parametrize("lost", ["recipe.yaml", "deepspeed.json", "metrics.jsonl"])
+def test_a_run_is_not_continued_as_another_whatever_else_is_lost(
+    lost: str, stopped_run: Path, recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(stopped_run, tmp_path / "run")
+    (run_dir / lost).unlink()
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(run_dir)]
+    assert main([*flags, "--seed=2"]) == 2
+    assert_one_line(capsys.readouterr().err, "this run was started with seed=1, got 2")
+
+
+def test_another_run_s_checkpoint_is_not_loaded_even_behind_a_damaged_one(
+    stopped_run: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir, other = shutil.copytree(stopped_run, tmp_path / "run"), tmp_path / "other"
+    train_on(1, recipe, tiny_data, other, "--seed=2", "--stop-at-step", "5")
+    for file in (run_dir / "checkpoints").rglob("*.safetensors"):
+        file.write_bytes(b"")
+    shutil.copytree(other / "checkpoints" / "step-00000005", run_dir / "checkpoints" / "step-00000005")
+    ended = run_ranks(1, recipe, tiny_data, run_dir)
+    assert ended.exit_codes == [2]
+    assert "step-00000005: this run was started with seed=2, got 1" in ended.output
 
 
 def assert_one_line(output: str, says: str) -> None:

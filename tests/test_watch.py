@@ -235,3 +235,19 @@ def rank_of(process: psutil.Process) -> int:
     """As the launcher says it."""
     variables = process.environ()
     return int(variables.get("RANK", variables.get("PMI_RANK", "-1")))
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """As Slurm suspends jobs, or a virtual machine is stopped."""
+    run_dir, variables = tmp_path / "run", {"TROUBLED": "", "SILENCE_S": "3"}
+    logs = logs_of(2, run_dir)
+    processes = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables)
+    wait_until(lambda: has_steps(run_dir, 3), "steps")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            os.kill(process.pid or 0, number)
+        time.sleep(10)
+    steps = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+    wait_until(lambda: has_steps(run_dir, steps + 3), "more steps", 20)
+    os.kill(processes[0].pid or 0, signal.SIGTERM)
+    assert end_of(processes, logs, timeout_s=60).exit_codes == [0, 0]
