@@ -40,8 +40,10 @@ from pretrain.config import Recipe, load_recipe
 
 GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
 # sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
-# DeepSpeed's launchers must get none: they would orphan their ranks, or end them in the middle of a step.
-SIGNAL_RANKS = """cd /proc; for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
+# DeepSpeed's launchers get none but SIGKILL: they would orphan their ranks, or end them in the middle of a step.
+SIGNAL_RANKS = """cd /proc
+[ $1 != 9 ] || kill -9 $(grep -lzxsE -e "--master_port=($0)" [0-9]*/cmdline | cut -d/ -f1) 2> /dev/null
+for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
 grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
 COUNT_GPUS = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}

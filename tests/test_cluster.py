@@ -295,6 +295,24 @@ def test_a_signal_to_the_script_on_a_machine_that_trains_nothing_ends_the_run_we
     assert not [process for node in two_nodes for process in node.processes()]
 
 
+def test_a_signal_while_only_a_part_of_the_ranks_has_come_ends_the_script_at_once(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
+    write_job(tmp_path)
+    log = tmp_path / "log"
+    script = two_nodes[0].start(pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts"), tmp_path, log)
+    launchers = r"deepspeed\.launcher\.launch"
+    wait_until(lambda: bool(two_nodes[1].processes(launchers)), "the other node's launcher")
+    two_nodes[1].kill(launchers, signal.SIGSTOP)
+    wait_until(lambda: bool(two_nodes[0].processes(RANK)), "the first node's rank")
+    assert not two_nodes[1].processes(RANK)
+    two_nodes[0].kill(r"supervise\.py", signal.SIGTERM)
+    two_nodes[1].kill(launchers, signal.SIGCONT)
+    assert script.wait(60) == 128 + signal.SIGTERM, log.read_text()
+    assert "ended by SIGTERM" in log.read_text()
+    wait_until(lambda: not any(node.processes() for node in two_nodes), "every process on both nodes to end", 10)
+
+
 def test_a_node_can_be_cut_off_and_comes_back(two_nodes: list[Node], tmp_path: Path) -> None:
     node1, node2 = two_nodes
     ask = "ssh -o ConnectTimeout=1 node2 hostname"
