@@ -47,6 +47,5 @@ def check_compiler(device_type: str) -> None:
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = "Triton (the package triton)"
     if missing:
-        raise UserError(
-            f"compile: torch.compile needs {missing}, which is not here; install it, or set --compile=false"
-        )
+        problem = f"torch.compile needs {missing}, which is not here"
+        raise UserError(f"compile: {problem}; install it, or set --compile=false")
