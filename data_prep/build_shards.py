@@ -35,11 +35,9 @@ BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m data_prep.build_shards",
-        description="Encode a mixture of sources into a data set of uint16 token shards.",
-        epilog="On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output).",
-    )
+    about = "Encode a mixture of sources into a data set of uint16 token shards."
+    more = "On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output)."
+    parser = CommandParser(prog="python -m data_prep.build_shards", description=about, epilog=more)
     parser.add_argument("--mixture", required=True, metavar="NAME_OR_FILE", help="one of data_prep/mixtures, or a file")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
     parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")

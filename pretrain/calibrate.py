@@ -73,8 +73,7 @@ def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float
     gradient, low_precision = torch.ones_like(weight), torch.empty_like(weight)
 
     def reduce() -> None:
-        bucket = gradient.clone().div_(1.0)
-        low_precision.copy_(bucket)
+        low_precision.copy_(gradient.clone().div_(1.0))
 
     def update() -> Tensor:
         weight.grad = gradient.clone()

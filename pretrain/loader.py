@@ -72,10 +72,8 @@ def allow_open_files(reader: ShardReader) -> None:
     needed = shards + OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(
-            f"{reader.data_dir}: has {shards:,} shards to keep open, and this process may open {hard:,} files at most; "
-            f"allow it {needed:,} (ulimit -Hn)"
-        )
+        problem = f"has {shards:,} shards to keep open, and this process may open {hard:,} files at most"
+        raise UserError(f"{reader.data_dir}: {problem}; allow it {needed:,} (ulimit -Hn)")
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -157,10 +155,8 @@ class TrainingLoader:
         self.window_counts = [(tokens - 1) // seq_len for tokens in self.tokens]
         for name, count, tokens in zip(self.names, self.window_counts, self.tokens, strict=True):
             if count < 1:
-                raise UserError(
-                    f"{reader.data_dir}: source {name} has {tokens:,} training tokens, fewer than one "
-                    f"window of {seq_len + 1:,}; give it more text or leave it out of the mixture"
-                )
+                problem = f"source {name} has {tokens:,} training tokens, fewer than one window of {seq_len + 1:,}"
+                raise UserError(f"{reader.data_dir}: {problem}; give it more text or leave it out of the mixture")
         self.shares = np.array([source.share for source in self.manifest.sources], np.int64)
         self._lay_out_block()
 
@@ -212,8 +208,7 @@ class TrainingLoader:
 
     def unseen_tail_tokens(self) -> dict[str, int]:
         """Ids at the end of each source's stream that no window reaches."""
-        reach = zip(self.names, self.tokens, self.window_counts, strict=True)
-        return {name: tokens - (count * self.seq_len + 1) for name, tokens, count in reach}
+        return {name: (tokens - 1) % self.seq_len for name, tokens in zip(self.names, self.tokens, strict=True)}
 
 
 class ValidationWindows:
