@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> None:
     """Plan, encode, finish; every rank calls this."""
-    started = time.perf_counter()
+    began = time.perf_counter()
     output_dir: Path = arguments.output_dir
     mixture: Mixture = together(comm, lambda: load_mixture(mixture_path(arguments.mixture), arguments.tokenizer))
     tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(mixture.tokenizer_dir))
@@ -59,8 +59,12 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
     else:
         held = together(comm, lambda: prepare_directory(output_dir, plan, tokenizer) if comm.rank == 0 else None)
         with held or contextlib.nullcontext():
-            results, encoder = build_units(output_dir, plan, tokenizer, comm, prefer=arguments.encoder, threads=threads)
-            facts = {"encoder": encoder, "ranks": comm.size, "threads_per_rank": threads, "started": started}
+            builder = UnitBuilder(
+                output_dir=output_dir, tokenizer=tokenizer, prefer=arguments.encoder, threads=threads,
+                validation_fraction=plan.mixture.validation_fraction,
+            )  # fmt: skip
+            results = build_units(builder, plan, comm)
+            facts = {"encoder": builder.encoder.name, "ranks": comm.size, "threads_per_rank": threads, "started": began}
             facts |= {"mixture": str(mixture.path.absolute()), "tokenizer": str(mixture.tokenizer_dir.absolute())}
             together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
             if held:
@@ -69,21 +73,15 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
         print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
 
-def build_units(
-    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, comm: Communicator, *, prefer: str, threads: int
-) -> tuple[dict[str, UnitResult], str]:
-    """Build every unit that isn't there yet; results by record path, and the encoder's name. Every rank calls this."""
-    builder = UnitBuilder(
-        output_dir=output_dir, tokenizer=tokenizer, prefer=prefer, threads=threads,
-        validation_fraction=plan.mixture.validation_fraction,
-    )  # fmt: skip
-    name, reason = builder.encoder.name, builder.encoder.fallback_reason
-    if reason and comm.rank == 0:
-        print(f"note: {reason}; encoding with {name}, slower, same output", file=sys.stderr)
+def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> dict[str, UnitResult]:
+    """Build every unit that isn't there yet; results by record path. Every rank calls this."""
+    encoder = builder.encoder
+    if encoder.fallback_reason and comm.rank == 0:
+        print(f"note: {encoder.fallback_reason}; encoding with {encoder.name}, slower, same output", file=sys.stderr)
     progress = Progress(comm, sum(unit.size_bytes for unit in plan.units))
     units = assign(plan.units, comm.size)[comm.rank]
     parts = comm.allgather(together(comm, lambda: builder.build(units, progress)))
-    return {path: result for part in parts for path, result in part.items()}, name
+    return {path: result for part in parts for path, result in part.items()}
 
 
 def is_complete(output_dir: Path, plan: Plan) -> bool:
@@ -132,8 +130,7 @@ def finish(
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
-    files = {path for shard in manifest.shards for path in shard.digests}
-    remove_strays(output_dir, files | results.keys())
+    remove_strays(output_dir, {path for shard in manifest.shards for path in shard.digests} | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         shards.fsync_directory(directory)
     seconds = time.perf_counter() - facts.pop("started")

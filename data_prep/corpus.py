@@ -207,8 +207,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
         with reading(unit.files[0]), open_input(unit.files[0]) as stream:
-            lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-            records = csv.reader(lines, strict=True)
+            records = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
             header = next(records, [])
             check_column(unit.files[0], header, unit.text_field)
             column = header.index(unit.text_field or "")

@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         vocab, merges = char_ngram.learn_vocab(texts)
     else:
         vocab, merges = learn_byte_bpe(texts, arguments.vocab_size)
-    tokenizer = new_tokenizer(vocab, merges, special_tokens.values())
-    is_new = save(tokenizer, arguments.output_dir, special_tokens)
+    is_new = save(new_tokenizer(vocab, merges, special_tokens.values()), arguments.output_dir, special_tokens)
     seconds = time.perf_counter() - started
     state = f"trained on {texts.characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
     print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")

@@ -61,8 +61,7 @@ def seconds_of_a_window(recipe: Recipe, dtype: torch.dtype, device: torch.device
     run = passes(recipe, 1, 1, dtype, device)
     run()
     windows = max(1, min(recipe.batch.micro_batch_size, int(ONE_PASS_S / timed(run, device))))
-    models = [passes(recipe, layers, windows, dtype, device) for layers in (1, 2)]
-    one, two = medians_in_turns(models, device, budget_s)
+    one, two = medians_in_turns([passes(recipe, layers, windows, dtype, device) for layers in (1, 2)], device, budget_s)
     return (one + (recipe.model.num_layers - 1) * max(0.0, two - one)) / windows
 
 

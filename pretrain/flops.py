@@ -71,8 +71,7 @@ def find_device(name: str) -> Device | None:
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     matching = [d for d in DEVICES if set(d.name.split()) - {"rtx"} <= words]
     best = max(matching, key=lambda d: len(d.name.split()), default=None)
-    rest = words - set(best.name.split()) if best else words
-    return best if all(NEUTRAL.fullmatch(word) for word in rest) else None
+    return best if best and all(map(NEUTRAL.fullmatch, words - set(best.name.split()))) else None
 
 
 @dataclass(frozen=True, kw_only=True)

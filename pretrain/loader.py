@@ -83,8 +83,7 @@ class TokenStream:
 
     def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
         allow_open_files(reader)
-        self.reader = reader
-        self.shards = shards
+        self.reader, self.shards = reader, shards
         self.begins = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.tokens = int(self.begins[-1])
 
@@ -144,8 +143,7 @@ class TrainingLoader:
     """Training samples by number. Holds no state: the same n gives the same ids, always."""
 
     def __init__(self, reader: ShardReader, *, seq_len: int, seed: int) -> None:
-        self.manifest = reader.manifest
-        self.seq_len = seq_len
+        self.manifest, self.seq_len = reader.manifest, seq_len
         self.identity = (self.manifest.fingerprint, seed)
         self.names = [source.name for source in self.manifest.sources]
         shards = [self.manifest.shards_of("train", name) for name in self.names]
@@ -236,8 +234,7 @@ class Prefetch(Generic[T]):
     """Makes the batches of the next step in a thread while this one trains."""
 
     def __init__(self, make: Callable[[int], T], stop_at_step: int) -> None:
-        self.make = make
-        self.stop_at_step = stop_at_step
+        self.make, self.stop_at_step = make, stop_at_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[T]] | None = None
 

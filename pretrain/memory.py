@@ -79,9 +79,8 @@ def whole_parameters(matrices: Sequence[int], ranks: int) -> int:
 
 def partition_bytes(sizes: Sizes) -> float:
     """The gradients of the parameters that the rank owns."""
-    if sizes.element == 4:
-        return 4.0 * whole_parameters(sizes.matrices, sizes.ranks)
-    return 4.0 * sizes.parameters / sizes.ranks
+    share = sizes.parameters / sizes.ranks
+    return 4.0 * (whole_parameters(sizes.matrices, sizes.ranks) if sizes.element == 4 else share)
 
 
 def activation_bytes(sizes: Sizes, blocks: int) -> float:

@@ -181,10 +181,8 @@ def plan(arguments: Sequence[str] | None = None) -> None:
     sizes = memory.Sizes(recipe, engine_config, ranks, "cuda" if device else "cpu")
     available = device.memory_bytes if device else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / flags.gpus
     memory.check_it_fits(recipe, engine_config, ranks, available, sizes.device_type)
-    held = memory.held_bytes(sizes) | {
-        "gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets,
-        "loss head": memory.loss_head_bytes(sizes),
-    }  # fmt: skip
+    held = memory.held_bytes(sizes) | {"gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets}
+    held["loss head"] = memory.loss_head_bytes(sizes)
     print(render(
         "plan.txt.jinja",
         data_tokens=ShardReader(flags.data_dir).manifest.tokens("train") if flags.data_dir else None,
