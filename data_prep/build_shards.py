@@ -32,6 +32,8 @@ BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
+Results = dict[str, UnitResult]  # of the units, by record path
+
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
@@ -73,7 +75,7 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
         print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
 
-def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> dict[str, UnitResult]:
+def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> Results:
     """Build every unit that isn't there yet; results by record path. Every rank calls this."""
     encoder = builder.encoder
     if encoder.fallback_reason and comm.rank == 0:
@@ -124,9 +126,7 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
         write_durably(output_dir / shards.TOKENIZER_NAME / name, content)
 
 
-def finish(
-    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult], facts: dict[str, Any]
-) -> None:
+def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Results, facts: dict[str, Any]) -> None:
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
@@ -163,7 +163,7 @@ def remove_strays(output_dir: Path, known: set[str]) -> None:
                 path.unlink()
 
 
-def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult]) -> Manifest:
+def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> Manifest:
     """The manifest, from the finished units by record path."""
     shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
     units = [(unit, results[record_path(unit)]) for unit in plan.units]

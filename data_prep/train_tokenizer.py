@@ -153,8 +153,7 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int
 
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
     """BPE merges in order, at least as many as needed where the text has them. Text is cut at line ends."""
-    names = list(map(str, files))
-    _, merges = gigabpe.train_bpe(names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
+    _, merges = gigabpe.train_bpe([*map(str, files)], vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
     return [(left, right) for left, right in merges]
 
 

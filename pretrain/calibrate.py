@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from data_prep.errors import UserError
 from pretrain.activation_checkpointing import apply_activation_checkpointing
@@ -74,13 +73,12 @@ def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float
     def reduce() -> None:
         low_precision.copy_(gradient.clone().div_(1.0))
 
-    def update() -> Tensor:
+    def update() -> None:
         weight.grad = gradient.clone()
-        norm = weight.grad.double().norm()
+        weight.grad.double().norm()
         weight.grad.mul_(1.0)
         optimizer.step()
         low_precision.copy_(weight.detach())
-        return norm
 
     with torch.no_grad():
         reduced, updated = medians_in_turns([reduce, update], device, budget_s)

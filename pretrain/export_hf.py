@@ -83,9 +83,8 @@ ARCHITECTURES = {"tablefree": tablefree_parts, "gpt_neox": gpt_neox_parts}
 
 def config_json(config: PretrainedConfig, architecture: str, dtype: str, special_ids: dict[str, int]) -> str:
     """`config.json`; the stock one also in the words of transformers 4."""
-    content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True}
-    if architecture == "gpt_neox":
-        content |= WHOLE_HEAD_ROTARY
+    in_words_of_4 = WHOLE_HEAD_ROTARY if architecture == "gpt_neox" else {}
+    content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True} | in_words_of_4
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
