@@ -32,14 +32,14 @@ BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 
+Results = dict[str, UnitResult]  # of the units, by record path
+
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m data_prep.build_shards",
-        description="Encode a mixture of sources into a data set of uint16 token shards.",
-        epilog="On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output).",
-    )
+    about = "Encode a mixture of sources into a data set of uint16 token shards."
+    more = "On many cores or machines: mpiexec -n N python -m data_prep.build_shards ... (same output)."
+    parser = CommandParser(prog="python -m data_prep.build_shards", description=about, epilog=more)
     parser.add_argument("--mixture", required=True, metavar="NAME_OR_FILE", help="one of data_prep/mixtures, or a file")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer in place of the mixture's")
     parser.add_argument("--output-dir", type=Path, required=True, help="new, or an unfinished build of the same")
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> None:
     """Plan, encode, finish; every rank calls this."""
-    started = time.perf_counter()
+    began = time.perf_counter()
     output_dir: Path = arguments.output_dir
     mixture: Mixture = together(comm, lambda: load_mixture(mixture_path(arguments.mixture), arguments.tokenizer))
     tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(mixture.tokenizer_dir))
@@ -61,8 +61,12 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
     else:
         held = together(comm, lambda: prepare_directory(output_dir, plan, tokenizer) if comm.rank == 0 else None)
         with held or contextlib.nullcontext():
-            results, encoder = build_units(output_dir, plan, tokenizer, comm, prefer=arguments.encoder, threads=threads)
-            facts = {"encoder": encoder, "ranks": comm.size, "threads_per_rank": threads, "started": started}
+            builder = UnitBuilder(
+                output_dir=output_dir, tokenizer=tokenizer, prefer=arguments.encoder, threads=threads,
+                validation_fraction=plan.mixture.validation_fraction,
+            )  # fmt: skip
+            results = build_units(builder, plan, comm)
+            facts = {"encoder": builder.encoder.name, "ranks": comm.size, "threads_per_rank": threads, "started": began}
             facts |= {"mixture": str(mixture.path.absolute()), "tokenizer": str(mixture.tokenizer_dir.absolute())}
             together(comm, lambda: finish(output_dir, plan, tokenizer, results, facts) if comm.rank == 0 else None)
             if held:
@@ -71,21 +75,15 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
         print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
 
-def build_units(
-    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, comm: Communicator, *, prefer: str, threads: int
-) -> tuple[dict[str, UnitResult], str]:
-    """Build every unit that isn't there yet; results by record path, and the encoder's name. Every rank calls this."""
-    builder = UnitBuilder(
-        output_dir=output_dir, tokenizer=tokenizer, prefer=prefer, threads=threads,
-        validation_fraction=plan.mixture.validation_fraction,
-    )  # fmt: skip
-    name, reason = builder.encoder.name, builder.encoder.fallback_reason
-    if reason and comm.rank == 0:
-        print(f"note: {reason}; encoding with {name}, slower, same output", file=sys.stderr)
+def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> Results:
+    """Build every unit that isn't there yet; results by record path. Every rank calls this."""
+    encoder = builder.encoder
+    if encoder.fallback_reason and comm.rank == 0:
+        print(f"note: {encoder.fallback_reason}; encoding with {encoder.name}, slower, same output", file=sys.stderr)
     progress = Progress(comm, sum(unit.size_bytes for unit in plan.units))
     units = assign(plan.units, comm.size)[comm.rank]
     parts = comm.allgather(together(comm, lambda: builder.build(units, progress)))
-    return {path: result for part in parts for path, result in part.items()}, name
+    return {path: result for part in parts for path, result in part.items()}
 
 
 def is_complete(output_dir: Path, plan: Plan) -> bool:
@@ -128,14 +126,11 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
         write_durably(output_dir / shards.TOKENIZER_NAME / name, content)
 
 
-def finish(
-    output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult], facts: dict[str, Any]
-) -> None:
+def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Results, facts: dict[str, Any]) -> None:
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
-    files = {path for shard in manifest.shards for path in shard.digests}
-    remove_strays(output_dir, files | results.keys())
+    remove_strays(output_dir, {path for shard in manifest.shards for path in shard.digests} | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         shards.fsync_directory(directory)
     seconds = time.perf_counter() - facts.pop("started")
@@ -168,7 +163,7 @@ def remove_strays(output_dir: Path, known: set[str]) -> None:
                 path.unlink()
 
 
-def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: dict[str, UnitResult]) -> Manifest:
+def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> Manifest:
     """The manifest, from the finished units by record path."""
     shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
     units = [(unit, results[record_path(unit)]) for unit in plan.units]

@@ -45,16 +45,14 @@ Merges = list[tuple[str, str]]
 def learn_vocab(texts: Iterable[str]) -> tuple[Vocab, Merges]:
     """Ids and merges, with the n-grams of these texts; what too small a text leaves over stays unused."""
     bigrams, trigrams = choose_grams(*count_grams(texts))
-    unused = len(BIGRAM_IDS) + len(TRIGRAM_IDS) - len(bigrams) - len(trigrams)
-    if unused:
+    if unused := len(BIGRAM_IDS) + len(TRIGRAM_IDS) - len(bigrams) - len(trigrams):
         print(f"note: the text has too few n-grams; {unused:,} ids stay unused", file=sys.stderr)
     return build_vocab(bigrams, trigrams)
 
 
 def count_grams(texts: Iterable[str]) -> tuple[Counter[str], Counter[str]]:
     """How often up to 3 characters stand anywhere in a word, and how often where reading it in threes meets them."""
-    anywhere: Counter[str] = Counter()
-    aligned: Counter[str] = Counter()
+    anywhere, aligned = Counter[str](), Counter[str]()
     for words in count_words(texts):
         for word, number in words.items():
             for start in range(len(word)):
@@ -69,8 +67,7 @@ def count_grams(texts: Iterable[str]) -> tuple[Counter[str], Counter[str]]:
 
 def count_words(texts: Iterable[str]) -> Iterator[Counter[str]]:
     """The words of the texts, in portions of bounded size."""
-    words: Counter[str] = Counter()
-    characters = 0
+    words, characters = Counter[str](), 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARACTERS):
             piece = text[start : start + PIECE_CHARACTERS]
@@ -88,11 +85,10 @@ def choose_grams(anywhere: Counter[str], aligned: Counter[str]) -> tuple[list[st
     Merges come before all others where the n-gram is seldom seen out of step with that reading, so that a
     word falls apart into few tokens. Bigrams count for the trigrams that are made out of them, too.
     """
-    pairs: Counter[str] = Counter()
+    pairs, pairs_anywhere = Counter[str](), Counter[str]()
     for gram, number in aligned.items():
         for start in range(len(gram) - 1):
             pairs[gram[start : start + 2]] += number
-    pairs_anywhere: Counter[str] = Counter()
     for gram, number in anywhere.items():
         pairs_anywhere[gram[:2]] += number
     bigrams = _most_frequent(pairs, len(BIGRAM_IDS))

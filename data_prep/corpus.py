@@ -58,13 +58,13 @@ def read_documents(unit: WorkUnit, tokenizer: LoadedTokenizer | None = None) -> 
 def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     """A batch without its empty documents, and without bad ones, or an error at the first; `row` is its first."""
     texts = batch.texts
-    found = {int(batch.rows[i]): reason for i, reason in _bad_texts(texts, unit.text_field)}
+    lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+    found = {int(batch.rows[i]): reason for i, reason in _bad_texts(texts, lengths, unit.text_field)}
     bad = sorted([*batch.bad, *found.items()])
     if bad and not unit.skip_bad:
         at, reason = bad[0]
         advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
         raise UserError(f"{_place(unit, row + at)}: {reason}; {advice}")
-    lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     keep = (lengths > 0) & ~np.isin(batch.rows, np.fromiter(found, np.uint64))
     if not keep.all():
         texts = texts.filter(pa.array(keep))
@@ -89,11 +89,10 @@ def check_unchanged(unit: WorkUnit) -> None:
             raise UserError(f"{file.url}: {listed}; see that nothing writes to it, and run the command again")
 
 
-def _bad_texts(texts: pa.LargeStringArray, text_field: str | None) -> Iterator[tuple[int, str]]:
+def _bad_texts(texts: pa.LargeStringArray, lengths: Any, text_field: str | None) -> Iterator[tuple[int, str]]:
     """Position and reason of every text that is null, too long or not UTF-8."""
     for i in np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False)).tolist():
         yield i, f"{text_field!r} is null, expected text"
-    lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(lengths > MAX_DOCUMENT_BYTES).tolist():
         yield i, _too_long(lengths[i])
     try:
@@ -142,8 +141,7 @@ def all_rows(column: Any) -> Documents:
     """A batch of all rows of a column."""
     texts = column.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-    rows = np.arange(len(texts), dtype=np.uint64)
-    return Documents(texts=texts, rows=rows, rows_read=len(texts))
+    return Documents(texts=texts, rows=np.arange(len(texts), dtype=np.uint64), rows_read=len(texts))
 
 
 def _some_rows(good: list[tuple[int, bytes]], bad: Reasons, rows_read: int) -> Documents:
@@ -209,8 +207,7 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
         with reading(unit.files[0]), open_input(unit.files[0]) as stream:
-            lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-            records = csv.reader(lines, strict=True)
+            records = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
             header = next(records, [])
             check_column(unit.files[0], header, unit.text_field)
             column = header.index(unit.text_field or "")

@@ -133,8 +133,7 @@ def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
         except Exception as error:  # it may be missing, too; the reference can do the work
             reason = f"gigatoken can't load {tokenizer.directory} ({error})"
     encode = partial(_reference_encode, tokenizer.reference)
-    name = f"tokenizers {version('tokenizers')}"
-    return Encoder(name=name, encode=encode, is_reference=True, fallback_reason=reason)
+    return Encoder(name=f"tokenizers {version('tokenizers')}", encode=encode, is_reference=True, fallback_reason=reason)
 
 
 def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:

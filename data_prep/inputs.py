@@ -57,8 +57,7 @@ def find_hub_inputs(
         if sizes.keys() & found:
             raise UserError(f"{what}: the configs {', '.join(configs)} share files; name configs that don't")
         sizes |= found
-    files = [InputFile(name=u.removeprefix(root), url=u, size=size, version=commit) for u, size in sizes.items()]
-    return files, commit
+    return [InputFile(name=u.removeprefix(root), url=u, size=size, version=commit) for u, size in sizes.items()], commit
 
 
 def open_input(file: InputFile, ahead_bytes: int = REQUEST_BYTES) -> BinaryIO:
@@ -141,8 +140,7 @@ def _open_remote(file: InputFile) -> Any:
 
 
 def _version(fs: Any, info: dict[str, Any]) -> str:
-    known = (str(info[key]) for key in VERSION_KEYS if info.get(key))
-    return next(known, None) or str(fs.ukey(info["name"]))
+    return next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None) or str(fs.ukey(info["name"]))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -133,8 +133,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
 
 def _nearest_key(place: str) -> str:
     """A suggestion for a misspelt key, such as `sources.0.wieght`."""
-    known = (MixtureSource if "." in place else MixtureFile).model_fields
-    return nearest(place.rpartition(".")[2], known)
+    return nearest(place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields)
 
 
 def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:

@@ -86,8 +86,7 @@ def together(comm: Communicator, work: Callable[[], Any]) -> Any:
         result = work()
     except (UserError, OSError) as raised:
         error = os_error_line(raised)
-    errors = [message for message in comm.allgather(error) if message is not None]
-    if errors:
+    if errors := [message for message in comm.allgather(error) if message is not None]:
         more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""
         _refuse(errors[0] + more, comm.rank)
     return result

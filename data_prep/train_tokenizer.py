@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         vocab, merges = char_ngram.learn_vocab(texts)
     else:
         vocab, merges = learn_byte_bpe(texts, arguments.vocab_size)
-    tokenizer = new_tokenizer(vocab, merges, special_tokens.values())
-    is_new = save(tokenizer, arguments.output_dir, special_tokens)
+    is_new = save(new_tokenizer(vocab, merges, special_tokens.values()), arguments.output_dir, special_tokens)
     seconds = time.perf_counter() - started
     state = f"trained on {texts.characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
     print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")
@@ -154,8 +153,7 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int
 
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
     """BPE merges in order, at least as many as needed where the text has them. Text is cut at line ends."""
-    names = list(map(str, files))
-    _, merges = gigabpe.train_bpe(names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
+    _, merges = gigabpe.train_bpe([*map(str, files)], vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
     return [(left, right) for left, right in merges]
 
 

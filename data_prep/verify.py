@@ -72,21 +72,19 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         yield None, f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
 
-    def check(shard: Shard) -> list[Problem]:
-        found: list[Problem] = []
+    def check(shard: Shard) -> Iterator[Problem]:
         starts = None
         try:
             starts = check_index(data_dir, shard)
         except UserError as error:
-            found.append((shard, str(error)))
+            yield shard, str(error)
         try:
             check_tokens(data_dir, manifest, shard, starts)
         except UserError as error:
-            found.append((shard, str(error)))
-        return found
+            yield shard, str(error)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = pool.map(check, manifest.shards)
+        found = pool.map(lambda shard: list(check(shard)), manifest.shards)
         for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
             yield from lines
     yield from ((None, line) for line in find_strays(data_dir, manifest))

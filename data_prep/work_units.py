@@ -59,9 +59,8 @@ class WorkUnit:
 def format_of(name: str, where: str) -> str:
     """The format that a file's name tells. Raises UserError if it tells none."""
     known = re.sub(r"\.(nd)?json\b", ".jsonl", name.lower())
-    for ending in ENDINGS:
-        if known.endswith("." + ending):
-            return ending
+    if found := [ending for ending in ENDINGS if known.endswith("." + ending)]:
+        return found[0]
     raise UserError(f"{where}: the format of {name} is not known from its name; give one of {', '.join(FORMATS)}")
 
 

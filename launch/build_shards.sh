@@ -14,8 +14,6 @@ parse_flags "$@"
 [ -z "$hostfile" ] || [ -n "$ranks" ] || fail "--hostfile $hostfile: needs --ranks beside it"
 
 ranks=${ranks:-$((($(nproc) + 1) / 2))}
-launcher=()
-if [ "$ranks" -gt 1 ] || [ -n "$hostfile" ]; then
-  launcher=(mpiexec -n "$ranks" ${hostfile:+-hostfile "$hostfile"})
-fi
+launcher=(mpiexec -n "$ranks" ${hostfile:+-hostfile "$hostfile"})
+[ "$ranks" -gt 1 ] || [ -n "$hostfile" ] || launcher=() # one rank needs none
 run "${launcher[@]}" python -m data_prep.build_shards "${flags[@]}"

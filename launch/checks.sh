@@ -13,9 +13,7 @@ usage() {
 
 # need_count NAME VALUE [LEAST]
 need_count() {
-  if [[ ! "$2" =~ ^[1-9][0-9]{0,8}$ ]] || [ "$2" -lt "${3:-1}" ]; then
-    fail "$1 $2: expected a number, ${3:-1} or more"
-  fi
+  [[ "$2" =~ ^[1-9][0-9]{0,8}$ && "$2" -ge "${3:-1}" ]] || fail "$1 $2: expected a number, ${3:-1} or more"
 }
 
 # Takes the launcher's flags out of a command line: sets ranks and hostfile, and flags to all the rest.
@@ -42,8 +40,6 @@ parse_flags() {
 # Prints a command, then becomes it.
 run() {
   command -v "$1" > /dev/null || fail "$1: not found; activate the environment that holds the project"
-  printf '+'
-  printf ' %q' "$@"
-  printf '\n'
+  echo "+$(printf ' %q' "$@")"
   exec "$@"
 }

@@ -19,13 +19,12 @@ find_environment() {
     return
   fi
   ENVIRONMENT=$REPOSITORY/.venv
-  if [ ! -x "$ENVIRONMENT/bin/python" ]; then
-    local python=${PYTHON:-python3}
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-      fail "$python is not Python 3.11 or newer; set PYTHON to one that is"
-    "$python" -m venv "$ENVIRONMENT" ||
-      fail "$python cannot make virtual environments; install its venv package, or activate an environment"
-  fi
+  [ ! -x "$ENVIRONMENT/bin/python" ] || return 0
+  local python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "$python is not Python 3.11 or newer; set PYTHON to one that is"
+  "$python" -m venv "$ENVIRONMENT" ||
+    fail "$python cannot make virtual environments; install its venv package, or activate an environment"
 }
 
 # The versions to hold to: the tested ones, or in somebody's own environment just the torch that is there.

@@ -28,10 +28,8 @@ def open_origin(
         before = read_state(run_dir).get("branched_from")
         if before != str(path.resolve()):
             made = f"branched from {before}" if before else "of a run of its own"
-            raise UserError(
-                f"{origin}: {run_dir} has checkpoints already, {made}; leave the flag out to continue that run, or "
-                f"give another --run-dir"
-            )
+            advice = "leave the flag out to continue that run, or give another --run-dir"
+            raise UserError(f"{origin}: {run_dir} has checkpoints already, {made}; {advice}")
         return None
     try:
         checkpoint = Checkpoint(path)
@@ -50,10 +48,9 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
     for step in range(steps):
         was, now = [learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule) for r in (old, new)]
         if was != now:
-            raise UserError(
-                f"{origin}: step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}; branch before the "
-                f"decay begins, and give the warm-up as schedule.warmup_steps={old.schedule.warmup(old.total_steps)}"
-            )
+            problem = f"step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}"
+            warmup = f"schedule.warmup_steps={old.schedule.warmup(old.total_steps)}"
+            raise UserError(f"{origin}: {problem}; branch before the decay begins, and give the warm-up as {warmup}")
 
 
 def copy_branch(origin: Checkpoint, run_dir: Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from data_prep.errors import UserError
 from pretrain.activation_checkpointing import apply_activation_checkpointing
@@ -61,8 +60,7 @@ def seconds_of_a_window(recipe: Recipe, dtype: torch.dtype, device: torch.device
     run = passes(recipe, 1, 1, dtype, device)
     run()
     windows = max(1, min(recipe.batch.micro_batch_size, int(ONE_PASS_S / timed(run, device))))
-    models = [passes(recipe, layers, windows, dtype, device) for layers in (1, 2)]
-    one, two = medians_in_turns(models, device, budget_s)
+    one, two = medians_in_turns([passes(recipe, layers, windows, dtype, device) for layers in (1, 2)], device, budget_s)
     return (one + (recipe.model.num_layers - 1) * max(0.0, two - one)) / windows
 
 
@@ -73,16 +71,14 @@ def seconds_of_a_parameter(recipe: Recipe, device: torch.device, budget_s: float
     gradient, low_precision = torch.ones_like(weight), torch.empty_like(weight)
 
     def reduce() -> None:
-        bucket = gradient.clone().div_(1.0)
-        low_precision.copy_(bucket)
+        low_precision.copy_(gradient.clone().div_(1.0))
 
-    def update() -> Tensor:
+    def update() -> None:
         weight.grad = gradient.clone()
-        norm = weight.grad.double().norm()
+        weight.grad.double().norm()
         weight.grad.mul_(1.0)
         optimizer.step()
         low_precision.copy_(weight.detach())
-        return norm
 
     with torch.no_grad():
         reduced, updated = medians_in_turns([reduce, update], device, budget_s)

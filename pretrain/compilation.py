@@ -5,15 +5,14 @@ so that the compiler sees which results are kept. Without gradients (validation,
 are: other batch shapes there cannot cause a recompilation.
 """
 
+import functools
 import importlib.util
 import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from data_prep.errors import UserError
@@ -25,12 +24,9 @@ def apply_compile(model: TableFreeForCausalLM) -> None:
     # They say at every start that a checkpointed region should have no in-place operators; a block has none.
     for module in ("_dynamo.variables.higher_order_ops", "_higher_order_ops.wrap"):
         logging.getLogger(f"torch.{module}").setLevel(logging.ERROR)
-    compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=False, fullgraph=True))
     for index in range(len(model.layers)):
-        run = model.block_runners.get(index, run_block)
-        if run not in compiled:
-            compiled[run] = torch.compile(run, dynamic=False, fullgraph=True)
-        model.block_runners[index] = compiled[run]
+        model.block_runners[index] = compiled(model.block_runners.get(index, run_block))
     model.compiled_blocks = True
 
 
@@ -47,6 +43,5 @@ def check_compiler(device_type: str) -> None:
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = "Triton (the package triton)"
     if missing:
-        raise UserError(
-            f"compile: torch.compile needs {missing}, which is not here; install it, or set --compile=false"
-        )
+        problem = f"torch.compile needs {missing}, which is not here"
+        raise UserError(f"compile: {problem}; install it, or set --compile=false")

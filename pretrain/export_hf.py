@@ -58,10 +58,8 @@ def gpt_neox_name(name: str) -> str:
 def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of the model as trained."""
     config.architectures = ["TableFreeForCausalLM"]
-    config.auto_map = {
-        "AutoConfig": f"{MODELING_FILE.stem}.TableFreeConfig",
-        "AutoModelForCausalLM": f"{MODELING_FILE.stem}.TableFreeForCausalLM",
-    }
+    classes = {"AutoConfig": "TableFreeConfig", "AutoModelForCausalLM": "TableFreeForCausalLM"}
+    config.auto_map = {auto: f"{MODELING_FILE.stem}.{own}" for auto, own in classes.items()}
     return masters, config
 
 
@@ -85,9 +83,8 @@ ARCHITECTURES = {"tablefree": tablefree_parts, "gpt_neox": gpt_neox_parts}
 
 def config_json(config: PretrainedConfig, architecture: str, dtype: str, special_ids: dict[str, int]) -> str:
     """`config.json`; the stock one also in the words of transformers 4."""
-    content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True}
-    if architecture == "gpt_neox":
-        content |= WHOLE_HEAD_ROTARY
+    in_words_of_4 = WHOLE_HEAD_ROTARY if architecture == "gpt_neox" else {}
+    content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True} | in_words_of_4
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
@@ -130,18 +127,14 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    trained_parameters = sum(master.numel() for master in masters.values())
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
-        trained_parameters=trained_parameters, figures=read_figures(run_dir, checkpoint.step),
+        trained_parameters=sum(map(torch.numel, masters.values())), figures=read_figures(run_dir, checkpoint.step),
     )  # fmt: skip
-    texts = {
-        "config.json": config_json(exported_config, architecture, dtype, special_ids),
-        "generation_config.json": json.dumps(special_ids, indent=2) + "\n",
-        "README.md": card + "\n",
-    }
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+    (directory / "README.md").write_text(card + "\n", encoding="utf-8")
+    (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
+    config_text = config_json(exported_config, architecture, dtype, special_ids)
+    (directory / "config.json").write_text(config_text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
 

@@ -18,7 +18,6 @@ import yaml
 
 from pretrain.config import ModelRecipe
 
-DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 FORMULA = "6 x (12 L D^2 + V D) + 6 L T D"
 
 
@@ -54,7 +53,7 @@ class Device:
     link: str
 
 
-FIGURES = yaml.safe_load(DEVICES_FILE.read_bytes())
+FIGURES = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_bytes())
 LINKS: dict[str, float] = FIGURES["links"]  # GB/s
 DEVICES = tuple(
     Device(name, tflops * 1e12, gigabytes * 1e9, terabytes_per_s * 1e12, link)
@@ -72,8 +71,7 @@ def find_device(name: str) -> Device | None:
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     matching = [d for d in DEVICES if set(d.name.split()) - {"rtx"} <= words]
     best = max(matching, key=lambda d: len(d.name.split()), default=None)
-    rest = words - set(best.name.split()) if best else words
-    return best if all(NEUTRAL.fullmatch(word) for word in rest) else None
+    return best if best and all(map(NEUTRAL.fullmatch, words - set(best.name.split()))) else None
 
 
 @dataclass(frozen=True, kw_only=True)

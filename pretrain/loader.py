@@ -72,10 +72,8 @@ def allow_open_files(reader: ShardReader) -> None:
     needed = shards + OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(
-            f"{reader.data_dir}: has {shards:,} shards to keep open, and this process may open {hard:,} files at most; "
-            f"allow it {needed:,} (ulimit -Hn)"
-        )
+        problem = f"has {shards:,} shards to keep open, and this process may open {hard:,} files at most"
+        raise UserError(f"{reader.data_dir}: {problem}; allow it {needed:,} (ulimit -Hn)")
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -85,8 +83,7 @@ class TokenStream:
 
     def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
         allow_open_files(reader)
-        self.reader = reader
-        self.shards = shards
+        self.reader, self.shards = reader, shards
         self.begins = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.tokens = int(self.begins[-1])
 
@@ -146,8 +143,7 @@ class TrainingLoader:
     """Training samples by number. Holds no state: the same n gives the same ids, always."""
 
     def __init__(self, reader: ShardReader, *, seq_len: int, seed: int) -> None:
-        self.manifest = reader.manifest
-        self.seq_len = seq_len
+        self.manifest, self.seq_len = reader.manifest, seq_len
         self.identity = (self.manifest.fingerprint, seed)
         self.names = [source.name for source in self.manifest.sources]
         shards = [self.manifest.shards_of("train", name) for name in self.names]
@@ -157,10 +153,8 @@ class TrainingLoader:
         self.window_counts = [(tokens - 1) // seq_len for tokens in self.tokens]
         for name, count, tokens in zip(self.names, self.window_counts, self.tokens, strict=True):
             if count < 1:
-                raise UserError(
-                    f"{reader.data_dir}: source {name} has {tokens:,} training tokens, fewer than one "
-                    f"window of {seq_len + 1:,}; give it more text or leave it out of the mixture"
-                )
+                problem = f"source {name} has {tokens:,} training tokens, fewer than one window of {seq_len + 1:,}"
+                raise UserError(f"{reader.data_dir}: {problem}; give it more text or leave it out of the mixture")
         self.shares = np.array([source.share for source in self.manifest.sources], np.int64)
         self._lay_out_block()
 
@@ -212,8 +206,7 @@ class TrainingLoader:
 
     def unseen_tail_tokens(self) -> dict[str, int]:
         """Ids at the end of each source's stream that no window reaches."""
-        reach = zip(self.names, self.tokens, self.window_counts, strict=True)
-        return {name: tokens - (count * self.seq_len + 1) for name, tokens, count in reach}
+        return {name: (tokens - 1) % self.seq_len for name, tokens in zip(self.names, self.tokens, strict=True)}
 
 
 class ValidationWindows:
@@ -241,8 +234,7 @@ class Prefetch(Generic[T]):
     """Makes the batches of the next step in a thread while this one trains."""
 
     def __init__(self, make: Callable[[int], T], stop_at_step: int) -> None:
-        self.make = make
-        self.stop_at_step = stop_at_step
+        self.make, self.stop_at_step = make, stop_at_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[T]] | None = None
 

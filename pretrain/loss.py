@@ -129,9 +129,8 @@ def build_loss_head(name: str) -> LossHead:
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
-        raise UserError(
-            f"loss_head liger: {error}; install it with pip install 'tablefree[cuda]', or set loss_head to chunked"
-        ) from None
+        advice = "install it with pip install 'tablefree[cuda]', or set loss_head to chunked"
+        raise UserError(f"loss_head liger: {error}; {advice}") from None
     return functools.partial(liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
 
 
@@ -152,13 +151,12 @@ class LanguageModelLoss(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all targets; every target counts the same."""
-        hidden_BTD = self.hidden_states(inputs_BT)
-        weight_VD = self.model.output_projection.weight
-        return self.loss_head(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
+        return self.loss_head(hidden_ND, self.model.output_projection.weight, targets_BT.flatten())
 
     @torch.no_grad()
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target in nats, fp32, shape (B, T)."""
-        hidden_BTD = self.hidden_states(inputs_BT)
-        flat = token_nats(hidden_BTD.flatten(0, 1), self.model.output_projection.weight, targets_BT.flatten())
-        return flat.view(targets_BT.shape)
+        hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
+        nats_N = token_nats(hidden_ND, self.model.output_projection.weight, targets_BT.flatten())
+        return nats_N.view(targets_BT.shape)

@@ -79,9 +79,8 @@ def whole_parameters(matrices: Sequence[int], ranks: int) -> int:
 
 def partition_bytes(sizes: Sizes) -> float:
     """The gradients of the parameters that the rank owns."""
-    if sizes.element == 4:
-        return 4.0 * whole_parameters(sizes.matrices, sizes.ranks)
-    return 4.0 * sizes.parameters / sizes.ranks
+    share = sizes.parameters / sizes.ranks
+    return 4.0 * (whole_parameters(sizes.matrices, sizes.ranks) if sizes.element == 4 else share)
 
 
 def activation_bytes(sizes: Sizes, blocks: int) -> float:
@@ -141,8 +140,7 @@ def backward_bytes(sizes: Sizes) -> float:
             reducing = copied * min(waiting, max(sizes.bucket, 4 * square))
             reduced, waiting = come - 12 * square, 12.0 * square
             gradients = partitions(reduced)
-        now = activation_bytes(sizes, blocks) + work + gradients + reducing + buckets(come - 12 * square)
-        worst = max(worst, now)
+        worst = max(worst, activation_bytes(sizes, blocks) + work + gradients + reducing + buckets(come - 12 * square))
     return worst
 
 
@@ -199,8 +197,6 @@ def check_it_fits(
         size = largest_micro_batch(recipe, engine_config, world_size, device_type, available_bytes, mode)
         ways += [f"batch.micro_batch_size {size} with activation_checkpointing.mode {mode}"] if size else []
     fitting = " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
-    raise UserError(
-        f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens needs "
-        f"{needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}: "
-        f"{(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}"
-    )
+    batch = f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens"
+    needs = f"needs {needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}"
+    raise UserError(f"{batch} {needs}: {(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}")

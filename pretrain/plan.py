@@ -105,11 +105,9 @@ def describe_mode(sizes: memory.Sizes, available: float, mode: str) -> dict[str,
 
 def build_parser() -> CommandParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
-    parser = CommandParser(
-        prog="python -m pretrain.plan",
-        description="What a run needs and costs, before it starts.",
-        epilog=f"FLOPs a token: {FORMULA}. Any recipe key can be set with --dotted.key=value.",
-    )
+    about = "What a run needs and costs, before it starts."
+    more = f"FLOPs a token: {FORMULA}. Any recipe key can be set with --dotted.key=value."
+    parser = CommandParser(prog="python -m pretrain.plan", description=about, epilog=more)
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
     parser.add_argument("--device", required=True, help="a GPU such as h200, or cpu, which needs --calibrate")
     parser.add_argument("--gpus", type=int, default=1, help="of each node (default 1)")
@@ -183,18 +181,15 @@ def plan(arguments: Sequence[str] | None = None) -> None:
     sizes = memory.Sizes(recipe, engine_config, ranks, "cuda" if device else "cpu")
     available = device.memory_bytes if device else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / flags.gpus
     memory.check_it_fits(recipe, engine_config, ranks, available, sizes.device_type)
-    held = memory.held_bytes(sizes) | {
-        "gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets,
-        "loss head": memory.loss_head_bytes(sizes),
-    }  # fmt: skip
-    data_tokens = ShardReader(flags.data_dir).manifest.tokens("train") if flags.data_dir else None
-    text = render(
-        "plan.txt.jinja", **speeds(sizes, flags, device), flags=flags, device=device, recipe=recipe, sizes=sizes,
+    held = memory.held_bytes(sizes) | {"gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets}
+    held["loss head"] = memory.loss_head_bytes(sizes)
+    print(render(
+        "plan.txt.jinja",
+        data_tokens=ShardReader(flags.data_dir).manifest.tokens("train") if flags.data_dir else None,
+        **speeds(sizes, flags, device), flags=flags, device=device, recipe=recipe, sizes=sizes,
         parameters=count_parameters(recipe.model), flops=flops_per_token(recipe.model), formula=FORMULA, held=held,
         modes=[describe_mode(sizes, available, mode) for mode in memory.MODES], available=available,
-        data_tokens=data_tokens,
-    )  # fmt: skip
-    print(text)
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":
