@@ -38,8 +38,8 @@ def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str
 
 
 @contextlib.contextmanager
-def heard_or_not() -> Iterator[None]:
-    """What is printed inside nobody has to read: a closed pipe, or a full disk below a log, ends nothing."""
+def unheard() -> Iterator[None]:
+    """What is printed inside may go unheard: a closed pipe, or a full disk below a log, ends nothing."""
     try:
         yield
     except OSError:

@@ -26,15 +26,7 @@ from typing import Any
 if not __package__:  # run by path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import (
-    USER_ERROR_EXIT_CODE,
-    CommandParser,
-    UserError,
-    exit_code,
-    heard_or_not,
-    large_number,
-    one_line,
-)
+from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, large_number, one_line, unheard
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
 
@@ -144,7 +136,7 @@ class Supervisor:
 
     def say(self, text: str) -> None:
         """A line about the run."""
-        with heard_or_not():
+        with unheard():
             print(f"{self.flags.run_dir}: {text}", file=sys.stderr, flush=True)
 
     def load_recipe(self) -> Recipe:
@@ -229,7 +221,7 @@ class Supervisor:
         with socket.create_server(("", 0)) as listener:
             self.ports.append(str(listener.getsockname()[1]))
         command, env = self.command(asked, slots)
-        with heard_or_not():
+        with unheard():
             print("+", shlex.join(command), flush=True)
         guarded = ["sh", "-c", GUARDED, "sh", *command]
         with subprocess.Popen(guarded, stdin=subprocess.PIPE, env=env, start_new_session=True) as launcher:

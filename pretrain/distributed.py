@@ -19,7 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, heard_or_not, one_line, os_error_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line, unheard
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: all ranks, as training has them
@@ -214,7 +214,7 @@ def exit_with(error: UserError, world: World) -> int:
         time.sleep(LET_RANK_0_SPEAK_S)
     if world.is_main or not isinstance(error, SharedError):
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
-        with heard_or_not():
+        with unheard():
             print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
     if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
         os._exit(USER_ERROR_EXIT_CODE)

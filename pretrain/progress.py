@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import heard_or_not
+from data_prep.errors import unheard
 from pretrain.config import Recipe
 from pretrain.distributed import World
 from pretrain.flops import find_device, flops_per_token
@@ -20,7 +20,7 @@ MANY_EPOCHS = 4.0  # beyond four, repeated text is worth little (Muennighoff et 
 def say(world: World, text: str) -> None:
     """One line of the log, from rank 0."""
     if world.is_main:
-        with heard_or_not():
+        with unheard():
             tqdm.write(text, file=sys.stderr)
 
 

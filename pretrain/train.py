@@ -6,9 +6,13 @@ The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec
 `python -m`. The same command with the same run directory continues the run, or says that it is finished.
 """
 
+import signal
 import sys
 from pathlib import Path
 
+# Ctrl-C while it imports and checks is no traceback; training has handlers of its own.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 if not __package__:  # run by path: let `import pretrain` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

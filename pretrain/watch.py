@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import UserError, heard_or_not, one_line
+from data_prep.errors import UserError, one_line, unheard
 from pretrain.config import StallsRecipe
 from pretrain.distributed import World, gather
 from pretrain.run_directory import note_failure
@@ -100,7 +100,7 @@ class Watch:
         if any(word in str(error) for word in OF_AN_EXCHANGE):
             time.sleep(CAUSE_S)
         if not self.world.is_main:  # whose answer ends this process before Python prints it
-            with heard_or_not():
+            with unheard():
                 traceback.print_exception(error)
         self._send("end", f"{self.name}: {type(error).__name__}: {one_line(error)}")
 
@@ -199,7 +199,7 @@ class Watch:
         """End this process, and before it all peers that still listen."""
         self._send("end", why)
         if self.world.rank in (0, 1) or self.world.local_rank == 0:  # or else, where rank 0 is gone, too many speak
-            with heard_or_not():
+            with unheard():
                 print(f"error: {why}", file=sys.stderr, flush=True)
         note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
         note.start()

@@ -92,6 +92,16 @@ def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_wel
     assert not left
 
 
+def test_ctrl_c_before_training_is_no_traceback(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    command = launch_training(1, recipe, tiny_data, tmp_path / "run", LONG)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=pipe, text=True) as process:
+        time.sleep(1.0)  # it imports for longer
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGINT, "")
+
+
 def test_a_later_signal_ends_a_run_at_once(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     long_steps = (LONG, f"--batch.global_batch_tokens={200 * 32}", "--model.num_layers=100")
     command = launch_training(1, recipe, tiny_data, tmp_path / "run", *long_steps)
