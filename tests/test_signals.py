@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,11 +95,16 @@ def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_wel
 
 def test_ctrl_c_before_training_is_no_traceback(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     command = launch_training(1, recipe, tiny_data, tmp_path / "run", LONG)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=pipe, text=True) as process:
-        time.sleep(1.0)  # it imports for longer
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+    code = "import signal, sys, os; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(  # Ctrl-C reaches nothing that was started in the background, as tests may be
+        [sys.executable, "-c", code, *command], cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)  # it imports for longer
+    process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, said) == (-signal.SIGINT, "")
 
 
