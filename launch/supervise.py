@@ -41,6 +41,7 @@ COUNT_GPUS = (sys.executable, "-c", "import torch; print(torch.cuda.device_count
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
+SPREAD_S = 0.5  # who signals every process of a job may come to the launcher first, and to this one last
 LONGEST_BACK_OFF_S = 300.0
 ANSWER_S = 90.0  # of a command on a machine
 LOCKED_S = 120.0  # a file server may take so long to notice that the machine with a locked file is gone
@@ -227,6 +228,8 @@ class Supervisor:
         with subprocess.Popen(guarded, stdin=subprocess.PIPE, env=env, start_new_session=True) as launcher:
             while launcher.poll() is None and not self.signals:
                 time.sleep(POLL_S)
+            if not self.signals:
+                time.sleep(SPREAD_S)
             if self.signals and standing(Path(self.flags.run_dir))["began"] != before["began"]:
                 self.end(launcher, hosts)  # before it began nothing is lost
             self.signal_ranks(hosts, signal.SIGKILL)

@@ -83,8 +83,10 @@ def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_wel
     flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
     long_steps = (LONG, f"--batch.global_batch_tokens={60 * 32}", "--model.num_layers=20")
     process = start(["launch/pretrain.sh", *flags, *long_steps], tmp_path / "run")
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+    for child in psutil.Process(process.pid).children(recursive=True):
         child.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     state = json.loads((tmp_path / "run" / "state.json").read_text())
