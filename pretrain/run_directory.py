@@ -82,7 +82,6 @@ def check_same_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any],
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: is a file; give a directory")
-    read_state(run_dir)  # raises if it is damaged
     for path in saved_steps(run_dir):
         with contextlib.suppress(*UNREADABLE):  # which is said when it is passed over
             refuse_another_run(run_dir, Checkpoint(path), recipe, engine_config, fingerprint)

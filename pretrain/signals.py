@@ -3,11 +3,11 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 from pretrain.distributed import World
 from pretrain.engine import Engine
-from pretrain.progress import say
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
@@ -23,8 +23,9 @@ def end_on_signals(engine: Engine, world: World) -> None:
         if not first_at:
             first_at.append(time.monotonic())
             engine.wants_end = True
-            name = signal.Signals(number).name
-            say(world, f"{name}: ending after this step; one more, after 2 s, ends it at once")
+            text = f"{signal.Signals(number).name}: ending after this step; one more, after 2 s, ends it at once\n"
+            with suppress(OSError):  # a print would fail where the signal interrupts another one
+                os.write(2, text.encode() if world.is_main else b"")
 
     for number in ENDING:
         signal.signal(number, handle)

@@ -14,6 +14,26 @@ from conftest import REPOSITORY, environment, launch_training, losses, write_rec
 from forked_ranks import train_on
 
 STEP = 6 * 32  # tokens
+SIGNALS_AMID_LINES = """
+import os, signal, threading, time
+from types import SimpleNamespace
+from pretrain.distributed import World
+from pretrain.progress import say
+from pretrain.signals import end_on_signals
+
+def send():
+    while time.monotonic() < end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1e-4)
+
+world, end = World(rank=0, world_size=1, local_rank=0, local_world_size=1), time.monotonic() + 1.5
+end_on_signals(SimpleNamespace(), world)
+thread = threading.Thread(target=send)
+thread.start()
+while thread.is_alive():
+    end_on_signals(SimpleNamespace(), world)
+    say(world, "x" * 200)
+"""
 LONG = f"--train_tokens={10**5 * STEP}"
 
 
@@ -93,6 +113,15 @@ def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_wel
     assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
     assert not left
+
+
+def test_a_signal_amid_a_line_of_the_log_ends_nothing_by_an_error() -> None:
+    variables = environment()
+    variables.pop("PYTHONUNBUFFERED", None)
+    command = [sys.executable, "-c", SIGNALS_AMID_LINES]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("SIGTERM: ending after this step") > 10
 
 
 def test_ctrl_c_before_training_is_no_traceback(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
