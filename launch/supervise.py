@@ -91,7 +91,7 @@ def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
             command, env=env, stdin=nothing, capture_output=True, text=True, process_group=0, timeout=ANSWER_S
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{shlex.join(command)[:80]} ...: no answer within {ANSWER_S:.0f} s") from None
+        raise UserError(f"{shlex.join(command)[:80]} ...: no answer in {ANSWER_S:.0f} s; see why") from None
 
 
 def trim(slots: Slots, recipe: Recipe) -> Slots:
@@ -148,7 +148,7 @@ class Supervisor:
         """The ranks of this machine that were asked for, and those that it has GPUs for now."""
         answer = run_on([HERE], *COUNT_GPUS)
         if not answer.stdout.strip().isdecimal():
-            raise UserError(f"GPUs cannot be counted: {' '.join(answer.stderr.split()[-12:])}")
+            raise UserError(f"GPUs cannot be counted: {answer.stderr[-200:]}; mend the driver, or torch here")
         gpus = int(answer.stdout)
         self.gpus = max(gpus, self.gpus)
         if self.gpus and not gpus:

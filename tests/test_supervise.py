@@ -294,8 +294,11 @@ def test_a_job_whose_output_nobody_reads_any_more_goes_on_after_a_rank_is_killed
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("import sys; sys.exit('the driver is not loaded')", "GPUs cannot be counted: the driver is not loaded"),
-        ("import time; time.sleep(60)", "no answer within 1 s"),
+        (
+            "import sys; sys.exit('the driver is not loaded')",
+            "GPUs cannot be counted: the driver is not loaded\n; mend the driver",
+        ),
+        ("import time; time.sleep(60)", "no answer in 1 s; see why"),
     ],
 )
 def test_gpus_that_cannot_be_counted_are_bad_input_at_first_and_a_failed_start_later(
