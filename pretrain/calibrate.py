@@ -14,6 +14,7 @@ import torch
 from data_prep.errors import UserError
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.config import Recipe, model_config
+from pretrain.distributed import check_kernels
 from pretrain.flops import Costs, Device, find_device
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
@@ -97,6 +98,7 @@ def calibrate(
     elif find_device(here) != known:
         raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
     device, dtype = torch.device("cuda" if known else "cpu"), torch.bfloat16 if low_precision else torch.float32
+    check_kernels(device.type, is_bf16=low_precision)
     window = seconds_of_a_window(recipe, dtype, device, 0.8 * budget_s)
     reduced, updated = seconds_of_a_parameter(recipe, device, 0.2 * budget_s)
     return Costs(window=window, reduced_parameter=reduced, updated_parameter=updated)

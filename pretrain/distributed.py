@@ -19,7 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line, unheard
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, one_line, os_error_line, unheard
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: all ranks, as training has them
@@ -115,6 +115,21 @@ def memory_of_rank(world: World) -> tuple[str, float]:
         return "cuda", float(torch.cuda.get_device_properties(world.local_rank).total_memory)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return "cpu", min(physical, *cgroup_limits()) / world.local_world_size
+
+
+def check_kernels(device_type: str, *, is_bf16: bool) -> None:
+    """Raise UserError where the kernels that ATEN_CPU_CAPABILITY asks for can't attend in bf16 on this CPU.
+
+    On processors with AMX, torch 2.13's bf16 attention over 64 tokens or more needs kernels of AVX-512 ("default" and
+    "avx2" are below it) and raises "pack_vnni2 is only supported when avx512 is supported". So it is tried.
+    """
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY")
+    if not wanted or device_type != "cpu" or not is_bf16:
+        return
+    query_BHTC = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
+    advice = "unset it, or train in fp32 (--deepspeed-config zero2_fp32)"
+    with explained(RuntimeError, f"ATEN_CPU_CAPABILITY={wanted}: bf16 attention fails with it on this CPU", advice):
+        torch.nn.functional.scaled_dot_product_attention(query_BHTC, query_BHTC, query_BHTC, is_causal=True)
 
 
 def cgroup_limits() -> list[float]:

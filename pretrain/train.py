@@ -38,7 +38,16 @@ from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
-from pretrain.distributed import World, exit_with, gather, memory_of_rank, set_up_rank, together, world_from_environment
+from pretrain.distributed import (
+    World,
+    check_kernels,
+    exit_with,
+    gather,
+    memory_of_rank,
+    set_up_rank,
+    together,
+    world_from_environment,
+)
 from pretrain.dry_run import describe
 from pretrain.engine import Engine, StepFigures, leave_process_group, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
@@ -126,6 +135,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         if not flags.dry_run:  # which may be asked anywhere
             raise
         say(world, f"warning: not on this machine: {error}")
+    check_kernels(device_type, is_bf16=bool(merged.get("bf16", {}).get("enabled")))
     if recipe.compile:
         check_compiler(device_type)
     fingerprint = reader.manifest.fingerprint

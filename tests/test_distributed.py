@@ -1,9 +1,10 @@
 """Who a process is, from the launcher's variables alone, and ranks that wait for others in vain."""
 
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import run_command
+from conftest import run_command, write_recipe
 
 from data_prep.errors import UserError
 from pretrain.distributed import free_port, own_address, world_from_environment
@@ -45,3 +46,30 @@ def test_a_rank_that_waits_for_the_others_in_vain_says_so_in_one_line_and_is_no_
     assert line.startswith(f"error: rank {rank} (")
     assert "another rank failed before all had met" in line
     assert "Traceback" not in result.stderr
+
+
+ATTENTION_IN_BF16 = """
+import torch
+x = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
+torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_kernels_that_cannot_attend_in_bf16_on_this_cpu_are_refused_in_one_line(
+    capability: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """On a processor with AMX torch raises; on any other the same run is fine."""
+    torch_alone = run_command(sys.executable, "-c", ATTENTION_IN_BF16, ATEN_CPU_CAPABILITY=capability)
+    flags = ["--recipe", str(write_recipe(tmp_path / "recipe.yaml")), "--data-dir", str(tiny_data), "--dry-run"]
+    command = [sys.executable, "-m", "pretrain.train", *flags, "--run-dir", str(tmp_path / "run")]
+    result = run_command(*command, "--engine=zero2_bf16", ATEN_CPU_CAPABILITY=capability)
+    if torch_alone.returncode == 0:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.returncode == 2
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: ATEN_CPU_CAPABILITY={capability}: bf16 attention fails with it on this CPU")
+        assert "unset it, or train in fp32 (--deepspeed-config zero2_fp32)" in line
+    in_fp32 = run_command(*command, ATEN_CPU_CAPABILITY=capability)
+    assert in_fp32.returncode == 0, in_fp32.stderr

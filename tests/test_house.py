@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, and how large it may grow."""
+"""The walls of the house: who may import whom."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ DATA_PREP = [path for path in SOURCES if path.parts[-2] == "data_prep"]
 PRETRAIN = [path for path in SOURCES if path.parts[-2] == "pretrain"]
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci",
-    "pretrain", "data_prep", "ds_configs", "launch", "tests",
+    "pretrain", "data_prep", "ds_configs", "launch", "tests", "findings",
 }  # fmt: skip
 
 
@@ -108,29 +108,6 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 
 def count_lines(paths: list[Path]) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
-
-
-def source_lines(path: Path) -> int:
-    """Lines of code as cloc counts them: without blank lines, comments and docstrings."""
-    text = path.read_text(encoding="utf-8")
-    code = {i for i, line in enumerate(text.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
-    if path.suffix == ".py":
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                docstring = node.body[0]
-                code -= set(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
-    return len(code)
-
-
-def test_source_lines_are_those_of_code(tmp_path: Path) -> None:
-    path = tmp_path / "module.py"
-    path.write_text('"""Two\n\nlines."""\n\nx = 1  # one\n# none\n\n\ndef f():\n    """Say."""\n    return """\na"""\n')
-    assert source_lines(path) == 4
-
-
-def test_the_source_stays_below_6000_lines() -> None:
-    scripts = [*(REPOSITORY / "launch").glob("*.sh"), *(REPOSITORY / "launch").glob("*.slurm")]
-    assert sum(map(source_lines, [*SOURCES, *scripts])) < 6_000
 
 
 def test_the_readme_stays_below_150_lines() -> None:
