@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -86,6 +87,16 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
     """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
     with explained((yaml.YAMLError, ValueError, RecursionError), f"{where}: not valid YAML", "mend it"):
         return yaml.load(content, _UniqueKeysLoader)
+
+
+def parse_json(content: str | bytes, where: str, advice: str) -> Any:
+    """The content of a JSON file of ours or of others. Raises UserError naming `where`, whatever is wrong with it.
+
+    Python's parser raises ValueError for text that is no JSON, UnicodeDecodeError (one of its kinds) for bytes that are
+    no UTF-8, and RecursionError for brackets nested too deeply.
+    """
+    with explained((ValueError, RecursionError), f"{where}: not valid JSON", advice):
+        return json.loads(content)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +35,7 @@ import numpy.typing as npt
 import pydantic
 import xxhash
 
-from data_prep.errors import UserError, explained
+from data_prep.errors import UserError, explained, parse_json
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
@@ -55,6 +55,30 @@ REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards 
 
 Tokens = npt.NDArray[np.uint16]
 Index = npt.NDArray[np.uint64]
+
+
+def later(default: Any) -> Any:
+    """A field that records of this format version got later, left out of the file where it is at its default.
+
+    So data sets made before keep their bytes, and with them their fingerprint.
+    """
+    return field(default=default, metadata={"later": True})
+
+
+@cache
+def later_fields(kind: type) -> dict[str, Any]:
+    """The fields of a kind of record that `later` made, and their defaults."""
+    return {own.name: own.default for own in fields(kind) if own.metadata.get("later")}
+
+
+def as_written(record: Any) -> dict[str, Any]:
+    """The fields of a record that its file holds."""
+    held = dict(vars(record))  # asdict would copy every shard deeply
+    held.pop("fingerprint", None)  # what a manifest remembers of itself
+    for name, default in later_fields(type(record)).items():
+        if held[name] == default:
+            del held[name]
+    return held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +162,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest file, byte for byte reproducible."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        content |= {own.name: getattr(self, own.name) for own in fields(self)}  # asdict would copy every shard deeply
-        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=vars) + "\n").encode()
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **as_written(self)}
+        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=as_written) + "\n").encode()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -315,9 +338,8 @@ def load_manifest(data_dir: Path) -> Manifest:
     if not path.is_file():
         problem = f"no {MANIFEST_NAME}, so the data set is not complete"
         raise UserError(f"{data_dir}: {problem}; run python -m data_prep.build_shards")
-    with explained(ValueError, f"{path}: not valid JSON", REBUILD):
-        raw = path.read_bytes()
-        content = json.loads(raw)
+    raw = path.read_bytes()
+    content = parse_json(raw, str(path), REBUILD)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a manifest of this project's shards; {REBUILD}")
     version = content.pop("format_version", None)
