@@ -10,17 +10,16 @@ import contextlib
 import datetime
 import json
 import platform
-import shutil
 import sys
 import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from data_prep import shards
+from data_prep import layout, shards
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number
+from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number, parse_json
 from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
@@ -89,15 +88,19 @@ def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> Results
 def is_complete(output_dir: Path, plan: Plan) -> bool:
     """Whether this very data set is there already. Raises UserError if something else is."""
     elsewhere = "choose another --output-dir, or remove that one"
-    begun = {shards.LOCK_NAME, f"{BUILD_NAME}.tmp"}  # all that a build leaves if it is killed as it begins
+    begun = {
+        shards.LOCK_NAME,
+        shards.HOLDER_NAME,
+        f"{BUILD_NAME}.tmp",
+    }  # all that a build leaves if it is killed as it begins
     if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= begun):
         return False
     other = f"{output_dir}: exists, and is not a data set of this command"
     with explained((OSError, ValueError, KeyError, TypeError), other, elsewhere):
-        built = json.loads((output_dir / BUILD_NAME).read_bytes())
-        signature = built["signature"]
+        built = parse_json((output_dir / BUILD_NAME).read_bytes(), other, elsewhere)
+        signature, origins = built["signature"], list(built.get("origins", []))
     is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
-    is_akin = is_of_tokenizer and any(origin in built.get("origins", []) for origin in plan.identity["origins"])
+    is_akin = is_of_tokenizer and any(origin in origins for origin in plan.identity["origins"])
     if not (output_dir / shards.MANIFEST_NAME).exists():
         if not is_akin and any((output_dir / shards.UNITS_NAME).glob("*/*.json")):
             raise UserError(f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}")
@@ -110,8 +113,9 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     return True
 
 
-def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> IO[str]:
+def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> shards.Lock:
     """The output directory says what is being built in it, and is held. Finished units of an earlier build stay."""
+    refuse_shared_folders(output_dir)
     with writing(output_dir, "the tokenizer"):
         held = shards.lock(output_dir, "building or repairing it", "--output-dir")
         write_json(output_dir / BUILD_NAME, {"state": "incomplete", **plan.identity})
@@ -119,11 +123,27 @@ def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) 
     return held
 
 
+def refuse_shared_folders(data_dir: Path) -> None:
+    """A folder of the data set that is a link may lead to a larger disk, but not into another data set: what is written
+    or removed here would be that one's.
+    """
+    for name in (layout.SHARDS_NAME, shards.UNITS_NAME, shards.TOKENIZER_NAME):
+        folder = data_dir / name
+        home = folder.resolve().parent
+        if folder.is_symlink() and home != data_dir.resolve() and (home / BUILD_NAME).exists():
+            raise UserError(f"{folder}: is a link into another data set, {home}; remove it, or copy what it leads to")
+
+
 def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
-    """The copy of the tokenizer beside the shards; whatever was there goes."""
-    shutil.rmtree(output_dir / shards.TOKENIZER_NAME, ignore_errors=True)
-    for name, content in tokenizer.files.items():
-        write_durably(output_dir / shards.TOKENIZER_NAME / name, content)
+    """The copy of the tokenizer beside the shards. A link there goes, its target stays, and so do files not ours."""
+    directory = output_dir / shards.TOKENIZER_NAME
+    if directory.is_symlink():
+        directory.unlink()
+    for name in shards.TOKENIZER_FILES:
+        if name in tokenizer.files:
+            write_durably(directory / name, tokenizer.files[name])
+        else:
+            (directory / name).unlink(missing_ok=True)
 
 
 def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Results, facts: dict[str, Any]) -> None:
@@ -156,10 +176,15 @@ def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Re
 
 
 def remove_strays(output_dir: Path, known: set[str]) -> None:
-    """Remove what earlier builds left of units that are no longer part of the data set."""
-    for folder in ("shards", shards.UNITS_NAME):
-        for path in (output_dir / folder).rglob("*"):
-            if path.is_file() and path.relative_to(output_dir).as_posix() not in known:
+    """Remove what earlier builds left of units that are no longer part of the data set.
+
+    Nothing that builds don't write is removed, and nothing behind a link; `verify` names what else is there.
+    """
+    for name in (layout.SHARDS_NAME, shards.UNITS_NAME):
+        folder = output_dir / name
+        for path in [] if folder.is_symlink() else sorted(folder.rglob("*")):
+            place = path.relative_to(output_dir).as_posix()
+            if path.is_file() and place not in known and layout.is_written_by_builds(place):
                 path.unlink()
 
 

@@ -17,14 +17,13 @@ file: two data sets with equal fingerprints are equal bit for bit.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,19 +34,28 @@ import numpy.typing as npt
 import pydantic
 import xxhash
 
+from data_prep import layout
 from data_prep.errors import UserError, explained, parse_json
+from data_prep.files import digest_file as digest_file  # what pretrain takes of data_prep, it takes from here
+from data_prep.files import fsync_directory as fsync_directory
+from data_prep.files import replace_directory as replace_directory
+from data_prep.files import write_durably as write_durably
+from data_prep.layout import SHARDS_NAME
+from data_prep.layout import SPLITS as SPLITS
+from data_prep.layout import UNITS_NAME as UNITS_NAME
+from data_prep.locks import HOLDER_NAME as HOLDER_NAME
+from data_prep.locks import LOCK_NAME as LOCK_NAME
+from data_prep.locks import Lock as Lock
+from data_prep.locks import lock as lock
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
 MAX_VOCAB_SIZE = 65_536
 BLOCK_SAMPLES = 4_096  # sources share a block of this many samples in whole numbers
-SPLITS = ("train", "validation")
 TOKEN_DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
-UNITS_NAME = "units"
-LOCK_NAME = ".lock"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SEPARATOR = "eos after every document"
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
@@ -184,45 +192,6 @@ class Manifest:
         return {name: drawn[name] / self.tokens("train", name) for name in drawn}
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a file, or the renames inside a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp") -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part.
-
-    Processes that may write the same file at the same time need suffixes of their own.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + suffix)
-    with staged.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-    fsync_directory(path.parent)
-
-
-def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
-    """Write a directory beside, flush it, then put it in place of the old one."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-        staged = Path(scratch, "new")
-        staged.mkdir()
-        write(staged)
-        for path in (*staged.iterdir(), staged):
-            fsync_directory(path)
-        if directory.exists():
-            os.rename(directory, Path(scratch, "old"))
-        os.rename(staged, directory)
-        fsync_directory(directory.parent)
-
-
 def write_array(path: Path, array: npt.NDArray[Any]) -> str:
     """Write a NumPy file durably; returns the xxh3-128 digest of the file."""
     content = io.BytesIO()
@@ -231,27 +200,17 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> str:
     return xxhash.xxh3_128_hexdigest(content.getbuffer())
 
 
-def lock(directory: Path, work: str, flag: str) -> IO[str]:
-    """Hold a directory for this process; the lock ends with the process, however that ends.
-
-    Raises UserError if another process of this machine, or of one that shares its locks, is at work there.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / LOCK_NAME).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{directory}: another process is {work}; wait for it, or give another {flag}") from None
-    return file
+def array_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The first SHARD_HEADER_BYTES of an array of at most two dimensions, as np.save writes them."""
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
 
 
 def shard_header(tokens: int) -> bytes:
-    """The first SHARD_HEADER_BYTES of a shard of so many tokens, as np.save writes them."""
-    header = io.BytesIO()
-    description = {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
+    """The first SHARD_HEADER_BYTES of a shard of so many tokens."""
+    return array_header(TOKEN_DTYPE, (tokens,))
 
 
 class ShardWriter:
@@ -269,7 +228,8 @@ class ShardWriter:
     @cached_property
     def _file(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._staged.open("wb")
+        self._staged.unlink(missing_ok=True)  # what a kill left there; or a link, which opening would follow
+        file = self._staged.open("xb")
         file.write(bytes(SHARD_HEADER_BYTES))
         return file
 
@@ -301,12 +261,6 @@ class ShardWriter:
         self._staged.unlink(missing_ok=True)
         with contextlib.suppress(OSError, KeyError):  # what it still holds may find the disk full
             vars(self)["_file"].close()
-
-
-def digest_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, as 32 hexadecimal digits."""
-    with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list[int]:
@@ -348,22 +302,64 @@ def load_manifest(data_dir: Path) -> Manifest:
     with contextlib.suppress(pydantic.ValidationError):
         manifest = pydantic.TypeAdapter(Manifest).validate_python(content)
         if manifest.to_bytes() == raw and sum(source.share for source in manifest.sources) == BLOCK_SAMPLES:
+            check_places(data_dir, manifest)
             return manifest
     raise UserError(f"{path}: damaged manifest (not as build_shards writes it); {REBUILD}")
 
 
+def check_places(data_dir: Path, manifest: Manifest) -> None:
+    """Every path is the one that the layout gives, and leads to nowhere else; figures are such as a build counts.
+
+    A manifest is read wherever it comes from, and its paths are read, copied to and, by a repair, written.
+    """
+    where = data_dir / MANIFEST_NAME
+    advice = f"fetch the data set again from where it was built, or {REBUILD}"
+    names = {source.name for source in manifest.sources}
+    for name in names:
+        if not layout.is_name(name):
+            raise UserError(f"{where}: source name {name!r} can't name a directory; {advice}")
+    for shard in manifest.shards:
+        if shard.source not in names or not layout.is_shard_path(shard.path, shard.split, shard.source):
+            of = f"split {shard.split!r} and source {shard.source!r}"
+            raise UserError(f"{where}: {shard.path!r} is not where a shard of {of} lies; {advice}")
+        figures = (shard.text_bytes, shard.text_characters, shard.first_row, shard.rows)
+        is_countable = 0 < shard.documents <= shard.tokens < 2**63 and all(0 <= figure < 2**63 for figure in figures)
+        if not is_countable or len(shard.inputs) not in (1, shard.rows):
+            raise UserError(f"{where}: {shard.path}: figures that no build gives; {advice}")
+    paths = [path for shard in manifest.shards for path in (shard.path, shard.index_path)]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{where}: two shards of one path; {advice}")
+    if not 0 <= manifest.eos_id < manifest.vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"{where}: eos_id {manifest.eos_id} and vocab_size {manifest.vocab_size} don't fit; {advice}")
+    check_links(data_dir, manifest)
+
+
+def check_links(home: Path, manifest: Manifest) -> None:
+    """No file of a data set, or of a copy of it, is reached by a link that leads out of it."""
+    paths = [path for shard in manifest.shards for path in (shard.path, shard.index_path)]
+    for link in layout.links_out(home, paths):
+        problem = f"leads out of the data set, to {os.path.realpath(link)}"
+        raise UserError(f"{link}: {problem}; copy what it leads to in its place, or link {SHARDS_NAME}/ as a whole")
+
+
 def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Memory-map one file of a data set. Raises UserError unless it has the type and shape expected."""
+    """Memory-map one file of a data set. Raises UserError unless it is an array of this type and shape.
+
+    Its header is known to the byte, so it is compared: NumPy's own reader runs it through Python's parser, which
+    is five times as slow and raises more kinds of exceptions than it tells.
+    """
     full_path = data_dir / path
     if not full_path.is_file():
         raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}")
-    with explained((ValueError, EOFError, OSError), f"{full_path}: truncated or damaged", REBUILD):
-        array = np.load(full_path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != dtype:
-        raise UserError(f"{full_path}: dtype {array.dtype}, expected {dtype}; {REBUILD}")
-    if array.shape != shape:
-        raise UserError(f"{full_path}: shape {array.shape}, the manifest says {shape}; {REBUILD}")
-    return array
+    damaged = f"{full_path}: truncated or damaged"
+    size = SHARD_HEADER_BYTES + dtype.itemsize * math.prod(shape)
+    with explained((ValueError, OSError), damaged, REBUILD), full_path.open("rb") as file:
+        if (got := os.fstat(file.fileno()).st_size) != size:
+            raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REBUILD}")
+        if file.read(SHARD_HEADER_BYTES) != array_header(dtype, shape):  # through the map: 8 MB read ahead
+            raise UserError(f"{damaged} (its header is not that of {dtype} of shape {shape}); {REBUILD}")
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.ndarray(shape, dtype, mapped, SHARD_HEADER_BYTES)
 
 
 class ShardReader:
@@ -377,21 +373,19 @@ class ShardReader:
     def tokens(self, shard: Shard) -> Tokens:
         """The token ids of a shard, shape (tokens,), uint16, memory-mapped."""
         if shard.path not in self._tokens:
-            self._tokens[shard.path] = self._map(shard)
+            self._tokens[shard.path] = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
         return self._tokens[shard.path]
 
-    def _map(self, shard: Shard) -> Tokens:
-        """A whole shard is mapped in a fifth of np.load's time; of any other file np.load says what is wrong."""
-        path = self.data_dir / shard.path
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError), path.open("rb") as file:
-            if file.read(SHARD_HEADER_BYTES) == shard_header(shard.tokens):  # through the map: 8 MB read ahead
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                return np.ndarray((shard.tokens,), TOKEN_DTYPE, mapped, SHARD_HEADER_BYTES)
-        return open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
-
     def documents(self, shard: Shard) -> Index:
-        """Start offset in the shard and row in the input file of each document, shape (documents, 2)."""
+        """Start offset in the shard and row in the input file of each document, shape (documents, 2).
+
+        Raises UserError for an index that can't be of this shard.
+        """
         index = open_array(self.data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
+        starts, rows = index[:, 0], index[:, 1]
+        is_sorted = bool((starts[1:] > starts[:-1]).all() and (rows[1:] > rows[:-1]).all())
+        if not is_sorted or starts[0] != 0 or starts[-1] >= shard.tokens or rows[-1] >= max(shard.rows, 1):
+            raise UserError(f"{self.data_dir / shard.index_path}: damaged, not of this shard's documents; {REBUILD}")
         return index + np.array([0, shard.first_row], INDEX_DTYPE)
 
     def document_at(self, shard: Shard, offset: int) -> int:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pydantic
 import xxhash
 
-from data_prep import shards
+from data_prep import layout, shards
 from data_prep.corpus import Documents, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
 from data_prep.errors import UserError, explained
@@ -197,12 +197,12 @@ def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> b
 
 def shard_path(split: str, unit: WorkUnit) -> str:
     """Where a unit's shard of a split lies in the data set."""
-    return f"shards/{split}/{unit.source}/{unit.name}.npy"
+    return layout.shard_path(split, unit.source, unit.name)
 
 
 def record_path(unit: WorkUnit) -> str:
     """Where the record of a finished unit lies in the data set."""
-    return f"{shards.UNITS_NAME}/{unit.source}/{unit.name}.json"
+    return layout.record_path(unit.source, unit.name)
 
 
 def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: float) -> str:
@@ -217,10 +217,12 @@ def _seal(signature: str, content: dict[str, Any]) -> str:
 
 def read_record(path: Path, signature: str) -> UnitResult | None:
     """The record of a finished unit; None if there is none, a damaged one, or one of other inputs."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         content: dict[str, Any] = json.loads(path.read_bytes())
         if content.pop("seal") == _seal(signature, content):
-            return pydantic.TypeAdapter(UnitResult).validate_python(content)
+            result = pydantic.TypeAdapter(UnitResult).validate_python(content)
+            splits = [shard.split for shard in result.shards]  # they name directories
+            return result if splits == [split for split in SPLITS if split in splits] else None
     return None
 
 

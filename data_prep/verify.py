@@ -5,7 +5,6 @@ files are built again from their sources, and put in place if they are what the 
 """
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -13,14 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep import shards
-from data_prep.build_shards import BUILD_NAME, write_tokenizer
+from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, parse_json
 from data_prep.mixture import load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress
 from data_prep.shards import LOCK_NAME, MANIFEST_NAME, REBUILD, TOKEN_DTYPE, TOKENIZER_NAME, Manifest, Shard
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     """A line for each bad file: the manifest, the tokenizer, shards in the order of the manifest, files unknown."""
     built = data_dir / BUILD_NAME
-    if built.is_file() and manifest.fingerprint not in built.read_text(encoding="utf-8"):
+    if built.is_file() and manifest.fingerprint.encode() not in built.read_bytes():
         other = f"fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
         yield None, f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
     if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
@@ -92,12 +92,13 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
 
 def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None) -> None:
     """Build the units of bad shards again, beside; put them in place if they are what the manifest says."""
-    built: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        built |= json.loads((data_dir / BUILD_NAME).read_bytes())
+    refuse_shared_folders(data_dir)
+    built = built_from(data_dir)
     path = mixture_path(mixture_name) if mixture_name else Path(built.get("mixture", "its mixture file"))
     if not path.is_file():
         raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
+    if not mixture_name:
+        print(f"repairing by {path}, as {data_dir / BUILD_NAME} says")
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
     is_own_good = shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
@@ -123,6 +124,17 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         for name in sorted({name for shard in bad for name in shard.digests}):
             shards.write_durably(data_dir / name, Path(scratch, name).read_bytes())
             print(f"repaired: {data_dir / name}")
+
+
+def built_from(data_dir: Path) -> dict[str, str]:
+    """The paths of mixture and tokenizer that build.json tells; only those that are such, as it may be damaged."""
+    told: Any = None
+    with contextlib.suppress(OSError, UserError):
+        told = parse_json((data_dir / BUILD_NAME).read_bytes(), BUILD_NAME, "")
+    paths = {key: told.get(key) for key in ("mixture", "tokenizer")} if isinstance(told, dict) else {}
+    return {
+        key: path for key, path in paths.items() if isinstance(path, str) and path.isprintable() and path[:1] == "/"
+    }
 
 
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
@@ -159,7 +171,8 @@ def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offse
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, *(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)}
+    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, shards.HOLDER_NAME}
+    known.update(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)
     known.update(path for shard in manifest.shards for path in shard.digests)
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()

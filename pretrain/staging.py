@@ -7,14 +7,22 @@ without a time limit: the first copies what is not there, the others find it. A 
 DEEPSPEED_TIMEOUT minutes, 10 unless that is set; if one of them fails, all end with its line.
 """
 
-import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.shards import MANIFEST_NAME, TOKENIZER_NAME, ShardReader, digest_file, fsync_directory, write_durably
+from data_prep.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    ShardReader,
+    check_links,
+    digest_file,
+    fsync_directory,
+    lock,
+    write_durably,
+)
 
 COPIES_AT_ONCE = 4
 
@@ -22,9 +30,8 @@ COPIES_AT_ONCE = 4
 def staged(reader: ShardReader, stage_dir: Path) -> ShardReader:
     """The data set in its local copy, which is made, or mended, first. Raises UserError if there is no room for it."""
     home = stage_dir / reader.manifest.fingerprint
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(home, "copying the data set there", "data.stage_dir", wait=True):
+        check_links(home, reader.manifest)
         copy_data_set(reader, home)
     copy = ShardReader(home)
     try:
@@ -62,6 +69,7 @@ def copy_checked(data_dir: Path, home: Path, path: str, digest: str) -> None:
     """Copy one file under a name of its own, check what arrived, then give it its name."""
     copy = home / f"{path}.tmp"
     copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)  # what a kill left there; or a link, which copying would follow
     shutil.copyfile(data_dir / path, copy)
     with copy.open("rb") as written:
         os.fsync(written.fileno())

@@ -198,11 +198,13 @@ def files_of_unit(manifest: Manifest, of: Shard) -> set[str]:
 def test_an_unfinished_build_goes_on(tmp_path: Path, mixture: Path, small_units: None) -> None:
     manifest = build(mixture, tmp_path / "out")
     before = unfinish(tmp_path / "out")
-    for stray in ("shards/train/stale.npy", "shards/train/more/9.npy.tmp", "units/more/9.json"):
+    stale = ("shards/train/more/00009-a-00000.npy", "shards/train/more/00009-a-00000.documents.npy.tmp")
+    own = ("shards/train/more/notes.md", "shards/train/copy.npy", "units/more/9.json", "units/00009-a-00000.json")
+    for stray in (*stale, "units/more/00009-a-00000.json", *own):
         (tmp_path / "out" / stray).write_bytes(b"")
     assert build(mixture, tmp_path / "out") == manifest
-    assert not rewritten(tmp_path / "out", before)
-    assert stamps(tmp_path / "out").keys() == before.keys() | {"manifest.json"}
+    assert rewritten(tmp_path / "out", before) == set(own)
+    assert stamps(tmp_path / "out").keys() == before.keys() | {"manifest.json", *own}
 
 
 DAMAGES: dict[str, Callable[[Path, Path, Path], object]] = {

@@ -1,0 +1,74 @@
+"""Files that outlive a kill and a power cut: written beside, flushed, renamed; and the digests that identify them.
+
+Nothing here writes through a symbolic link that somebody left in the place of a temporary file.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a file, or the renames inside a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp") -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part.
+
+    Processes that may write the same file at the same time need suffixes of their own. A link at `path` is replaced,
+    its target kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + suffix)
+    staged.unlink(missing_ok=True)  # what a kill left there; or a link, which opening would follow
+    with staged.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    fsync_directory(path.parent)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
+    """Write a directory beside, flush it, then put it in place of the old one; a link to a directory keeps its place.
+
+    The old one goes once the new one has its name. If that fails, or is interrupted, the old one is put back; a kill
+    just then leaves it beside, as `.NAME.old.RANDOM`.
+    """
+    home = directory.resolve()
+    home.parent.mkdir(parents=True, exist_ok=True)
+    old = home.with_name(f".{home.name}.old.{secrets.token_hex(4)}")
+    with tempfile.TemporaryDirectory(prefix=f".{home.name}.", dir=home.parent) as scratch:
+        staged = Path(scratch, "new")
+        staged.mkdir()
+        write(staged)
+        for path in (*staged.iterdir(), staged):
+            fsync_directory(path)
+        try:
+            if home.exists():
+                os.rename(home, old)
+            os.rename(staged, home)
+        except BaseException:  # a Ctrl-C between the two as well
+            if old.exists() and not home.exists():
+                os.rename(old, home)
+            raise
+        fsync_directory(home.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes, as 32 hexadecimal digits."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
