@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from data_prep.urls import without_credentials
+
 if TYPE_CHECKING:
     import pydantic
 
@@ -24,7 +26,10 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
-    """Input that can't be used. The message says what, where, got, expected, and what to do."""
+    """Input that can't be used. The message says what, where, got, expected, and what to do; no URL's secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_credentials(message))
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
 def os_error_line(error: UserError | OSError) -> str:
     """The line of a UserError, or what the operating system refused, and where."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; check the path"
+        return without_credentials(f"{error.filename}: {error.strerror}; check the path")
     return one_line(error)
 
 
@@ -132,8 +137,8 @@ def what_it_says(error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The error's text without line breaks, so that it stays one line of a log."""
-    return " ".join(str(error).split())
+    """The error's text without line breaks, so that it stays one line of a log, and without secrets in URLs."""
+    return without_credentials(" ".join(str(error).split()))
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -20,6 +20,7 @@ import fsspec.core
 import fsspec.spec
 
 from data_prep.errors import UserError, explained, one_line
+from data_prep.urls import without_credentials
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -34,9 +35,10 @@ class InputFile:
     """One file of a source, as it was when it was listed."""
 
     name: str  # as the manifest names it: the path as written, the URL, or the path inside the hub data set
-    url: str  # absolute local path, or URL
+    url: str  # absolute local path, or URL; like the name without secrets
     size: int  # bytes
     version: str  # another one when the content may be another: mtime_ns, etag, commit of the hub data set
+    secret_url: str | None = field(default=None, repr=False)  # to read by, if the URL held secrets; never stored
 
 
 def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
@@ -111,7 +113,8 @@ def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
 
 def _find_remote(url: str, where: str) -> list[InputFile]:
     fs, path = _filesystem(url)
-    is_glob = any(sign in path for sign in ("*[" if url.startswith("http") else "*[?"))  # http: ? begins the query
+    shown = without_credentials(path)  # a password may hold any sign
+    is_glob = any(sign in shown for sign in ("*[" if url.startswith("http") else "*[?"))  # http: ? begins the query
 
     def list_files() -> list[dict[str, Any]]:
         infos = fs.glob(path, detail=True).values() if is_glob else [fs.info(path)]
@@ -125,12 +128,19 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
         raise UserError(f"{where}: no file matches {url}; check the URL")
     if unsized := [name for name, info in found if info["size"] is None]:
         raise UserError(f"{where}: {unsized[0]}: the server doesn't tell its size; download it and name its path")
-    return [InputFile(name=name, url=name, size=info["size"], version=_version(fs, info)) for name, info in found]
+    return [_remote_file(fs, info, name, None if is_glob else url) for name, info in found]
+
+
+def _remote_file(fs: Any, info: dict[str, Any], name: str, written: str | None) -> InputFile:
+    """A file as the server lists it; to be read by the URL as written, where that is known, or by its full name."""
+    clean, address = without_credentials(name), written or name
+    secret = address if without_credentials(address) != address else None
+    return InputFile(name=clean, url=clean, size=info["size"], version=_version(fs, info), secret_url=secret)
 
 
 def _open_remote(file: InputFile) -> Any:
     """The file as fsspec opens it, without a buffer. UserError if it isn't the one that was listed."""
-    fs, path = _filesystem(file.url)
+    fs, path = _filesystem(file.secret_url or file.url)
     if f"@{file.version}/" not in file.url:  # a commit of the hub never changes
         fs.invalidate_cache()
         info = fs.info(path)
@@ -140,7 +150,9 @@ def _open_remote(file: InputFile) -> Any:
 
 
 def _version(fs: Any, info: dict[str, Any]) -> str:
-    return next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None) or str(fs.ukey(info["name"]))
+    return next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None) or str(
+        fs.ukey(without_credentials(info["name"]))
+    )
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -205,7 +217,8 @@ def _with_retries(what: str, action: Callable[..., T], *arguments: Any) -> T:
         if wait_s is None:
             tries = "" if is_permanent else f" after {len(RETRY_WAITS_S) + 1} tries"
             raise UserError(f"{what}: {reason}{tries}; check the name, your access and the network")
-        print(f"note: {what}: {reason}; retrying in {wait_s:g} s", file=sys.stderr, flush=True)
+        note = without_credentials(f"note: {what}: {reason}; retrying in {wait_s:g} s")
+        print(note, file=sys.stderr, flush=True)
         time.sleep(wait_s)
 
 

@@ -18,6 +18,7 @@ from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.unit_shards import unit_signature
+from data_prep.urls import without_credentials
 from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 
 MIXTURES_DIR = Path(__file__).parent / "mixtures"
@@ -62,8 +63,11 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def origin(self) -> str:
-        """Where the source comes from, as the manifest says it."""
-        return self.path or f"hf://datasets/{self.hub} {' + '.join(self.config) or 'default'} {self.split}"
+        """Where the source comes from, as the manifest says it: without a URL's secrets."""
+        return (
+            without_credentials(self.path or "")
+            or f"hf://datasets/{self.hub} {' + '.join(self.config) or 'default'} {self.split}"
+        )
 
 
 class MixtureFile(BaseModel, extra="forbid"):

@@ -47,6 +47,7 @@ from data_prep.locks import HOLDER_NAME as HOLDER_NAME
 from data_prep.locks import LOCK_NAME as LOCK_NAME
 from data_prep.locks import Lock as Lock
 from data_prep.locks import lock as lock
+from data_prep.urls import without_credentials as without_credentials
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
@@ -140,7 +141,8 @@ class Shard(ShardFacts):
 
     def origin(self, row: int) -> tuple[str, int]:
         """Input file and row in it of a row of `ShardReader.documents`."""
-        return (self.inputs[row], 0) if len(self.inputs) > 1 else (self.inputs[0], row)
+        name, row = (self.inputs[row], 0) if len(self.inputs) > 1 else (self.inputs[0], row)
+        return without_credentials(name), row  # manifests of before may hold some
 
 
 @dataclass(frozen=True, kw_only=True)

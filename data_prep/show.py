@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, large_number
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
+from data_prep.urls import without_credentials
 
 SAMPLE_CHARACTERS = 300
 TRACE_TOKENS = 40  # shown on either side
@@ -98,7 +99,10 @@ def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source
     yield "commonest", "\n".join(commonest(tokenizer, counts))
     summary = f"{source.empty_documents:,} empty documents, {source.bad_documents:,} bad ones"
     bad = [f"{b.input}, row {b.row}: {b.reason}" for b in manifest.bad_documents if b.source == source.name]
-    yield "left out", "\n".join([summary, *(cut(line, LINE_CHARACTERS) for line in bad[:BAD_DOCUMENTS_SHOWN])])
+    yield (
+        "left out",
+        "\n".join([summary, *(cut(without_credentials(line), LINE_CHARACTERS) for line in bad[:BAD_DOCUMENTS_SHOWN])]),
+    )
 
 
 def count(reader: ShardReader, shards: Sequence[Shard]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

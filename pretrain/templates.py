@@ -5,7 +5,10 @@ from typing import Any
 
 import jinja2
 
+from data_prep.shards import without_credentials
+
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined)
+TEMPLATES.filters["without_credentials"] = without_credentials
 
 
 def render(name: str, **values: Any) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import CommandParser, UserError, large_number, os_error_line
-from data_prep.shards import ShardReader, Tokens, lock
+from data_prep.shards import ShardReader, Source, Tokens, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
@@ -199,6 +199,11 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
     return checkpoint.step
 
 
+def of_source(source: Source) -> dict[str, Any]:
+    """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
+    return asdict(source) | {"origin": without_credentials(source.origin)}
+
+
 def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
     """Have a checkpoint made after `step` steps."""
     fragments, optimizer_step = engine.read_state()
@@ -208,7 +213,7 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
         "data_dir": str(run.data_dir.resolve()),
-        "data": {"eos_id": manifest.eos_id, "sources": [asdict(source) for source in manifest.sources]},
+        "data": {"eos_id": manifest.eos_id, "sources": [of_source(source) for source in manifest.sources]},
         **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
