@@ -53,7 +53,8 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
     output_dir: Path = arguments.output_dir
     mixture: Mixture = together(comm, lambda: load_mixture(mixture_path(arguments.mixture), arguments.tokenizer))
     tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(mixture.tokenizer_dir))
-    plan: Plan = comm.bcast(together(comm, lambda: make_plan(mixture, tokenizer) if comm.rank == 0 else None))
+    planned = together(comm, lambda: make_plan(mixture, tokenizer, output_dir) if comm.rank == 0 else None)
+    plan: Plan = comm.bcast(planned)
     if comm.bcast(together(comm, lambda: comm.rank == 0 and is_complete(output_dir, plan))):
         if comm.rank == 0:
             print(f"already complete: {output_dir}, fingerprint {load_manifest(output_dir).fingerprint}")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import json
 import os
 import sys
@@ -143,6 +144,8 @@ def one_line(error: Exception) -> str:
 
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command; 0 when it is done, 2 after printing the one line of a `UserError` or of a refused file."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

@@ -4,7 +4,6 @@ A network may fail for half a minute: each failed request is announced and made 
 (not found, access refused, changed since it was listed) fails at once.
 """
 
-import glob
 import io
 import re
 import sys
@@ -20,6 +19,7 @@ import fsspec.core
 import fsspec.spec
 
 from data_prep.errors import UserError, explained, one_line
+from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps
 from data_prep.urls import without_credentials
 
 T = TypeVar("T")
@@ -103,10 +103,11 @@ class RemoteFile(fsspec.spec.AbstractBufferedFile):
 def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
     if (base / pattern).is_dir():
         raise UserError(f"{where}: {pattern} is a directory; name its files, for example {pattern.rstrip('/')}/*")
-    found = [pattern] if (base / pattern).is_file() else glob.glob(pattern, root_dir=base, recursive=True)
-    paths = {name: (base / name).absolute() for name in sorted(set(found)) if (base / name).is_file()}
+    paths = matching_files(base, pattern, where)
     if not paths:
         raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); check the path")
+    if list(paths) != [pattern]:
+        warn_of_gaps(paths, where)
     stats = [(name, str(path), path.stat()) for name, path in paths.items()]
     return [InputFile(name=name, url=url, size=s.st_size, version=str(s.st_mtime_ns)) for name, url, s in stats]
 
@@ -128,6 +129,10 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
         raise UserError(f"{where}: no file matches {url}; check the URL")
     if unsized := [name for name, info in found if info["size"] is None]:
         raise UserError(f"{where}: {unsized[0]}: the server doesn't tell its size; download it and name its path")
+    if is_glob:
+        warn_of_gaps((without_credentials(name) for name, _ in found), where)
+    if unnamed := [name for name, _ in found if not is_utf8(name)]:
+        raise UserError(f"{where}: {escaped(unnamed[0])}: its name is not UTF-8; rename it")
     return [_remote_file(fs, info, name, None if is_glob else url) for name, info in found]
 
 

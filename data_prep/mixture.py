@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from data_prep.encode import LoadedTokenizer
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
+from data_prep.local_files import refuse_inside
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.unit_shards import unit_signature
 from data_prep.urls import without_credentials
@@ -140,13 +141,18 @@ def _nearest_key(place: str) -> str:
     return nearest(place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields)
 
 
-def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer) -> Plan:
-    """Find the files of a mixture and cut them into units."""
+def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer, output_dir: Path | None = None) -> Plan:
+    """Find the files of a mixture and cut them into units. Raises UserError if some lie in the output directory."""
+    if output_dir:
+        tokenizer_file = str(tokenizer.directory.absolute() / "tokenizer.json")
+        refuse_inside(output_dir, [tokenizer_file], f"{mixture.path}: tokenizer")
     units: list[WorkUnit] = []
     sources = []
     for source in mixture.sources:
         where = f"{mixture.path}: source {source.name!r}"
         files, format_, revision = source_files(mixture.path.parent, source, where)
+        if output_dir:
+            refuse_inside(output_dir, (file.url for file in files), where)
         if not any(file.size for file in files):
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
         text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
