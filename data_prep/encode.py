@@ -20,7 +20,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
-from data_prep.errors import UserError, explained
+from data_prep.errors import UserError, explained, parse_json
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 TRAIN = "train one with python -m data_prep.train_tokenizer"
@@ -47,7 +47,7 @@ class LoadedTokenizer:
     @cached_property
     def gigatoken_json(self) -> str:
         """tokenizer.json without special tokens: gigatoken always parses them in text, so it must not know them."""
-        model = json.loads(self.files["tokenizer.json"])
+        model = parse_json(self.files["tokenizer.json"], str(self.directory / "tokenizer.json"), TRAIN)
         model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
         return json.dumps(model)
 
@@ -102,8 +102,7 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
     files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        with explained(ValueError, f"{directory / name}: not valid JSON", TRAIN):
-            content = json.loads(files.get(name, b"{}"))
+        content = parse_json(files.get(name, b"{}"), str(directory / name), TRAIN)
         if not isinstance(content, dict):
             raise UserError(f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}")
         config |= content

@@ -91,7 +91,8 @@ class _UniqueKeysLoader(yaml.SafeLoader):
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
     """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
-    with explained((yaml.YAMLError, ValueError, RecursionError), f"{where}: not valid YAML", "mend it"):
+    kinds = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+    with explained(kinds, f"{where}: not valid YAML", "mend it"):  # a tag such as !!bool x raises what its reader does
         return yaml.load(content, _UniqueKeysLoader)
 
 

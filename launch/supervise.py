@@ -110,7 +110,7 @@ def standing(run_dir: Path) -> dict[str, Any]:
     `began` differs after a start that got as far as training; a start that trained made the file of its steps anew.
     """
     state, lines, number = {}, b"", 0
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         state = dict(json.loads((run_dir / "state.json").read_bytes()))
     with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
         lines, number = file.read(), os.fstat(file.fileno()).st_ino

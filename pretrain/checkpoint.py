@@ -40,7 +40,9 @@ SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
 POINTER_NAME = "latest"
 STEP_PREFIX = "step-"
 BLOCK_BYTES = 4 << 20
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)  # what damage raises
+UNREADABLE = (  # what damage raises
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError,
+)  # fmt: skip
 Callback = Callable[[], None] | None
 
 
@@ -275,7 +277,7 @@ def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
             return f"{named}: missing; passed over"
         if named not in passed_over and content != (expected := pointer_to(named)):
             return f"{pointer}: says {content.decode()}, expected {expected.decode()}; passed over"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         return f"{pointer}: {type(error).__name__}: {error}; passed over"
     return None
 

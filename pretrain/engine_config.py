@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, explained, nearest
+from data_prep.errors import UserError, nearest, parse_json
 from pretrain.config import Recipe, shipped_file
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
@@ -63,8 +63,7 @@ REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]  # the last 
 def load_engine_config(name: str) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON. Raises UserError for what this pipeline can't honour."""
     path = shipped_file(name, DS_CONFIGS_DIR, ".json", "engine")
-    with explained(ValueError, f"{path}: not valid JSON", "mend it"):
-        config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(path.read_bytes(), str(path), "mend it")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object of DeepSpeed keys")
     for objection in objections(config):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.errors import CommandParser, UserError, exit_code, parse_json
 from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
@@ -31,6 +31,8 @@ from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
+
+FIGURES = ("targets", "loss", "perplexity", "bits_per_byte")  # of an evaluation, which the card tells
 
 Weights = dict[str, Tensor]
 
@@ -114,8 +116,15 @@ def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
 def read_figures(run_dir: Path, step: int) -> dict[str, Any] | None:
     """What `pretrain.evaluate` measured, if it did so at the exported step."""
     path = run_dir / EVALUATION_NAME
-    content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    return content if content.get("step") == step else None
+    advice = "run python -m pretrain.evaluate again, or remove it"
+    content = parse_json(path.read_bytes(), str(path), advice) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not what pretrain.evaluate writes; {advice}")
+    if content.get("step") != step:
+        return None
+    if not all(isinstance(content.get(name), int | float) for name in FIGURES):
+        raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {advice}")
+    return content
 
 
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:

@@ -26,6 +26,7 @@ ENGINE_CONFIG_NAME = "deepspeed.json"
 METRICS_NAME = "metrics.jsonl"
 SKIPS_NAME = "skips.jsonl"
 STATE_NAME = "state.json"
+NOT_OURS = (ValueError, TypeError, RecursionError)  # what reading JSON of another form raises
 STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpoints updates it too
 
 
@@ -34,7 +35,7 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     path = run_dir / STATE_NAME
     if not path.is_file():
         return {}
-    with explained((ValueError, TypeError), f"{path}: damaged", "remove it to continue from the checkpoints"):
+    with explained(NOT_OURS, f"{path}: damaged", "remove it to continue from the checkpoints"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -130,7 +131,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a damaged one."""
     if not path.is_file():
         return []
-    with explained(ValueError, f"{path}: damaged", "mend or remove it, and the same command continues"):
+    with explained(NOT_OURS, f"{path}: damaged", "mend or remove it, and the same command continues"):
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
             raise ValueError("a line without a step")

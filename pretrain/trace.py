@@ -6,7 +6,6 @@ A row is a sample of the loader, a sample is a window of its source's stream of 
 indexes name the input file and row of every document in it. [first:end] is a slice, as in Python.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import CommandParser, UserError, exit_code, explained
+from data_prep.errors import CommandParser, UserError, exit_code, explained, parse_json
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
 from pretrain.loader import TrainingLoader
@@ -79,8 +78,10 @@ def build_parser() -> CommandParser:
 
 def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
     """The recipe of a run. Raises UserError if the run saw another data set."""
-    with explained((ValueError, KeyError, TypeError), f"{run_dir / 'state.json'}: damaged", "use --recipe"):
-        trained_on = json.loads((run_dir / "state.json").read_bytes())["fingerprint"]
+    path = run_dir / "state.json"
+    state = parse_json(path.read_bytes(), str(path), "use --recipe")
+    with explained((KeyError, TypeError), f"{path}: damaged", "use --recipe"):
+        trained_on = state["fingerprint"]
     if trained_on != fingerprint:
         raise UserError(f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on {trained_on}")
     return load_recipe(str(run_dir / "recipe.yaml"))
