@@ -445,6 +445,7 @@ def test_the_files_of_a_split(http: HubServer, hub_user: HubUser) -> None:
     size = (http.root / "owner/corpus/books/train-0.parquet").stat().st_size
     assert found["files"][1] == {
         "name": names[1], "url": f"hf://datasets/owner/corpus@{COMMIT}/{names[1]}", "size": size, "version": COMMIT,
+        "secret_url": None,
     }  # fmt: skip
     assert (found["commit"], found["notes"]) == (COMMIT, "")
     mixed = hub_user.find(configs=("mixed",))["files"]
