@@ -99,6 +99,8 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     other = f"{output_dir}: exists, and is not a data set of this command"
     with explained((OSError, ValueError, KeyError, TypeError), other, elsewhere):
         built = parse_json((output_dir / BUILD_NAME).read_bytes(), other, elsewhere)
+        if built["state"] not in ("incomplete", "complete"):
+            raise ValueError(f"{BUILD_NAME} is of something else")
         signature, origins = built["signature"], list(built.get("origins", []))
     is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
     is_akin = is_of_tokenizer and any(origin in origins for origin in plan.identity["origins"])

@@ -249,3 +249,15 @@ def test_a_directory_that_can_t_be_replaced_is_put_back(
         replace_directory(tmp_path / "a", write_new)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"signature": "somebody\'s"}', '{"signature": "x", "state": "built"}', "[" * 9999]
+)
+def test_a_build_json_of_something_else_is_not_a_data_set_s(dataset: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "build.json").write_text(content)
+    with pytest.raises(UserError, match=r"out: exists, and is not a data set of this command.*; choose another"):
+        build(dataset.parent / "mixture.yaml", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.json"]
+    assert (tmp_path / "out" / "build.json").read_text() == content
