@@ -60,17 +60,18 @@ def links_out(home: Path, paths: Iterable[str]) -> Iterator[Path]:
 
     Each directory is listed once, so that many files cost no look at each. What is not there leads nowhere.
     """
-    wanted: dict[Path, set[str]] = {}
+    wanted: dict[str, set[str]] = {}
     for path in paths:
         folder, _, name = path.rpartition("/")
-        wanted.setdefault(home / folder, set()).add(name)
+        wanted.setdefault(folder, set()).add(name)
     roots = (os.path.realpath(home), os.path.realpath(home / SHARDS_NAME))
 
     def is_outside(path: Path | str) -> bool:
         real = os.path.realpath(path)
         return not any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots)
 
-    for directory, names in wanted.items():
+    for folder, names in wanted.items():
+        directory = home / folder
         if is_outside(directory):
             yield directory
         elif directory.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 
 PART = re.compile(r"(.*?)(\d{4,})-of-(\d{4,})(.*)", re.DOTALL)  # train-00003-of-00010.parquet
+OWN_HASH = re.compile(r"[0-9a-f]{8,}")  # of each part, after its number: train-00003-of-00010-d964455e17e96d5a.parquet
 PARTS_NAMED = 3  # of those that are missing
 
 
@@ -79,7 +80,7 @@ def warn_of_gaps(names: Iterable[str], where: str) -> None:
     widths: dict[tuple[str, str, str], int] = {}
     for name in names:
         if match := PART.fullmatch(name):
-            family = (match[1], match[3], match[4])
+            family = (match[1], match[3], OWN_HASH.sub("*", match[4]))
             families.setdefault(family, set()).add(int(match[2]))
             widths[family] = len(match[2])
     for family, numbers in families.items():

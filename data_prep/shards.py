@@ -333,12 +333,16 @@ def check_places(data_dir: Path, manifest: Manifest) -> None:
         raise UserError(f"{where}: two shards of one path; {advice}")
     if not 0 <= manifest.eos_id < manifest.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"{where}: eos_id {manifest.eos_id} and vocab_size {manifest.vocab_size} don't fit; {advice}")
-    check_links(data_dir, manifest)
+    refuse_links_out(data_dir, paths)
 
 
 def check_links(home: Path, manifest: Manifest) -> None:
-    """No file of a data set, or of a copy of it, is reached by a link that leads out of it."""
-    paths = [path for shard in manifest.shards for path in (shard.path, shard.index_path)]
+    """No file of a copy of a data set is reached by a link that leads out of it."""
+    refuse_links_out(home, [path for shard in manifest.shards for path in (shard.path, shard.index_path)])
+
+
+def refuse_links_out(home: Path, paths: Sequence[str]) -> None:
+    """Raise UserError for the first of some paths of a data set that a link leads out of it."""
     for link in layout.links_out(home, paths):
         problem = f"leads out of the data set, to {os.path.realpath(link)}"
         raise UserError(f"{link}: {problem}; copy what it leads to in its place, or link {SHARDS_NAME}/ as a whole")

@@ -141,6 +141,15 @@ def test_parts_of_several_families_and_of_remote_files(capsys: pytest.CaptureFix
     ]  # fmt: skip
 
 
+def test_parts_with_hashes_of_their_own_are_one_family(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"data/train-{i:05d}-of-00003-{'0123456789abcdef'[i:]}{'0' * i}.parquet" for i in range(3)]
+    warn_of_gaps(names, "here")
+    assert capsys.readouterr().err == ""
+    warn_of_gaps(names[1:], "here")
+    expected = "1 of 3 parts are not there: data/train-00000-of-00003-*.parquet; fetch them unless that is meant"
+    assert capsys.readouterr().err == f"warning: here: {expected}\n"
+
+
 # Inputs inside of the output
 
 
