@@ -65,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     """A line for each bad file: the manifest, the tokenizer, shards in the order of the manifest, files unknown."""
-    built = data_dir / BUILD_NAME
-    if built.is_file() and manifest.fingerprint.encode() not in built.read_bytes():
-        other = f"fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
-        yield None, f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
+    yield from ((None, line) for line in find_other_build(data_dir, manifest))
     if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         yield None, f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
 
@@ -88,6 +85,22 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
         for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
             yield from lines
     yield from ((None, line) for line in find_strays(data_dir, manifest))
+
+
+def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with build.json, if it is there: it is damaged, or tells of another manifest."""
+    built = data_dir / BUILD_NAME
+    if not built.is_file():
+        return
+    content = built.read_bytes()
+    try:
+        parse_json(content, str(built), f"{REMOVE}: it tells how the data set was made, and is no part of it")
+    except UserError as error:
+        yield str(error)
+        return
+    if manifest.fingerprint.encode() not in content:
+        other = f"fingerprint {manifest.fingerprint} is not the one in {BUILD_NAME}"
+        yield f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
 
 
 def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None) -> None:

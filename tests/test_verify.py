@@ -14,7 +14,16 @@ from prep_helpers import build, contents, flip_byte, source, stamps, write_jsonl
 
 from data_prep import verify
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, digest_file, load_manifest, lock
+from data_prep.shards import (
+    INDEX_DTYPE,
+    SHARD_HEADER_BYTES,
+    TOKEN_DTYPE,
+    Manifest,
+    digest_file,
+    load_manifest,
+    lock,
+    open_array,
+)
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -50,6 +59,43 @@ def test_one_flipped_byte(copy: Path, capsys: pytest.CaptureFixture[str], suffix
     flip_byte(path, at)
     (line,) = bad_lines(copy, capsys)
     assert str(path) in line
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".documents.npy"])
+def test_every_flipped_bit_of_a_header(copy: Path, suffix: str) -> None:
+    """NumPy's own reader raises four kinds of exceptions on these, or none."""
+    shard = load_manifest(copy).shards[0]
+    is_index = suffix != ".npy"
+    name = shard.index_path if is_index else shard.path
+    shape, dtype = ((shard.documents, 2), INDEX_DTYPE) if is_index else ((shard.tokens,), TOKEN_DTYPE)
+    whole = (copy / name).read_bytes()
+    assert open_array(copy, name, dtype, shape).shape == shape
+    with (copy / name).open("r+b") as file:
+        for bit in range(8 * SHARD_HEADER_BYTES):
+            place = bit // 8
+            file.seek(place)
+            file.write(bytes([whole[place] ^ (1 << bit % 8)]))
+            file.flush()
+            with pytest.raises(UserError, match=r"truncated or damaged \(its header is not that of"):
+                open_array(copy, name, dtype, shape)
+            file.seek(place)
+            file.write(whole[place : place + 1])
+    for place in (0, 8, 20, 70, 127):
+        flip_byte(copy / name, place)
+        assert repair(copy) == {shard.path, shard.index_path}
+    assert (copy / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"", b"[" * 100_000, b'{"fingerprint": "\xe9"}'])
+def test_a_damaged_build_json_says_that_it_can_go(
+    copy: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (copy / "build.json").write_bytes(content)
+    (line,) = bad_lines(copy, capsys)
+    assert f"{copy / 'build.json'}: not valid JSON (" in line
+    assert line.endswith("; remove it: it tells how the data set was made, and is no part of it")
+    (copy / "build.json").unlink()
+    verify.main([str(copy)])
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".documents.npy"])
