@@ -142,11 +142,10 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
     directory = output_dir / shards.TOKENIZER_NAME
     if directory.is_symlink():
         directory.unlink()
-    for name in shards.TOKENIZER_FILES:
-        if name in tokenizer.files:
-            write_durably(directory / name, tokenizer.files[name])
-        else:
-            (directory / name).unlink(missing_ok=True)
+    for name in set(shards.TOKENIZER_FILES) - tokenizer.files.keys():
+        (directory / name).unlink(missing_ok=True)
+    for name, content in tokenizer.files.items():
+        write_durably(directory / name, content)
 
 
 def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Results, facts: dict[str, Any]) -> None:
