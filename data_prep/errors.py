@@ -6,14 +6,17 @@ the input is good, is a `RetryableError`: one line too, but exit code 1, after w
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
 import io
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +36,7 @@ PASSING_ERRORS = frozenset(
     | {errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
 )
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
+IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
 
 class UserError(Exception):
@@ -105,6 +109,30 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+def list_commands(folder: Path, arguments: Sequence[str]) -> None:
+    """Print a line for each module of a folder that is a command: how it is called, and what it says it does.
+
+    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a command.
+    """
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))}
+    commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
+    if arguments and arguments[0] not in ("-h", "--help"):
+        name = arguments[0] if arguments[0] in commands else None
+        advice = f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
+        raise UserError(f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}")
+    calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
+    width = max(map(len, calls))
+    for call, text in calls.items():
+        print(f"{call:<{width}}  {first_sentence(text)}")
+    print("--help after any of them lists its flags")
+
+
+def first_sentence(module_text: str) -> str:
+    """What a module's docstring begins with."""
+    docstring = ast.get_docstring(ast.parse(module_text)) or ""
+    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(".:")
 
 
 def large_number(text: str) -> int:
@@ -191,6 +219,12 @@ def one_line(error: Exception) -> str:
     return without_credentials(" ".join(str(error).split()))
 
 
+def signal_name(number: int) -> str:
+    """A signal as whoever sent it knows it."""
+    name = signal.Signals(number).name
+    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command; 0 when it is done, else what it printed the one line of.
 
@@ -202,7 +236,7 @@ def exit_code(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read our output has seen enough (`| head`)

@@ -80,7 +80,7 @@ def later_fields(kind: type) -> dict[str, Any]:
     return {own.name: own.default for own in fields(kind) if own.metadata.get("later")}
 
 
-def as_written(record: Any) -> dict[str, Any]:
+def as_written(record: object) -> dict[str, Any]:
     """The fields of a record that its file holds."""
     held = dict(vars(record))  # asdict would copy every shard deeply
     held.pop("fingerprint", None)  # what a manifest remembers of itself
