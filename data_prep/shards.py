@@ -84,7 +84,7 @@ def as_written(record: object) -> dict[str, Any]:
     """The fields of a record that its file holds."""
     held = dict(vars(record))  # asdict would copy every shard deeply
     held.pop("fingerprint", None)  # what a manifest remembers of itself
-    for name, default in later_fields(type(record)).items():
+    for name, default in later_fields(type(record)).items():  # type: ignore[arg-type]
         if held[name] == default:
             del held[name]
     return held
