@@ -169,7 +169,8 @@ def parse_json(content: str | bytes, where: str, advice: str) -> Any:
     no UTF-8, and RecursionError for brackets nested too deeply.
     """
     with explained((ValueError, RecursionError), f"{where}: not valid JSON", advice):
-        return json.loads(content)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")  # json decodes less strictly
+        return json.loads(text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -230,8 +231,9 @@ def exit_code(main: Callable[[], None]) -> int:
 
     2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
