@@ -1,7 +1,8 @@
 """Bad input: the one exception users meet, and how every command reports it.
 
 A command's `main` raises `UserError`; `exit_code` turns it into one line on stderr and exit code 2.
-Anything else that escapes is a defect of ours and keeps its traceback.
+Anything else that escapes is a defect of ours and keeps its traceback. What a disk or a file server failed at, though
+the input is good, is a `RetryableError`: one line too, but exit code 1, after which the same command may do.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -23,14 +25,50 @@ if TYPE_CHECKING:
     import pydantic
 
 USER_ERROR_EXIT_CODE = 2
+FAILURE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+# What a disk, a file server or the network to it answers for a while (NFS, Lustre, Ceph, FUSE); nobody's input.
+PASSING_ERRORS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ENOTCONN}
+    | {errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
 
 
 class UserError(Exception):
     """Input that can't be used. The message says what, where, got, expected, and what to do; no URL's secrets."""
 
+    exit_code = USER_ERROR_EXIT_CODE
+
     def __init__(self, message: str) -> None:
         super().__init__(without_credentials(message))
+
+
+class RetryableError(UserError):
+    """What failed though the input is good, so that the same command may do: a disk, say. The message is as above."""
+
+    exit_code = FAILURE_EXIT_CODE
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the operating system refused something for a reason that may pass by itself."""
+    return isinstance(error, OSError) and error.errno in PASSING_ERRORS
+
+
+def refusal(error: Exception, message: str) -> UserError:
+    """The UserError with this message for what another error says: a `RetryableError` where that may pass by itself."""
+    return RetryableError(message) if is_passing(error) else UserError(message)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as those of writes and flushes do, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -41,7 +79,7 @@ def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{problem} ({what_it_says(error)}); {advice}") from None
+        raise refusal(error, f"{problem} ({what_it_says(error)}); {advice}") from None
 
 
 @contextlib.contextmanager
@@ -129,8 +167,18 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
 def os_error_line(error: UserError | OSError) -> str:
     """The line of a UserError, or what the operating system refused, and where."""
     if isinstance(error, OSError) and error.filename:
-        return without_credentials(f"{error.filename}: {error.strerror}; check the path")
+        what = f"{error.filename}: {error.strerror}"
+        if is_passing(error):
+            return without_credentials(f"{what}; the disk or its server failed")
+        return without_credentials(what if error.errno in FULL else f"{what}; check the path")
     return one_line(error)
+
+
+def exit_code_of(error: UserError | OSError) -> int:
+    """The exit code of a command that this error ends."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    return refusal(error, "").exit_code
 
 
 def what_it_says(error: Exception) -> str:
@@ -144,7 +192,10 @@ def one_line(error: Exception) -> str:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a command; 0 when it is done, 2 after printing the one line of a `UserError` or of a refused file."""
+    """Run a command; 0 when it is done, else what it printed the one line of.
+
+    2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -157,5 +208,5 @@ def exit_code(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {os_error_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        return exit_code_of(error)
     return 0

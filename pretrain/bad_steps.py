@@ -79,6 +79,10 @@ class BadSteps:
         record = self.records.get(step)
         return record if record and record["policy"] != "stop" else None
 
+    def all_bad(self, steps: range) -> bool:
+        """Whether none of these steps was trained."""
+        return all(self.replayed(step) for step in steps)
+
     def judge(self, loss: float, gradient_norm: float) -> str | None:
         """Why a step must not be taken, or None. Good steps enter the running figures."""
         reason = no_number(loss, gradient_norm)

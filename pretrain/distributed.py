@@ -19,7 +19,15 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, one_line, os_error_line, unheard
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    UserError,
+    exit_code_of,
+    explained,
+    one_line,
+    os_error_line,
+    unheard,
+)
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: all ranks, as training has them
@@ -203,20 +211,26 @@ def barrier() -> None:
 
 
 class SharedError(UserError):
-    """What one rank met, raised on all."""
+    """What one rank met, raised on all; with the exit code that it has there."""
+
+    def __init__(self, message: str, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
-    result, failure, host = None, None, socket.gethostname()
+    result, message, code, host = None, None, 0, socket.gethostname()
     try:
         result = action()
     except (UserError, OSError) as error:
-        failure = os_error_line(error)
-    answers = gather((failure, host), group)
-    for message, where in answers:
-        if message is not None:
-            raise SharedError(message if where == answers[0][1] else f"on {where}: {message}")
+        message = os_error_line(error)
+        code = exit_code_of(error)
+    answers = gather((message, code, host), group)
+    first_host = answers[0][2]
+    for failure, exit_code, where in answers:
+        if failure is not None:
+            raise SharedError(failure if where == first_host else f"on {where}: {failure}", exit_code)
     return result  # type: ignore[return-value]
 
 
@@ -232,5 +246,5 @@ def exit_with(error: UserError, world: World) -> int:
         with unheard():
             print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
     if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
-        os._exit(USER_ERROR_EXIT_CODE)
-    return USER_ERROR_EXIT_CODE
+        os._exit(error.exit_code)
+    return error.exit_code

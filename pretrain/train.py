@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import CommandParser, UserError, large_number, os_error_line
+from data_prep.errors import CommandParser, UserError, large_number, os_error_line, refusal
 from data_prep.shards import ShardReader, Source, Tokens, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
@@ -205,7 +205,10 @@ def of_source(source: Source) -> dict[str, Any]:
 
 
 def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
-    """Have a checkpoint made after `step` steps."""
+    """Have a checkpoint made after `step` steps.
+
+    After a bad step none is dropped for it: whether training diverged, only the next steps will tell.
+    """
     fragments, optimizer_step = engine.read_state()
     manifest = run.reader.manifest
     about = {
@@ -220,7 +223,7 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         "model_config": model_config(run.recipe.model).to_diff_dict(),
         "parameters": engine.parameter_shapes(),
     }
-    writer.save(step, fragments, about)
+    writer.save(step, fragments, about, prunes=not bad_steps.replayed(step - 1))
 
 
 def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
@@ -311,10 +314,12 @@ def validate_if_due(run: Run, engine: Engine, world: World, line: Line) -> None:
 
 
 def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
-    """A checkpoint, where it is due."""
+    """A checkpoint, where it is due; but none between steps for one that would hold the state of the one before."""
     engine.clock.mark("other")
-    if engine.ends or due(step, run.recipe.checkpoints.every_steps, run):
-        save(run, engine, bad_steps, writer, step + 1)
+    is_end = engine.ends or step + 1 == run.stop_at_step
+    if is_end or due(step, run.recipe.checkpoints.every_steps, run):
+        if is_end or not bad_steps.all_bad(range(step + 1 - run.recipe.checkpoints.every_steps, step + 1)):
+            save(run, engine, bad_steps, writer, step + 1)
         engine.clock.mark(PAUSE)
 
 
@@ -386,7 +391,7 @@ def naming_the_disk(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         mount, free = disk_of(run_dir)
         where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
-        raise UserError(f"{run_dir}: {where}; mend that, and the same command continues") from error
+        raise refusal(error, f"{run_dir}: {where}; mend that, and the same command continues") from error
 
 
 def begin(run: Run) -> None:
@@ -473,7 +478,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return exit_with(error, world)
     except OSError as error:
-        return exit_with(UserError(os_error_line(error)), world)
+        return exit_with(refusal(error, os_error_line(error)), world)
     return 0
 
 

@@ -26,15 +26,14 @@ from pretrain.checkpoint import (
     load_model,
     newest_good,
     pointer_to,
-    prune_checkpoints,
-    save_checkpoint,
     saved_steps,
     sidecar_of,
-    write_fragments,
 )
 from pretrain.config import ModelRecipe, model_config
 from pretrain.distributed import World
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.retention import prune
+from pretrain.saving import save_checkpoint, write_fragments
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -316,7 +315,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
-    prune_checkpoints(saved_steps(tmp_path)[0], 2)
+    prune(saved_steps(tmp_path)[0], 2)
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000020", "step-00000015"]
     assert not list(checkpoints_dir(tmp_path).glob(".*"))
     assert_holds(newest_good(tmp_path)[0], 20)
@@ -324,9 +323,9 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_pruning_keeps_every_so_many_th_step(tmp_path: Path) -> None:
     for step in (4, 5, 8, 10, 12, 15, 17):
-        prune_checkpoints(save(tmp_path, step), 2, 5)
+        prune(save(tmp_path, step), 2, 5)
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17, 15, 10, 5]
-    prune_checkpoints(saved_steps(tmp_path)[0], 1)
+    prune(saved_steps(tmp_path)[0], 1)
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17]
 
 
@@ -335,7 +334,7 @@ def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one
         save(tmp_path, step)
     for path in saved_steps(tmp_path)[:2]:
         flip_byte(path / TENSORS)
-    prune_checkpoints(save(tmp_path, 7), 1)  # training went on from step 5
+    prune(save(tmp_path, 7), 1)  # training went on from step 5
     assert_holds(newest_good(tmp_path)[0], 7)
 
 

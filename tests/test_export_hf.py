@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
 from data_prep.shards import write_durably
-from pretrain.checkpoint import Fragment, load_for_reading, load_model, save_checkpoint
+from pretrain.checkpoint import Fragment, load_for_reading, load_model
 from pretrain.config import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World
 from pretrain.export_hf import main, special_token_ids
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.saving import save_checkpoint
 
 FORMS = ("tablefree", "gpt_neox")
 INPUTS = ("binary_code", "affine_code", "learned")
