@@ -117,6 +117,12 @@ def standing(run_dir: Path) -> dict[str, Any]:
     return {"status": "unknown", "began": None, **state, "steps": lines.count(b"\n"), "steps_file": number}
 
 
+def newest_checkpoint(run_dir: Path) -> str:
+    """The name of the checkpoint of most steps; more of them than fill eight digits take more."""
+    names = [path.name for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()]
+    return max(names, key=lambda name: int(name[5:]), default="step 0")
+
+
 def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any]) -> str:
     """Why a start failed, on one line: what the trainer says, else what can be known."""
     if now["status"] == "failed" and now != before:
@@ -215,8 +221,8 @@ class Supervisor:
         hosts, ranks = [*slots], sum(slots.values())
         if restart:
             self.signal_ranks(hosts, signal.SIGKILL)  # of a host that was cut off, and is back
-            newest = max(Path(self.flags.run_dir).glob("checkpoints/step-" + "[0-9]" * 8), default=Path("step 0"))
-            self.say(f"restart {restart} continues from {newest.name}, if that is whole, on {ranks} ranks")
+            newest = newest_checkpoint(Path(self.flags.run_dir))
+            self.say(f"restart {restart} continues from {newest}, if that is whole, on {ranks} ranks")
         if slots != left:
             self.say(f"only {ranks} of the {sum(left.values())} ranks left take part: they divide a step")
         with socket.create_server(("", 0)) as listener:

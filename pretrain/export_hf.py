@@ -1,16 +1,18 @@
-"""Export a run to Hugging Face format, from the fp32 masters of its newest checkpoint, without DeepSpeed.
+"""Export a run to Hugging Face format, from the fp32 masters of a checkpoint, without DeepSpeed.
 
     python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox] [--dtype ...]
+        [--step N] [--overwrite]
 
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
 
 Both give the same logits. An export is a function of the checkpoint and its evaluation: made twice, its files are
-equal bit for bit.
+equal bit for bit. What it may replace is in pretrain/export_marker.py.
 """
 
 import json
 import shutil
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import CommandParser, UserError, exit_code, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
-from pretrain.evaluate import EVALUATION_NAME
+from pretrain.evaluate import figures_of, run_of
+from pretrain.export_marker import refuse_to_replace, write_marker
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
-
-FIGURES = ("targets", "loss", "perplexity", "bits_per_byte")  # of an evaluation, which the card tells
 
 Weights = dict[str, Tensor]
 
@@ -113,18 +114,11 @@ def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_figures(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """What `pretrain.evaluate` measured, if it did so at the exported step."""
-    path = run_dir / EVALUATION_NAME
-    advice = "run python -m pretrain.evaluate again, or remove it"
-    content = parse_json(path.read_bytes(), str(path), advice) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not what pretrain.evaluate writes; {advice}")
-    if content.get("step") != step:
-        return None
-    if not all(isinstance(content.get(name), int | float) for name in FIGURES):
-        raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {advice}")
-    return content
+def save_weights(weights: Weights, path: Path) -> None:
+    """A safetensors file with the mode of those beside it: the library makes its own readable by nobody else."""
+    save_file(weights, path, metadata={"format": "pt"})
+    sibling = path.with_name("tokenizer_config.json")
+    path.chmod(stat.S_IMODE(sibling.stat().st_mode))
 
 
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
@@ -135,10 +129,10 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
     copy_tokenizer(run_dir, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_weights(weights, directory / "model.safetensors")
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
-        trained_parameters=sum(map(torch.numel, masters.values())), figures=read_figures(run_dir, checkpoint.step),
+        trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
@@ -146,24 +140,37 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     (directory / "config.json").write_text(config_text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    write_marker(directory, checkpoint, architecture, dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    about = "Export the newest good checkpoint of a run to Hugging Face format."
+    about = "Export a checkpoint of a run, the newest good one unless --step names another, to Hugging Face format."
     parser = CommandParser(prog="python -m pretrain.export_hf", description=about)
-    parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
-    parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
+    run_help = "directory of a run of pretrain.train, or of one of its checkpoints"
+    parser.add_argument("--run-dir", required=True, type=Path, help=run_help)
+    output_help = "where the export goes; an export of the same run that is there is replaced, nothing else"
+    parser.add_argument("--output-dir", required=True, type=Path, help=output_help)
+    parser.add_argument("--step", type=int, metavar="N", help="export the checkpoint after N steps")
+    overwrite = "replace an export of another run, or one whose files were edited"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
     forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
     weights = "of the weights (default: float32)"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=weights)
     flags = parser.parse_args(arguments)
-    run, output, form = flags.run_dir, flags.output_dir, (flags.architecture, flags.dtype)
-    checkpoint = load_for_reading(run)
-    if output.exists() and not (output / "model.safetensors").is_file() and any(output.iterdir()):
-        raise UserError(f"--output-dir {output}: holds something else than an export; give an empty directory")
-    replace_directory(output, lambda staged: write_export(run, checkpoint, staged, *form))
+    checkpoint = load_for_reading(flags.run_dir, flags.step)
+    run_dir = run_of(checkpoint, flags.run_dir)
+    if run_dir is None:
+        raise UserError(f"--run-dir {flags.run_dir}: a checkpoint outside of its run has no tokenizer; give the run's")
+    output = flags.output_dir
+    refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
+
+    def write(staged: Path) -> None:
+        write_export(run_dir, checkpoint, staged, flags.architecture, flags.dtype)
+        refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)  # that took a while
+
+    replace_directory(output, write)
     print(f"{output}: {flags.architecture} in {flags.dtype}, from {checkpoint.path}")
 
 

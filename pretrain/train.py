@@ -216,7 +216,11 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
         "data_dir": str(run.data_dir.resolve()),
-        "data": {"eos_id": manifest.eos_id, "sources": [of_source(source) for source in manifest.sources]},
+        "data": {
+            "eos_id": manifest.eos_id,
+            "tokenizer_sha256": manifest.tokenizer_sha256,
+            "sources": [of_source(source) for source in manifest.sources],
+        },
         **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
