@@ -204,9 +204,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read our output has seen enough (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         print(f"error: {os_error_line(error)}", file=sys.stderr)
         return exit_code_of(error)
     return 0
