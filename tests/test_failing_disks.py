@@ -199,7 +199,7 @@ def test_what_says_nothing_of_a_file_is_no_damage_of_it(
 
 
 def be_a_rank_on_a_failing_disk(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank in which flushes fail: of each name of FAILING so many, on rank 0 from the first save on."""
+    """Body of a forked rank in which flushes fail: so many of each name of FAILING, on rank 0 once it saves."""
     left = {name: int(times) for name, times in json.loads(variables["FAILING"]).items()}
     number, honest = int(variables["ERROR"]), os.fsync
     began = [] if variables["RANK"] == "0" else [log]

@@ -51,7 +51,7 @@ def test_every_step_has_one_name(step: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["step-7", "step-0000007", "step-000000007", "step-00000007.old", "step--0000001", "step-0000000a", "latest"],
+    ["step-7", "step-0000007", "step-000000007", "step-00000007.x", "step--0000001", "step-0000000a", "latest"],
 )
 def test_what_is_no_name_of_a_step_is_none(name: str) -> None:
     assert step_of(name) is None
@@ -151,8 +151,8 @@ def test_a_link_in_place_of_a_checkpoint_s_file_may_not_lead_out_of_it(tmp_path:
 def test_leftovers_of_all_kinds_go_with_the_next_save(tmp_path: Path) -> None:
     home = checkpoints_dir(tmp_path)
     for name in (
-        ".step-00000005.tmp", ".step-00000005.0a1b2c3d.tmp", ".step-00000004.old.tmp", ".step-00000004.0a1b2c3d.old.tmp",
-        ".step-00000003.k2j8x0q_", ".step-100000000.tmp",
+        ".step-00000005.tmp", ".step-00000005.0a1b2c3d.tmp", ".step-00000004.old.tmp",
+        ".step-00000004.0a1b2c3d.old.tmp", ".step-00000003.k2j8x0q_", ".step-100000000.tmp",
     ):  # fmt: skip
         (home / name / "new").mkdir(parents=True)
     assert len(list(leftovers_in(home))) == 6
