@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.errors import explained
+from data_prep.errors import explained, naming
 from data_prep.shards import TOKENIZER_NAME, ShardReader, write_durably
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
@@ -111,7 +111,7 @@ class BadSteps:
         """Keep a decision, on disk before anything follows from it."""
         self.records[record["step"]] = {key: record[key] for key in DECISION}
         if self.world.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, refusal
 from data_prep.shards import replace_directory, write_durably
 from pretrain.checkpoint import POINTER_NAME, UNREADABLE, Checkpoint, checkpoints_dir, pointer_to, saved_steps
 from pretrain.config import Recipe, build_recipe
@@ -36,7 +36,8 @@ def open_origin(
         checkpoint = Checkpoint(path)
     except UNREADABLE as error:
         there = ", ".join(step.name for step in saved_steps(path.parent.parent)) or "none"
-        raise UserError(f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}") from None
+        problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
+        raise refusal(error, problem) from None
     refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
     check_rates(build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin)
     return checkpoint

@@ -32,7 +32,7 @@ from data_prep.errors import UserError, is_passing, naming, os_error_line, refus
 from data_prep.shards import digest_file
 from pretrain.distributed import World, barrier, gather, together
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
-from pretrain.patience import patiently
+from pretrain.patience import patiently, read_patiently
 from pretrain.retention import MANIFEST_NAME, OWN_FILE, SIDECAR_NAME, step_name, step_of, steps_in
 
 FORMAT = "tablefree-checkpoint"
@@ -178,7 +178,7 @@ def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
     if not pointer.exists():
         return f"{pointer}: missing (removed, or a kill came before it was first written); passed over"
     try:
-        content = patiently(pointer.read_bytes)
+        content = read_patiently(pointer)
         name = json.loads(content)["checkpoint"]
         if step_of(name) is None:
             return f"{pointer}: names {name!r}, which is no checkpoint's name; passed over"

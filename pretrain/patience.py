@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from data_prep.errors import is_passing, os_error_line, unheard
+from data_prep.errors import is_passing, naming, os_error_line, unheard
 
 T = TypeVar("T")
 WAITS_S = (1.0, 5.0, 25.0)  # before the second, third and fourth attempt; a stalled run is one of 300 s
@@ -32,3 +33,13 @@ def patiently(action: Callable[[], T]) -> T:
                 print(f"{socket.gethostname()}: {line}; trying again in {wait:g} s", file=sys.stderr, flush=True)
         time.sleep(wait)
     return action()
+
+
+def read_patiently(path: Path) -> bytes:
+    """The content of a file. Raises OSError that names it."""
+
+    def read() -> bytes:
+        with naming(path):
+            return path.read_bytes()
+
+    return patiently(read)

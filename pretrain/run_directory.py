@@ -22,7 +22,7 @@ from pretrain import config
 from pretrain.checkpoint import UNREADABLE, Checkpoint, saved_steps
 from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
-from pretrain.patience import patiently
+from pretrain.patience import patiently, read_patiently
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -39,13 +39,13 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with explained(NOT_OURS, f"{path}: damaged", "remove it to continue from the checkpoints"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_patiently(path)))
 
 
 def write_state(run_dir: Path, **changes: Any) -> None:
     """Update `state.json`."""
     with STATE_LOCK:
-        content = json.dumps({**patiently(lambda: read_state(run_dir)), **changes}, indent=1).encode()
+        content = json.dumps({**read_state(run_dir), **changes}, indent=1).encode()
         patiently(lambda: write_durably(run_dir / STATE_NAME, content))
 
 
@@ -183,7 +183,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with explained(NOT_OURS, f"{path}: damaged", "mend or remove it, and the same command continues"):
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        lines = [json.loads(line) for line in read_patiently(path).split(b"\n")[:-1]]
         if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
             raise ValueError("a line without a step")
         return lines

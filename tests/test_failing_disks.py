@@ -20,7 +20,7 @@ from pretrain import checkpoint, patience, run_directory
 from pretrain.checkpoint import Fragment, load_for_reading, newest_good, saved_steps
 from pretrain.distributed import World, together
 from pretrain.patience import patiently
-from pretrain.run_directory import MetricsFile, flush_metrics
+from pretrain.run_directory import MetricsFile, flush_metrics, read_lines, read_state
 from pretrain.saving import save_checkpoint
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -95,6 +95,20 @@ def test_an_error_of_a_write_or_a_flush_names_the_file(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match="No such file") as raised, naming(tmp_path):
         (tmp_path / "absent").open()
     assert raised.value.filename == str(tmp_path / "absent")  # the system's own name is kept
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "state.json"])
+def test_an_error_of_a_read_names_the_file(
+    name: str, tmp_path: Path, no_waits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_bytes(_: Path) -> bytes:
+        raise error_of(errno.EIO)
+
+    (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        read_lines(tmp_path / name) if name.endswith("l") else read_state(tmp_path)
+    assert raised.value.filename == str(tmp_path / name)
 
 
 # metrics.jsonl
