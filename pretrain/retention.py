@@ -105,8 +105,11 @@ def leftovers_in(home: Path) -> Iterator[Path]:
 
 def sweep(home: Path) -> None:
     """Remove leftovers, as far as that goes now. Raises nothing for them."""
-    for leftover in leftovers_in(home):
-        remove_leftover(leftover)
+    try:
+        for leftover in leftovers_in(home):
+            remove_leftover(leftover)
+    except OSError as error:
+        warn(f"{home}: leftovers can't be listed ({error.strerror}); the next save tries again")
 
 
 def new_staging(final: Path) -> Path:
@@ -136,7 +139,11 @@ def prune(saved: Path, keep_last: int, keep_every: int | None = None) -> None:
 
     Counts from the one just saved: what is newer was passed over as damaged, and must not crowd out what is good.
     """
-    steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
+    try:
+        steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
+    except OSError as error:
+        warn(f"{saved.parent}: can't be listed ({error.strerror}), so nothing is removed; the next save tries again")
+        return
     so_far = [step for step in steps if step <= (step_of(saved.name) or 0)]
     for step in so_far[keep_last:]:
         if keep_every is None or step % keep_every:

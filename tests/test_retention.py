@@ -1,5 +1,6 @@
 """What may disappear from a run's checkpoints: files of ours alone, and none at the cost of a save."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pretrain.checkpoint import Checkpoint, Fragment, checkpoints_dir, newest_go
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World
-from pretrain.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of
+from pretrain.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of, sweep
 from pretrain.saving import save_checkpoint
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -198,6 +199,21 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_save_and_goes_when_it_can(
     release(busy[0], busy)
     assert save_all(tmp_path, 4) == [4]
     assert sorted(os.listdir(checkpoints_dir(tmp_path))) == ["latest", "step-00000004"]
+
+
+def test_a_directory_that_cannot_be_listed_ends_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = save(tmp_path, 1)
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "listdir", fails)
+    monkeypatch.setattr(Path, "glob", fails)
+    sweep(saved.parent)
+    prune(saved, 1)
+    assert capsys.readouterr().err.count("Stale file handle") == 2
 
 
 def test_a_leftover_of_the_same_step_that_cannot_be_removed_ends_no_save(tmp_path: Path, busy: list[Path]) -> None:
