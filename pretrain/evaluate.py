@@ -59,7 +59,7 @@ def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
     return home.parent if home == checkpoints_dir(home.parent) else None
 
 
-def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None) -> ShardReader:
+def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None) -> ShardReader:
     """The data set that the run was trained on, there or at another place; or another one of the same tokenizer."""
     path = data_dir or Path(checkpoint.manifest["data_dir"])
     if data_dir is None and not path.is_dir():
@@ -77,7 +77,7 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | Non
         raise UserError(f"{difference}, and whether with the same tokenizer can't be told: the run keeps none")
     if own != others:
         raise UserError(
-            f"{difference}, with another tokenizer ({own[:12]}, not {others[:12]}); build it with the run's"
+            f"{difference}, with another tokenizer (sha256 {own[:12]}, not {others[:12]}); build it with the run's"
         )
     return reader
 
