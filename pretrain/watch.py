@@ -18,24 +18,37 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import UserError, one_line, unheard
+from data_prep.errors import UserError, one_line, unheard, what_it_says
 from pretrain.config import StallsRecipe
 from pretrain.distributed import World, gather
+from pretrain.progress import say
 from pretrain.run_directory import note_failure
 from pretrain.timing import StepClock
+from pretrain.watch_meeting import EVERY_ADDRESS, Reception, choose_address, connect, listen, meeting_address
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
 CONNECT_S = 30.0  # all ranks have met just before: what takes so long is gone
+MOST_NAMED = 4  # ranks, in one line
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
 OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")  # in the text of an error that another rank's end causes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What every rank is told of another one; port and address are rank 0's alone."""
+
+    name: str
+    address: str
+    port: int
+    key: bytes
 
 
 @dataclass(kw_only=True)
@@ -61,6 +74,7 @@ class Watch:
         self._left = threading.Event()
         self._sending = threading.Lock()
         self._place: list[Any] = []
+        self._met_a_stranger = False
         self._moved_at = time.monotonic()
         self._peers: list[Peer] = []
         self._peers = self._connect()
@@ -68,23 +82,43 @@ class Watch:
 
     def _connect(self) -> list[Peer]:
         """Rank 0's connections to all others; another rank's to rank 0, at the address where all of them met."""
-        key, size = secrets.token_hex(), self.world.world_size
-        listener = Listener(("", 0), backlog=size, authkey=key.encode()) if self.world.is_main else None
-        port = listener.address[1] if listener else 0
-        names, ports, keys = zip(*gather((self.name, port, key)), strict=True)
+        if self.world.world_size == 1:
+            return []
+        seen = gather(meeting_address(self.world))
+        listener, address = listen(choose_address(seen), len(seen)) if self.world.is_main else (None, EVERY_ADDRESS)
+        port = listener.getsockname()[1] if listener else 0
+        told = gather(Told(name=self.name, address=address, port=port, key=secrets.token_bytes()))
+        main = told[0]
         if listener is None:
-            to_main = Client((os.environ["MASTER_ADDR"], ports[0]), authkey=keys[0].encode())
-            to_main.send_bytes(json.dumps(self.world.rank).encode())
-            return [Peer(rank=0, name=names[0], connection=to_main)]
-        why = f"one of {size - 1} other ranks did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
-        too_late = threading.Timer(CONNECT_S, self._end, [why])
-        too_late.daemon = True
-        too_late.start()
+            there = (main.address or seen[self.world.rank], main.port)
+            return [Peer(rank=0, name=main.name, connection=self._connect_to_main(there, main.key))]
         with listener:
-            connections = [listener.accept() for _ in names[1:]]
-        ranks = [json.loads(connection.recv_bytes()) for connection in connections]
-        too_late.cancel()
-        return [Peer(rank=r, name=names[r], connection=c) for r, c in zip(ranks, connections, strict=True)]
+            reception = Reception(listener, main.key, set(range(1, len(told))), self._say_once_of_a_stranger)
+            reception.receive(CONNECT_S)
+        peers = [Peer(rank=r, name=told[r].name, connection=c) for r, c in sorted(reception.arrived.items())]
+        if reception.awaited:
+            self._peers = peers  # which are told
+            absent = ", ".join(told[rank].name for rank in sorted(reception.awaited)[:MOST_NAMED])
+            more = len(reception.awaited) - MOST_NAMED
+            others = f" and {more} more" if more > 0 else ""
+            self._end(f"{absent}{others} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed")
+        return peers
+
+    def _connect_to_main(self, there: tuple[str, int], key: bytes) -> Connection:
+        """This rank's connection to rank 0."""
+        try:
+            return connect(there, key, self.world.rank, CONNECT_S)
+        except OSError as error:  # a failure, no bad input: the ranks have met just before
+            why = f"cannot reach rank 0 at {there[0]}:{there[1]} ({what_it_says(error)})"
+            raise SystemExit(
+                f"error: {self.name}: {why}: killed, or all ports must be open between the machines"
+            ) from None
+
+    def _say_once_of_a_stranger(self, address: str, why: str) -> None:
+        """That somebody else has found the port is no fault of the run, and worth a line."""
+        if not self._met_a_stranger:
+            self._met_a_stranger = True
+            say(self.world, f"note: dropped a connection from {address} that is no rank of this run ({why})")
 
     def __enter__(self) -> Self:
         return self
