@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -143,6 +144,12 @@ def one_line(error: Exception) -> str:
     return without_credentials(" ".join(str(error).split()))
 
 
+def signal_name(number: int) -> str:
+    """A signal as whoever sent it knows it."""
+    name = signal.Signals(number).name
+    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command; 0 when it is done, 2 after printing the one line of a `UserError` or of a refused file."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
@@ -151,7 +158,7 @@ def exit_code(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,7 @@
 # evaluation -> Hugging Face export -> a generated continuation.
 #
 #   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
-#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps)
+#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps, or as begun)
 #
 # Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
@@ -15,9 +15,20 @@ case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
 esac
+[ $# -le 1 ] || fail "${*:2}: not known beside the directory; $0 --help says what there is (STEPS stands before it)"
+[ -z "${STEPS+x}" ] || need_count STEPS "$STEPS" 2
 run_dir=$(mkdir -p "${1:-$REPOSITORY/runs/quickstart}" && cd "${1:-$REPOSITORY/runs/quickstart}" && pwd)
+
+# A number of the recipe that a run there began with.
+recorded() { sed -n "s/^ *$1: *\([0-9]*\)$/\1/p" "$run_dir/recipe.yaml"; }
+
 steps=${STEPS:-320}
-need_count STEPS "$steps" 2
+if [ -f "$run_dir/recipe.yaml" ]; then
+  there=$(($(recorded train_tokens) / $(recorded global_batch_tokens)))
+  [ "${STEPS:-$there}" -eq "$there" ] ||
+    fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
+  steps=$there
+fi
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 install_project demo

@@ -95,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.run_dir and overrides:
         raise UserError(f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only")
     fingerprint = reader.manifest.fingerprint
-    recipe = recipe_of(flags.run_dir, fingerprint) if flags.run_dir else load_recipe(flags.recipe, overrides)
+    if flags.run_dir:
+        recipe = recipe_of(flags.run_dir, fingerprint)
+    else:
+        recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     rows = recipe.global_batch_size
     for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
         if not 0 <= getattr(flags, name) < end:

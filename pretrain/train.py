@@ -16,7 +16,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 if not __package__:  # run by path: let `import pretrain` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
+# What arithmetic refuses is refused before the imports below, which take from seconds to most of a minute.
+if __name__ == "__main__":
+    from pretrain.first_checks import refuse_early
+
+    refuse_early(sys.argv[1:])
+
 import contextlib
 import math
 import os
@@ -29,28 +34,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import CommandParser, UserError, large_number, os_error_line
+from data_prep.errors import UserError, os_error_line, signal_name
 from data_prep.shards import ShardReader, Source, Tokens, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
 from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.command_line import build_parser
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
-from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
+from pretrain.config import Recipe, model_config, recipe_to_dict
 from pretrain.distributed import (
-    World,
     check_kernels,
     exit_with,
     gather,
     memory_of_rank,
     set_up_rank,
     together,
-    world_from_environment,
 )
 from pretrain.dry_run import describe
-from pretrain.engine import Engine, StepFigures, leave_process_group, start_process_group
-from pretrain.engine_config import load_engine_config, merge_config
+from pretrain.engine import SAVE_FAILED, Engine, StepFigures, leave_process_group, start_process_group
+from pretrain.first_checks import check_arguments, describe_default_start
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
@@ -69,6 +73,7 @@ from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
 from pretrain.watch import Watch
+from pretrain.world import World, world_from_environment
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -90,44 +95,13 @@ class Run:
     dry_run: bool
 
 
-def build_parser() -> CommandParser:
-    """The command line; what it doesn't know must be a dotted recipe key."""
-    epilog = "Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8."
-    about = (__doc__ or "").split("\n")[0]
-    parser = CommandParser(prog="python -m pretrain.train", description=about, epilog=epilog)
-    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
-    parser.add_argument("--data-dir", required=True, type=Path, help="data set made by data_prep.build_shards")
-    parser.add_argument("--run-dir", required=True, type=Path, help="where the run lives; the same one continues it")
-    names = ("--deepspeed-config", "--deepspeed_config")
-    parser.add_argument(*names, metavar="NAME|FILE", help="DeepSpeed JSON (default: the recipe's engine key)")
-    steps: dict[str, Any] = {"type": large_number, "metavar": "N"}
-    parser.add_argument("--stop-at-step", **steps, help="save and stop after N steps of the whole run")
-    parser.add_argument("--branch-from", type=Path, metavar="CHECKPOINT", help="begin with another run's step-N")
-    parser.add_argument("--profile", **steps, help="profile N steps: a trace, and the ten largest costs")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
-    return parser
-
-
 def prepare(arguments: Sequence[str], world: World) -> Run:
     """Check everything that a rank can check by itself. Raises UserError."""
-    flags, overrides = build_parser().parse_known_args(arguments)
-    recipe = load_recipe(flags.recipe, overrides)
-    engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
-    merged = merge_config(recipe, engine_config, world.world_size)
-    reader = ShardReader(flags.data_dir)
-    reader.check_files()
-    if reader.manifest.vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"{flags.data_dir}: its tokenizer has {reader.manifest.vocab_size:,} ids, model.vocab_size is "
-            f"{recipe.model.vocab_size:,}; set --model.vocab_size={reader.manifest.vocab_size}"
-        )
-    loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
-    if sum(loader.window_counts) < recipe.global_batch_size:
-        raise UserError(
-            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
-            f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
-        )
+    asked = check_arguments(arguments, world.world_size)
+    flags, recipe, merged = asked.flags, asked.recipe, asked.engine_config
+    reader, loader = asked.reader, asked.loader
+    if asked.engine_note:
+        say(world, asked.engine_note)
     device_type, available = memory_of_rank(world)
     try:
         check_it_fits(recipe, merged, world.world_size, available, device_type)
@@ -397,6 +371,14 @@ def begin(run: Run) -> None:
         write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
 
 
+def default_start(arguments: Sequence[str]) -> str:
+    """For a dry run without a launcher, which is of one rank: what launch/pretrain.sh would start here."""
+    if "RANK" in os.environ:
+        return ""
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    return describe_default_start(arguments, torch.cuda.device_count(), memory_of_rank(alone)[1])
+
+
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
     set_determinism(run.recipe)
@@ -431,7 +413,7 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
     start_step = restore(run, engine, bad_steps, world)
 
     def end_run() -> None:
-        engine.wants_end = True
+        engine.wants_end = SAVE_FAILED
 
     with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run, engine.clock.saved_block) as writer:
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
@@ -439,7 +421,8 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
         steps_done = train(run, engine, bad_steps, watch, start_step, writer)
     if skipped := len([step for step in bad_steps.records if bad_steps.replayed(step)]):
         say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
-    finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
+    is_signal = 0 < engine.ends < SAVE_FAILED
+    finish(run, steps_done, world, signal_name(engine.ends) if is_signal else "--stop-at-step")
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:
@@ -464,7 +447,7 @@ def main(arguments: Sequence[str]) -> int:
         run = together(lambda: prepare(arguments, world))
         if run.dry_run:
             if world.is_main:
-                print(describe(run.recipe, run.engine_config, run.loader, world.world_size))
+                print(describe(run.recipe, run.engine_config, run.loader, world.world_size, default_start(arguments)))
         elif gather(together(lambda: read_state(run.run_dir)).get("status"))[0] == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
         else:

@@ -344,7 +344,7 @@ def test_ctrl_c_is_one_word_and_no_traceback(capfd: pytest.CaptureFixture[str]) 
         raise KeyboardInterrupt
 
     assert exit_code(interrupted) == 130
-    assert capfd.readouterr().err == "stopped\n"
+    assert capfd.readouterr().err == "stopped by Ctrl-C\n"
 
 
 def test_a_directory_in_which_a_build_had_just_begun(tmp_path: Path, mixture: Path) -> None:

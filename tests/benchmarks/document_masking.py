@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Recipe, load_recipe, model_config
-from pretrain.distributed import set_up_rank, world_from_environment
+from pretrain.distributed import set_up_rank
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.world import world_from_environment
 
 EOS_ID = 0
 
