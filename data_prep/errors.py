@@ -5,15 +5,18 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
 
 class UserError(Exception):
@@ -68,6 +72,30 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+def list_commands(folder: Path, arguments: Sequence[str]) -> None:
+    """Print a line for each module of a folder that is a command: how it is called, and what it says it does.
+
+    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a command.
+    """
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))}
+    commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
+    if arguments and arguments[0] not in ("-h", "--help"):
+        name = arguments[0] if arguments[0] in commands else None
+        advice = f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
+        raise UserError(f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}")
+    calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
+    width = max(map(len, calls))
+    for call, text in calls.items():
+        print(f"{call:<{width}}  {first_sentence(text)}")
+    print("--help after any of them lists its flags")
+
+
+def first_sentence(module_text: str) -> str:
+    """What a module's docstring begins with."""
+    docstring = ast.get_docstring(ast.parse(module_text)) or ""
+    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(".:")
 
 
 def large_number(text: str) -> int:

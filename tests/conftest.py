@@ -75,11 +75,11 @@ def counting_documents(number: int, vocab_size: int, seed: int) -> list[list[int
     return documents
 
 
-def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE) -> Path:
-    """Two sources of counting documents and a validation split."""
+def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE, times: int = 1) -> Path:
+    """Two sources of counting documents, about 8,000 tokens or so many times that, and a validation split."""
     written = [
-        write_source(data_dir, "train", "up", counting_documents(150, vocab_size, 1), 0),
-        write_source(data_dir, "train", "more", counting_documents(60, vocab_size, 2), 0),
+        write_source(data_dir, "train", "up", counting_documents(150 * times, vocab_size, 1), 0),
+        write_source(data_dir, "train", "more", counting_documents(60 * times, vocab_size, 2), 0),
         write_source(data_dir, "validation", "up", counting_documents(12, vocab_size, 3), 0),
     ]
     return write_dataset(data_dir, written, {"up": 0.75, "more": 0.25}, vocab_size)
