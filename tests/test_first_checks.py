@@ -12,6 +12,7 @@ from conftest import REPOSITORY, counting_dataset, environment, write_recipe
 from forked_ranks import run_ranks, train_on
 
 from data_prep.errors import UserError
+from data_prep.shards import ShardReader
 from launch import supervise
 from launch.supervise import HERE, Supervisor
 from pretrain.config import load_recipe
@@ -53,7 +54,8 @@ def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(tiny_data: 
     recipe, run_dir = write_recipe(tmp_path / "r.yaml"), tmp_path / "run"
     (tmp_path / "bad.json").write_text('{"zero_optimization": {"stage": 3}}')
     cut = counting_dataset(tmp_path / "cut")
-    next(cut.glob("shards/train/*/*.npy")).unlink()
+    lost = ShardReader(cut).manifest.shards_of("train")[0].path
+    (cut / lost).unlink()
     members = {
         "no such file; did you mean": asked(tmp_path / "s.yaml", tiny_data, run_dir),
         "unknown key model.depth; did you mean model.num_layers?": [
@@ -63,14 +65,14 @@ def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(tiny_data: 
         "does not divide model.d_model": [*asked(recipe, tiny_data, run_dir), "--model.code_bits=11"],
         "steps of warm-up are longer": [*asked(recipe, tiny_data, run_dir), "--schedule.warmup_steps=21"],
         "does not divide over 1 ranks": [*asked(recipe, tiny_data, run_dir), "--batch.micro_batch_size=4"],
-        "--data-dir": [*asked(recipe, tmp_path / "none", run_dir)][:2],
-        "none": asked(recipe, tmp_path / "none", run_dir),
+        "required: --data-dir, --run-dir": asked(recipe, tiny_data, run_dir)[:2],
+        "none: no such directory": asked(recipe, tmp_path / "none", run_dir),
         "fewer than one batch": [*asked(recipe, tiny_data, run_dir), TOO_LARGE, "--train_tokens=1e9"],
         "its tokenizer has 512 ids": [*asked(recipe, tiny_data, run_dir), "--model.vocab_size=511"],
         "stage is 3, expected 0, 1 or 2": [
             *asked(recipe, tiny_data, run_dir), f"--deepspeed-config={tmp_path / 'bad.json'}"
         ],
-        "shards/train": asked(recipe, cut, run_dir),
+        lost: asked(recipe, cut, run_dir),
         "--stop-at-step": [*asked(recipe, tiny_data, run_dir), "--stop-at-step=0"],
     }  # fmt: skip
     command = [sys.executable, "-c", RUN_EACH, json.dumps(list(members.values()))]
