@@ -85,23 +85,33 @@ class Watch:
         if self.world.world_size == 1:
             return []
         seen = gather(meeting_address(self.world))
-        listener, address = listen(choose_address(seen), len(seen)) if self.world.is_main else (None, EVERY_ADDRESS)
-        port = listener.getsockname()[1] if listener else 0
+        listener: socket.socket | None = None
+        address = EVERY_ADDRESS
+        port = 0
+        if self.world.is_main:
+            listener, address = listen(choose_address(seen), len(seen))
+            port = listener.getsockname()[1]
         told = gather(Told(name=self.name, address=address, port=port, key=secrets.token_bytes()))
+        if listener:
+            return self._receive_all(listener, told)
         main = told[0]
-        if listener is None:
-            there = (main.address or seen[self.world.rank], main.port)
-            return [Peer(rank=0, name=main.name, connection=self._connect_to_main(there, main.key))]
+        there = (main.address or seen[self.world.rank], main.port)
+        return [Peer(rank=0, name=main.name, connection=self._connect_to_main(there, main.key))]
+
+    def _receive_all(self, listener: socket.socket, told: list[Told]) -> list[Peer]:
+        """On rank 0: the connections of all others. Ends the job, naming those that do not come in time."""
         with listener:
-            reception = Reception(listener, main.key, set(range(1, len(told))), self._say_once_of_a_stranger)
+            reception = Reception(listener, told[0].key, set(range(1, len(told))), self._say_once_of_a_stranger)
             reception.receive(CONNECT_S)
-        peers = [Peer(rank=r, name=told[r].name, connection=c) for r, c in sorted(reception.arrived.items())]
+        arrived = sorted(reception.arrived.items())
+        peers = [Peer(rank=rank, name=told[rank].name, connection=connection) for rank, connection in arrived]
         if reception.awaited:
-            self._peers = peers  # which are told
-            absent = ", ".join(told[rank].name for rank in sorted(reception.awaited)[:MOST_NAMED])
-            more = len(reception.awaited) - MOST_NAMED
-            others = f" and {more} more" if more > 0 else ""
-            self._end(f"{absent}{others} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed")
+            self._peers = peers  # which are told why
+            absent = [told[rank].name for rank in sorted(reception.awaited)]
+            named = ", ".join(absent[:MOST_NAMED])
+            if len(absent) > MOST_NAMED:
+                named += f" and {len(absent) - MOST_NAMED} more"
+            self._end(f"{named} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed")
         return peers
 
     def _connect_to_main(self, there: tuple[str, int], key: bytes) -> Connection:
@@ -110,9 +120,8 @@ class Watch:
             return connect(there, key, self.world.rank, CONNECT_S)
         except OSError as error:  # a failure, no bad input: the ranks have met just before
             why = f"cannot reach rank 0 at {there[0]}:{there[1]} ({what_it_says(error)})"
-            raise SystemExit(
-                f"error: {self.name}: {why}: killed, or all ports must be open between the machines"
-            ) from None
+            advice = "it was killed, or a firewall between the machines must let all ports through"
+            raise SystemExit(f"error: {self.name}: {why}; {advice}") from None
 
     def _say_once_of_a_stranger(self, address: str, why: str) -> None:
         """That somebody else has found the port is no fault of the run, and worth a line."""

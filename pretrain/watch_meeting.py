@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from pretrain.distributed import World
+from pretrain.world import World
 
 PROOF_S = 5.0  # for a proof of 100 bytes; ranks give theirs at once
 MOST_GUESTS = 256  # connections without a proof at a time, beside those of ranks: the oldest makes way
