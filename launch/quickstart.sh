@@ -16,19 +16,21 @@ case ${1:-} in
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
 esac
 [ $# -le 1 ] || fail "${*:2}: not known beside the directory; $0 --help says what there is (STEPS stands before it)"
-[ -z "${STEPS+x}" ] || need_count STEPS "$STEPS" 2
+[ -z "${STEPS:-}" ] || need_count STEPS "$STEPS" 2
 run_dir=$(mkdir -p "${1:-$REPOSITORY/runs/quickstart}" && cd "${1:-$REPOSITORY/runs/quickstart}" && pwd)
 
-# A number of the recipe that a run there began with.
-recorded() { sed -n "s/^ *$1: *\([0-9]*\)$/\1/p" "$run_dir/recipe.yaml"; }
+# Steps of the run that is there, from the recipe it began with; nothing if there is none.
+steps_there() {
+  [ ! -f "$run_dir/recipe.yaml" ] ||
+    awk '$1 == "train_tokens:" { all = $2 } $1 == "global_batch_tokens:" { step = $2 }
+      END { if (all > 0 && step > 0) print int(all / step) }' "$run_dir/recipe.yaml"
+}
 
-steps=${STEPS:-320}
-if [ -f "$run_dir/recipe.yaml" ]; then
-  there=$(($(recorded train_tokens) / $(recorded global_batch_tokens)))
-  [ "${STEPS:-$there}" -eq "$there" ] ||
-    fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
-  steps=$there
-fi
+there=$(steps_there)
+steps=${STEPS:-${there:-320}}
+[ -z "$there" ] || [ "$steps" -eq "$there" ] ||
+  fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
+[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 install_project demo
@@ -36,7 +38,6 @@ cd "$REPOSITORY"
 
 stage() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$run_dir/corpus" ] || took=("$(date +%s)")
 

@@ -179,9 +179,9 @@ def test_the_quick_start_says_when_other_steps_are_asked_for_than_are_there(tmp_
     )
     assert [path.name for path in run_dir.iterdir()] == ["recipe.yaml"]
     (run_dir / "summary.txt").write_text("the page\n")
-    for variables in ({}, {"STEPS": "20"}):  # what is there is shown
-        shown = run_command("launch/quickstart.sh", str(run_dir), VIRTUAL_ENV=sys.prefix, **variables)
-        assert (shown.returncode, shown.stdout.splitlines()[-1]) == (0, "the page"), shown.stderr
+    for variables in ({}, {"STEPS": ""}, {"STEPS": "20"}):  # what is there is shown
+        shown = run_command("launch/quickstart.sh", str(run_dir), **variables)
+        assert (shown.returncode, shown.stdout) == (0, "the page\n"), shown.stderr
 
 
 @pytest.mark.parametrize("package", ["pretrain", "data_prep"])
