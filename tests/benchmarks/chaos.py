@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
 from conftest import counting_dataset, write_recipe
 
@@ -677,7 +678,7 @@ def bytes_of_disk(recipe: Recipe) -> int:
 def mounted(mount: Path, size: int) -> str | None:
     """Make a small disk in memory; what stands against it, or None."""
     mount.mkdir(parents=True)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = psutil.virtual_memory().available
     if size > free:
         return f"it would take {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
