@@ -14,9 +14,9 @@ other world sizes losses are compared, within 1e-4 relative). After the kill of 
 themselves within 15 s. Only where ranks die before they have met does the runner, in the place of a launcher that the
 forked ranks lack, end the others; these are counted.
 
-With --recipe the model and its batch are the recipe's; how many steps are trained, with a save every 5, is set by the
-faults; flags such as --checkpoints.every_steps=10 say otherwise. A checkpoint has 12 bytes a parameter, of which
-the disk that fills up, in memory, holds four.
+With --recipe the model is the recipe's; its steps are as many as the faults need, of as few windows as divide over the
+ranks, with a save every 5. Flags such as --checkpoints.every_steps=10 say otherwise. A checkpoint has 12 bytes a
+parameter; the disk that fills up, in memory, holds four of them.
 
 Prints a table; exit code 1 if anything was lost beyond the last save, differs or was left over. A fault counts as one
 in a save if it left an unfinished staging directory behind. Unknown flags go to the training command.
@@ -58,7 +58,6 @@ SAVES_SHARE = 0.45  # of the kills are to fall within saves, as long as fewer di
 EVERY_STEPS = 5
 DISK_BYTES = 400 << 20  # at least; of larger checkpoints it holds CHECKPOINTS_ON_DISK
 CHECKPOINTS_ON_DISK = 4
-WORLD_SIZES = (2, 1, 3)
 TOKENS_OF_DATA = 8_000  # of the small data set
 WHOLE, ONE, FLIP, DISK, RANKS = "whole job", "one rank", "flipped byte", "full disk", "other number of ranks"
 LOADING, STEP, SAVE = "while loading", "in a step", "in a save"
@@ -603,7 +602,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--flips", type=int, default=4)
     parser.add_argument("--full-disks", type=int, default=3)
     parser.add_argument("--changes", type=int, default=6, help="of the number of ranks")
-    parser.add_argument("--world-sizes", help="which are taken in turn (default: those of 2,1,3 that divide a step)")
+    parser.add_argument("--world-sizes", default="2,1,3", help="which are taken in turn")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=sorted(LAUNCHERS), default="forked")
@@ -613,9 +612,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     flags, rest = parser.parse_known_args(arguments)
     if flags.quick:
         flags.kills, flags.flips, flags.full_disks, flags.changes, flags.world_sizes = 6, 1, 1, 1, "2,1"
-    for name, typed in (("--ranks", str(flags.ranks)), ("--world-sizes", flags.world_sizes or "1")):
+    for name, typed in (("--ranks", str(flags.ranks)), ("--world-sizes", flags.world_sizes)):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", typed):
             raise UserError(f"{name} {typed}: expected numbers of ranks, such as 2,1,3")
+    flags.world_sizes = [int(size) for size in flags.world_sizes.split(",")]
     return flags, rest
 
 
@@ -634,19 +634,17 @@ def built_in_recipe(path: Path, faults: int, is_quick: bool) -> Path:
 
 
 def for_these_faults(flags: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """Overrides with which a recipe's run has room for the faults, and divides over every number of ranks."""
-    faults = flags.kills + flags.flips
-    steps = EVERY_STEPS * (3 + max(faults, flags.changes, flags.full_disks))
+    """Overrides with which a recipe's run has room for the faults, and its steps divide over every number of ranks."""
+    steps = EVERY_STEPS * (3 + max(flags.kills + flags.flips, flags.changes, flags.full_disks))
     ranks = {flags.ranks, *flags.world_sizes} if flags.changes else {flags.ranks}
-    shared = recipe.global_batch_size // math.lcm(*ranks)  # windows that every rank has, however many there are
-    fitting = [n for n in range(1, recipe.batch.micro_batch_size + 1) if shared and shared % n == 0]
-    size = max(fitting, default=recipe.batch.micro_batch_size)
+    batch_tokens = math.lcm(*ranks) * recipe.model.seq_len
     return [
-        f"--train_tokens={steps * recipe.batch.global_batch_tokens}",
+        f"--batch.global_batch_tokens={batch_tokens}",
+        "--batch.micro_batch_size=1",
+        f"--train_tokens={steps * batch_tokens}",
         f"--checkpoints.every_steps={EVERY_STEPS}",
         f"--validation.every_steps={EVERY_STEPS}",
         f"--validation.eval_tokens={recipe.model.seq_len}",
-        f"--batch.micro_batch_size={size}",
     ]
 
 
@@ -747,29 +745,25 @@ def train_unbroken(plan: Plan, part: int) -> tuple[list[Line], dict[int, Checkpo
     return lines_of(leg.run_dir), {int(path.name[-8:]): Checkpoint(path) for path in saved_steps(leg.run_dir)}
 
 
-def small_data(home: Path, recipe: str, keys: list[str]) -> Path:
-    """A data set of two batches of a recipe, whatever its vocabulary."""
-    smallest = counting_dataset(home / "dataset")
-    batch = load_recipe(recipe, keys, smallest).batch.global_batch_tokens
-    times = math.ceil(2 * batch / TOKENS_OF_DATA)
+def enough_data(home: Path, smallest: Path, recipe: Recipe) -> Path:
+    """The smallest data set, or one of two batches of the recipe."""
+    times = math.ceil(2 * recipe.batch.global_batch_tokens / TOKENS_OF_DATA)
     return counting_dataset(home / "larger dataset", times=times) if times > 1 else smallest
 
 
 def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
     """The unbroken run and every leg; the exit code."""
     keys = [flag for flag in rest if re.match(r"--[a-z_.0-9]+=", flag)]
-    recipe, data_dir = flags.recipe, flags.data_dir
+    recipe = flags.recipe
     if recipe is None:
         recipe = str(built_in_recipe(home / "recipe.yaml", flags.kills + flags.flips, flags.quick))
-    if data_dir is None:
-        data_dir = small_data(home, recipe, keys)
-    windows = load_recipe(recipe, keys, data_dir).global_batch_size
-    typed = [int(size) for size in flags.world_sizes.split(",")] if flags.world_sizes else []
-    flags.world_sizes = typed or [ranks for ranks in WORLD_SIZES if windows % ranks == 0]
+    data_dir = flags.data_dir or counting_dataset(home / "dataset")
     if flags.recipe:
         ours = for_these_faults(flags, load_recipe(recipe, keys, data_dir))
         rest = [*ours, *rest]  # what was typed comes later, and holds
         keys = [*ours, *keys]
+    if flags.data_dir is None:
+        data_dir = enough_data(home, data_dir, load_recipe(recipe, keys, data_dir))
     resolved = load_recipe(recipe, keys, data_dir)
     check_room(flags, resolved)
     every, total = resolved.checkpoints.every_steps, resolved.total_steps
