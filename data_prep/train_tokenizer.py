@@ -21,9 +21,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data_prep import byte_bpe, char_ngram
 from data_prep.errors import CommandParser, UserError, exit_code, large_number
+from data_prep.files import replace_directory
 from data_prep.mixture import load_mixture, mixture_path
-from data_prep.shards import MAX_VOCAB_SIZE, replace_directory, tokenizer_sha256
+from data_prep.shards import MAX_VOCAB_SIZE, tokenizer_sha256
 from data_prep.training_texts import TrainingTexts, texts_of_files, texts_of_mixture
+from data_prep.urls import without_credentials
 from data_prep.work_units import FORMATS
 
 MAX_CHARACTERS = 1_000_000_000
@@ -111,7 +113,7 @@ def new_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], special_
 
 def about_training(arguments: argparse.Namespace, texts: TrainingTexts, argv: Sequence[str] | None) -> dict[str, Any]:
     """What made the tokenizer: everything that decides its files, and nothing of when and where."""
-    own = sys.argv[1:] if argv is None else argv
+    own = [without_credentials(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     sources = [
         {
             "name": source.name, "share": source.share, "characters": source.characters,
