@@ -21,6 +21,7 @@ from data_prep import layout, shards
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number, parse_json
 from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
+from data_prep.one_input import warning_of_one_input
 from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
 from data_prep.show import describe, print_epochs
@@ -174,6 +175,8 @@ def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Re
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
             print(f"left out     {left_out:>12,} {kind} documents")
+    if warning := warning_of_one_input(ShardReader(output_dir), tokenizer.reference):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
 
 

@@ -59,6 +59,8 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SEPARATOR = "eos after every document"
+COUNTED_TOKENS = 64 << 20  # by count_ids, at most about so many: 128 MB
+COUNTED_PIECE = 128 << 10  # tokens counted in one place
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
 
@@ -381,6 +383,21 @@ class ShardReader:
         if shard.path not in self._tokens:
             self._tokens[shard.path] = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
         return self._tokens[shard.path]
+
+    def count_ids(self, ids: Sequence[int]) -> tuple[list[int], int]:
+        """How often ids occur in both splits, and in how many tokens: in all, or in COUNTED_TOKENS evenly spread."""
+        total = sum(shard.tokens for shard in self.manifest.shards)
+        every = max(1, -(-total // COUNTED_TOKENS))  # so manieth piece
+        counts, counted = [0] * len(ids), 0
+        start = 0  # of the next piece, in the shard at hand
+        for shard in self.manifest.shards:
+            while start < shard.tokens:
+                piece = self.tokens(shard)[start : start + COUNTED_PIECE]
+                counts = [count + int(np.count_nonzero(piece == i)) for count, i in zip(counts, ids, strict=True)]
+                counted += len(piece)
+                start += every * COUNTED_PIECE
+            start = max(0, start - shard.tokens) if every > 1 else 0
+        return counts, counted
 
     def documents(self, shard: Shard) -> Index:
         """Start offset in the shard and row in the input file of each document, shape (documents, 2).

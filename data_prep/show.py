@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, large_number
+from data_prep.one_input import warning_of_one_input
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
 from data_prep.urls import without_credentials
 
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         print(trace(reader, tokenizer.reference, arguments.trace))
         return
     print(describe(arguments.data_dir, reader.manifest))
+    if warning := warning_of_one_input(reader, tokenizer.reference):
+        print(f"one input    {warning}")
     print_epochs(reader.manifest, arguments.train_tokens)
     for source in reader.manifest.sources:
         print("\n" + source.name + "\n" + "\n".join(facts(about_source(reader, tokenizer, source), "  ")))

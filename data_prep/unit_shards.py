@@ -62,7 +62,7 @@ class UnitBuilder:
     threads: int
 
     def __post_init__(self) -> None:
-        self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
+        self.validation_below = validation_threshold(self.validation_fraction)
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
         for encoder in (self.encoder, *[None] * (self.threads - 1)):
@@ -231,6 +231,11 @@ def read_record(path: Path, signature: str) -> UnitResult | None:
 def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
     """A full disk, or one that can't be written to, is a UserError that says how to go on."""
     return explained(OSError, f"{output_dir}: can't write {what}", SPACE)
+
+
+def validation_threshold(fraction: float) -> np.uint64:
+    """Documents whose `hash_texts` is below it are the validation documents."""
+    return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:

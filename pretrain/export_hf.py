@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
@@ -31,6 +32,7 @@ from pretrain.evaluate import figures_of, run_of
 from pretrain.export_marker import refuse_to_replace, write_marker
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 from pretrain.templates import render
+from pretrain.token_codes import aliased_ids
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
@@ -121,6 +123,12 @@ def save_weights(weights: Weights, path: Path) -> None:
     path.chmod(stat.S_IMODE(sibling.stat().st_mode))
 
 
+def tokens_of(tokenizer: Path, ids: Sequence[int] | None) -> dict[int, str]:
+    """Ids and the texts they stand for, quoted."""
+    known = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    return {token_id: repr(known.decode([token_id], skip_special_tokens=False)) for token_id in ids or ()}
+
+
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
@@ -133,6 +141,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
+        one_input=tokens_of(directory, aliased_ids(config.to_dict())),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")

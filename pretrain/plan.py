@@ -37,6 +37,7 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.flops import DEVICES, FORMULA, LINKS, Costs, Device, count_parameters, find_device, flops_per_token
 from pretrain.templates import render
+from pretrain.token_codes import about_one_input
 
 ASSUMED_MFU = 0.35  # peers publish 0.38 to 0.57 for models of this size; below all of them, since nothing is measured
 UPDATE_BYTES = 46  # norm 4, clipping 8, AdamW 16 read and 12 written, low-precision copy 6
@@ -211,9 +212,10 @@ def plan(arguments: Sequence[str] | None = None) -> None:
     memory.check_it_fits(recipe, engine_config, ranks, available, sizes.device_type)
     held = memory.held_bytes(sizes) | {"gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets}
     held["loss head"] = memory.loss_head_bytes(sizes)
+    manifest = ShardReader(flags.data_dir).manifest if flags.data_dir else None
     print(render(
-        "plan.txt.jinja",
-        data_tokens=ShardReader(flags.data_dir).manifest.tokens("train") if flags.data_dir else None,
+        "plan.txt.jinja", data_tokens=manifest.tokens("train") if manifest else None,
+        one_input=about_one_input(recipe.model, manifest),
         **speeds(sizes, flags, device), flags=flags, device=device, recipe=recipe, sizes=sizes,
         parameters=count_parameters(recipe.model), flops=flops_per_token(recipe.model), formula=FORMULA, held=held,
         modes=[describe_mode(sizes, available, mode) for mode in memory.MODES], available=available,

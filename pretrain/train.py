@@ -23,6 +23,7 @@ if __name__ == "__main__":
     refuse_early(sys.argv[1:])
 
 import contextlib
+import copy
 import math
 import os
 import time
@@ -57,7 +58,7 @@ from pretrain.engine import SAVE_FAILED, Engine, StepFigures, leave_process_grou
 from pretrain.first_checks import check_arguments, describe_default_start
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
-from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
 from pretrain.run_directory import (
@@ -72,6 +73,7 @@ from pretrain.run_directory import (
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.timing import PAUSE, StepProfiler
+from pretrain.token_codes import check_same_code, config_of_run, saved_config, warnings
 from pretrain.watch import Watch
 from pretrain.world import World, world_from_environment
 
@@ -83,6 +85,7 @@ class Run:
     """Everything a run needs that a rank can check by itself."""
 
     recipe: Recipe
+    model_config: TableFreeConfig  # with the code that the run's checkpoints hold, if it has any
     engine_config: dict[str, Any]
     data_dir: Path
     reader: ShardReader
@@ -119,17 +122,20 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    architecture = config_of_run(recipe.model, reader.manifest, saved_config(recipe.model, flags.run_dir, branch_from))
     return Run(
-        recipe=recipe, engine_config=merged, data_dir=flags.data_dir, reader=reader, loader=loader,
+        recipe=recipe, model_config=architecture, engine_config=merged, data_dir=flags.data_dir, reader=reader,
+        loader=loader,
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
         branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
     )  # fmt: skip
 
 
-def build_model(recipe: Recipe) -> TableFreeForCausalLM:
-    """The decoder with its initial weights."""
-    model = TableFreeForCausalLM(model_config(recipe.model))
+def build_model(recipe: Recipe, architecture: TableFreeConfig | None = None) -> TableFreeForCausalLM:
+    """The decoder with its initial weights; without an architecture, that of the recipe alone."""
+    own = copy.deepcopy(architecture) or model_config(recipe.model)  # transformers writes into a model's config
+    model = TableFreeForCausalLM(own)
     initialise_parameters(model, recipe.seed)
     checkpointing = recipe.activation_checkpointing
     apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
@@ -148,7 +154,8 @@ def announce(run: Run, engine: Engine, world: World) -> None:
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
         f"of {recipe.batch.global_batch_tokens:,} tokens; ranks: {world.world_size}",
     )
-    say(world, "\n".join(epochs_lines(recipe, run.loader)))
+    one_input = together(lambda: warnings(run.model_config, run.reader) if world.is_main else [])
+    say(world, "\n".join([*epochs_lines(recipe, run.loader), *one_input]))
 
 
 def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
@@ -168,6 +175,7 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
     refuse_another_run(run.run_dir, checkpoint, run.recipe, run.engine_config, run.reader.manifest.fingerprint)
     if checkpoint.shapes != engine.parameter_shapes():
         raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
+    check_same_code(run.model_config, checkpoint)
     together(lambda: engine.write_state(checkpoint))
     say(world, f"continuing from {checkpoint.path}")
     return checkpoint.step
@@ -198,7 +206,7 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
-        "model_config": model_config(run.recipe.model).to_diff_dict(),
+        "model_config": run.model_config.to_diff_dict(),
         "parameters": engine.parameter_shapes(),
     }
     writer.save(step, fragments, about, prunes=not bad_steps.replayed(step - 1))
@@ -411,7 +419,7 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> 
     """Load what was saved, train the rest."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
-    model, eos_id = build_model(run.recipe), run.reader.manifest.eos_id
+    model, eos_id = build_model(run.recipe, run.model_config), run.reader.manifest.eos_id
     engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
     watch.clock = engine.clock
     end_on_signals(engine, world)
@@ -457,6 +465,8 @@ def main(arguments: Sequence[str]) -> int:
         if run.dry_run:
             if world.is_main:
                 print(describe(run.recipe, run.engine_config, run.loader, world.world_size, default_start(arguments)))
+                for line in warnings(run.model_config, run.reader):
+                    say(world, line)
         elif gather(together(lambda: read_state(run.run_dir)).get("status"))[0] == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
         else:

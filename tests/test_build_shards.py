@@ -85,7 +85,7 @@ def test_the_manifest_tells_the_truth(dataset: Path, tokenizer_dir: Path, texts:
     assert sum(shard.documents for shard in speeches) == len(texts)
     assert sum(shard.text_bytes for shard in speeches) == sum(len(text.encode()) for text in texts)
     assert sum(shard.text_characters for shard in speeches) == sum(map(len, texts))
-    assert manifest.special_tokens == {"<|endoftext|>": 0}
+    assert manifest.special_tokens == {"<|endoftext|>": 0, "<pad>": 511}
     assert manifest.document_separator == "eos after every document"
     assert manifest.bad_documents == ()
     assert (dataset / "tokenizer" / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()

@@ -39,7 +39,7 @@ def encoders(tokenizer_dir: Path) -> tuple[Encoder, Encoder]:
 def test_the_facts_of_a_tokenizer(tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_token) == (VOCAB_SIZE, 0, "<|endoftext|>")
-    assert tokenizer.special_tokens == {"<|endoftext|>": 0}
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<pad>": 511}
     assert tokenizer.sha256 == tokenizer_sha256(tokenizer_dir)
 
 

@@ -41,16 +41,16 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str) -> None:
+def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **model: int) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
-    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding}), "test")
-    model = TableFreeForCausalLM(model_config(recipe.model))
-    initialise_parameters(model, 7)
+    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test")
+    untrained = TableFreeForCausalLM(model_config(recipe.model))
+    initialise_parameters(untrained, 7)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in untrained.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in untrained.named_parameters()}
     fragments = [
         Fragment(name=n, start=0, states={k: p.flatten().clone() for k in ("master", "exp_avg", "exp_avg_sq")})
         for n, p in parameters.items()
@@ -409,3 +409,23 @@ def test_all_files_have_the_mode_that_the_umask_gives(umask: int, text_run: Path
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "e").iterdir()}
     assert set(modes.values()) == {oct(0o666 & ~umask)}, modes
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (
+            {"code_bits": 9, "d_model": 36, "num_heads": 2},
+            "ids 0 (`'<|endoftext|>'`) and 511 (`'<pad>'`) are one input",
+        ),
+        ({"code_bits": 16}, None),
+    ],
+)
+def test_the_card_says_which_two_ids_are_one_input(
+    model: dict[str, int], says: str | None, text_run: Path, tmp_path: Path
+) -> None:
+    save_untrained_run(tmp_path / "run", text_run / "tokenizer", "binary_code", **model)
+    main(["--run-dir", str(tmp_path / "run"), "--output-dir", str(tmp_path / "export")])
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "projection.\n\n" in card
+    assert (says in card) if says else ("one input" not in card)
