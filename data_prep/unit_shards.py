@@ -9,7 +9,7 @@ takes it from there.
 import hashlib
 import itertools
 import json
-import queue
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
@@ -63,10 +63,9 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # gigatoken's own: this rank's share of the cores
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
-        self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
-        for encoder in (self.encoder, *[None] * (self.threads - 1)):
-            self._encoders.put(encoder)
+        self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
@@ -93,14 +92,10 @@ class UnitBuilder:
         if (finished := self._finished(unit, signature)) is not None:
             return finished
         with ExitStack() as held:
-            encoder = self._encoders.get()
-            try:
-                encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
+            with self._encoding:
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad = self._encode_unit(unit, encoder, splits)
-            finally:
-                self._encoders.put(encoder)
+                rows, empty, bad = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
         content = asdict(result)
