@@ -22,12 +22,12 @@ from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
 from data_prep.errors import UserError, explained, parse_json
+from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 
 Ids = npt.NDArray[np.uint32]
-Offsets = npt.NDArray[np.int64]
 Encoded = tuple[Ids, Offsets]  # flat ids, and offsets of each text's ids (texts + 1)
 Encode = Callable[[pa.LargeStringArray], Encoded]
 
@@ -56,7 +56,7 @@ class LoadedTokenizer:
             table[id_] = bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
         for id_, added in self.reference.get_added_tokens_decoder().items():
             table[id_] = added.content.encode()
-        return pa.array(table, pa.large_binary())
+        return large_strings(table).cast(pa.large_binary())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,9 @@ def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.Lar
     """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for the caller to find."""
     if tokenizer.token_bytes is None:
         rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
-        return pa.array(tokenizer.reference.decode_batch(rows, skip_special_tokens=False), pa.large_string())
-    _, bounds, data = tokenizer.token_bytes.take(pa.array(ids)).buffers()
+        texts = tokenizer.reference.decode_batch(rows, skip_special_tokens=False)
+        return large_strings([text.encode() for text in texts])
+    _, bounds, data = tokenizer.token_bytes.take(arrow_ids(ids)).buffers()
     text_offsets = np.frombuffer(bounds, np.int64)[offsets]
     return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(text_offsets), data)
 
@@ -179,10 +180,10 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
     )
 
     def encode(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
-        _, offsets, data = texts.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-        characters = ak.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "char"})
-        strings = ak.contents.ListOffsetArray(ak.index.Index64(bounds), characters, parameters={"__array__": "string"})
+        data = np.frombuffer(texts.buffers()[2], np.uint8)
+        characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+        bounds = ak.index.Index64(text_bounds(texts))
+        strings = ak.contents.ListOffsetArray(bounds, characters, parameters={"__array__": "string"})
         rows = backend.encode_batch(ak.Array(strings), parallel=True).layout
         return rows.content.data, rows.offsets.data
 
