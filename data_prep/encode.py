@@ -8,6 +8,7 @@ place, and that is said. Strings that spell a special token are ordinary text to
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from data_prep.errors import UserError, explained, parse_json
 from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
 from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
+COLON = re.compile(rb"\s*:\s*")
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 
 Ids = npt.NDArray[np.uint32]
@@ -77,7 +79,7 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     reference.encode_special_tokens = True
     reference.no_truncation()
     reference.no_padding()
-    vocab_size = max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    vocab_size = size_of_vocabulary(reference)
     if vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f"{directory}: {vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
     eos_id = reference.token_to_id(eos_token) if isinstance(eos_token, str) else None
@@ -89,6 +91,14 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         directory=directory, files=files, reference=reference, vocab_size=vocab_size, eos_id=eos_id,
         eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files),
     )  # fmt: skip
+
+
+def size_of_vocabulary(reference: Tokenizer) -> int:
+    """One more than the largest id. Asking for ids one by one takes less than half of the time of get_vocab."""
+    tokens = reference.get_vocab_size(with_added_tokens=True)
+    if all(reference.id_to_token(id_) is not None for id_ in range(tokens)):
+        return tokens  # each has one of these ids
+    return max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
@@ -154,13 +164,15 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
     and all before it, closed there, is an object of which it is a key.
     """
     before, name, after = tokenizer_json.partition(b'"added_tokens"')
-    if name and name not in after:
+    colon = COLON.match(after)
+    if colon and name not in after:
         with contextlib.suppress(ValueError, RecursionError):
-            value = after.decode().partition(":")[2].lstrip()
+            value = after[colon.end() :].decode()
             added, length = json.JSONDecoder().raw_decode(value)
             if "added_tokens" in json.loads(before + name + b": null}"):
                 kept = json.dumps([token for token in added or [] if not token["special"]])
-                return before + name + f": {kept}{value[length:]}".encode()
+                behind = after[colon.end() + len(value[:length].encode()) :]
+                return before + name + b": " + kept.encode() + behind
     model = parse_json(tokenizer_json, where, TRAIN)
     model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
     return json.dumps(model).encode()

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from prep_helpers import NASTY_TEXTS, VOCAB_SIZE, build, decoded, source, write_mixture, write_parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.encode import Encoder, load_tokenizer, new_encoder, reference_ids, without_special_tokens
+from data_prep.encode import (
+    Encoder,
+    load_tokenizer,
+    new_encoder,
+    reference_ids,
+    size_of_vocabulary,
+    without_special_tokens,
+)
 from data_prep.errors import UserError
 from data_prep.shards import tokenizer_sha256
 
@@ -243,3 +250,13 @@ def test_special_tokens_are_taken_out_of_the_text_of_tokenizer_json(
 def test_a_tokenizer_without_added_tokens_has_none_to_take_out() -> None:
     """Old files may leave the list out."""
     assert json.loads(without_special_tokens(b'{"model": {}}')) == {"model": {}, "added_tokens": []}
+
+
+def test_the_size_of_a_vocabulary_with_gaps() -> None:
+    """It is one more than the largest id, of added tokens too, however many there are."""
+    assert size_of_vocabulary(Tokenizer(models.WordLevel({}))) == 0
+    dense = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    assert size_of_vocabulary(dense) == 2
+    dense.add_special_tokens(["<s>"])
+    assert size_of_vocabulary(dense) == 3
+    assert size_of_vocabulary(Tokenizer(models.WordLevel({"a": 0, "b": 7}))) == 8
