@@ -243,13 +243,13 @@ def test_special_tokens_are_taken_out_of_the_text_of_tokenizer_json(
     model = {**change, **model, "added_tokens": [*model["added_tokens"], kept], **change}
     expected = [token for token in model["added_tokens"] or [] if not token["special"]]
     for of_order in (model, dict(reversed(model.items()))):
-        got = json.loads(without_special_tokens(dump(of_order).encode()))
+        got = json.loads(without_special_tokens(dump(of_order).encode(), "tokenizer.json"))
         assert got == {**model, "added_tokens": expected}
 
 
 def test_a_tokenizer_without_added_tokens_has_none_to_take_out() -> None:
     """Old files may leave the list out."""
-    assert json.loads(without_special_tokens(b'{"model": {}}')) == {"model": {}, "added_tokens": []}
+    assert json.loads(without_special_tokens(b'{"model": {}}', "tokenizer.json")) == {"model": {}, "added_tokens": []}
 
 
 def test_the_size_of_a_vocabulary_with_gaps() -> None:
