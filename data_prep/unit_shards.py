@@ -9,7 +9,7 @@ takes it from there.
 import hashlib
 import itertools
 import json
-import queue
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pydantic
 import xxhash
 
@@ -29,6 +28,7 @@ from data_prep import layout, shards
 from data_prep.corpus import Documents, read_documents
 from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
 from data_prep.errors import UserError, explained
+from data_prep.flat_arrays import byte_lengths, character_counts, large_strings, text_bounds
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import SPLITS, TOKEN_DTYPE, Index, ShardFacts, ShardWriter, Tokens, digest_file, write_durably
@@ -63,10 +63,9 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = validation_threshold(self.validation_fraction)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # gigatoken's own: this rank's share of the cores
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
-        self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
-        for encoder in (self.encoder, *[None] * (self.threads - 1)):
-            self._encoders.put(encoder)
+        self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
@@ -93,14 +92,10 @@ class UnitBuilder:
         if (finished := self._finished(unit, signature)) is not None:
             return finished
         with ExitStack() as held:
-            encoder = self._encoders.get()
-            try:
-                encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
+            with self._encoding:
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad = self._encode_unit(unit, encoder, splits)
-            finally:
-                self._encoders.put(encoder)
+                rows, empty, bad = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
         result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
         content = asdict(result)
@@ -141,8 +136,8 @@ class UnitBuilder:
             self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
-        lengths = pc.binary_length(documents.texts).to_numpy()
-        characters = pc.utf8_length(documents.texts).to_numpy()
+        lengths = byte_lengths(documents.texts)
+        characters = character_counts(documents.texts)
         for part, chosen in zip(parts, (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
@@ -172,7 +167,7 @@ class UnitBuilder:
             expected = expected[:-PARITY_MARGIN]
             got = got[: len(expected)]
         elif is_cut:  # the whole document's ids may differ far before the cut
-            got, _ = encoder.encode(pa.array([text], pa.large_string()))
+            got, _ = encoder.encode(large_strings([text.encode()]))
         if not np.array_equal(got, expected):
             problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
             if is_import:
@@ -240,9 +235,8 @@ def validation_threshold(fraction: float) -> np.uint64:
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:
     """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity sample."""
-    _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    view = memoryview(data)
+    view = memoryview(texts.buffers()[2])
+    bounds = text_bounds(texts).tolist()
     hashes = (xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds))
     return np.fromiter(hashes, np.uint64, len(texts))
 
