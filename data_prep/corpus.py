@@ -63,8 +63,7 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     bad = sorted([*batch.bad, *found.items()])
     if bad and not unit.skip_bad:
         at, reason = bad[0]
-        advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
-        raise UserError(f"{_place(unit, row + at)}: {reason}; {advice}")
+        raise refusal(unit, row + at, reason)
     keep = (lengths > 0) & ~np.isin(batch.rows, np.fromiter(found, np.uint64))
     if not keep.all():
         texts = texts.filter(arrow_mask(keep))
@@ -75,6 +74,26 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     return replace(
         batch, texts=texts, rows=batch.rows[keep] + np.uint64(row), bad=[(row + at, reason) for at, reason in bad],
         empty=int(np.count_nonzero(~keep)) - len(found), encoded=encoded,
+    )  # fmt: skip
+
+
+def refusal(unit: WorkUnit, row: int, reason: str) -> UserError:
+    """The error of a bad document, which names its file and row."""
+    advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
+    return UserError(f"{_place(unit, row)}: {reason}; {advice}")
+
+
+def without(documents: Documents, reasons: dict[int, str], encoded: Encoded) -> Documents:
+    """A batch with its ids, without documents that turned out bad: their numbers in the batch, and why."""
+    keep = np.ones(len(documents.texts), np.bool_)
+    keep[list(reasons)] = False
+    ids, offsets = encoded
+    counts = np.diff(offsets)
+    kept = ids[np.repeat(keep, counts)], np.append(0, np.cumsum(counts[keep]))
+    found = [(int(documents.rows[number]), reason) for number, reason in reasons.items()]
+    return replace(
+        documents, texts=documents.texts.filter(arrow_mask(keep)), rows=documents.rows[keep], encoded=kept,
+        bad=sorted([*documents.bad, *found]),
     )  # fmt: skip
 
 

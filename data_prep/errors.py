@@ -37,6 +37,9 @@ PASSING_ERRORS = frozenset(
 )
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
+# What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that turn the direction of
+# what follows, or end a line; and halves of surrogate pairs, which no stream can encode.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -226,6 +229,14 @@ def signal_name(number: int) -> str:
     return f"Ctrl-C ({name})" if number == signal.SIGINT else name
 
 
+def printable(text: str) -> str:
+    """Text of documents, file names or others' messages for a terminal: what it would obey is spelled out (`\\u001b`).
+
+    Tabs and line feeds stay. JSON stays the same JSON.
+    """
+    return CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command; 0 when it is done, else what it printed the one line of.
 
@@ -244,6 +255,6 @@ def exit_code(main: Callable[[], None]) -> int:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read our output has seen enough (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"error: {os_error_line(error)}", file=sys.stderr)
+        print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
         return exit_code_of(error)
     return 0

@@ -58,6 +58,7 @@ INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE_NAME = "chat_template.jinja"  # kept beside them; it decides no id, so no tokenizer's identity
 SEPARATOR = "eos after every document"
 COUNTED_TOKENS = 64 << 20  # by count_ids, at most about so many: 128 MB
 COUNTED_PIECE = 128 << 10  # tokens counted in one place
@@ -93,6 +94,35 @@ def as_written(record: object) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerLoss:
+    """What a tokenizer loses, counted on sampled documents (of a long one, its beginning)."""
+
+    documents: int
+    tokens: int
+    unknown_tokens: int  # unk: they stand for text that the vocabulary lacks
+    changed_documents: int  # whose ids do not decode to their text
+
+    def __add__(self, other: "TokenizerLoss") -> "TokenizerLoss":
+        return TokenizerLoss(**{name: count + vars(other)[name] for name, count in vars(self).items()})
+
+    def __bool__(self) -> bool:
+        return self.unknown_tokens > 0 or self.changed_documents > 0
+
+    @property
+    def unknown_share(self) -> float:
+        """Of the tokens, how many are unk."""
+        return self.unknown_tokens / max(self.tokens, 1)
+
+    def __str__(self) -> str:
+        share = f"{self.unknown_share:.1%} of tokens are unk"
+        changed = f"{self.changed_documents:,} of {self.documents:,} sampled documents do not decode to their text"
+        return f"{share}; {changed}"
+
+
+NO_LOSS = TokenizerLoss(documents=0, tokens=0, unknown_tokens=0, changed_documents=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One named part of the mixture."""
 
@@ -106,6 +136,7 @@ class Source:
     license: str | None = None  # of the texts, as the mixture states it
     empty_documents: int = 0  # left out
     bad_documents: int = 0  # left out, with `on_bad_document: skip`
+    loss: TokenizerLoss | None = later(None)  # noqa: RUF009  # None where nothing of any source is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +207,11 @@ class Manifest:
         """The manifest file, byte for byte reproducible."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **as_written(self)}
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=as_written) + "\n").encode()
+
+    @property
+    def loss(self) -> TokenizerLoss | None:
+        """What the tokenizer loses of all sources; None if that is nothing."""
+        return sum((source.loss or NO_LOSS for source in self.sources), NO_LOSS) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -279,12 +315,27 @@ def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list
 
 def tokenizer_sha256(directory: Path) -> str:
     """The identity of a tokenizer: what `sha256sum FILES | sha256sum` prints in its directory."""
-    return sha256_of_files({n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).is_file()})
+    return sha256_of_files(read_tokenizer(directory))
+
+
+def read_tokenizer(directory: Path) -> dict[str, bytes]:
+    """The files of a tokenizer in a data set's or a run's directory, by name; others beside them are not taken.
+
+    Raises UserError if one of them is a link that leads out of the data set or run.
+    """
+    home = directory.parent.resolve()
+    known = [directory / name for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)]
+    present = [path for path in known if path.is_file()]
+    for path in present:
+        if not path.resolve().is_relative_to(home):
+            raise UserError(f"{path}: a link to {path.resolve()}, outside of {home}; put the file itself there")
+    return {path.name: path.read_bytes() for path in present}
 
 
 def sha256_of_files(files: dict[str, bytes]) -> str:
-    """The same for a tokenizer's files by name, in the order of TOKENIZER_FILES."""
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
+    """The same for a tokenizer's files by name."""
+    named = [(name, files[name]) for name in TOKENIZER_FILES if name in files]
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in named]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_prep import shards
 from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
 from data_prep.encode import Offsets, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code, parse_json, printable
 from data_prep.mixture import load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress
 from data_prep.shards import (
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             held.callback((data_dir / LOCK_NAME).unlink)
         problems = list(find_problems(data_dir, manifest))
         for _, problem in problems:
-            print(f"bad: {problem}")
+            print(f"bad: {printable(problem)}")
         if arguments.repair and problems:
             repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
             problems = list(find_problems(data_dir, manifest))
@@ -127,7 +127,8 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     is_own_good = shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
     tokenizer = load_tokenizer(mixture.tokenizer_dir)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
+    # its own copy is the one even where an earlier version kept an `auto_map` in it, which loading leaves out
+    if not is_own_good and tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back")
     if not is_own_good:
         write_tokenizer(data_dir, tokenizer)
@@ -222,7 +223,7 @@ def scan_tokens(path: Path, eos_id: int) -> Scan:
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, shards.HOLDER_NAME}
+    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, shards.HOLDER_NAME, f"{TOKENIZER_NAME}/{shards.CHAT_TEMPLATE_NAME}"}
     known.update(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)
     known.update(path for shard in manifest.shards for path in shard.digests)
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):

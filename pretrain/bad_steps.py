@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.errors import explained, naming
+from data_prep.errors import explained, naming, printable
 from data_prep.shards import TOKENIZER_NAME, ShardReader, write_durably
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
@@ -112,7 +112,7 @@ class BadSteps:
         self.records[record["step"]] = {key: record[key] for key in DECISION}
         if self.world.is_main:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(printable(json.dumps(record, ensure_ascii=False)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

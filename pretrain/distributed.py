@@ -25,6 +25,7 @@ from data_prep.errors import (
     explained,
     one_line,
     os_error_line,
+    printable,
     unheard,
 )
 from pretrain.world import LET_RANK_0_SPEAK_S, World
@@ -191,7 +192,7 @@ def exit_with(error: UserError, world: World) -> int:
     if world.is_main or not isinstance(error, SharedError):
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
         with unheard():
-            print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"error{where}: {printable(one_line(error))}", file=sys.stderr, flush=True)
     if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
         os._exit(error.exit_code)
     return error.exit_code

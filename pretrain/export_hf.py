@@ -30,6 +30,7 @@ from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import figures_of, run_of
 from pretrain.export_marker import refuse_to_replace, write_marker
+from pretrain.export_tokenizer import copy_tokenizer
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 from pretrain.templates import render
 from pretrain.token_codes import aliased_ids
@@ -103,19 +104,6 @@ def special_token_ids(tokenizer: Path, eos_id: int) -> dict[str, int]:
     return {f"{kind}_token_id": ids.get(content, eos_id) for kind, content in contents.items()}
 
 
-def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
-    """The run's tokenizer, file by file, told how long a text the model takes."""
-    tokenizer = run_dir / TOKENIZER_NAME
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (tokenizer / name).is_file():
-            raise UserError(f"{tokenizer / name}: missing; copy the tokenizer of the run's data set to {tokenizer}")
-    for file in sorted(tokenizer.iterdir()):
-        shutil.copyfile(file, destination / file.name)
-    path = destination / "tokenizer_config.json"
-    content = json.loads(path.read_bytes()) | {"model_max_length": seq_len}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def save_weights(weights: Weights, path: Path) -> None:
     """A safetensors file with the mode of those beside it: the library makes its own readable by nobody else."""
     save_file(weights, path, metadata={"format": "pt"})
@@ -135,7 +123,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     weights, exported_config = ARCHITECTURES[architecture](masters, config)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
-    copy_tokenizer(run_dir, directory, config.seq_len)
+    copy_tokenizer(run_dir / TOKENIZER_NAME, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
     save_weights(weights, directory / "model.safetensors")
     card = render(

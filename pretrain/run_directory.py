@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, explained, naming
-from data_prep.shards import TOKENIZER_NAME, write_durably
+from data_prep.shards import TOKENIZER_NAME, read_tokenizer, write_durably
 from pretrain import config
 from pretrain.checkpoint import UNREADABLE, Checkpoint, saved_steps
 from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
@@ -106,8 +106,8 @@ def describe_run(
         (run_dir / SKIPS_NAME).unlink(missing_ok=True)
     write_durably(before, now[0])
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
-    for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
-        write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())
+    for name, content in read_tokenizer(data_dir / TOKENIZER_NAME).items():
+        write_durably(run_dir / TOKENIZER_NAME / name, content)
 
 
 class MetricsFile:

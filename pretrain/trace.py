@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import CommandParser, UserError, exit_code, explained, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code, explained, parse_json, printable
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
 from pretrain.loader import TrainingLoader
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"sample     {sample}: row {flags.row} of step {flags.step}, which has {rows} rows")
     print(describe_sample(loader, sample))
     for part in parts_of(loader, sample):
-        print("\n" + describe_part(part, reader, tokenizer, flags.characters))
+        print("\n" + printable(describe_part(part, reader, tokenizer, flags.characters)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
-from data_prep.shards import ShardReader, Source, Tokens, lock, without_credentials
+from data_prep.shards import Manifest, ShardReader, Source, Tokens, as_written, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
@@ -183,7 +183,19 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
 
 def of_source(source: Source) -> dict[str, Any]:
     """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
-    return asdict(source) | {"origin": without_credentials(source.origin)}
+    about = as_written(source) | {"origin": without_credentials(source.origin)}
+    about.pop("loss", None)  # it is told of all sources together
+    return about
+
+
+def about_data(manifest: Manifest) -> dict[str, Any]:
+    """What an export must know of the data set."""
+    about: dict[str, Any] = {
+        "eos_id": manifest.eos_id,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "sources": [of_source(source) for source in manifest.sources],
+    }
+    return about | ({"loss": str(manifest.loss)} if manifest.loss else {})
 
 
 def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
@@ -198,11 +210,7 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
         "data_dir": str(run.data_dir.resolve()),
-        "data": {
-            "eos_id": manifest.eos_id,
-            "tokenizer_sha256": manifest.tokenizer_sha256,
-            "sources": [of_source(source) for source in manifest.sources],
-        },
+        "data": about_data(manifest),
         **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,

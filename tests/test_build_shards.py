@@ -548,7 +548,7 @@ def test_text_that_encodes_to_the_end_of_document_id(tmp_path: Path, texts: list
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "e"}))
     write_parquet(tmp_path / "a.parquet", texts)
     message = build_error(write_mixture(tmp_path, directory, [A_SOURCE]), tmp_path / "out")
-    assert "some text encodes to eos_token 'e'" in message
+    assert "a.parquet: row 0: its text gives the special token 'e' (id " in message
 
 
 def test_ids_beyond_the_vocabulary_stop_the_build(
