@@ -143,7 +143,8 @@ def save(tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str],
         if all((output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name] for name in files):
             return False
         raise UserError(f"{output_dir}: holds something else; choose another --output-dir, or remove that one")
-    files[TRAINING_NAME] = (json.dumps(training, indent=1, ensure_ascii=False) + "\n").encode()
+    about = json.dumps(training, indent=1, ensure_ascii=False) + "\n"
+    files[TRAINING_NAME] = about.encode(errors="backslashreplace")  # a name that is not UTF-8 as JSON escapes it
 
     def write(directory: Path) -> None:
         for name, content in files.items():
