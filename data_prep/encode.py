@@ -114,7 +114,8 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     special = {token.content: id_ for id_, token in reference.get_added_tokens_decoder().items() if token.special}
     return LoadedTokenizer(
         directory=directory, files=files, reference=reference, vocab_size=vocab_size, eos_id=eos_id,
-        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files), unknown_id=unknown_id(reference), is_random=is_random,
+        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files),
+        unknown_id=unknown_id(reference), is_random=is_random,
         ids_of_no_text=ids_of_no_text(reference, {**special, eos_token: eos_id}),
         notes=tuple(f"{directory}: {note}" for note in notes),
     )  # fmt: skip
