@@ -345,7 +345,7 @@ def test_weights_that_are_no_numbers_end_a_run_before_anything_is_lost_for_them(
     assert saved(run_dir) == [5]
     train_on(ranks, recipe, tiny_data, run_dir)
     assert saved(run_dir) == [20]
-    assert load_for_reading(run_dir).optimizer_step == 18  # what was skipped stays so
+    assert load_for_reading(run_dir).optimizer_step == 20 - len(skips(run_dir))  # what was skipped stays so
 
 
 def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_path: Path) -> None:
