@@ -26,9 +26,18 @@ from typing import Any
 if not __package__:  # run by path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, CommandParser, UserError, exit_code, large_number, one_line, unheard
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    CommandParser,
+    UserError,
+    exit_code,
+    large_number,
+    one_line,
+    unheard,
+)
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
+from pretrain.digests import lengths_that_differ
 
 GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
 # sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
@@ -117,12 +126,15 @@ def standing(run_dir: Path) -> dict[str, Any]:
     return {"status": "unknown", "began": None, **state, "steps": lines.count(b"\n"), "steps_file": number}
 
 
-def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any], data_dir: Path) -> str:
     """Why a start failed, on one line: what the trainer says, else what can be known."""
     if now["status"] == "failed" and now != before:
         return " ".join(str(now.get("reason")).split())
-    what = "its ranks or their launcher were killed" if now["status"] == "running" else "it ended before training"
-    return f"{what} (deepspeed's exit code {code})"
+    if now["status"] != "running":
+        return f"it ended before training (deepspeed's exit code {code})"
+    killed = f"its ranks or their launcher were killed (deepspeed's exit code {code})"
+    damage = lengths_that_differ(data_dir)  # who reads a mapped file behind its end is killed
+    return "; ".join([killed, *damage])
 
 
 @dataclass
@@ -267,7 +279,7 @@ class Supervisor:
                 code, refusal = 1, one_line(error)
             now, last_failed_step = standing(run_dir), failed_step
             self.end_unless_failed(code, before, now)
-            why = refusal or describe_failure(code, before, now)
+            why = refusal or describe_failure(code, before, now, Path(self.flags.data_dir))
             trained = now["began"] != before["began"] and now["steps_file"] != before["steps_file"]
             failed_step = now["steps"] if trained else None
             if failed_step is not None and failed_step == last_failed_step:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import ShardReader, Tokens, write_durably
 from pretrain.checkpoint import Checkpoint, load_for_reading, load_model
+from pretrain.digests import check_shards
 from pretrain.distributed import keep_freed_memory
 from pretrain.loader import ValidationWindows
 from pretrain.loss import LanguageModelLoss
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     checkpoint = load_for_reading(flags.run_dir)
     reader = open_data(checkpoint, flags.data_dir)
+    check_shards(reader, reader.manifest.shards_of("validation"))
     total, by_source = evaluate(checkpoint, reader)
     content = {"step": checkpoint.step, "fingerprint": reader.manifest.fingerprint, **total, "sources": by_source}
     write_durably(flags.run_dir / EVALUATION_NAME, json.dumps(content, indent=1).encode())

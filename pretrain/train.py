@@ -18,6 +18,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
 
 import argparse
 import contextlib
+import faulthandler
 import math
 import os
 import time
@@ -38,12 +39,15 @@ from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
+from pretrain.data_check import DataCheck
+from pretrain.digests import lengths_that_differ
 from pretrain.distributed import (
     World,
     check_kernels,
     exit_with,
     gather,
     memory_of_rank,
+    met_alone,
     set_up_rank,
     together,
     world_from_environment,
@@ -228,7 +232,8 @@ def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
     batch = run.recipe.global_batch_size
     numbers = np.arange(step * batch, (step + 1) * batch)
     rows = [numbers[engine.rows_of(i)] for i in range(engine.accumulation_steps)]
-    return [engine.pinned(run.loader.samples(own)) for own in rows]
+    with met_alone():
+        return [engine.pinned(run.loader.samples(own)) for own in rows]
 
 
 def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
@@ -239,7 +244,9 @@ def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
     spread = np.arange(windows) * run.validation.whole_windows // max(1, windows)  # over all sources
     mine = spread[world.rank :: world.world_size]
     for start in range(0, len(mine), run.recipe.batch.micro_batch_size):
-        yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
+        with met_alone():
+            windows = run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
+        yield windows
 
 
 def head_of_line(run: Run, step: int) -> Line:
@@ -399,13 +406,15 @@ def begin(run: Run) -> None:
 
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
+    faulthandler.enable()  # what ends a process by a signal (a disk that fails below a mapped shard) leaves its stack
     set_determinism(run.recipe)
     device = start_process_group(world)
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         together(lambda: begin(run) if world.is_main else None)
         with Watch(world, run.run_dir, run.recipe.stalls) as watch, naming_the_disk(run.run_dir):
-            train_from_last_checkpoint(run, watch, device)
+            with DataCheck(run.reader, run.data_dir, run.run_dir, run.recipe.data, world) as check:
+                train_from_last_checkpoint(run, watch, device, check)
     except Exception as error:
         if world.is_main:
             with contextlib.suppress(OSError):  # the disk may be what failed
@@ -416,19 +425,22 @@ def run_training(run: Run, world: World) -> None:
             held.close()
 
 
-def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> None:
-    """Load what was saved, train the rest."""
+def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, check: DataCheck) -> None:
+    """Load what was saved, train the rest once the data are known to be good."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
     model, eos_id = build_model(run.recipe), run.reader.manifest.eos_id
     engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
     watch.clock = engine.clock
+    watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
+    check.on_file = engine.clock.saved_block
     end_on_signals(engine, world)
     announce(run, engine, world)
     if origin := run.branch_from:
         together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
         say(world, f"branching from {origin.path}")
     start_step = restore(run, engine, bad_steps, world)
+    check.finish()
 
     def end_run() -> None:
         engine.wants_end = True
