@@ -116,14 +116,22 @@ def trim(slots: Slots, recipe: Recipe) -> Slots:
 def standing(run_dir: Path) -> dict[str, Any]:
     """How a run stands: its state.json, and its steps; what is damaged is the trainer's to complain about.
 
-    `began` differs after a start that got as far as training; a start that trained made the file of its steps anew.
+    `began` differs after a start whose ranks had met; a start that trained left a line of starts.jsonl.
     """
-    state, lines, number = {}, b"", 0
+    state: dict[str, Any] = {}
     with suppress(OSError, ValueError, TypeError, RecursionError):
         state = dict(json.loads((run_dir / "state.json").read_bytes()))
-    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
-        lines, number = file.read(), os.fstat(file.fileno()).st_ino
-    return {"status": "unknown", "began": None, **state, "steps": lines.count(b"\n"), "steps_file": number}
+    lines = {"steps": "metrics.jsonl", "starts": "starts.jsonl"}
+    counts = {name: count_lines(run_dir / file_name) for name, file_name in lines.items()}
+    return {"status": "unknown", "began": None, **state, **counts}
+
+
+def count_lines(path: Path) -> int:
+    """How many whole lines a file has; 0 if it is not there."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any], data_dir: Path) -> str:
@@ -280,7 +288,7 @@ class Supervisor:
             now, last_failed_step = standing(run_dir), failed_step
             self.end_unless_failed(code, before, now)
             why = refusal or describe_failure(code, before, now, Path(self.flags.data_dir))
-            trained = now["began"] != before["began"] and now["steps_file"] != before["steps_file"]
+            trained = now["began"] != before["began"] and now["starts"] > before["starts"]
             failed_step = now["steps"] if trained else None
             if failed_step is not None and failed_step == last_failed_step:
                 sys.exit(f"error: {run_dir}: {why}; {self.describe_step(failed_step)}")

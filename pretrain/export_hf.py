@@ -27,6 +27,7 @@ from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import EVALUATION_NAME
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+from pretrain.starts import for_card, read_starts
 from pretrain.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
@@ -139,6 +140,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=read_figures(run_dir, checkpoint.step),
+        starts=for_card(read_starts(run_dir), checkpoint.step),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")

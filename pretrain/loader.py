@@ -82,7 +82,7 @@ def allow_open_files(reader: ShardReader) -> None:
 
 
 def check_maps(reader: ShardReader) -> None:
-    """Raise UserError where the shards are more than the kernel lets a process map: it would speak of lacking memory."""
+    """Raise UserError where the kernel lets a process map fewer files: it would speak of memory that lacks."""
     if not MAX_MAP_COUNT.is_file():  # another system than Linux, with other limits
         return
     shards, allowed = len(reader.manifest.shards), int(MAX_MAP_COUNT.read_text())

@@ -22,8 +22,9 @@ import faulthandler
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ from pretrain.run_directory import (
 )
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
+from pretrain.starts import record_start
 from pretrain.timing import PAUSE, StepProfiler
 from pretrain.watch import Watch
 
@@ -92,6 +94,7 @@ class Run:
     branch_from: Checkpoint | None
     profile_steps: int
     dry_run: bool
+    command: list[str]  # the flags, as given
 
 
 def build_parser() -> CommandParser:
@@ -154,6 +157,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
         branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
+        command=[*arguments],
     )  # fmt: skip
 
 
@@ -236,17 +240,26 @@ def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
         return [engine.pinned(run.loader.samples(own)) for own in rows]
 
 
-def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
-    """This rank's part of the validation windows: always the same ones, at most `eval_tokens` in all."""
-    windows = min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
-    if windows == 0 and world.is_main:  # the whole split is shorter than one window
-        yield run.validation.window(0)[None]
+def windows_to_validate(run: Run) -> int:
+    """How many whole windows a validation takes, over all ranks."""
+    return min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
+
+
+def validation_batches(run: Run, world: World) -> tuple[int, Iterator[Tokens]]:
+    """This rank's part of the validation windows, in how many batches: always the same ones, spread over the split."""
+    windows, at_once = windows_to_validate(run), run.recipe.batch.micro_batch_size
     spread = np.arange(windows) * run.validation.whole_windows // max(1, windows)  # over all sources
     mine = spread[world.rank :: world.world_size]
-    for start in range(0, len(mine), run.recipe.batch.micro_batch_size):
+    groups = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
+
+    def read() -> Iterator[Tokens]:
         with met_alone():
-            windows = run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
-        yield windows
+            if windows == 0 and world.is_main:  # the whole split is shorter than one window
+                yield run.validation.window(0)[None]
+            for group in groups:
+                yield run.validation.windows(group)
+
+    return max(1, len(groups)), read()
 
 
 def head_of_line(run: Run, step: int) -> Line:
@@ -308,20 +321,23 @@ def due(step: int, every: int, run: Run) -> bool:
     return (step + 1) % every == 0 or step + 1 == run.stop_at_step
 
 
-def validate_if_due(run: Run, engine: Engine, world: World, line: Line) -> None:
+def validate_if_due(run: Run, engine: Engine, progress: Progress, line: Line) -> None:
     """Add the validation figures to a step's line, where they are due."""
     engine.clock.mark("other")
     if due(line["step"], run.recipe.validation.every_steps, run):
-        line["val_loss"] = engine.mean_nats(validation_batches(run, world))
+        count, batches = validation_batches(run, engine.world)
+        with progress.time_left.during("validation"):
+            line["val_loss"] = engine.mean_nats(progress.validating(batches, count))
         line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
-    """A checkpoint, where it is due."""
+def save_if_due(run: Run, engine: Engine, progress: Progress, step: int, save_after: Callable[[int], None]) -> None:
+    """A checkpoint after a step, where it is due."""
     engine.clock.mark("other")
     if engine.ends or due(step, run.recipe.checkpoints.every_steps, run):
-        save(run, engine, bad_steps, writer, step + 1)
+        with progress.time_left.during("save"):
+            save_after(step + 1)
         engine.clock.mark(PAUSE)
 
 
@@ -329,6 +345,8 @@ def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
     """The file for the lines of metrics.jsonl from a step on."""
     with naming_the_disk(run.run_dir):
         metrics = MetricsFile(run.run_dir, step)
+    if metrics.cut:
+        say(world, f"warning: {metrics.cut}")
     if metrics.lacks:
         say(world, f"warning: {metrics.path} lacks {metrics.lacks} of the lines of the {step} steps so far")
     return metrics
@@ -338,10 +356,14 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
     world, start_step = engine.world, step
     metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
-    progress = Progress(run.recipe, start_step, engine.device, world)
+    for warning in together(lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)):
+        say(world, warning)
+    validation_tokens = windows_to_validate(run) * run.recipe.model.seq_len
+    progress = Progress(run.recipe, start_step, engine.device, world, validation_tokens)
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
     profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
+    save_after = partial(save, run, engine, bad_steps, writer)
     graphs = 0
     engine.clock.mark(PAUSE)  # setting up is part of no step
     while step < run.stop_at_step and not engine.ends:
@@ -363,13 +385,13 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
         if step > start_step and compiled_graphs() > graphs:
             say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
         graphs = compiled_graphs()
-        validate_if_due(run, engine, world, line)
+        validate_if_due(run, engine, progress, line)
         if "step_s" in line:
             progress.show(line)
             watch.step_seconds.append(line["step_s"])
         if metrics:
             metrics.append(line)
-        save_if_due(run, engine, bad_steps, writer, step)
+        save_if_due(run, engine, progress, step, save_after)
         step += 1
     batches.close()
     progress.close()
@@ -412,9 +434,12 @@ def run_training(run: Run, world: World) -> None:
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         together(lambda: begin(run) if world.is_main else None)
-        with Watch(world, run.run_dir, run.recipe.stalls) as watch, naming_the_disk(run.run_dir):
-            with DataCheck(run.reader, run.data_dir, run.run_dir, run.recipe.data, world) as check:
-                train_from_last_checkpoint(run, watch, device, check)
+        with (
+            Watch(world, run.run_dir, run.recipe.stalls) as watch,
+            naming_the_disk(run.run_dir),
+            DataCheck(run.reader, run.data_dir, run.run_dir, run.recipe.data, world) as check,
+        ):
+            train_from_last_checkpoint(run, watch, device, check)
     except Exception as error:
         if world.is_main:
             with contextlib.suppress(OSError):  # the disk may be what failed

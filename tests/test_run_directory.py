@@ -13,12 +13,12 @@ from conftest import tiny_recipe_content
 from data_prep.errors import UserError
 from data_prep.shards import lock
 from pretrain.config import Recipe, build_recipe, recipe_to_yaml
+from pretrain.records import read_lines
 from pretrain.run_directory import (
     METRICS_NAME,
     MetricsFile,
     check_same_run,
     note_failure,
-    read_lines,
     read_state,
     write_state,
 )

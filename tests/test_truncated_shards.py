@@ -53,7 +53,9 @@ def test_a_mapped_shard_that_was_cut_is_named_by_the_next_read(split: str, left:
         read()
     os.truncate(shard, left)
     for read in reads[split]:
-        with pytest.raises(UserError, match=rf"{shard}: {left:,} bytes, expected [\d,]+: truncated while it was in use"):
+        with pytest.raises(
+            UserError, match=rf"{shard}: {left:,} bytes, expected [\d,]+: truncated while it was in use"
+        ):
             read()
 
 
@@ -147,7 +149,7 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
     TrainingLoader(reader, seq_len=8, seed=1)
     limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
     for look in (lambda: TrainingLoader(reader, seq_len=8, seed=1), lambda: ValidationWindows(reader, seq_len=8)):
-        with pytest.raises(UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*sysctl -w vm.max_map_count="):
+        with pytest.raises(UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*vm.max_map_count="):
             look()
     monkeypatch.setattr(loader, "MAX_MAP_COUNT", tmp_path / "not linux")
     TrainingLoader(reader, seq_len=8, seed=1)
