@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import write_durably
+from data_prep.shards import without_credentials, write_durably
 from pretrain.distributed import World, gather
 
 STARTS_NAME = "starts.jsonl"
@@ -101,7 +101,7 @@ def describe_start(step: int, command: list[str], world: World, of_ranks: list[S
     return {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", "pretrain.train", *command]),
+        "command": without_credentials(shlex.join(["python", "-m", "pretrain.train", *command])),
         "commit": commit(),
         "ranks": world.world_size,
         "hosts": counted(each.host for each in of_ranks),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from forked_ranks import train_on
 from pretrain import starts
 from pretrain.branch import copy_branch
 from pretrain.checkpoint import Checkpoint
+from pretrain.distributed import World
 from pretrain.export_hf import main as export
 from pretrain.starts import STARTS_NAME, append_start, changes, for_card, of_steps, read_starts
 
@@ -45,6 +47,23 @@ def test_each_start_is_a_line_with_what_its_bits_depend_on(
     flags = f"--recipe {recipe} --data-dir {tiny_data} --run-dir {run_dir}"
     assert first["command"] == f"python -m pretrain.train {flags} --stop-at-step=5"
     assert second["time"] >= first["time"] > "2026"
+
+
+def test_no_password_of_a_command_is_recorded() -> None:
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    of_ranks = [starts.surroundings(torch.device("cpu"))]
+    start = starts.describe_start(0, ["--x=https://me:hunter2@example.org/a?token=abc"], alone, of_ranks)
+    assert "hunter2" not in json.dumps(start)
+    assert "abc" not in start["command"]
+
+
+def test_hosts_with_other_versions_are_both_recorded() -> None:
+    two = World(rank=0, world_size=2, local_rank=0, local_world_size=1)
+    one = starts.surroundings(torch.device("cpu"))
+    other = replace(one, host="other", versions={**one.versions, "torch": "1.0"})
+    start = starts.describe_start(0, [], two, [one, other])
+    assert start["versions_by_host"] == {one.host: one.versions, "other": other.versions}
+    assert "versions_by_host" not in starts.describe_start(0, [], two, [one, one])
 
 
 def test_a_resumed_run_says_what_changed_in_one_line(run_of_two_starts: tuple[Path, str]) -> None:
