@@ -58,10 +58,10 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "null", "3", '{"step": "x"}', '{"loss": 1.0}'])
-def test_a_line_that_is_no_step_is_a_damaged_file(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_no_step_is_a_damaged_file_where_it_is_needed(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
     with pytest.raises(UserError, match=r"metrics.jsonl: damaged \(a line without a step\)"):
-        MetricsFile(tmp_path, 1)
+        MetricsFile(tmp_path, 2)
 
 
 def test_lines_that_are_missing_are_counted(tmp_path: Path) -> None:
