@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import CommandParser, UserError, large_number, os_error_line
-from data_prep.shards import ShardReader, Source, Tokens, lock, without_credentials
+from data_prep.shards import ShardReader, Source, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
@@ -74,6 +74,7 @@ from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.starts import record_start
 from pretrain.timing import PAUSE, StepProfiler
+from pretrain.validation import validation_batches, windows_to_validate
 from pretrain.watch import Watch
 
 Line = dict[str, Any]  # of metrics.jsonl
@@ -240,28 +241,6 @@ def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
         return [engine.pinned(run.loader.samples(own)) for own in rows]
 
 
-def windows_to_validate(run: Run) -> int:
-    """How many whole windows a validation takes, over all ranks."""
-    return min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
-
-
-def validation_batches(run: Run, world: World) -> tuple[int, Iterator[Tokens]]:
-    """This rank's part of the validation windows, in how many batches: always the same ones, spread over the split."""
-    windows, at_once = windows_to_validate(run), run.recipe.batch.micro_batch_size
-    spread = np.arange(windows) * run.validation.whole_windows // max(1, windows)  # over all sources
-    mine = spread[world.rank :: world.world_size]
-    groups = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
-
-    def read() -> Iterator[Tokens]:
-        with met_alone():
-            if windows == 0 and world.is_main:  # the whole split is shorter than one window
-                yield run.validation.window(0)[None]
-            for group in groups:
-                yield run.validation.windows(group)
-
-    return max(1, len(groups)), read()
-
-
 def head_of_line(run: Run, step: int) -> Line:
     """What a step's line in metrics.jsonl begins with, whether it is trained or not; its figures are still open."""
     recipe = run.recipe
@@ -325,7 +304,7 @@ def validate_if_due(run: Run, engine: Engine, progress: Progress, line: Line) ->
     """Add the validation figures to a step's line, where they are due."""
     engine.clock.mark("other")
     if due(line["step"], run.recipe.validation.every_steps, run):
-        count, batches = validation_batches(run, engine.world)
+        count, batches = validation_batches(run.validation, run.recipe, engine.world)
         with progress.time_left.during("validation"):
             line["val_loss"] = engine.mean_nats(progress.validating(batches, count))
         line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
@@ -358,7 +337,7 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
     metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
     for warning in together(lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)):
         say(world, warning)
-    validation_tokens = windows_to_validate(run) * run.recipe.model.seq_len
+    validation_tokens = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
     progress = Progress(run.recipe, start_step, engine.device, world, validation_tokens)
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
     profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
