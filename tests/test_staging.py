@@ -2,7 +2,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +12,9 @@ from forked_ranks import run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
+from pretrain.config import DataRecipe
+from pretrain.data_check import DataCheck
+from pretrain.distributed import World
 from pretrain.staging import staged
 
 
@@ -88,16 +91,16 @@ def open_to_all(tiny_data: Path) -> Iterator[Path]:
         yield Path(home)
 
 
-def stage_as_another_user(data: Path, stage: Path) -> str:
-    """Where a process of another user reads the data from, or the line that it ends with."""
-    reader, answers = ShardReader(data), multiprocessing.get_context("fork").SimpleQueue()
+def as_another_user(action: Callable[[], object]) -> str:
+    """What an action gives in a process of another user, or the line that it ends with."""
+    answers = multiprocessing.get_context("fork").SimpleQueue()
 
     def body() -> None:
         os.setgroups([])
         os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
         os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
         try:
-            answers.put(str(staged(reader, stage).data_dir))
+            answers.put(str(action()))
         except UserError as error:
             answers.put(str(error))
 
@@ -106,6 +109,33 @@ def stage_as_another_user(data: Path, stage: Path) -> str:
     process.join()
     assert process.exitcode == 0
     return str(answers.get())
+
+
+def stage_as_another_user(data: Path, stage: Path) -> str:
+    """Where another user reads the data from, or the line that they get."""
+    reader = ShardReader(data)
+    return as_another_user(lambda: staged(reader, stage).data_dir)
+
+
+def test_a_copy_of_another_user_that_differs_is_not_trained_on_whatever_data_verify_says(open_to_all: Path) -> None:
+    data, stage = open_to_all / "data", open_to_all / "stage"
+    copy = staged(ShardReader(data), stage).data_dir
+    shard = copy / ShardReader(data).manifest.shards[0].path
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-64] + bytes(64))
+    reader = ShardReader(copy)
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+    def check() -> None:
+        with DataCheck(reader, data, stage / "run", DataRecipe(verify="never"), alone) as own:
+            own.finish()
+
+    assert as_another_user(check).startswith(f"{shard}: differs from its digest: ")
+    assert "another user staged it: give another data.stage_dir" in as_another_user(check)
+    assert shard.read_bytes() != content
+    check()  # who made it may leave that out
+    shard.write_bytes(content)
+    assert as_another_user(check) == "None"
 
 
 def test_a_whole_copy_of_another_user_is_read_where_it_is(open_to_all: Path) -> None:
