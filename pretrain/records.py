@@ -27,6 +27,7 @@ class Records:
     size: int  # of the whole file
     damage: str | None  # what is wrong with the first line that is none; a torn last one is no damage
     is_followed: bool  # whether good lines come after the damage
+    has_zeros: bool  # whether the damage holds zero bytes, as a loss of power leaves them, and nobody writes
 
     @property
     def end(self) -> int:
@@ -64,17 +65,21 @@ def read_records(path: Path) -> Records:
     content = path.read_bytes() if path.is_file() else b""
     lines: list[Line] = []
     ends: list[int] = []
-    damage, rest, start = None, b"", 0
+    damage = None
+    start = 0
     for own in content.split(b"\n")[:-1]:
         try:
             lines.append(parse_line(own))
         except ValueError as error:
-            damage, rest = one_line(error), content[start + len(own) + 1 :]
+            damage = one_line(error)
             break
         start += len(own) + 1
         ends.append(start)
-    is_followed = any(is_record(own) for own in rest.split(b"\n")[:-1])
-    return Records(lines=lines, ends=ends, size=len(content), damage=damage, is_followed=is_followed)
+    rest = content[start:]
+    return Records(
+        lines=lines, ends=ends, size=len(content), damage=damage, has_zeros=b"\0" in rest,
+        is_followed=any(is_record(own) for own in rest.split(b"\n")[:-1]),
+    )  # fmt: skip
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -114,12 +119,12 @@ def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
 
 
 def cut_damaged_end(path: Path) -> tuple[list[Line], str | None]:
-    """Cut off an end that is no line, and say so where it is more than a torn one.
+    """Cut off an end that a crash left, and say so where it is more than a torn line.
 
-    Raises UserError where good lines follow the damage.
+    Raises UserError for other damage, and where good lines follow.
     """
     records = read_records(path)
-    if records.damage and records.is_followed:
+    if records.damage and (records.is_followed or not records.has_zeros):
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
     if records.loose_bytes:
         cut_at(path, records.end)

@@ -73,8 +73,17 @@ def test_steps_out_of_order_lose_no_step_that_is_needed(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(path)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if b'"step": 5' not in damage])
-def test_of_skips_the_end_alone_is_cut_off(damage: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if b"\0" not in damage])
+def test_of_skips_nothing_is_cut_off_that_no_crash_leaves(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "skips.jsonl"
+    path.write_bytes(lines(3, 9) + damage)
+    with pytest.raises(UserError, match=r"skips\.jsonl: damaged"):
+        cut_damaged_end(path)
+    assert path.read_bytes() == lines(3, 9) + damage
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 4, "lo', *(damage for damage in DAMAGE if b"\0" in damage)])
+def test_of_skips_an_end_that_a_crash_left_is_cut_off(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "skips.jsonl"
     path.write_bytes(lines(3, 9) + damage)
     records, said = cut_damaged_end(path)
