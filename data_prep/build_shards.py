@@ -19,10 +19,22 @@ from typing import Any
 
 from data_prep import layout, shards
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number, parse_json, printable
 from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
+from data_prep.one_input import warning_of_one_input
 from data_prep.ranks import Communicator, Progress, connect, together
-from data_prep.shards import SPLITS, BadDocument, Manifest, Shard, ShardReader, Source, load_manifest, write_durably
+from data_prep.shards import (
+    NO_LOSS,
+    SPLITS,
+    BadDocument,
+    Manifest,
+    Shard,
+    ShardReader,
+    Source,
+    TokenizerLoss,
+    load_manifest,
+    write_durably,
+)
 from data_prep.show import describe, print_epochs
 from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.work_units import WorkUnit
@@ -30,6 +42,7 @@ from data_prep.work_units import WorkUnit
 BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
+MAX_UNKNOWN_SHARE = 0.01  # of the sampled tokens
 
 Results = dict[str, UnitResult]  # of the units, by record path
 
@@ -78,8 +91,11 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
 def build_units(builder: UnitBuilder, plan: Plan, comm: Communicator) -> Results:
     """Build every unit that isn't there yet; results by record path. Every rank calls this."""
     encoder = builder.encoder
-    if encoder.fallback_reason and comm.rank == 0:
-        print(f"note: {encoder.fallback_reason}; encoding with {encoder.name}, slower, same output", file=sys.stderr)
+    notes = list(builder.tokenizer.notes)
+    if encoder.fallback_reason:
+        notes.append(f"{encoder.fallback_reason}; encoding with {encoder.name}, slower, same output")
+    for note in notes if comm.rank == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
     progress = Progress(comm, sum(unit.size_bytes for unit in plan.units))
     units = assign(plan.units, comm.size)[comm.rank]
     parts = comm.allgather(together(comm, lambda: builder.build(units, progress)))
@@ -142,7 +158,7 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
     directory = output_dir / shards.TOKENIZER_NAME
     if directory.is_symlink():
         directory.unlink()
-    for name in set(shards.TOKENIZER_FILES) - tokenizer.files.keys():
+    for name in {*shards.TOKENIZER_FILES, shards.CHAT_TEMPLATE_NAME} - tokenizer.files.keys():
         (directory / name).unlink(missing_ok=True)
     for name, content in tokenizer.files.items():
         write_durably(directory / name, content)
@@ -152,6 +168,7 @@ def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Re
     """Check the whole, write build.json and, last, the manifest; print the summary."""
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
+    check_loss(manifest, plan.mixture)
     remove_strays(output_dir, {path for shard in manifest.shards for path in shard.digests} | results.keys())
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
         shards.fsync_directory(directory)
@@ -170,10 +187,12 @@ def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Re
     with writing(output_dir, "the manifest"):
         write_json(output_dir / BUILD_NAME, about)
         write_durably(output_dir / shards.MANIFEST_NAME, manifest.to_bytes())
-    print(describe(output_dir, manifest))
+    print(printable(describe(output_dir, manifest)))
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
             print(f"left out     {left_out:>12,} {kind} documents")
+    if warning := warning_of_one_input(ShardReader(output_dir), tokenizer.reference):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
 
 
@@ -194,11 +213,13 @@ def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> M
     """The manifest, from the finished units by record path."""
     shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
     units = [(unit, results[record_path(unit)]) for unit in plan.units]
+    losses = losses_of_sources(units)
     sources = tuple(
         Source(
             **about, share=share,
             empty_documents=sum(result.empty_documents for unit, result in units if unit.source == about["name"]),
             bad_documents=sum(len(result.bad_documents) for unit, result in units if unit.source == about["name"]),
+            loss=losses.get(about["name"]),
         )
         for about, share in zip(plan.sources, shares, strict=True)
     )  # fmt: skip
@@ -209,6 +230,14 @@ def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> M
         validation_fraction=plan.mixture.validation_fraction, sources=sources,
         shards=tuple(shard for split in SPLITS for shard in ordered if shard.split == split), bad_documents=tuple(bad),
     )  # fmt: skip
+
+
+def losses_of_sources(units: list[tuple[WorkUnit, UnitResult]]) -> dict[str, TokenizerLoss]:
+    """What the tokenizer lost of each source's sampled documents; nothing, if it lost none of any."""
+    losses = {unit.source: NO_LOSS for unit, _ in units}
+    for unit, result in units:
+        losses[unit.source] += result.loss or NO_LOSS
+    return losses if any(losses.values()) else {}
 
 
 def shards_in_order(units: list[tuple[WorkUnit, UnitResult]]) -> tuple[list[Shard], list[BadDocument]]:
@@ -246,6 +275,15 @@ def check_documents(manifest: Manifest) -> None:
         documents, fraction = sum(shard.documents for shard in manifest.shards), manifest.validation_fraction
         advice = f"with {documents:,} documents, try validation_fraction: {min(0.5, 5 / documents):.2g}"
         raise UserError(f"no document fell into validation at validation_fraction {fraction}; {advice}")
+
+
+def check_loss(manifest: Manifest, mixture: Mixture) -> None:
+    """Where too many tokens stand for text that the vocabulary lacks, the mixture must say that this is meant."""
+    loss = manifest.loss
+    if loss and loss.unknown_share > MAX_UNKNOWN_SHARE and not mixture.allow_lossy:
+        limit = f"at most {MAX_UNKNOWN_SHARE:.0%} may be, since bits per byte count none of that text"
+        advice = f"take a tokenizer that keeps all text, or set allow_lossy_tokenizer: true in {mixture.path}"
+        raise UserError(f"{mixture.tokenizer_dir}: {loss}; {limit}; {advice}, and build again: finished units are kept")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ Used by `train_tokenizer`. A character of the Basic Multilingual Plane has its U
 code units that are not characters, surrogates and private use, hold the rest:
 
     D800-DFFF   2,048 bigrams
-    E000-E07F   <pad> <s> </s> <unk>, and 124 ids kept free
+    E000-E07E   <pad> <s> </s> <unk>, and 123 ids kept free
+    E07F        U+FFFF, a noncharacter, whose own id no text gives: see LAST_TOKEN
     E080-E0FF   the bytes 80 to FF
     E100-E45B   the 860 pairs of bytes that three-byte characters begin with; no text ends up with one
     E45C-F8FF   5,284 trigrams
@@ -21,11 +22,13 @@ from collections.abc import Iterable, Iterator
 VOCAB_SIZE = 1 << 16
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BIGRAM_IDS = range(0xD800, 0xE000)
-SPECIAL_IDS = range(0xE000, 0xE080)
+SPECIAL_IDS = range(0xE000, 0xE07F)
+NONCHARACTER_ID = 0xE07F
 BYTE_IDS = range(0xE080, 0xE100)
 PREFIX_IDS = range(0xE100, 0xE45C)
 TRIGRAM_IDS = range(0xE45C, 0xF900)
-CHARACTER_IDS = (*range(0xD800), *range(0xF900, VOCAB_SIZE))
+CHARACTER_IDS = (*range(0xD800), *range(0xF900, VOCAB_SIZE - 1))
+LAST_TOKEN = "<unused_FFFF>"  # given by no text: ids 0 and V - 1 are one input to a decoder of 16 code bits
 WITHOUT_ID = re.compile("[\ue000-\uf8ff\U00010000-\U0010ffff]")
 
 # as the encoder cuts text, near enough, with the standard library alone
@@ -109,7 +112,7 @@ def _in_step_first(grams: list[str], aligned: Counter[str], anywhere: Counter[st
 
 def build_vocab(bigrams: list[str], trigrams: list[str]) -> tuple[Vocab, Merges]:
     """The ids of the whole table above; merges of bytes to characters, then to trigrams, then to bigrams."""
-    vocab = {spell(chr(id_)): id_ for id_ in CHARACTER_IDS}
+    vocab = {spell(chr(id_)): id_ for id_ in CHARACTER_IDS} | {spell("\uffff"): NONCHARACTER_ID}
     long = [token for token in vocab if len(token) > 1]
     prefixes = sorted({token[:2] for token in long if len(token) == 3})
     vocab |= zip(SPECIAL_TOKENS.values(), SPECIAL_IDS, strict=False)

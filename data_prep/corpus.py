@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_prep import json_lines, pretokenized, work_units
 from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
 from data_prep.errors import UserError, explained
+from data_prep.flat_arrays import arrow_mask, byte_lengths, null_mask
 from data_prep.inputs import open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES
@@ -58,16 +58,15 @@ def read_documents(unit: WorkUnit, tokenizer: LoadedTokenizer | None = None) -> 
 def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     """A batch without its empty documents, and without bad ones, or an error at the first; `row` is its first."""
     texts = batch.texts
-    lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+    lengths = byte_lengths(texts)
     found = {int(batch.rows[i]): reason for i, reason in _bad_texts(texts, lengths, unit.text_field)}
     bad = sorted([*batch.bad, *found.items()])
     if bad and not unit.skip_bad:
         at, reason = bad[0]
-        advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
-        raise UserError(f"{_place(unit, row + at)}: {reason}; {advice}")
+        raise refusal(unit, row + at, reason)
     keep = (lengths > 0) & ~np.isin(batch.rows, np.fromiter(found, np.uint64))
     if not keep.all():
-        texts = texts.filter(pa.array(keep))
+        texts = texts.filter(arrow_mask(keep))
     encoded = batch.encoded
     if encoded:
         id_counts = np.diff(encoded[1])
@@ -75,6 +74,26 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     return replace(
         batch, texts=texts, rows=batch.rows[keep] + np.uint64(row), bad=[(row + at, reason) for at, reason in bad],
         empty=int(np.count_nonzero(~keep)) - len(found), encoded=encoded,
+    )  # fmt: skip
+
+
+def refusal(unit: WorkUnit, row: int, reason: str) -> UserError:
+    """The error of a bad document, which names its file and row."""
+    advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
+    return UserError(f"{_place(unit, row)}: {reason}; {advice}")
+
+
+def without(documents: Documents, reasons: dict[int, str], encoded: Encoded) -> Documents:
+    """A batch with its ids, without documents that turned out bad: their numbers in the batch, and why."""
+    keep = np.ones(len(documents.texts), np.bool_)
+    keep[list(reasons)] = False
+    ids, offsets = encoded
+    counts = np.diff(offsets)
+    kept = ids[np.repeat(keep, counts)], np.append(0, np.cumsum(counts[keep]))
+    found = [(int(documents.rows[number]), reason) for number, reason in reasons.items()]
+    return replace(
+        documents, texts=documents.texts.filter(arrow_mask(keep)), rows=documents.rows[keep], encoded=kept,
+        bad=sorted([*documents.bad, *found]),
     )  # fmt: skip
 
 
@@ -91,7 +110,7 @@ def check_unchanged(unit: WorkUnit) -> None:
 
 def _bad_texts(texts: pa.LargeStringArray, lengths: Any, text_field: str | None) -> Iterator[tuple[int, str]]:
     """Position and reason of every text that is null, too long or not UTF-8."""
-    for i in np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False)).tolist():
+    for i in np.flatnonzero(null_mask(texts)).tolist():
         yield i, f"{text_field!r} is null, expected text"
     for i in np.flatnonzero(lengths > MAX_DOCUMENT_BYTES).tolist():
         yield i, _too_long(lengths[i])

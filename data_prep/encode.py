@@ -5,8 +5,10 @@ encoders give the same ids; where gigatoken can't load a tokenizer, `tokenizers`
 place, and that is said. Strings that spell a special token are ordinary text to both.
 """
 
+import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,13 +22,17 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
+from data_prep.doubtful_characters import Doubtful, doubtful, other_normal_forms
 from data_prep.errors import UserError, explained, parse_json
-from data_prep.shards import MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
+from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
+from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, TokenizerLoss, sha256_of_files
+from data_prep.tokenizer_traits import ids_of_no_text, unknown_id, why_not_gigatoken
 
+COLON = re.compile(rb"\s*:\s*")
 TRAIN = "train one with python -m data_prep.train_tokenizer"
+RANDOM = ("dropout", "alpha", "nbest_size")  # what makes a model encode the same text otherwise each time
 
 Ids = npt.NDArray[np.uint32]
-Offsets = npt.NDArray[np.int64]
 Encoded = tuple[Ids, Offsets]  # flat ids, and offsets of each text's ids (texts + 1)
 Encode = Callable[[pa.LargeStringArray], Encoded]
 
@@ -42,14 +48,23 @@ class LoadedTokenizer:
     eos_id: int
     eos_token: str
     special_tokens: dict[str, int]
+    ids_of_no_text: frozenset[int]  # special ids that some text might give; such a text is a bad document
+    unknown_id: int | None  # what stands for text that the vocabulary lacks
     sha256: str
+    is_random: bool = False  # its file asks for dropout or the like, which is not used
+    notes: tuple[str, ...] = ()  # on what was left out of its files
 
     @cached_property
-    def gigatoken_json(self) -> str:
-        """tokenizer.json without special tokens: gigatoken always parses them in text, so it must not know them."""
-        model = parse_json(self.files["tokenizer.json"], str(self.directory / "tokenizer.json"), TRAIN)
-        model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
-        return json.dumps(model)
+    def definition(self) -> dict[str, Any]:
+        """tokenizer.json."""
+        where = str(self.directory / "tokenizer.json")
+        content: dict[str, Any] = parse_json(self.files["tokenizer.json"], where, TRAIN)
+        return content
+
+    @cached_property
+    def doubtful(self) -> Doubtful:
+        """Characters that gigatoken and the reference may take for different ones."""
+        return doubtful(other_normal_forms(self.reference))
 
     @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
@@ -62,7 +77,7 @@ class LoadedTokenizer:
             table[id_] = bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
         for id_, added in self.reference.get_added_tokens_decoder().items():
             table[id_] = added.content.encode()
-        return pa.array(table, pa.large_binary())
+        return large_strings(table).cast(pa.large_binary())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +92,19 @@ class Encoder:
 
 def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it."""
-    files, eos_token = read_files(directory)
+    files, eos_token, notes = read_files(directory)
     with explained(Exception, f"{directory / 'tokenizer.json'}: not a loadable tokenizer", TRAIN):
         reference = Tokenizer.from_buffer(files["tokenizer.json"])
     reference.encode_special_tokens = True
     reference.no_truncation()
     reference.no_padding()
-    vocab_size = max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    is_random = False
+    for name in RANDOM:
+        if getattr(reference.model, name, None) is not None:
+            setattr(reference.model, name, None)
+            is_random = True
+            notes += (f"its {name}, which encodes at random, is not used: the same text gives the same ids",)
+    vocab_size = size_of_vocabulary(reference)
     if vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f"{directory}: {vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
     eos_id = reference.token_to_id(eos_token) if isinstance(eos_token, str) else None
@@ -93,22 +114,44 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     special = {token.content: id_ for id_, token in reference.get_added_tokens_decoder().items() if token.special}
     return LoadedTokenizer(
         directory=directory, files=files, reference=reference, vocab_size=vocab_size, eos_id=eos_id,
-        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files),
+        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files), unknown_id=unknown_id(reference), is_random=is_random,
+        ids_of_no_text=ids_of_no_text(reference, {**special, eos_token: eos_id}),
+        notes=tuple(f"{directory}: {note}" for note in notes),
     )  # fmt: skip
 
 
-def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
-    """The files that make a tokenizer, and the token that ends documents; transformers supplies what they lack."""
-    files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+def size_of_vocabulary(reference: Tokenizer) -> int:
+    """One more than the largest id. Asking for ids one by one takes less than half of the time of get_vocab."""
+    tokens = reference.get_vocab_size(with_added_tokens=True)
+    if all(reference.id_to_token(id_) is not None for id_ in range(tokens)):
+        return tokens  # each has one of these ids
+    return max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ...]]:
+    """The files that make a tokenizer, the token that ends documents, and what was left out of them.
+
+    transformers supplies what they lack. Code that the directory brings along (`auto_map`) is never run: a tokenizer
+    whose tokenizer.json says all does without, and any other one is refused.
+    """
+    known = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
+    files = {name: (directory / name).read_bytes() for name in known if (directory / name).is_file()}
     config: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = parse_json(files.get(name, b"{}"), str(directory / name), TRAIN)
         if not isinstance(content, dict):
             raise UserError(f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}")
+        if content.pop("auto_map", None):
+            if "tokenizer.json" not in files:
+                problem = "asks for code of its own (auto_map), which is never run here, and there is no tokenizer.json"
+                raise UserError(f"{directory / name}: {problem}; save it as one (save_pretrained of a fast tokenizer)")
+            files[name] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+            notes += (f"auto_map is left out of {name}: code that a tokenizer brings along is never run",)
         config |= content
     eos = config.get("eos_token")
     if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-        return files, eos.get("content") if isinstance(eos, dict) else eos
+        return files, eos.get("content") if isinstance(eos, dict) else eos, notes
     if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
         problem = "No such file or directory; a tokenizer directory needs it"
         raise UserError(f"{directory / 'tokenizer.json'}: {problem}; {TRAIN}")
@@ -119,13 +162,15 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object]:
         files.setdefault("tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
     config = {**config, "eos_token": tokenizer.eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
     files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    return {name: files[name] for name in TOKENIZER_FILES if name in files}, tokenizer.eos_token
+    return {name: files[name] for name in known if name in files}, tokenizer.eos_token, notes
 
 
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred and able; else the reference, with the reason."""
     reason = None
-    if prefer == "gigatoken":
+    if prefer == "gigatoken" and (other_ids := why_not_gigatoken(tokenizer.reference, lambda: tokenizer.definition)):
+        reason = f"gigatoken gives other ids with {tokenizer.directory} ({other_ids})"
+    elif prefer == "gigatoken":
         try:
             encode = _gigatoken_encode(tokenizer)
             return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
@@ -139,8 +184,9 @@ def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.Lar
     """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for the caller to find."""
     if tokenizer.token_bytes is None:
         rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
-        return pa.array(tokenizer.reference.decode_batch(rows, skip_special_tokens=False), pa.large_string())
-    _, bounds, data = tokenizer.token_bytes.take(pa.array(ids)).buffers()
+        texts = tokenizer.reference.decode_batch(rows, skip_special_tokens=False)
+        return large_strings([text.encode() for text in texts])
+    _, bounds, data = tokenizer.token_bytes.take(arrow_ids(ids)).buffers()
     text_offsets = np.frombuffer(bounds, np.int64)[offsets]
     return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(text_offsets), data)
 
@@ -151,22 +197,97 @@ def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
     return np.array(encoding.ids, np.uint32)
 
 
+def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
+    """What gigatoken is to load: it always parses special tokens in text, so it must not know them.
+
+    Parsing 65,536 tokens and their merges and writing them again takes 0.13 s, so only the list of
+    added tokens is changed where it can be found for certain: where its name stands once in the file,
+    and all before it, closed there, is an object of which it is a key.
+    """
+    before, name, after = tokenizer_json.partition(b'"added_tokens"')
+    colon = COLON.match(after)
+    if colon and name not in after:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = after[colon.end() :].decode()
+            added, length = json.JSONDecoder().raw_decode(value)
+            if "added_tokens" in json.loads(before + name + b": null}"):
+                kept = json.dumps([token for token in added or [] if not token["special"]])
+                behind = after[colon.end() + len(value[:length].encode()) :]
+                return before + name + b": " + kept.encode() + behind
+    model = parse_json(tokenizer_json, where, TRAIN)
+    model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
+    return json.dumps(model).encode()
+
+
+def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
+    """tokenizer.json as gigatoken is to load it: without special tokens, and without what encodes at random."""
+    content = tokenizer.files["tokenizer.json"]
+    if tokenizer.is_random:
+        model = {key: value for key, value in tokenizer.definition["model"].items() if key not in RANDOM}
+        content = json.dumps(tokenizer.definition | {"model": model}).encode()
+    return without_special_tokens(content, str(tokenizer.directory / "tokenizer.json"))
+
+
+def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
+    """Documents whose text gave a special id, which no text may: their numbers, and what is wrong with each."""
+    reasons: dict[int, str] = {}
+    for special in sorted(tokenizer.ids_of_no_text | {tokenizer.eos_id}):
+        if np.count_nonzero(ids == special):
+            token = tokenizer.reference.id_to_token(special)
+            problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
+            numbers = np.searchsorted(offsets, np.flatnonzero(ids == special), side="right") - 1
+            reasons |= dict.fromkeys(np.unique(numbers).tolist(), problem)
+    return reasons
+
+
+def lost(tokenizer: LoadedTokenizer, text: str, ids: Ids) -> TokenizerLoss:
+    """What the tokenizer lost of one document."""
+    unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+    is_changed = tokenizer.reference.decode(ids.tolist(), skip_special_tokens=False) != text
+    return TokenizerLoss(documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed))
+
+
 def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
-    """Arrow buffers in, flat ids out, no Python object per document."""
+    """Arrow buffers in, flat ids out, no Python object per document.
+
+    All threads share what is loaded here: loading holds Python's lock, 0.2 s for 65,536 ids. Inside, each of
+    gigatoken's own threads keeps its own memory of words, and a batch is encoded by all that are free.
+    """
     import awkward as ak
     from gigatoken.gigatoken_rs import load_hf_json
 
-    backend = load_hf_json(tokenizer.gigatoken_json)
+    backend = load_hf_json(for_gigatoken(tokenizer))
 
-    def encode(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
-        _, offsets, data = texts.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-        characters = ak.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "char"})
-        strings = ak.contents.ListOffsetArray(ak.index.Index64(bounds), characters, parameters={"__array__": "string"})
-        rows = backend.encode_batch(ak.Array(strings), parallel=False).layout
+    def of_gigatoken(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
+        data = np.frombuffer(texts.buffers()[2], np.uint8)
+        characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+        bounds = ak.index.Index64(text_bounds(texts))
+        strings = ak.contents.ListOffsetArray(bounds, characters, parameters={"__array__": "string"})
+        rows = backend.encode_batch(ak.Array(strings), parallel=True).layout
         return rows.content.data, rows.offsets.data
 
+    def encode(texts: pa.LargeStringArray) -> Encoded:
+        """Texts with characters of which the two may think differently are the reference's part."""
+        numbers = tokenizer.doubtful.find(texts)
+        encoded = of_gigatoken(texts)
+        if not len(numbers):
+            return encoded
+        return _replaced(
+            *encoded, numbers, _reference_encode(tokenizer.reference, texts.take(arrow_ids(numbers.astype(np.uint32))))
+        )
+
     return encode
+
+
+def _replaced(ids: Ids, offsets: Offsets, numbers: Offsets, others: Encoded) -> Encoded:
+    """Ids and offsets of texts, some of which have other ids."""
+    parts, lengths, done = [], np.diff(offsets), 0
+    lengths[numbers] = np.diff(others[1])
+    for number, start, stop in zip(numbers.tolist(), others[1][:-1].tolist(), others[1][1:].tolist(), strict=True):
+        parts += [ids[offsets[done] : offsets[number]], others[0][start:stop]]
+        done = number + 1
+    parts.append(ids[offsets[done] :])
+    return np.concatenate(parts), np.append(0, np.cumsum(lengths))
 
 
 def _reference_encode(reference: Tokenizer, texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:

@@ -1,18 +1,23 @@
 """Bad input: the one exception users meet, and how every command reports it.
 
 A command's `main` raises `UserError`; `exit_code` turns it into one line on stderr and exit code 2.
-Anything else that escapes is a defect of ours and keeps its traceback.
+Anything else that escapes is a defect of ours and keeps its traceback. What a disk or a file server failed at, though
+the input is good, is a `RetryableError`: one line too, but exit code 1, after which the same command may do.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
 import io
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -23,14 +28,54 @@ if TYPE_CHECKING:
     import pydantic
 
 USER_ERROR_EXIT_CODE = 2
+FAILURE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+# What a disk, a file server or the network to it answers for a while (NFS, Lustre, Ceph, FUSE); nobody's input.
+PASSING_ERRORS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ENOTCONN}
+    | {errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
+IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
+# What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that turn the direction of
+# what follows, or end a line; and halves of surrogate pairs, which no stream can encode.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
     """Input that can't be used. The message says what, where, got, expected, and what to do; no URL's secrets."""
 
+    exit_code = USER_ERROR_EXIT_CODE
+
     def __init__(self, message: str) -> None:
         super().__init__(without_credentials(message))
+
+
+class RetryableError(UserError):
+    """What failed though the input is good, so that the same command may do: a disk, say. The message is as above."""
+
+    exit_code = FAILURE_EXIT_CODE
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the operating system refused something for a reason that may pass by itself."""
+    return isinstance(error, OSError) and error.errno in PASSING_ERRORS
+
+
+def refusal(error: Exception, message: str) -> UserError:
+    """The UserError with this message for what another error says: a `RetryableError` where that may pass by itself."""
+    return RetryableError(message) if is_passing(error) else UserError(message)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as those of writes and flushes do, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -41,7 +86,7 @@ def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{problem} ({what_it_says(error)}); {advice}") from None
+        raise refusal(error, f"{problem} ({what_it_says(error)}); {advice}") from None
 
 
 @contextlib.contextmanager
@@ -67,6 +112,30 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+def list_commands(folder: Path, arguments: Sequence[str]) -> None:
+    """Print a line for each module of a folder that is a command: how it is called, and what it says it does.
+
+    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a command.
+    """
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))}
+    commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
+    if arguments and arguments[0] not in ("-h", "--help"):
+        name = arguments[0] if arguments[0] in commands else None
+        advice = f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
+        raise UserError(f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}")
+    calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
+    width = max(map(len, calls))
+    for call, text in calls.items():
+        print(f"{call:<{width}}  {first_sentence(text)}")
+    print("--help after any of them lists its flags")
+
+
+def first_sentence(module_text: str) -> str:
+    """What a module's docstring begins with."""
+    docstring = ast.get_docstring(ast.parse(module_text)) or ""
+    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(".:")
 
 
 def large_number(text: str) -> int:
@@ -103,7 +172,8 @@ def parse_json(content: str | bytes, where: str, advice: str) -> Any:
     no UTF-8, and RecursionError for brackets nested too deeply.
     """
     with explained((ValueError, RecursionError), f"{where}: not valid JSON", advice):
-        return json.loads(content)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")  # json decodes less strictly
+        return json.loads(text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -129,8 +199,18 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
 def os_error_line(error: UserError | OSError) -> str:
     """The line of a UserError, or what the operating system refused, and where."""
     if isinstance(error, OSError) and error.filename:
-        return without_credentials(f"{error.filename}: {error.strerror}; check the path")
+        what = f"{error.filename}: {error.strerror}"
+        if is_passing(error):
+            return without_credentials(f"{what}; the disk or its server failed")
+        return without_credentials(what if error.errno in FULL else f"{what}; check the path")
     return one_line(error)
+
+
+def exit_code_of(error: UserError | OSError) -> int:
+    """The exit code of a command that this error ends."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    return refusal(error, "").exit_code
 
 
 def what_it_says(error: Exception) -> str:
@@ -143,19 +223,38 @@ def one_line(error: Exception) -> str:
     return without_credentials(" ".join(str(error).split()))
 
 
+def signal_name(number: int) -> str:
+    """A signal as whoever sent it knows it."""
+    name = signal.Signals(number).name
+    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
+
+
+def printable(text: str) -> str:
+    """Text of documents, file names or others' messages for a terminal: what it would obey is spelled out (`\\u001b`).
+
+    Tabs and line feeds stay. JSON stays the same JSON.
+    """
+    return CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
+
+
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a command; 0 when it is done, 2 after printing the one line of a `UserError` or of a refused file."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Run a command; 0 when it is done, else what it printed the one line of.
+
+    2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        print(f"error: {os_error_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read our output has seen enough (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
+        return exit_code_of(error)
     return 0

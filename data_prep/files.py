@@ -13,6 +13,8 @@ from pathlib import Path
 
 import xxhash
 
+from data_prep.errors import naming
+
 
 def fsync_directory(path: Path) -> None:
     """Make a file, or the renames inside a directory, survive a power cut."""
@@ -31,13 +33,14 @@ def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + suffix)
-    staged.unlink(missing_ok=True)  # what a kill left there; or a link, which opening would follow
-    with staged.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-    fsync_directory(path.parent)
+    with naming(path):
+        staged.unlink(missing_ok=True)  # what a kill left there; or a link, which opening would follow
+        with staged.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+        fsync_directory(path.parent)
 
 
 def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:

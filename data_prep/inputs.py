@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec.core
 import fsspec.spec
 
-from data_prep.errors import UserError, explained, one_line
+from data_prep.errors import UserError, explained, one_line, printable
 from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps
 from data_prep.urls import without_credentials
 
@@ -223,7 +223,7 @@ def _with_retries(what: str, action: Callable[..., T], *arguments: Any) -> T:
             tries = "" if is_permanent else f" after {len(RETRY_WAITS_S) + 1} tries"
             raise UserError(f"{what}: {reason}{tries}; check the name, your access and the network")
         note = without_credentials(f"note: {what}: {reason}; retrying in {wait_s:g} s")
-        print(note, file=sys.stderr, flush=True)
+        print(printable(note), file=sys.stderr, flush=True)
         time.sleep(wait_s)
 
 

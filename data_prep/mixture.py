@@ -77,6 +77,7 @@ class MixtureFile(BaseModel, extra="forbid"):
     tokenizer: Text | None = None
     validation_fraction: Number = Field(gt=0, lt=1)
     on_bad_document: Literal["error", "skip"] = "error"
+    allow_lossy_tokenizer: bool = Field(default=False, strict=True)
     sources: tuple[MixtureSource, ...] = Field(min_length=1)
 
 
@@ -89,6 +90,7 @@ class Mixture:
     validation_fraction: float
     skip_bad: bool
     sources: tuple[MixtureSource, ...]
+    allow_lossy: bool = False  # more than MAX_UNKNOWN_SHARE of the tokens may be unk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
     return Mixture(
         path=path, tokenizer_dir=tokenizer or path.parent / str(written.tokenizer), sources=sources,
         validation_fraction=written.validation_fraction, skip_bad=written.on_bad_document == "skip",
+        allow_lossy=written.allow_lossy_tokenizer,
     )  # fmt: skip
 
 

@@ -58,7 +58,10 @@ INDEX_DTYPE = np.dtype("<u8")
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE_NAME = "chat_template.jinja"  # kept beside them; it decides no id, so no tokenizer's identity
 SEPARATOR = "eos after every document"
+COUNTED_TOKENS = 64 << 20  # by count_ids, at most about so many: 128 MB
+COUNTED_PIECE = 128 << 10  # tokens counted in one place
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 TOO_MANY_MAPS = "see ulimit -v, and sysctl vm.max_map_count: each shard takes a map of its own"
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
@@ -81,14 +84,43 @@ def later_fields(kind: type) -> dict[str, Any]:
     return {own.name: own.default for own in fields(kind) if own.metadata.get("later")}
 
 
-def as_written(record: Any) -> dict[str, Any]:
+def as_written(record: object) -> dict[str, Any]:
     """The fields of a record that its file holds."""
     held = dict(vars(record))  # asdict would copy every shard deeply
     held.pop("fingerprint", None)  # what a manifest remembers of itself
-    for name, default in later_fields(type(record)).items():
+    for name, default in later_fields(type(record)).items():  # type: ignore[arg-type]
         if held[name] == default:
             del held[name]
     return held
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLoss:
+    """What a tokenizer loses, counted on sampled documents (of a long one, its beginning)."""
+
+    documents: int
+    tokens: int
+    unknown_tokens: int  # unk: they stand for text that the vocabulary lacks
+    changed_documents: int  # whose ids do not decode to their text
+
+    def __add__(self, other: "TokenizerLoss") -> "TokenizerLoss":
+        return TokenizerLoss(**{name: count + vars(other)[name] for name, count in vars(self).items()})
+
+    def __bool__(self) -> bool:
+        return self.unknown_tokens > 0 or self.changed_documents > 0
+
+    @property
+    def unknown_share(self) -> float:
+        """Of the tokens, how many are unk."""
+        return self.unknown_tokens / max(self.tokens, 1)
+
+    def __str__(self) -> str:
+        share = f"{self.unknown_share:.1%} of tokens are unk"
+        changed = f"{self.changed_documents:,} of {self.documents:,} sampled documents do not decode to their text"
+        return f"{share}; {changed}"
+
+
+NO_LOSS = TokenizerLoss(documents=0, tokens=0, unknown_tokens=0, changed_documents=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +137,7 @@ class Source:
     license: str | None = None  # of the texts, as the mixture states it
     empty_documents: int = 0  # left out
     bad_documents: int = 0  # left out, with `on_bad_document: skip`
+    loss: TokenizerLoss | None = later(None)  # noqa: RUF009  # None where nothing of any source is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +208,11 @@ class Manifest:
         """The manifest file, byte for byte reproducible."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **as_written(self)}
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=as_written) + "\n").encode()
+
+    @property
+    def loss(self) -> TokenizerLoss | None:
+        """What the tokenizer loses of all sources; None if that is nothing."""
+        return sum((source.loss or NO_LOSS for source in self.sources), NO_LOSS) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -278,12 +316,27 @@ def integer_shares(weights: Sequence[float], total: int = BLOCK_SAMPLES) -> list
 
 def tokenizer_sha256(directory: Path) -> str:
     """The identity of a tokenizer: what `sha256sum FILES | sha256sum` prints in its directory."""
-    return sha256_of_files({n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).is_file()})
+    return sha256_of_files(read_tokenizer(directory))
+
+
+def read_tokenizer(directory: Path) -> dict[str, bytes]:
+    """The files of a tokenizer in a data set's or a run's directory, by name; others beside them are not taken.
+
+    Raises UserError if one of them is a link that leads out of the data set or run.
+    """
+    home = directory.parent.resolve()
+    known = [directory / name for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)]
+    present = [path for path in known if path.is_file()]
+    for path in present:
+        if not path.resolve().is_relative_to(home):
+            raise UserError(f"{path}: a link to {path.resolve()}, outside of {home}; put the file itself there")
+    return {path.name: path.read_bytes() for path in present}
 
 
 def sha256_of_files(files: dict[str, bytes]) -> str:
-    """The same for a tokenizer's files by name, in the order of TOKENIZER_FILES."""
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
+    """The same for a tokenizer's files by name."""
+    named = [(name, files[name]) for name in TOKENIZER_FILES if name in files]
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in named]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -392,6 +445,21 @@ class ShardReader:
             problem = f"{got:,} bytes, expected {size:,}: truncated while it was in use"
             raise UserError(f"{self.data_dir / shard.path}: {problem}; bring it back, and the same command continues")
         return ids
+
+    def count_ids(self, ids: Sequence[int]) -> tuple[list[int], int]:
+        """How often ids occur in both splits, and in how many tokens: in all, or in COUNTED_TOKENS evenly spread."""
+        total = sum(shard.tokens for shard in self.manifest.shards)
+        every = max(1, -(-total // COUNTED_TOKENS))  # so manieth piece
+        counts, counted = [0] * len(ids), 0
+        start = 0  # of the next piece, in the shard at hand
+        for shard in self.manifest.shards:
+            while start < shard.tokens:
+                piece = self.tokens(shard)[start : start + COUNTED_PIECE]
+                counts = [count + int(np.count_nonzero(piece == i)) for count, i in zip(counts, ids, strict=True)]
+                counted += len(piece)
+                start += every * COUNTED_PIECE
+            start = max(0, start - shard.tokens) if every > 1 else 0
+        return counts, counted
 
     def documents(self, shard: Shard) -> Index:
         """Start offset in the shard and row in the input file of each document, shape (documents, 2).

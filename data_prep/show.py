@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from data_prep.encode import LoadedTokenizer, load_tokenizer
-from data_prep.errors import CommandParser, UserError, exit_code, large_number
+from data_prep.errors import CommandParser, UserError, exit_code, large_number, printable
+from data_prep.one_input import warning_of_one_input
 from data_prep.shards import BLOCK_SAMPLES, MAX_VOCAB_SIZE, SPLITS, TOKENIZER_NAME, Manifest, Shard, ShardReader, Source
 from data_prep.urls import without_credentials
 
@@ -41,15 +42,18 @@ def main(argv: list[str] | None = None) -> None:
     reader = ShardReader(arguments.data_dir)
     tokenizer = load_tokenizer(arguments.data_dir / TOKENIZER_NAME)
     if arguments.trace:
-        print(trace(reader, tokenizer.reference, arguments.trace))
+        print(printable(trace(reader, tokenizer.reference, arguments.trace)))
         return
-    print(describe(arguments.data_dir, reader.manifest))
+    print(printable(describe(arguments.data_dir, reader.manifest)))
+    if warning := warning_of_one_input(reader, tokenizer.reference):
+        print(printable(f"one input    {warning}"))
     print_epochs(reader.manifest, arguments.train_tokens)
     for source in reader.manifest.sources:
-        print("\n" + source.name + "\n" + "\n".join(facts(about_source(reader, tokenizer, source), "  ")))
+        lines = facts(about_source(reader, tokenizer, source), "  ")
+        print("\n" + printable("\n".join([source.name, *lines])))
     for split in SPLITS:
         for shard, document in spread(reader.manifest.shards_of(split), arguments.samples):
-            print("\n" + sample(reader, tokenizer.reference, shard, document))
+            print("\n" + printable(sample(reader, tokenizer.reference, shard, document)))
 
 
 def facts(named: Iterable[tuple[str, str]], indent: str = "") -> Iterator[str]:
@@ -78,6 +82,7 @@ def describe(data_dir: Path, manifest: Manifest) -> str:
         ("special", cut(special, LINE_CHARACTERS)),
         ("separator", f"{manifest.document_separator}: {manifest.eos_token} = {manifest.eos_id}"),
         ("shards", f"{len(manifest.shards):,}"),
+        *(("lossy", str(loss)) for loss in [manifest.loss] if loss),
     )
     return "\n".join([*facts(about), "", table(rows)])
 
@@ -99,6 +104,8 @@ def about_source(reader: ShardReader, tokenizer: LoadedTokenizer, source: Source
     yield "commonest", "\n".join(commonest(tokenizer, counts))
     summary = f"{source.empty_documents:,} empty documents, {source.bad_documents:,} bad ones"
     bad = [f"{b.input}, row {b.row}: {b.reason}" for b in manifest.bad_documents if b.source == source.name]
+    if source.loss:
+        yield "lossy", str(source.loss)
     yield (
         "left out",
         "\n".join([summary, *(cut(without_credentials(line), LINE_CHARACTERS) for line in bad[:BAD_DOCUMENTS_SHOWN])]),

@@ -9,34 +9,55 @@ takes it from there.
 import hashlib
 import itertools
 import json
-import queue
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pydantic
 import xxhash
 
-from data_prep import layout, shards
-from data_prep.corpus import Documents, read_documents
-from data_prep.encode import Encoder, Ids, LoadedTokenizer, Offsets, new_encoder, reference_ids
+from data_prep import layout, pretokenized, shards
+from data_prep.corpus import Documents, read_documents, refusal, without
+from data_prep.encode import (
+    Encoder,
+    Ids,
+    LoadedTokenizer,
+    Offsets,
+    lost,
+    new_encoder,
+    reference_ids,
+    special_documents,
+)  # fmt: skip
 from data_prep.errors import UserError, explained
+from data_prep.flat_arrays import byte_lengths, character_counts, large_strings, text_bounds
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
-from data_prep.shards import SPLITS, TOKEN_DTYPE, Index, ShardFacts, ShardWriter, Tokens, digest_file, write_durably
+from data_prep.shards import (
+    NO_LOSS,
+    SPLITS,
+    TOKEN_DTYPE,
+    Index,
+    ShardFacts,
+    ShardWriter,
+    TokenizerLoss,
+    Tokens,
+    digest_file,
+    write_durably,
+)  # fmt: skip
 from data_prep.work_units import WorkUnit
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
 PARITY_CHARACTERS = 64 << 10  # of a document, at most
 PARITY_MARGIN = 64  # tokens at the end of a document that was cut for the comparison
+LONG_DOCUMENT_TOKENS = 512  # from here on copying document by document is the faster way
 POLL_SECONDS = 0.1
 SPACE = "make space or choose another --output-dir, and build again: finished units are kept"
 
@@ -49,6 +70,7 @@ class UnitResult:
     empty_documents: int
     bad_documents: Reasons
     shards: tuple[ShardFacts, ...]
+    loss: TokenizerLoss | None = None  # of the sampled documents; None in records of earlier versions
 
 
 @dataclass(kw_only=True)
@@ -62,11 +84,10 @@ class UnitBuilder:
     threads: int
 
     def __post_init__(self) -> None:
-        self.validation_below = np.uint64(min(int(self.validation_fraction * 2**64), 2**64 - 1))
+        self.validation_below = validation_threshold(self.validation_fraction)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # gigatoken's own: this rank's share of the cores
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
-        self._encoders: queue.SimpleQueue[Encoder | None] = queue.SimpleQueue()  # one for each core, made when needed
-        for encoder in (self.encoder, *[None] * (self.threads - 1)):
-            self._encoders.put(encoder)
+        self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
@@ -93,32 +114,44 @@ class UnitBuilder:
         if (finished := self._finished(unit, signature)) is not None:
             return finished
         with ExitStack() as held:
-            encoder = self._encoders.get()
-            try:
-                encoder = encoder or new_encoder(self.tokenizer, prefer=self.prefer)
+            with self._encoding:
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad = self._encode_unit(unit, encoder, splits)
-            finally:
-                self._encoders.put(encoder)
+                rows, empty, bad, loss = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
-        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written)
+        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written, loss=loss)
         content = asdict(result)
         sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
         write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
 
-    def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> tuple[int, int, Reasons]:
-        """Read, encode and write a unit's documents; its rows, empty documents and bad ones."""
+    def _encode_unit(
+        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]
+    ) -> tuple[int, int, Reasons, TokenizerLoss]:
+        """Read, encode and write a unit's documents; its rows, empty documents, bad ones, and what the sample lost."""
         rows = empty = 0
         bad: Reasons = []
+        loss = NO_LOSS
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
                 raise CancelledError
             if len(documents.texts):
-                self._add(unit, documents, encoder, splits)
+                documents = self._encoded(unit, documents, encoder)
+            if len(documents.texts):
+                loss += self._add(unit, documents, encoder, splits)
             rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
-        return rows, empty, bad
+        return rows, empty, bad, loss
+
+    def _encoded(self, unit: WorkUnit, documents: Documents, encoder: Encoder) -> Documents:
+        """A batch with its ids, without documents whose text gives a special id: they are bad."""
+        encoded = documents.encoded or encoder.encode(documents.texts)
+        reasons = special_documents(self.tokenizer, *encoded)
+        if not reasons:
+            return replace(documents, encoded=encoded)
+        if not unit.skip_bad:
+            first = min(reasons)
+            raise refusal(unit, int(documents.rows[first]), reasons[first])
+        return without(documents, reasons, encoded)
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
         """What an earlier build left of a unit, if it is whole: its record, and files with the digests in it."""
@@ -132,53 +165,58 @@ class UnitBuilder:
                 return None
         return result
 
-    def _add(self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter]) -> None:
-        """Encode a batch, prove some of it and at least one document of a unit, and add all to their splits."""
+    def _add(self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter]) -> TokenizerLoss:
+        """Prove some of a batch and at least one document of a unit, and add all to their splits; the sample's loss."""
         ids, offsets = documents.encoded or encoder.encode(documents.texts)
+        loss = NO_LOSS
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
         for i in sample or ([] if any(part.documents for part in parts) else [int(hashes.argmin())]):
-            self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder)
+            loss += self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
-        lengths = pc.binary_length(documents.texts).to_numpy()
-        characters = pc.utf8_length(documents.texts).to_numpy()
+        lengths = byte_lengths(documents.texts)
+        characters = character_counts(documents.texts)
         for part, chosen in zip(parts, (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
+        return loss
 
     def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
         if len(ids) and ids.max() >= self.tokenizer.vocab_size:
             raise UserError(f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
-        tokens = np.insert(ids.astype(TOKEN_DTYPE), offsets[1:], self.tokenizer.eos_id)
-        if np.count_nonzero(tokens == self.tokenizer.eos_id) != len(offsets) - 1:
-            problem = f"some text encodes to eos_token {self.tokenizer.eos_token!r}"
-            raise UserError(f"{self.tokenizer.directory}: {problem}; name a token that text never gives")
-        return tokens, offsets + np.arange(len(offsets))
+        return ended(ids, offsets, self.tokenizer.eos_id), offsets + np.arange(len(offsets))
 
-    def _prove(self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder) -> None:
-        """Compare a document with the reference. Raises UserError naming it if they differ."""
-        is_import = documents.encoded is not None
-        if encoder.is_reference and not is_import:
-            return
+    def _prove(self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder) -> TokenizerLoss:
+        """Compare a document with the reference; what the tokenizer lost of it.
+
+        Raises UserError naming the document if the ids differ.
+        """
+        is_import = unit.format in pretokenized.FORMATS
         text = documents.texts[i].as_py()
-        is_cut, text = len(text) > PARITY_CHARACTERS, text[:PARITY_CHARACTERS]
-        expected = reference_ids(self.tokenizer, text)
+        is_cut = len(text) > PARITY_CHARACTERS
+        text = text[:PARITY_CHARACTERS]
+        is_proved = encoder.is_reference and not is_import and not is_cut
+        expected = got if is_proved else reference_ids(self.tokenizer, text)
+        loss = lost(self.tokenizer, text, expected)
+        if encoder.is_reference and not is_import:
+            return loss
         if is_cut and is_import:
             expected = expected[:-PARITY_MARGIN]
             got = got[: len(expected)]
         elif is_cut:  # the whole document's ids may differ far before the cut
-            got, _ = encoder.encode(pa.array([text], pa.large_string()))
+            got, _ = encoder.encode(large_strings([text.encode()]))
         if not np.array_equal(got, expected):
             problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
             if is_import:
                 own = f"its ids are not what {self.tokenizer.directory} gives for their text"
                 problem = f"{own}; name the tokenizer that made them"
             raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
+        return loss
 
 
 def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> bool:
@@ -233,13 +271,28 @@ def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
     return explained(OSError, f"{output_dir}: can't write {what}", SPACE)
 
 
+def validation_threshold(fraction: float) -> np.uint64:
+    """Documents whose `hash_texts` is below it are the validation documents."""
+    return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+
+
 def hash_texts(texts: pa.LargeStringArray) -> Index:
     """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity sample."""
-    _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    view = memoryview(data)
+    view = memoryview(texts.buffers()[2])
+    bounds = text_bounds(texts).tolist()
     hashes = (xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds))
     return np.fromiter(hashes, np.uint64, len(texts))
+
+
+def ended(ids: Ids, offsets: Offsets, eos_id: int) -> Tokens:
+    """The ids of documents, each with an end-of-document id behind it."""
+    documents = len(offsets) - 1
+    if len(ids) < LONG_DOCUMENT_TOKENS * documents:
+        return np.insert(ids.astype(TOKEN_DTYPE), offsets[1:], eos_id)
+    tokens = np.full(len(ids) + documents, eos_id, TOKEN_DTYPE)  # of long documents this takes half the time
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        tokens[start + number : stop + number] = ids[start:stop]
+    return tokens
 
 
 def _runs(chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 # evaluation -> Hugging Face export -> a generated continuation.
 #
 #   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
-#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps)
+#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps, or as begun)
 #
 # Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
@@ -15,9 +15,22 @@ case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
 esac
+[ $# -le 1 ] || fail "${*:2}: not known beside the directory; $0 --help says what there is (STEPS stands before it)"
+[ -z "${STEPS:-}" ] || need_count STEPS "$STEPS" 2
 run_dir=$(mkdir -p "${1:-$REPOSITORY/runs/quickstart}" && cd "${1:-$REPOSITORY/runs/quickstart}" && pwd)
-steps=${STEPS:-320}
-need_count STEPS "$steps" 2
+
+# Steps of the run that is there, from the recipe it began with; nothing if there is none.
+steps_there() {
+  [ ! -f "$run_dir/recipe.yaml" ] ||
+    awk '$1 == "train_tokens:" { all = $2 } $1 == "global_batch_tokens:" { step = $2 }
+      END { if (all > 0 && step > 0) print int(all / step) }' "$run_dir/recipe.yaml"
+}
+
+there=$(steps_there)
+steps=${STEPS:-${there:-320}}
+[ -z "$there" ] || [ "$steps" -eq "$there" ] ||
+  fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
+[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 install_project demo
@@ -25,7 +38,6 @@ cd "$REPOSITORY"
 
 stage() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$run_dir/corpus" ] || took=("$(date +%s)")
 

@@ -17,9 +17,10 @@ from typing import Any
 import jinja2
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint import load_for_reading
 from pretrain.records import read_lines
@@ -42,7 +43,7 @@ def held_out_text(reader: ShardReader) -> bytes:
 def generate(hf_dir: Path) -> str:
     """PROMPT and a continuation, sampled with a fixed seed, from the export alone."""
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir)  # which runs no code of its directory
     model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True)
     torch.manual_seed(0)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     summary = measure(Path(run_dir), int(stopped_at_step), *map(float, started))
     write_durably(Path(run_dir, "summary.json"), (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     write_durably(Path(run_dir, "summary.txt"), page(summary).encode())
-    print(page(summary))
+    print(printable(page(summary)))

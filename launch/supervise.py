@@ -33,11 +33,13 @@ from data_prep.errors import (
     exit_code,
     large_number,
     one_line,
+    signal_name,
     unheard,
 )
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
 from pretrain.digests import lengths_that_differ
+from pretrain.first_checks import check_arguments, check_recipe_and_engine, engine_flags_by_default, ranks_by_default
 
 GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
 # sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
@@ -47,7 +49,6 @@ SIGNAL_RANKS = """cd /proc
 for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
 grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
 COUNT_GPUS = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
-SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 SPREAD_S = 0.5  # who signals every process of a job may come to the launcher first, and to this one last
@@ -134,6 +135,12 @@ def count_lines(path: Path) -> int:
         return 0
 
 
+def newest_checkpoint(run_dir: Path) -> str:
+    """The name of the checkpoint of most steps; more of them than fill eight digits take more."""
+    names = [path.name for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()]
+    return max(names, key=lambda name: int(name[5:]), default="step 0")
+
+
 def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any], data_dir: Path) -> str:
     """Why a start failed, on one line: what the trainer says, else what can be known."""
     if now["status"] == "failed" and now != before:
@@ -162,7 +169,18 @@ class Supervisor:
 
     def load_recipe(self) -> Recipe:
         """The recipe, with all overrides that say how large a step is."""
-        return load_recipe(self.flags.recipe, [f for f in self.trainer_flags if re.match(r"--(model|batch)\.", f)])
+        overrides = [flag for flag in self.trainer_flags if re.match(r"--(model|batch)\.", flag)]
+        return load_recipe(self.flags.recipe, overrides, Path(self.flags.data_dir))
+
+    def check(self, arguments: list[str], ranks: int) -> None:
+        """Refuse what arithmetic refuses of a run on so many ranks, before anything starts. Raises UserError.
+
+        A data set that lies on the disks of the hosts alone is the trainer's to look at.
+        """
+        if self.flags.hostfile and not Path(self.flags.data_dir).exists():
+            check_recipe_and_engine(arguments, ranks)
+        else:
+            check_arguments(arguments, ranks)
 
     def find_gpus(self) -> tuple[Slots, Slots]:
         """The ranks of this machine that were asked for, and those that it has GPUs for now."""
@@ -173,7 +191,7 @@ class Supervisor:
         self.gpus = max(gpus, self.gpus)
         if self.gpus and not gpus:
             raise UserError("no GPU is left on this machine")
-        asked = self.flags.ranks or self.gpus or 2  # a wrong wish is refused by the trainer, in the first start
+        asked = self.flags.ranks or ranks_by_default(self.load_recipe(), self.gpus)
         return {HERE: asked}, {HERE: min(asked, gpus) if gpus and self.ports else asked}
 
     def find_hosts(self) -> tuple[Slots, Slots]:
@@ -190,9 +208,15 @@ class Supervisor:
             self.say(f"left out {', '.join(missing)} ({why.strip()})")
         return asked, left
 
+    def flags_of_trainer(self) -> list[str]:
+        """Those that were given, and on a CPU of this machine the engine that suits it."""
+        if self.flags.hostfile:
+            return self.trainer_flags
+        return [*self.trainer_flags, *engine_flags_by_default(self.trainer_flags, self.gpus)]
+
     def command(self, asked: Slots, slots: Slots) -> tuple[list[str], dict[str, str]]:
         """What to run for a start, and in which environment."""
-        launcher, flags, env = ["deepspeed", "--quiet", "--master_port", self.ports[-1]], self.trainer_flags, {}
+        launcher, flags, env = ["deepspeed", "--quiet", "--master_port", self.ports[-1]], self.flags_of_trainer(), {}
         if hostfile := self.flags.hostfile:
             if slots != asked:
                 hostfile = Path(self.flags.run_dir, "hostfile")
@@ -206,8 +230,6 @@ class Supervisor:
             launcher += ["--num_gpus", str(slots[HERE])]
             if not self.gpus:
                 env["DS_ACCELERATOR"] = "cpu"
-                if not re.search(r" --(deepspeed[-_]config|engine=)", " ".join(flags)):
-                    flags = [*flags, "--deepspeed-config", "zero2_fp32"]
         return [*launcher, "--module", "pretrain.train", *flags], {**os.environ, **env}
 
     def signal_ranks(self, hosts: list[str], number: int) -> bool:
@@ -219,7 +241,7 @@ class Supervisor:
 
         The launcher may be gone before them: who ends a whole job signals each of its processes.
         """
-        self.signal_ranks(hosts, signal.SIGTERM)
+        self.signal_ranks(hosts, self.signals[0][0])
         while launcher.poll() is None or self.signal_ranks(hosts, 0):
             time.sleep(POLL_S)
             if self.signals[-1][1] - self.signals[0][1] >= SAME_SIGNAL_S:
@@ -233,10 +255,12 @@ class Supervisor:
         asked, left = self.find_hosts() if self.flags.hostfile else self.find_gpus()
         slots = left if left == asked else trim(left, self.load_recipe())
         hosts, ranks = [*slots], sum(slots.values())
+        if not restart:
+            self.check(self.flags_of_trainer(), ranks)
         if restart:
             self.signal_ranks(hosts, signal.SIGKILL)  # of a host that was cut off, and is back
-            newest = max(Path(self.flags.run_dir).glob("checkpoints/step-" + "[0-9]" * 8), default=Path("step 0"))
-            self.say(f"restart {restart} continues from {newest.name}, if that is whole, on {ranks} ranks")
+            newest = newest_checkpoint(Path(self.flags.run_dir))
+            self.say(f"restart {restart} continues from {newest}, if that is whole, on {ranks} ranks")
         if slots != left:
             self.say(f"only {ranks} of the {sum(left.values())} ranks left take part: they divide a step")
         with socket.create_server(("", 0)) as listener:
@@ -271,12 +295,13 @@ class Supervisor:
         if code == USER_ERROR_EXIT_CODE or now["status"] in good or (code == 0 and "--dry-run" in self.trainer_flags):
             sys.exit(code if code == USER_ERROR_EXIT_CODE else 0)
         if self.signals:
-            self.say(f"ended by {SIGNAL_NAMES[self.signals[0][0]]}; the same command continues")
+            self.say(f"ended by {signal_name(self.signals[0][0])}; the same command continues")
             sys.exit(128 + self.signals[0][0])
 
     def run(self) -> None:
         """Start, and start again; leaves with the exit code."""
         run_dir, failed_step, back_off = Path(self.flags.run_dir), None, float(os.getenv("BACK_OFF_S", "5"))
+        self.check(self.trainer_flags, self.flags.ranks or 1)  # what does not divide over one divides over none
         for restart in range(1, self.flags.max_restarts + 2):
             before = standing(run_dir)
             try:

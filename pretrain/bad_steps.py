@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.errors import explained
+from data_prep.errors import explained, naming, printable
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
@@ -83,6 +83,10 @@ class BadSteps:
         record = self.records.get(step)
         return record if record and record["policy"] != "stop" else None
 
+    def all_bad(self, steps: range) -> bool:
+        """Whether none of these steps was trained."""
+        return all(self.replayed(step) for step in steps)
+
     def judge(self, loss: float, gradient_norm: float) -> str | None:
         """Why a step must not be taken, or None. Good steps enter the running figures."""
         reason = no_number(loss, gradient_norm)
@@ -111,8 +115,8 @@ class BadSteps:
         """Keep a decision, on disk before anything follows from it."""
         self.records[record["step"]] = {key: record[key] for key in DECISION}
         if self.world.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(printable(json.dumps(record, ensure_ascii=False)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, refusal
 from data_prep.shards import replace_directory, write_durably
 from pretrain.checkpoint import POINTER_NAME, UNREADABLE, Checkpoint, checkpoints_dir, pointer_to, saved_steps
 from pretrain.config import Recipe, build_recipe
 from pretrain.optim import learning_rate
+from pretrain.retention import MANIFEST_NAME, SIDECAR_NAME
 from pretrain.run_directory import METRICS_NAME, read_state, refuse_another_run, write_state
 from pretrain.starts import copy_starts
 
@@ -36,7 +37,8 @@ def open_origin(
         checkpoint = Checkpoint(path)
     except UNREADABLE as error:
         there = ", ".join(step.name for step in saved_steps(path.parent.parent)) or "none"
-        raise UserError(f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}") from None
+        problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
+        raise refusal(error, problem) from None
     refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
     check_rates(build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin)
     return checkpoint
@@ -54,6 +56,12 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
             raise UserError(f"{origin}: {problem}; branch before the decay begins, and give the warm-up as {warmup}")
 
 
+def copy_files(origin: Checkpoint, destination: Path) -> None:
+    """The checkpoint's own files, and nothing else that lies beside them."""
+    for name in (MANIFEST_NAME, SIDECAR_NAME, *(file["name"] for file in origin.files)):
+        shutil.copyfile(origin.path / name, destination / name)
+
+
 def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     """Make the checkpoint, and the metrics before it, the new run's own. Its digests are checked when it is loaded."""
     metrics = origin.path.parent.parent / METRICS_NAME
@@ -62,5 +70,5 @@ def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     copy_starts(origin.path.parent.parent, run_dir, origin.step)
     write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
     copy = checkpoints_dir(run_dir) / origin.path.name
-    replace_directory(copy, lambda staged: shutil.copytree(origin.path, staged, dirs_exist_ok=True))
+    replace_directory(copy, lambda staged: copy_files(origin, staged))
     write_durably(copy.with_name(POINTER_NAME), pointer_to(copy))

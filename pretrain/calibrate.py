@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.config import Recipe, model_config
 from pretrain.distributed import check_kernels
-from pretrain.flops import Costs, Device, find_device
+from pretrain.flops import DEVICES, Costs, Device, find_device
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 from pretrain.optim import build_optimizer
@@ -92,10 +92,12 @@ def calibrate(
     """Measure this machine's device, or one of so many ranks' part of its CPU (None), for about that long, besides
     building the models. Raises UserError where this machine has another device than the known one.
     """
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    has_gpu = torch.cuda.is_available()
+    here = torch.cuda.get_device_name() if has_gpu else "cpu"
     if known is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    elif find_device(here) != known:
+    # a device with figures of the user's own may be this one
+    elif not has_gpu or (known in DEVICES and find_device(here) != known):
         raise UserError(f"--calibrate measures this machine's device, {here}, which is not {known.name}; run it there")
     device, dtype = torch.device("cuda" if known else "cpu"), torch.bfloat16 if low_precision else torch.float32
     check_kernels(device.type, is_bf16=low_precision)

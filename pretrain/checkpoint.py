@@ -9,8 +9,9 @@ For every parameter there are three states, all fp32: `master`, `exp_avg` and `e
 of consecutive elements of the flattened parameter, stored as `<parameter>/<state>`. Any world size can load what
 any other saved, and the export reads the masters with plain safetensors.
 
-Save: stage, digest, fsync, barrier, rename, then publish the pointer. Load: digests first; a file that the manifest
-does not name, or names otherwise, makes the directory no checkpoint, and is not opened. Nothing here is a pickle.
+Save (pretrain/saving.py): stage, digest, fsync, barrier, rename, then publish the pointer. Load: digests first; a file
+that the manifest does not name, or names otherwise, makes the directory no checkpoint, and is not opened. So do states
+that are no numbers. Nothing here is a pickle.
 """
 
 import errno
@@ -18,32 +19,30 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.shards import digest_file, fsync_directory, write_durably
-from pretrain.distributed import Group, SharedError, World, barrier, gather, together
+from data_prep.errors import UserError, is_passing, naming, os_error_line, refusal
+from data_prep.shards import digest_file
+from pretrain.distributed import World, barrier, gather, together
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
+from pretrain.patience import patiently, read_patiently
+from pretrain.retention import MANIFEST_NAME, OWN_FILE, SIDECAR_NAME, step_name, step_of, steps_in
 
 FORMAT = "tablefree-checkpoint"
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
 POINTER_NAME = "latest"
-STEP_PREFIX = "step-"
 BLOCK_BYTES = 4 << 20
-UNREADABLE = (  # what damage raises
-    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError,
-)  # fmt: skip
-Callback = Callable[[], None] | None
+# What damage raises; of OSErrors, those that `examine` takes for it.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+# What says something of this process or its rights, and nothing of the file.
+NO_DAMAGE = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +62,17 @@ def checkpoints_dir(run_dir: Path) -> Path:
 class Checkpoint:
     """A checkpoint on disk: what its manifest says, and reads of any range of any parameter.
 
-    Raises ValueError or OSError if the manifest is damaged.
+    Raises one of UNREADABLE if the manifest is damaged, or names files that no checkpoint has.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        sidecar = (path / SIDECAR_NAME).read_bytes()
-        if sidecar != sidecar_of(path):
-            said = sidecar.decode(errors="replace").strip()
-            raise ValueError(f"{MANIFEST_NAME}: digest {digest_file(path / MANIFEST_NAME)}, {SIDECAR_NAME} says {said}")
-        content = json.loads((path / MANIFEST_NAME).read_bytes())
+        with naming(path / MANIFEST_NAME):
+            sidecar = (path / SIDECAR_NAME).read_bytes()
+            if sidecar != (expected := sidecar_of(path)):
+                digest, said = expected.decode().split()[0], sidecar.decode(errors="replace").strip()
+                raise ValueError(f"{MANIFEST_NAME}: digest {digest}, {SIDECAR_NAME} says {said}")
+            content = json.loads((path / MANIFEST_NAME).read_bytes())
         if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{MANIFEST_NAME} is not of format {FORMAT} {FORMAT_VERSION}")
         self.manifest: dict[str, Any] = content
@@ -82,26 +82,44 @@ class Checkpoint:
         self.shapes: dict[str, list[int]] = content["parameters"]
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         for file in self.files:
+            if not OWN_FILE.fullmatch(file["name"]):  # so that none outside of this directory is ever opened
+                raise ValueError(f"{MANIFEST_NAME} names {file['name']!r}, which is no file of a checkpoint")
             for name, (start, count) in file["fragments"].items():
                 self._where[name].append((start, count, file["name"]))
         self._open: dict[str, Any] = {}
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """What is wrong with every `parts`-th file from `part` on, or None when all digests agree."""
-        if self.path.name != f"{STEP_PREFIX}{self.step:08d}":
+        """What is wrong with every `parts`-th file from `part` on, or None when all digests agree.
+
+        Raises OSError where a file can't be read.
+        """
+        if self.path.name != step_name(self.step):
             return f"its {MANIFEST_NAME} is of step {self.step}: it was renamed"
         named = {MANIFEST_NAME, SIDECAR_NAME, *(file["name"] for file in self.files)}
         for stranger in sorted(set(os.listdir(self.path)) - named):
             return f"{stranger} is not named in {MANIFEST_NAME}"
         for file in self.files[part::parts]:
-            path = self.path / file["name"]
-            if not path.is_file():
-                return f"{file['name']} is missing"
-            if path.stat().st_size != file["bytes"]:
-                return f"{file['name']} has {path.stat().st_size:,} bytes, expected {file['bytes']:,}"
-            if (digest := digest_file(path)) != file["xxh3_128"]:
-                return f"{file['name']} differs from its digest: {digest}, expected {file['xxh3_128']}"
-            self._file(file["name"])  # raises unless its header is one of safetensors
+            with naming(self.path / file["name"]):
+                if (found := self._damage_of(file)) is not None:
+                    return found
+        return None
+
+    def _damage_of(self, file: dict[str, Any]) -> str | None:
+        """What is wrong with one file, or None."""
+        name, path = file["name"], self.path / file["name"]
+        if path.is_symlink() and path.resolve().parent != self.path.resolve():
+            return f"{name} is a link that leads out of the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != file["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, expected {file['bytes']:,}"
+        if (digest := digest_file(path)) != file["xxh3_128"]:
+            return f"{name} differs from its digest: {digest}, expected {file['xxh3_128']}"
+        opened = self._file(name)  # raises unless its header is one of safetensors
+        keys = opened.keys()
+        for key in keys:
+            if not is_finite(opened.get_slice(key)[:]):  # of the mapped file, which was read just now
+                return f"{key} holds what is no number: the weights were spoilt before they were saved"
         return None
 
     def read(self, name: str, state: str, start: int, count: int) -> Tensor:
@@ -128,6 +146,11 @@ class Checkpoint:
         return self._open[file_name]
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether a vector holds numbers alone: no NaN, no infinity. NumPy, since torch would take all cores for it."""
+    return all(np.isfinite(block.cpu().numpy()).all() for block in values.split(BLOCK_BYTES // 4))
+
+
 def sidecar_of(path: Path) -> bytes:
     """What a checkpoint's manifest makes the sidecar say, in the form that `xxh128sum --check` reads."""
     return f"{digest_file(path / MANIFEST_NAME)}  {MANIFEST_NAME}\n".encode()
@@ -139,131 +162,15 @@ def pointer_to(path: Path) -> bytes:
     return json.dumps(content).encode()
 
 
-def safetensors_blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of fp32 vectors, a few MB at a time and as they lie in memory."""
-    header, end = {}, 0
-    for name, values in tensors.items():
-        begin, end = end, end + values.nbytes
-        header[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for values in tensors.values():
-        for block in values.split(BLOCK_BYTES // 4):
-            yield block.cpu().contiguous().view(torch.uint8).numpy().data
-
-
-def write_fragments(path: Path, fragments: list[Fragment], on_block: Callback = None) -> dict[str, Any]:
-    """Write one rank's file, digested on the way, and flush it to disk; returns its entry in the manifest."""
-    tensors = {f"{f.name}/{state}": values for f in fragments for state, values in f.states.items()}
-    digest, on_its_way = xxhash.xxh3_128(), 0
-    with path.open("wb") as file:
-        for block in safetensors_blocks(tensors):
-            digest.update(block)
-            file.write(block)
-            if on_block:
-                on_block()
-            if file.tell() - on_its_way > BLOCK_BYTES:  # have the disk begin, so that little is left to the fsync
-                os.posix_fadvise(file.fileno(), on_its_way, 0, os.POSIX_FADV_DONTNEED)
-                on_its_way = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return {
-        "name": path.name,
-        "bytes": size,
-        "xxh3_128": digest.hexdigest(),
-        "fragments": {f.name: [f.start, f.states["master"].numel()] for f in fragments},
-    }
-
-
 def disk_of(path: Path) -> tuple[Path, int]:
     """The mount point of the disk that holds a path, and the bytes free there."""
     mount = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.is_mount())
     return mount, shutil.disk_usage(mount).free
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    fragments: list[Fragment],
-    about: dict[str, Any],
-    world: World,
-    group: Group = None,
-    on_block: Callback = None,
-) -> Path:
-    """Save on all ranks; the checkpoint exists, whole, once its directory has its final name.
-
-    `about` is what the manifest says beside step and files; `on_block` is called as writing moves on. Raises UserError
-    on every rank if any rank fails (a full disk, say), naming disk and bytes; what was saved before stays as it was.
-    """
-    home = checkpoints_dir(run_dir)
-    final = home / f"{STEP_PREFIX}{step:08d}"
-    staging = home / f".{final.name}.tmp"
-    needed = sum(gather(sum(values.nbytes for f in fragments for values in f.states.values()), group))
-
-    def clear_staging() -> None:
-        if world.is_main:
-            home.mkdir(parents=True, exist_ok=True)
-            for leftover in home.glob(".*.tmp"):
-                shutil.rmtree(leftover)
-            staging.mkdir()
-            if disk_of(home)[1] < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def complete() -> None:
-        if world.is_main:
-            manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, **about, "files": entries}
-            write_durably(staging / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
-            write_durably(staging / SIDECAR_NAME, sidecar_of(staging))
-            publish(staging, final)
-
-    own_file = staging / f"rank-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
-    try:
-        together(clear_staging, group)
-        entries = gather(together(lambda: write_fragments(own_file, fragments, on_block), group), group)
-        together(complete, group)
-    except UserError as error:
-        if world.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        mount, free = disk_of(home)
-        raise SharedError(
-            f"{final}: not written: {error}; it needs {needed:,} bytes, the disk mounted at {mount} has {free:,} free; "
-            f"make room or mend that, and the same command continues"
-        ) from None
-    return final
-
-
-def publish(staging: Path, final: Path) -> None:
-    """Give a complete checkpoint its final name and point to it."""
-    if final.exists():
-        remove(final)
-    os.rename(staging, final)
-    fsync_directory(final.parent)
-    write_durably(final.parent / POINTER_NAME, pointer_to(final))
-
-
-def remove(path: Path) -> None:
-    """Have a checkpoint disappear by a rename, so that it is never seen half gone."""
-    doomed = path.with_name(f".{path.name}.old.tmp")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def prune_checkpoints(saved: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Remove all but the newest checkpoints and those of every `keep_every`-th step.
-
-    Counts from the one just saved: what is newer was passed over as damaged, and must not crowd out what is good.
-    """
-    run_dir = saved.parent.parent
-    for path in [path for path in saved_steps(run_dir) if path.name <= saved.name][keep_last:]:
-        if keep_every is None or int(path.name.removeprefix(STEP_PREFIX)) % keep_every:
-            remove(path)
-
-
 def saved_steps(run_dir: Path) -> list[Path]:
     """Directories of the checkpoints of a run, newest first."""
-    return sorted(checkpoints_dir(run_dir).glob(STEP_PREFIX + "[0-9]" * 8), reverse=True)
+    return steps_in(checkpoints_dir(run_dir))
 
 
 def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
@@ -271,8 +178,11 @@ def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
     if not pointer.exists():
         return f"{pointer}: missing (removed, or a kill came before it was first written); passed over"
     try:
-        content = pointer.read_bytes()
-        named = pointer.with_name(json.loads(content)["checkpoint"])
+        content = read_patiently(pointer)
+        name = json.loads(content)["checkpoint"]
+        if step_of(name) is None:
+            return f"{pointer}: names {name!r}, which is no checkpoint's name; passed over"
+        named = pointer.with_name(name)
         if not named.is_dir():
             return f"{named}: missing; passed over"
         if named not in passed_over and content != (expected := pointer_to(named)):
@@ -283,26 +193,35 @@ def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
 
 
 def examine(path: Path, part: int, parts: int) -> str | None:
-    """What is wrong with this rank's part of a checkpoint, or None."""
+    """What is wrong with this rank's part of a checkpoint, or None.
+
+    Raises UserError where it can't be read for a reason that says nothing of its files; a disk that fails is tried
+    again first.
+    """
     try:
-        return Checkpoint(path).damage(part, parts)
+        return patiently(lambda: Checkpoint(path).damage(part, parts))
     except UNREADABLE as error:
+        if isinstance(error, OSError) and (is_passing(error) or error.errno in NO_DAMAGE):
+            advice = f"mend that, or move {path} away to go on from the checkpoint before it"
+            raise refusal(error, f"{os_error_line(error)}; {advice}") from None
         return f"{type(error).__name__}: {error}"
 
 
 def newest_good(run_dir: Path, world: World | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose digests agree, and a line for a bad pointer and each newer one that was passed over.
 
-    Ranks share the reading of the files and agree on the answer.
+    Ranks share the reading of the files and agree on the answer. Raises UserError on all of them where one can't read.
     """
     part, parts = (world.rank, world.world_size) if world else (0, 1)
     bad: dict[Path, str] = {}
     good = None
-    paths: list[Path] = gather(saved_steps(run_dir))[0]
+    own_paths = together(lambda: patiently(lambda: saved_steps(run_dir)))
+    paths: list[Path] = gather(own_paths)[0]
     for path in paths:
-        damages = [damage for damage in gather(examine(path, part, parts)) if damage is not None]
+        own = together(lambda path=path: examine(path, part, parts))  # type: ignore[misc]
+        damages = [damage for damage in gather(own) if damage is not None]
         if not damages:
-            good = Checkpoint(path)
+            good = together(lambda path=path: patiently(lambda: Checkpoint(path)))  # type: ignore[misc]
             break
         bad[path] = f"{path}: {damages[0]}; passed over"
     pointer = checkpoints_dir(run_dir) / POINTER_NAME
@@ -311,17 +230,42 @@ def newest_good(run_dir: Path, world: World | None = None) -> tuple[Checkpoint |
     return good, [*filter(None, [damage]), *bad.values()]
 
 
-def load_for_reading(run_dir: Path) -> Checkpoint:
-    """The newest good checkpoint of a run, for evaluation and export. Raises UserError if there is none."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint rather than a run's."""
+    return (path / SIDECAR_NAME).is_file()
+
+
+def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
+    """A good checkpoint of a run, for evaluation and export: the newest, or that of a step; or `run_dir` itself.
+
+    Raises UserError if there is none.
+    """
     if not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: no such directory; train first with pretrain.train")
+    if is_checkpoint(run_dir):
+        return open_good(run_dir, step)
+    if step is not None:
+        return open_good(checkpoints_dir(run_dir) / step_name(step), step)
     checkpoint, passed_over = newest_good(run_dir)
     for line in passed_over:
         print(line, file=sys.stderr)
     if checkpoint is None:
-        found = f"{len(passed_over)} damaged checkpoints ({passed_over[0]})" if passed_over else "no checkpoints"
-        raise UserError(f"{run_dir}: {found}; train with pretrain.train --run-dir {run_dir} first")
+        if passed_over:
+            raise UserError(f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one")
+        raise UserError(f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first")
     return checkpoint
+
+
+def open_good(path: Path, step: int | None) -> Checkpoint:
+    """One checkpoint, once all of it was found good. Raises UserError if it isn't, naming those beside it."""
+    problem = examine(path, 0, 1) if path.is_dir() else "no such checkpoint"
+    if problem is None:
+        checkpoint = Checkpoint(path)
+        if step is None or step == checkpoint.step:
+            return checkpoint
+        problem = f"is of step {checkpoint.step}, not of --step {step}"
+    there = ", ".join(str(step_of(other.name)) for other in steps_in(path.parent)) or "none"
+    raise UserError(f"{path}: {problem}; steps there: {there}")
 
 
 def load_model(checkpoint: Checkpoint) -> TableFreeForCausalLM:

@@ -1,7 +1,7 @@
 """Saving off the critical path: a copy of the rank's state in host memory, written by a thread while training goes on.
 
 The ranks' threads meet in a process group of their own, so that they never mix with the exchanges of training. What
-they write, and how, is in pretrain/checkpoint.py.
+they write, and how, is in pretrain/saving.py.
 """
 
 import threading
@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.shards import fsync_directory
-from pretrain.checkpoint import Callback, Fragment, prune_checkpoints, save_checkpoint
+from pretrain.checkpoint import Fragment
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World, together
-from pretrain.run_directory import METRICS_NAME, write_state
+from pretrain.retention import prune
+from pretrain.run_directory import flush_metrics, write_state
+from pretrain.saving import Callback, save_checkpoint
 
 
 class CheckpointWriter:
@@ -38,11 +39,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, step: int, fragments: list[Fragment], about: dict[str, Any]) -> None:
-        """Have the state after `step` steps written as it is now. Waits for the save before, and raises its error."""
+    def save(self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True) -> None:
+        """Have the state after `step` steps written as it is now, and the oldest checkpoints dropped, if it `prunes`.
+
+        Waits for the save before, and raises its error.
+        """
         self.wait()
-        copies = self._copy(fragments)
-        self._thread = threading.Thread(target=self._write, args=(step, copies, about), name=f"save of step {step}")
+        work = (step, self._copy(fragments), about, prunes)
+        self._thread = threading.Thread(target=self._write, args=work, name=f"save of step {step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -73,28 +77,23 @@ class CheckpointWriter:
             for fragment in fragments
         ]
 
-    def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any]) -> None:
+    def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool) -> None:
         """Body of the thread."""
         try:
-            together(self._flush_metrics, self._group)
+            together(lambda: flush_metrics(self.run_dir) if self.world.is_main else None, self._group)
             saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, self.on_block)
-            together(lambda: self._conclude(saved, step), self._group)
+            together(lambda: self._conclude(saved, step, prunes), self._group)
         except Exception as error:
             self._error = error
             if self.on_failure:
                 self.on_failure()
 
-    def _flush_metrics(self) -> None:
-        """Make the lines of metrics.jsonl durable that the checkpoint counts on."""
-        metrics = self.run_dir / METRICS_NAME
-        if self.world.is_main and metrics.exists():
-            fsync_directory(metrics)
-
-    def _conclude(self, saved: Path, step: int) -> None:
+    def _conclude(self, saved: Path, step: int, prunes: bool) -> None:
         """Note what is saved, then drop the oldest checkpoints."""
         if self.world.is_main:
             write_state(self.run_dir, saved_step=step)
-            prune_checkpoints(saved, self.recipe.keep_last, self.recipe.keep_every)
+            if prunes:
+                prune(saved, self.recipe.keep_last, self.recipe.keep_every)
 
 
 def host_memory(elements: int) -> Tensor:

@@ -4,6 +4,7 @@ The recipe owns model, data order, tokens, batch, optimizer, schedule, activatio
 What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see pretrain/engine.py.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
-from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.shards import MAX_VOCAB_SIZE, ShardReader
+from pretrain.recipe_names import OURS, suggest_key
 
 if TYPE_CHECKING:
     from pretrain.modeling_tablefree import TableFreeConfig
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 MAX_CODE_BITS = 62
+NEAR = 0.6  # difflib's ratio from which two names of files are alike
+AUTO = "auto"  # in the place of model.vocab_size: that of the data set
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # What a resumed run may change, keys and sections: none of it alters what a step computes, but for the order of float
@@ -39,7 +43,7 @@ MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 class ModelRecipe:
     """Architecture of the decoder."""
 
-    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)  # in a recipe's file also `auto`, see load_recipe
     d_model: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
@@ -189,9 +193,22 @@ def shipped_file(name: str, directory: Path, suffix: str, key: str) -> Path:
     """A file that the project ships, by its name, or the path itself."""
     path = Path(name) if Path(name).suffix else directory / f"{name}{suffix}"
     if not path.is_file():
-        shipped = [known.stem for known in directory.glob(f"*{suffix}")]
-        raise UserError(f"{key} {name}: no such file; {nearest(name, shipped)} (or give a {suffix} file)")
+        raise UserError(f"{key} {name}: no such file; {nearest_file(name, directory, suffix)}")
     return path
+
+
+def nearest_file(name: str, directory: Path, suffix: str) -> str:
+    """A suggestion for the name of a file that is not there: a file beside it, or a shipped one."""
+    shipped = [known.stem for known in directory.glob(f"*{suffix}")]
+    path = Path(name)
+    if not path.suffix:
+        return f"{nearest(name, shipped)} (or give a {suffix} file)"
+    beside = [known.name for known in path.parent.glob(f"*{suffix}")]
+    if close := difflib.get_close_matches(path.name, beside, n=1, cutoff=NEAR):
+        return f"did you mean {path.with_name(close[0])}?"
+    if path.stem in shipped:
+        return f"did you mean the shipped {path.stem}, without {suffix}?"
+    return f"{nearest(path.stem, shipped)} (shipped), or give the path of a {suffix} file"
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -199,7 +216,9 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument}: not a known flag; a recipe key is set as --dotted.key=value, with the sign =")
+            key = OURS.get(dotted.rpartition(".")[2].replace("-", "_"))
+            form = f"--{key}=value" if key else "--dotted.key=value"
+            raise UserError(f"{argument}: not a known flag; a recipe key is set as {form}, with the sign =")
         *sections, key = dotted.split(".")
         target = content
         for section in sections:
@@ -223,10 +242,8 @@ def as_numbers(value: Any) -> Any:
 
 
 def nearest_key(dotted: str) -> str:
-    """A suggestion for a misspelt recipe key: by its last name anywhere, or close to it."""
-    keys = dotted_keys(Recipe)
-    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
-    return nearest(dotted, same_name or keys)
+    """A suggestion for an unknown recipe key."""
+    return suggest_key(dotted, dotted_keys(Recipe))
 
 
 def build_recipe(content: Any, origin: str) -> Recipe:
@@ -291,13 +308,28 @@ def check_code_bits(model: ModelRecipe, origin: str) -> None:
         raise UserError(f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; {advice}")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe by name or a file by path, with `--dotted.key=value` overrides."""
+def load_recipe(name: str, overrides: Sequence[str] = (), data_dir: Path | None = None) -> Recipe:
+    """Read a shipped recipe by name or a file by path, with `--dotted.key=value` overrides.
+
+    `model.vocab_size: auto` becomes the number of ids of the data set. Raises UserError.
+    """
     path = shipped_file(name, RECIPES_DIR, ".yaml", "--recipe")
     content = parse_yaml(path.read_bytes(), str(path))
     if isinstance(content, dict):
         apply_overrides(content, overrides)
+        resolve_vocab_size(content, data_dir, str(path))
     return build_recipe(content, " ".join([str(path), *overrides]))
+
+
+def resolve_vocab_size(content: dict[str, Any], data_dir: Path | None, origin: str) -> None:
+    """Put the number of the data set's ids in the place of `model.vocab_size: auto`. Raises UserError without one."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("vocab_size") != AUTO:
+        return
+    if data_dir is None:
+        advice = "give --data-dir, or a number as --model.vocab_size=N"
+        raise UserError(f"{origin}: model.vocab_size is {AUTO}, the number of the data set's ids; {advice}")
+    model["vocab_size"] = ShardReader(data_dir).manifest.vocab_size
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

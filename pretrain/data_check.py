@@ -25,7 +25,7 @@ from typing import Self
 
 import xxhash
 
-from data_prep.errors import UserError, os_error_line
+from data_prep.errors import UserError
 from data_prep.shards import ShardReader, digest_file, write_durably
 from pretrain.config import DataRecipe
 from pretrain.digests import check_file, digests_of, repair_advice
@@ -83,7 +83,7 @@ class DataCheck:
         self._bytes = self._checked_bytes = 0  # of this rank's part
         self._waiting: deque[str] = deque()  # its files that no thread has taken yet
         self._sizes: dict[str, int] = {}
-        self._failure: UserError | None = None
+        self._failure: UserError | OSError | None = None
 
     def __enter__(self) -> Self:
         here = (socket.gethostname(), str(self.home.resolve()))
@@ -104,7 +104,7 @@ class DataCheck:
             missing = f"{error.filename}: missing, but the manifest lists it"
             self._failure = UserError(f"{missing}; {repair_advice(self.data_dir)}")
         except OSError as error:
-            self._failure = UserError(os_error_line(error))
+            self._failure = error
         cores = len(os.sched_getaffinity(0)) // max(1, self.world.local_world_size)
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(MOST_THREADS, max(1, cores)))]
         for thread in threads:
@@ -135,7 +135,7 @@ class DataCheck:
             try:
                 self._check(path)
             except (UserError, OSError) as error:
-                self._failure = self._failure or UserError(os_error_line(error))
+                self._failure = self._failure or error
             self._checked_bytes += self._sizes[path]
             self.on_file()
 

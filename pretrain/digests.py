@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError, os_error_line
 from data_prep.shards import Shard, ShardReader, digest_file
+from pretrain.patience import patiently
 
 
 def digests_of(shards: Iterable[Shard]) -> dict[str, str]:
@@ -14,7 +15,7 @@ def digests_of(shards: Iterable[Shard]) -> dict[str, str]:
 
 def check_file(data_dir: Path, path: str, digest: str, advice: str) -> None:
     """Raise UserError unless a file of a data set has its digest."""
-    if (got := digest_file(data_dir / path)) != digest:
+    if (got := patiently(lambda: digest_file(data_dir / path))) != digest:
         raise UserError(f"{data_dir / path}: differs from its digest: {got}, expected {digest}; {advice}")
 
 

@@ -1,4 +1,4 @@
-"""Who am I in this launch, and how ranks agree on an error.
+"""How ranks share a machine, meet, and agree on an error.
 
 Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here that runs
 before the process group exists needs only the environment that the launcher set.
@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,63 +19,20 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, one_line, os_error_line, unheard
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    UserError,
+    exit_code_of,
+    explained,
+    one_line,
+    os_error_line,
+    printable,
+    unheard,
+)
+from pretrain.world import LET_RANK_0_SPEAK_S, World
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: all ranks, as training has them
-LET_RANK_0_SPEAK_S = 10.0
-
-# (rank, world size, local rank, local world size) as each launcher calls them
-TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-DEEPSPEED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-OPEN_MPI_VARIABLES = (
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-)
-MPICH_VARIABLES = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """This process among those of the launch."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    launched_by_mpi: bool = False
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-
-def world_from_environment() -> World:
-    """Read the launcher's variables; without any, a world of one.
-
-    Raises UserError where only some are there: every rank would believe that it is alone.
-    """
-    for names in (DEEPSPEED_VARIABLES, TORCH_VARIABLES, OPEN_MPI_VARIABLES, MPICH_VARIABLES):
-        if all(name in os.environ for name in names):
-            rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
-            return World(
-                rank=rank,
-                world_size=world_size,
-                local_rank=local_rank,
-                local_world_size=local_world_size,
-                launched_by_mpi=names in (OPEN_MPI_VARIABLES, MPICH_VARIABLES),
-            )
-    for name in SIZE_VARIABLES:
-        if int(os.environ.get(name, 1)) > 1:
-            raise UserError(
-                f"{name}={os.environ[name]} says that this is one of several ranks, but not all of RANK, WORLD_SIZE, "
-                f"LOCAL_RANK and LOCAL_WORLD_SIZE are set; start with deepspeed, torchrun or mpiexec, or set all four"
-            )
-    return World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def set_up_rank(world: World) -> None:
@@ -204,7 +160,11 @@ def barrier() -> None:
 
 
 class SharedError(UserError):
-    """What one rank met, raised on all."""
+    """What one rank met, raised on all; with the exit code that it has there."""
+
+    def __init__(self, message: str, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class LoneError(SharedError):
@@ -222,15 +182,17 @@ def met_alone() -> Iterator[None]:
 
 def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
-    result, failure, host = None, None, socket.gethostname()
+    result, message, code, host = None, None, 0, socket.gethostname()
     try:
         result = action()
     except (UserError, OSError) as error:
-        failure = os_error_line(error)
-    answers = gather((failure, host), group)
-    for message, where in answers:
-        if message is not None:
-            raise SharedError(message if where == answers[0][1] else f"on {where}: {message}")
+        message = os_error_line(error)
+        code = exit_code_of(error)
+    answers = gather((message, code, host), group)
+    first_host = answers[0][2]
+    for failure, exit_code, where in answers:
+        if failure is not None:
+            raise SharedError(failure if where == first_host else f"on {where}: {failure}", exit_code)
     return result  # type: ignore[return-value]
 
 
@@ -244,7 +206,7 @@ def exit_with(error: UserError, world: World) -> int:
     if world.is_main or not isinstance(error, SharedError):
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
         with unheard():
-            print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"error{where}: {printable(one_line(error))}", file=sys.stderr, flush=True)
     if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
-        os._exit(USER_ERROR_EXIT_CODE)
-    return USER_ERROR_EXIT_CODE
+        os._exit(error.exit_code)
+    return error.exit_code

@@ -19,11 +19,16 @@ def learning_rates(recipe: Recipe) -> dict[int, float]:
     return {step: learning_rate(step, total, peak, recipe.schedule) for step in shown}
 
 
-def describe(recipe: Recipe, engine_config: dict[str, Any], loader: TrainingLoader, world_size: int) -> str:
-    """Resolved recipe, merged engine JSON, parameters, schedule, steps and epochs, as text."""
+def describe(
+    recipe: Recipe, engine_config: dict[str, Any], loader: TrainingLoader, world_size: int, default_start: str = ""
+) -> str:
+    """Resolved recipe, merged engine JSON, parameters, schedule, steps and epochs, as text.
+
+    `default_start` is a line on what launch/pretrain.sh would start, where this is no launch of several ranks.
+    """
     return render(
         "dry_run.txt.jinja", recipe=recipe, recipe_yaml=recipe_to_yaml(recipe), engine_config=engine_config,
         engine_json=json.dumps(engine_config, indent=1), parameters=count_parameters(recipe.model),
         flops=flops_per_token(recipe.model), rates=learning_rates(recipe), world_size=world_size,
-        epochs=epochs_lines(recipe, loader),
+        epochs=epochs_lines(recipe, loader), default_start=default_start,
     )  # fmt: skip

@@ -33,6 +33,7 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+SAVE_FAILED = 1000  # beside the numbers of signals, why a run is to end: the writer will say more
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -113,8 +114,9 @@ class Engine:
         except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
-        self.wants_end = False  # set it at any time: all ranks learn of it in the same step
-        self.ends = False  # whether any rank wanted the run to end when the last step was exchanged
+        # Why this rank wants the run to end, a signal's number or SAVE_FAILED; 0: it does not. Set it at any time.
+        self.wants_end = 0
+        self.ends = 0  # the largest of all ranks' when the last step was exchanged, the same one on every rank
         last_step = torch.zeros(len(PHASES) + 2, dtype=torch.float64)  # this rank's seconds and memory; wants_end
         self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
         self._figures: StepFigures | None = None
@@ -167,7 +169,7 @@ class Engine:
         gradient_norm = float(norms.max()) if norms.min() >= 0 else math.inf
         seconds, peak = self.clock.split(), peak_memory_bytes(self.device)
         own = RankFigures(rank=self.world.rank, seconds=seconds, peak_memory_bytes=peak)
-        self.ends = bool(last_steps[:, -1].any())
+        self.ends = int(last_steps[:, -1].max())
         rank = int(last_steps[:, :2].sum(dim=1).argmax())
         *theirs, peak, _ = last_steps[rank].tolist()
         slowest = RankFigures(rank=rank, seconds=dict(zip(PHASES, theirs, strict=True)), peak_memory_bytes=int(peak))
@@ -182,7 +184,7 @@ class Engine:
         """The one place in a step where the host waits for the device.
 
         For each rank the sum of its losses, the gradient norm, the seconds of PHASES and the memory of its last step,
-        and whether it wants the run to end.
+        and why it wants the run to end.
         """
         self._last_step[-1] = self.wants_end
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).view(())

@@ -1,6 +1,10 @@
-"""Score a run on the whole validation split, with the fp32 masters of its newest checkpoint.
+"""Score a run on a whole validation split, with the fp32 masters of its newest checkpoint or of another.
 
-    python -m pretrain.evaluate --run-dir RUN_DIR [--data-dir DATASET]
+    python -m pretrain.evaluate --run-dir RUN_DIR [--step N] [--data-dir DATASET]
+
+    RUN_DIR/evaluation.json                               the newest checkpoint, on the run's own data set
+    RUN_DIR/evaluations/step-00000100.json                that of --step 100
+    RUN_DIR/evaluations/step-00000100.FINGERPRINT.json    on another data set of the same tokenizer
 
 The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id after the
 first is a target exactly once. A run trained with intra_document_masking is scored with it. Bits per byte = total
@@ -12,22 +16,26 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import ShardReader, Tokens, write_durably
-from pretrain.checkpoint import Checkpoint, load_for_reading, load_model
+from data_prep.errors import CommandParser, UserError, exit_code, parse_json
+from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
+from pretrain.checkpoint import Checkpoint, checkpoints_dir, is_checkpoint, load_for_reading, load_model
 from pretrain.digests import check_shards
 from pretrain.distributed import keep_freed_memory
 from pretrain.loader import ValidationWindows
 from pretrain.loss import LanguageModelLoss
+from pretrain.retention import step_name
 from pretrain.templates import render
 
 EVALUATION_NAME = "evaluation.json"
+EVALUATIONS_NAME = "evaluations"
+FIGURES = ("targets", "loss", "perplexity", "bits_per_byte")  # which an export's card tells
 WINDOWS_AT_ONCE = 8
 
 
@@ -44,16 +52,69 @@ def score(nats: float, targets: int, text_bytes: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> ShardReader:
-    """The data set that the run was trained on, there or at another place."""
+def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
+    """The run that a checkpoint belongs to, where --run-dir may name either; None where it lies by itself."""
+    if not is_checkpoint(run_dir):
+        return run_dir
+    home = checkpoint.path.absolute().parent
+    return home.parent if home == checkpoints_dir(home.parent) else None
+
+
+def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None) -> ShardReader:
+    """The data set that the run was trained on, there or at another place; or another one of the same tokenizer."""
     path = data_dir or Path(checkpoint.manifest["data_dir"])
-    if not path.is_dir():
+    if data_dir is None and not path.is_dir():
         raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
     reader = ShardReader(path)
     expected, got = checkpoint.manifest["fingerprint"], reader.manifest.fingerprint
-    if got != expected:
-        raise UserError(f"{reader.data_dir}: fingerprint {got}, but the run was trained on {expected}; give --data-dir")
+    if got == expected:
+        return reader
+    difference = f"{path}: fingerprint {got}, but the run was trained on {expected}"
+    if data_dir is None:
+        raise UserError(f"{difference}; say where that is with --data-dir")
+    reader.check_files()
+    own, others = tokenizer_of(checkpoint, run_dir), reader.manifest.tokenizer_sha256
+    if own is None:
+        raise UserError(f"{difference}, and whether with the same tokenizer can't be told: the run keeps none")
+    if own != others:
+        raise UserError(
+            f"{difference}, with another tokenizer (sha256 {own[:12]}, not {others[:12]}); build it with the run's"
+        )
     return reader
+
+
+def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
+    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the tokenizer tells."""
+    told: str | None = checkpoint.manifest["data"].get("tokenizer_sha256")
+    if told or run_dir is None or not (run_dir / TOKENIZER_NAME).is_dir():
+        return told or None
+    return tokenizer_sha256(run_dir / TOKENIZER_NAME)
+
+
+def evaluation_path(run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, is_newest: bool) -> Path:
+    """Where figures go, so that none take the place of others."""
+    is_own = fingerprint == checkpoint.manifest["fingerprint"]
+    if is_newest and is_own:
+        return run_dir / EVALUATION_NAME
+    data = "" if is_own else f".{fingerprint}"
+    return run_dir / EVALUATIONS_NAME / f"{checkpoint.path.name}{data}.json"
+
+
+def figures_of(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """What was measured after so many steps on the run's own data, if that was done.
+
+    Raises UserError for a file that is not what this command writes.
+    """
+    advice = "run python -m pretrain.evaluate again, or remove it"
+    for path in (run_dir / EVALUATION_NAME, run_dir / EVALUATIONS_NAME / f"{step_name(step)}.json"):
+        content: Any = parse_json(path.read_bytes(), str(path), advice) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: not what pretrain.evaluate writes; {advice}")
+        if content.get("step") == step:
+            if not all(isinstance(content.get(name), int | float) for name in FIGURES):
+                raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {advice}")
+            return content
+    return None
 
 
 def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
@@ -98,23 +159,43 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[dict[str, flo
     return score(float(nats.sum()), int(targets.sum()), sum(text_bytes)), by_source
 
 
+def note(content: dict[str, Any], path: Path) -> None:
+    """Write figures that were printed; where that can't be, they were not measured for nothing."""
+    try:
+        write_durably(path, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}; the figures above are not kept there", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     about = "Loss, perplexity and bits per byte over the whole validation split, with the fp32 masters of the newest"
-    about += " good checkpoint; also written as RUN_DIR/evaluation.json."
+    about += " good checkpoint or of --step; also written into the run's directory, as the README says where."
     parser = CommandParser(prog="python -m pretrain.evaluate", description=about)
-    parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
-    parser.add_argument("--data-dir", type=Path, help="the data set, if it moved since training")
+    run_help = "directory of a run of pretrain.train, or of one of its checkpoints"
+    parser.add_argument("--run-dir", required=True, type=Path, help=run_help)
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps, in place of the newest")
+    data_help = "the data set, if it moved since training, or another one made with the same tokenizer"
+    parser.add_argument("--data-dir", type=Path, help=data_help)
     flags = parser.parse_args(arguments)
     keep_freed_memory()
-    checkpoint = load_for_reading(flags.run_dir)
-    reader = open_data(checkpoint, flags.data_dir)
+    checkpoint = load_for_reading(flags.run_dir, flags.step)
+    run_dir = run_of(checkpoint, flags.run_dir)
+    reader = open_data(checkpoint, flags.data_dir, run_dir)
+    fingerprint = reader.manifest.fingerprint
     check_shards(reader, reader.manifest.shards_of("validation"))
     total, by_source = evaluate(checkpoint, reader)
-    content = {"step": checkpoint.step, "fingerprint": reader.manifest.fingerprint, **total, "sources": by_source}
-    write_durably(flags.run_dir / EVALUATION_NAME, json.dumps(content, indent=1).encode())
     rows = {"whole split": total} | (by_source if len(by_source) > 1 else {})
-    print(render("evaluation.txt.jinja", path=checkpoint.path, rows=rows))
+    other_data = None if fingerprint == checkpoint.manifest["fingerprint"] else f"{reader.data_dir} ({fingerprint})"
+    print(render("evaluation.txt.jinja", path=checkpoint.path, rows=rows, other_data=other_data), flush=True)
+    if run_dir is None:
+        print(f"{checkpoint.path}: lies in no run's directory, so the figures are printed alone", file=sys.stderr)
+        return
+    content = {"step": checkpoint.step, "fingerprint": fingerprint, **total, "sources": by_source}
+    if other_data:
+        content["data_dir"] = str(reader.data_dir.resolve())
+    is_newest = flags.step is None and not is_checkpoint(flags.run_dir)
+    note(content, evaluation_path(run_dir, checkpoint, fingerprint, is_newest=is_newest))
 
 
 if __name__ == "__main__":

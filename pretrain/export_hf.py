@@ -1,16 +1,18 @@
-"""Export a run to Hugging Face format, from the fp32 masters of its newest checkpoint, without DeepSpeed.
+"""Export a run to Hugging Face format, from the fp32 masters of a checkpoint, without DeepSpeed.
 
     python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox] [--dtype ...]
+        [--step N] [--overwrite]
 
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
 
 Both give the same logits. An export is a function of the checkpoint and its evaluation: made twice, its files are
-equal bit for bit.
+equal bit for bit. What it may replace is in pretrain/export_marker.py.
 """
 
 import json
 import shutil
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +20,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import CommandParser, UserError, exit_code, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
-from pretrain.evaluate import EVALUATION_NAME
+from pretrain.evaluate import figures_of, run_of
+from pretrain.export_marker import refuse_to_replace, write_marker
+from pretrain.export_tokenizer import copy_tokenizer
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 from pretrain.starts import for_card, read_starts
 from pretrain.templates import render
+from pretrain.token_codes import aliased_ids
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}
-
-FIGURES = ("targets", "loss", "perplexity", "bits_per_byte")  # of an evaluation, which the card tells
 
 Weights = dict[str, Tensor]
 
@@ -101,31 +105,17 @@ def special_token_ids(tokenizer: Path, eos_id: int) -> dict[str, int]:
     return {f"{kind}_token_id": ids.get(content, eos_id) for kind, content in contents.items()}
 
 
-def copy_tokenizer(run_dir: Path, destination: Path, seq_len: int) -> None:
-    """The run's tokenizer, file by file, told how long a text the model takes."""
-    tokenizer = run_dir / TOKENIZER_NAME
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (tokenizer / name).is_file():
-            raise UserError(f"{tokenizer / name}: missing; copy the tokenizer of the run's data set to {tokenizer}")
-    for file in sorted(tokenizer.iterdir()):
-        shutil.copyfile(file, destination / file.name)
-    path = destination / "tokenizer_config.json"
-    content = json.loads(path.read_bytes()) | {"model_max_length": seq_len}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def save_weights(weights: Weights, path: Path) -> None:
+    """A safetensors file with the mode of those beside it: the library makes its own readable by nobody else."""
+    save_file(weights, path, metadata={"format": "pt"})
+    sibling = path.with_name("tokenizer_config.json")
+    path.chmod(stat.S_IMODE(sibling.stat().st_mode))
 
 
-def read_figures(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """What `pretrain.evaluate` measured, if it did so at the exported step."""
-    path = run_dir / EVALUATION_NAME
-    advice = "run python -m pretrain.evaluate again, or remove it"
-    content = parse_json(path.read_bytes(), str(path), advice) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not what pretrain.evaluate writes; {advice}")
-    if content.get("step") != step:
-        return None
-    if not all(isinstance(content.get(name), int | float) for name in FIGURES):
-        raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {advice}")
-    return content
+def tokens_of(tokenizer: Path, ids: Sequence[int] | None) -> dict[int, str]:
+    """Ids and the texts they stand for, quoted."""
+    known = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    return {token_id: repr(known.decode([token_id], skip_special_tokens=False)) for token_id in ids or ()}
 
 
 def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
@@ -134,13 +124,14 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     weights, exported_config = ARCHITECTURES[architecture](masters, config)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
-    copy_tokenizer(run_dir, directory, config.seq_len)
+    copy_tokenizer(run_dir / TOKENIZER_NAME, directory, config.seq_len)
     special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_weights(weights, directory / "model.safetensors")
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
-        trained_parameters=sum(map(torch.numel, masters.values())), figures=read_figures(run_dir, checkpoint.step),
+        trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
+        one_input=tokens_of(directory, aliased_ids(config.to_dict())),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
@@ -148,24 +139,37 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     (directory / "config.json").write_text(config_text, encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    write_marker(directory, checkpoint, architecture, dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    about = "Export the newest good checkpoint of a run to Hugging Face format."
+    about = "Export a checkpoint of a run, the newest good one unless --step names another, to Hugging Face format."
     parser = CommandParser(prog="python -m pretrain.export_hf", description=about)
-    parser.add_argument("--run-dir", required=True, type=Path, help="directory of a run of pretrain.train")
-    parser.add_argument("--output-dir", required=True, type=Path, help="where the export goes")
+    run_help = "directory of a run of pretrain.train, or of one of its checkpoints"
+    parser.add_argument("--run-dir", required=True, type=Path, help=run_help)
+    output_help = "where the export goes; an export of the same run that is there is replaced, nothing else"
+    parser.add_argument("--output-dir", required=True, type=Path, help=output_help)
+    parser.add_argument("--step", type=int, metavar="N", help="export the checkpoint after N steps")
+    overwrite = "replace an export of another run, or one whose files were edited"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
     forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
     weights = "of the weights (default: float32)"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=weights)
     flags = parser.parse_args(arguments)
-    run, output, form = flags.run_dir, flags.output_dir, (flags.architecture, flags.dtype)
-    checkpoint = load_for_reading(run)
-    if output.exists() and not (output / "model.safetensors").is_file() and any(output.iterdir()):
-        raise UserError(f"--output-dir {output}: holds something else than an export; give an empty directory")
-    replace_directory(output, lambda staged: write_export(run, checkpoint, staged, *form))
+    checkpoint = load_for_reading(flags.run_dir, flags.step)
+    run_dir = run_of(checkpoint, flags.run_dir)
+    if run_dir is None:
+        raise UserError(f"--run-dir {flags.run_dir}: a checkpoint outside of its run has no tokenizer; give the run's")
+    output = flags.output_dir
+    refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
+
+    def write(staged: Path) -> None:
+        write_export(run_dir, checkpoint, staged, flags.architecture, flags.dtype)
+        refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)  # that took a while
+
+    replace_directory(output, write)
     print(f"{output}: {flags.architecture} in {flags.dtype}, from {checkpoint.path}")
 
 

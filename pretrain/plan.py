@@ -1,6 +1,7 @@
 """What a run needs and costs, before it starts: memory, time, price, and how it scales. Nothing is built.
 
     python -m pretrain.plan --recipe R --device h200 --gpus 8 --nodes 4 [--price-per-gpu-hour X] [--calibrate]
+    python -m pretrain.plan --recipe R --device NAME --peak-tflops 312 --memory-gb 64 --interconnect nvlink3,hdr
 
 A step of n ranks, each with A micro-batches:
 
@@ -19,11 +20,13 @@ uses every card of a node for a part of the data, so a rank gets the lesser of i
 more ranks there are, and validation and saves. Nodes that are not given are assumed to hold 8 GPUs.
 """
 
+import math
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,13 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.flops import DEVICES, FORMULA, LINKS, Costs, Device, count_parameters, find_device, flops_per_token
 from pretrain.templates import render
+from pretrain.token_codes import about_one_input
 
 ASSUMED_MFU = 0.35  # peers publish 0.38 to 0.57 for models of this size; below all of them, since nothing is measured
 UPDATE_BYTES = 46  # norm 4, clipping 8, AdamW 16 read and 12 written, low-precision copy 6
 REACHED = 0.8  # of a link, by collectives
 ASSUMED_NODE = 8
+SLOWEST_LINK = "pcie4"
 SCALES = tuple(2**i for i in range(11))
 
 
@@ -110,6 +115,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pretrain.plan", description=about, epilog=more)
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
     parser.add_argument("--device", required=True, help="a GPU such as h200, or cpu, which needs --calibrate")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="its dense bf16 peak, if it is not known")
+    parser.add_argument("--memory-gb", type=float, metavar="Y", help="its memory in 10^9 bytes, if it is not known")
     parser.add_argument("--gpus", type=int, default=1, help="of each node (default 1)")
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
     parser.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
@@ -122,19 +129,39 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def known_device(name: str, *, calibrate: bool) -> Device | None:
-    """The device of that name; None: the CPU. Raises UserError."""
-    device = find_device(name)
-    if device is None and name != "cpu":
-        raise UserError(f"--device {name}: not known; {nearest(name.lower(), [known.name for known in DEVICES])}")
-    if device is None and not calibrate:
-        raise UserError("--device cpu: its peak is not known; add --calibrate to measure it")
-    return device
+def device_of(flags: Namespace) -> Device | None:
+    """The device of that name, with the figures that were given in the place of those known; None: the CPU.
+
+    Raises UserError for one that is neither known nor given.
+    """
+    name, peak_tflops, memory_gb = flags.device, flags.peak_tflops, flags.memory_gb
+    known = find_device(name)
+    if name == "cpu":
+        if peak_tflops or memory_gb:
+            raise UserError("--device cpu: --peak-tflops and --memory-gb are for GPUs; add --calibrate to measure it")
+        if not flags.calibrate:
+            raise UserError("--device cpu: its peak is not known; add --calibrate to measure it")
+        return None
+    if known is None and not (peak_tflops and memory_gb):
+        words = set(re.findall(r"[a-z0-9]+", name.lower()))
+        alike = [device.name for device in DEVICES if words & set(device.name.split())]
+        suggestion = nearest(name.lower(), alike or [device.name for device in DEVICES])
+        raise UserError(f"--device {name}: not known; {suggestion} (or give --peak-tflops and --memory-gb)")
+    given = {}
+    if peak_tflops:
+        given["peak_flops"] = peak_tflops * 1e12
+    if memory_gb:
+        given["memory_bytes"] = memory_gb * 1e9
+    # Of a device that nobody knows, memory bandwidth and link are not known either: the update's traffic is left out,
+    # and the slowest of the usual links is taken unless --interconnect says more.
+    unknown = Device(name=name, peak_flops=0.0, memory_bytes=0.0, bytes_per_s=math.inf, link=SLOWEST_LINK)
+    return replace(known or unknown, **given)
 
 
 def check_flags(flags: Namespace) -> None:
     """Raise UserError for a figure that cannot be."""
-    for flag, most in (("gpus", 1_000_000), ("nodes", 1_000_000), ("mfu", 1), ("price_per_gpu_hour", 1_000_000)):
+    limits = {"gpus": 1_000_000, "nodes": 1_000_000, "mfu": 1, "price_per_gpu_hour": 1_000_000}
+    for flag, most in {**limits, "peak_tflops": 1_000_000, "memory_gb": 1_000_000}.items():
         value = getattr(flags, flag)
         if value is not None and not 0 < value <= most:
             raise UserError(f"--{flag.replace('_', '-')} {value}: expected a number above 0, at most {most:,}")
@@ -156,6 +183,8 @@ def costs_of(sizes: memory.Sizes, flags: Namespace, device: Device | None) -> tu
         flops += (flops - head) / 3 / recipe.activation_checkpointing.every_n_layers
     window, update = recipe.model.seq_len * flops / (mfu * device.peak_flops), UPDATE_BYTES / device.bytes_per_s
     said = f"computing at {mfu:.0%} MFU, an assumption: --calibrate measures it, --mfu sets another"
+    if device.bytes_per_s == math.inf:
+        said += f";\n{' ' * 13}the memory bandwidth of {device.name} is not known: the update's traffic is left out"
     return Costs(window=window, reduced_parameter=0.0, updated_parameter=update), said
 
 
@@ -175,17 +204,18 @@ def plan(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags, overrides = build_parser().parse_known_args(arguments)
     check_flags(flags)
-    device = known_device(flags.device, calibrate=flags.calibrate)
-    recipe, ranks = load_recipe(flags.recipe, overrides), flags.gpus * flags.nodes
+    device = device_of(flags)
+    recipe, ranks = load_recipe(flags.recipe, overrides, flags.data_dir), flags.gpus * flags.nodes
     engine_config = merge_config(recipe, load_engine_config(flags.deepspeed_config or recipe.engine), ranks)
     sizes = memory.Sizes(recipe, engine_config, ranks, "cuda" if device else "cpu")
     available = device.memory_bytes if device else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / flags.gpus
     memory.check_it_fits(recipe, engine_config, ranks, available, sizes.device_type)
     held = memory.held_bytes(sizes) | {"gradient partition": memory.partition_bytes(sizes), "buckets": sizes.buckets}
     held["loss head"] = memory.loss_head_bytes(sizes)
+    manifest = ShardReader(flags.data_dir).manifest if flags.data_dir else None
     print(render(
-        "plan.txt.jinja",
-        data_tokens=ShardReader(flags.data_dir).manifest.tokens("train") if flags.data_dir else None,
+        "plan.txt.jinja", data_tokens=manifest.tokens("train") if manifest else None,
+        one_input=about_one_input(recipe.model, manifest),
         **speeds(sizes, flags, device), flags=flags, device=device, recipe=recipe, sizes=sizes,
         parameters=count_parameters(recipe.model), flops=flops_per_token(recipe.model), formula=FORMULA, held=held,
         modes=[describe_mode(sizes, available, mode) for mode in memory.MODES], available=available,

@@ -46,7 +46,8 @@ class Utilisation:
     def __init__(self, recipe: Recipe, device: torch.device, world: World) -> None:
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.flops_per_token = flops_per_token(recipe.model)
-        known = find_device(self.name)
+        is_gpu = device.type == "cuda"
+        known = find_device(self.name, torch.cuda.get_device_properties(device).total_memory if is_gpu else None)
         self.peak_flops = known.peak_flops * world.world_size if known else None
 
     def mfu(self, tokens_per_s: float) -> float | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, naming, one_line
 from data_prep.shards import write_durably
+from pretrain.patience import patiently, read_patiently
 
 Line = dict[str, Any]
 ADVICE = "mend or remove it, and the same command continues"
@@ -62,7 +63,7 @@ def is_record(content: bytes) -> bool:
 
 def read_records(path: Path) -> Records:
     """A file's lines as far as they are good; of a file that is not there, none."""
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_patiently(path) if path.is_file() else b""
     lines: list[Line] = []
     ends: list[int] = []
     damage = None
@@ -92,9 +93,13 @@ def read_lines(path: Path) -> list[Line]:
 
 def cut_at(path: Path, size: int) -> None:
     """Shorten a file in its place, on the disk when this returns."""
-    with path.open("r+b") as file:
-        file.truncate(size)
-        os.fsync(file.fileno())
+
+    def cut() -> None:
+        with naming(path), path.open("r+b", buffering=0) as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+    patiently(cut)
 
 
 def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:

@@ -8,19 +8,22 @@ checked_data/    see pretrain/data_check.py     logs/           see pretrain/wat
 """
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
 import threading
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, explained
-from data_prep.shards import TOKENIZER_NAME, fsync_directory, write_durably
+from data_prep.errors import UserError, explained, naming
+from data_prep.shards import TOKENIZER_NAME, fsync_directory, read_tokenizer, write_durably
 from pretrain import config
 from pretrain.checkpoint import UNREADABLE, Checkpoint, saved_steps
 from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
+from pretrain.patience import patiently, read_patiently
 from pretrain.records import cut_to_step
 
 RECIPE_NAME = "recipe.yaml"
@@ -38,13 +41,14 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with explained(NOT_OURS, f"{path}: damaged", "remove it to continue from the checkpoints"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_patiently(path)))
 
 
 def write_state(run_dir: Path, **changes: Any) -> None:
     """Update `state.json`."""
     with STATE_LOCK:
-        write_durably(run_dir / STATE_NAME, json.dumps({**read_state(run_dir), **changes}, indent=1).encode())
+        content = json.dumps({**read_state(run_dir), **changes}, indent=1).encode()
+        patiently(lambda: write_durably(run_dir / STATE_NAME, content))
 
 
 def note_failure(run_dir: Path, reason: str) -> None:
@@ -104,8 +108,8 @@ def describe_run(
         (run_dir / SKIPS_NAME).unlink(missing_ok=True)
     write_durably(before, now[0])
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
-    for file in sorted((data_dir / TOKENIZER_NAME).glob("*")):
-        write_durably(run_dir / TOKENIZER_NAME / file.name, file.read_bytes())
+    for name, content in read_tokenizer(data_dir / TOKENIZER_NAME).items():
+        write_durably(run_dir / TOKENIZER_NAME / name, content)
 
 
 class MetricsFile:
@@ -122,14 +126,61 @@ class MetricsFile:
             fsync_directory(run_dir)
         kept, self.cut = cut_to_step(self.path, start_step)
         self.lacks = start_step - len({line["step"] for line in kept})
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open()
+
+    def _open(self) -> None:
+        self._file = self.path.open("ab", buffering=0)  # what a failed write leaves is in the file, or nowhere
+        self._bytes = self._file.tell()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one step's line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Add one step's line. Raises OSError, naming the file, where the disk does not take it."""
+        content = json.dumps(line).encode() + b"\n"
+
+        def write() -> None:
+            with naming(self.path):
+                if self._file.closed:  # after an attempt that failed: the file server may know the old one no more
+                    os.truncate(self.path, self._bytes)
+                    self._open()
+                try:
+                    write_all(self._file, content)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        self._file.close()
+                    raise
+
+        patiently(write)
+        self._bytes += len(content)
 
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
         self._file.close()
+        flush_metrics(self.path.parent)
+
+
+def write_all(file: FileIO, content: bytes) -> None:
+    """Write all of it to an unbuffered file, which may take a part at a time."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def flush_metrics(run_dir: Path) -> None:
+    """Make the lines of metrics.jsonl durable, on which a checkpoint counts.
+
+    After a flush that failed, Linux takes its pages for written, and a second flush alone would succeed over lost
+    lines: so they are written once more, in place, while the run may append.
+    """
+    path = run_dir / METRICS_NAME
+    if not path.exists():
+        return
+    attempts = itertools.count(1)
+
+    def flush() -> None:
+        with naming(path), path.open("r+b", buffering=0) as file:
+            if next(attempts) > 1:
+                lines = file.readall()
+                file.seek(0)
+                write_all(file, lines)
+            os.fsync(file.fileno())
+
+    patiently(flush)

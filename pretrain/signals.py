@@ -6,8 +6,9 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from pretrain.distributed import World
+from data_prep.errors import signal_name
 from pretrain.engine import Engine
+from pretrain.world import World
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
@@ -22,8 +23,8 @@ def end_on_signals(engine: Engine, world: World) -> None:
             os._exit(128 + number)  # what was saved before stays
         if not first_at:
             first_at.append(time.monotonic())
-            engine.wants_end = True
-            text = f"{signal.Signals(number).name}: ending after this step; one more, after 2 s, ends it at once\n"
+            engine.wants_end = number
+            text = f"{signal_name(number)}: ending after this step; one more, after 2 s, ends it at once\n"
             with suppress(OSError):  # a print would fail where the signal interrupts another one
                 os.write(2, text.encode() if world.is_main else b"")
 

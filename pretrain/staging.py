@@ -27,6 +27,7 @@ from data_prep.shards import (
     digest_file,
     fsync_directory,
     lock,
+    read_tokenizer,
     shard_header,
     write_durably,
 )
@@ -114,8 +115,10 @@ def copy_data_set(reader: ShardReader, home: Path) -> None:
         )
     with ThreadPoolExecutor(COPIES_AT_ONCE) as threads:
         list(threads.map(lambda path: copy_checked(reader.data_dir, home, path, digests[path]), missing))
-    for file in [*sorted((reader.data_dir / TOKENIZER_NAME).glob("*")), reader.data_dir / MANIFEST_NAME]:
-        copy, content = home / file.relative_to(reader.data_dir), file.read_bytes()
+    last = {f"{TOKENIZER_NAME}/{name}": held for name, held in read_tokenizer(reader.data_dir / TOKENIZER_NAME).items()}
+    last[MANIFEST_NAME] = (reader.data_dir / MANIFEST_NAME).read_bytes()
+    for path, content in last.items():
+        copy = home / path
         if not copy.is_file() or copy.read_bytes() != content:
             write_durably(copy, content)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import CommandParser, UserError, exit_code, explained, one_line, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code, explained, one_line, parse_json, printable
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
 from pretrain.digests import check_shards
@@ -106,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.run_dir and overrides:
         raise UserError(f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only")
     fingerprint = reader.manifest.fingerprint
-    recipe = recipe_of(flags.run_dir, fingerprint) if flags.run_dir else load_recipe(flags.recipe, overrides)
+    if flags.run_dir:
+        recipe = recipe_of(flags.run_dir, fingerprint)
+    else:
+        recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     rows = recipe.global_batch_size
     for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
         if not 0 <= getattr(flags, name) < end:
@@ -118,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(describe_sample(loader, sample))
     for part in parts_of(loader, sample):
         warn_of_damage(reader, part.shard)
-        print("\n" + describe_part(part, reader, tokenizer, flags.characters))
+        print("\n" + printable(describe_part(part, reader, tokenizer, flags.characters)))
 
 
 if __name__ == "__main__":

@@ -16,34 +16,39 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 if not __package__:  # run by path: let `import pretrain` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
+# What arithmetic refuses is refused before the imports below, which take from seconds to most of a minute.
+if __name__ == "__main__":
+    from pretrain.first_checks import refuse_early
+
+    refuse_early(sys.argv[1:])
+
 import contextlib
+import copy
 import faulthandler
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import CommandParser, UserError, large_number, os_error_line
-from data_prep.shards import ShardReader, Source, lock, without_credentials
+from data_prep.errors import UserError, os_error_line, refusal, signal_name
+from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
 from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.command_line import build_parser
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
-from pretrain.config import Recipe, load_recipe, model_config, recipe_to_dict
+from pretrain.config import Recipe, model_config, recipe_to_dict
 from pretrain.data_check import DataCheck
 from pretrain.digests import lengths_that_differ
 from pretrain.distributed import (
-    World,
     check_kernels,
     exit_with,
     gather,
@@ -51,14 +56,13 @@ from pretrain.distributed import (
     met_alone,
     set_up_rank,
     together,
-    world_from_environment,
 )
 from pretrain.dry_run import describe
-from pretrain.engine import Engine, StepFigures, leave_process_group, start_process_group
-from pretrain.engine_config import load_engine_config, merge_config
+from pretrain.engine import SAVE_FAILED, Engine, StepFigures, leave_process_group, start_process_group
+from pretrain.first_checks import check_arguments, describe_default_start
 from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.memory import check_it_fits
-from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
 from pretrain.optim import learning_rate
 from pretrain.progress import Progress, epochs_lines, say
 from pretrain.run_directory import (
@@ -74,8 +78,10 @@ from pretrain.signals import end_on_signals
 from pretrain.staging import staged
 from pretrain.starts import record_start
 from pretrain.timing import PAUSE, StepProfiler
+from pretrain.token_codes import check_same_code, config_of_run, saved_config, warnings
 from pretrain.validation import validation_batches, windows_to_validate
 from pretrain.watch import Watch
+from pretrain.world import World, world_from_environment
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -85,6 +91,7 @@ class Run:
     """Everything a run needs that a rank can check by itself."""
 
     recipe: Recipe
+    model_config: TableFreeConfig  # with the code that the run's checkpoints hold, if it has any
     engine_config: dict[str, Any]
     data_dir: Path
     reader: ShardReader
@@ -98,44 +105,13 @@ class Run:
     command: list[str]  # the flags, as given
 
 
-def build_parser() -> CommandParser:
-    """The command line; what it doesn't know must be a dotted recipe key."""
-    epilog = "Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8."
-    about = (__doc__ or "").split("\n")[0]
-    parser = CommandParser(prog="python -m pretrain.train", description=about, epilog=epilog)
-    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file")
-    parser.add_argument("--data-dir", required=True, type=Path, help="data set made by data_prep.build_shards")
-    parser.add_argument("--run-dir", required=True, type=Path, help="where the run lives; the same one continues it")
-    names = ("--deepspeed-config", "--deepspeed_config")
-    parser.add_argument(*names, metavar="NAME|FILE", help="DeepSpeed JSON (default: the recipe's engine key)")
-    steps: dict[str, Any] = {"type": large_number, "metavar": "N"}
-    parser.add_argument("--stop-at-step", **steps, help="save and stop after N steps of the whole run")
-    parser.add_argument("--branch-from", type=Path, metavar="CHECKPOINT", help="begin with another run's step-N")
-    parser.add_argument("--profile", **steps, help="profile N steps: a trace, and the ten largest costs")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
-    return parser
-
-
 def prepare(arguments: Sequence[str], world: World) -> Run:
     """Check everything that a rank can check by itself. Raises UserError."""
-    flags, overrides = build_parser().parse_known_args(arguments)
-    recipe = load_recipe(flags.recipe, overrides)
-    engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
-    merged = merge_config(recipe, engine_config, world.world_size)
-    reader = ShardReader(flags.data_dir)
-    reader.check_files()
-    if reader.manifest.vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"{flags.data_dir}: its tokenizer has {reader.manifest.vocab_size:,} ids, model.vocab_size is "
-            f"{recipe.model.vocab_size:,}; set --model.vocab_size={reader.manifest.vocab_size}"
-        )
-    loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
-    if sum(loader.window_counts) < recipe.global_batch_size:
-        raise UserError(
-            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
-            f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
-        )
+    asked = check_arguments(arguments, world.world_size)
+    flags, recipe, merged = asked.flags, asked.recipe, asked.engine_config
+    reader, loader = asked.reader, asked.loader
+    if asked.engine_note:
+        say(world, asked.engine_note)
     device_type, available = memory_of_rank(world)
     try:
         check_it_fits(recipe, merged, world.world_size, available, device_type)
@@ -153,8 +129,10 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    architecture = config_of_run(recipe.model, reader.manifest, saved_config(recipe.model, flags.run_dir, branch_from))
     return Run(
-        recipe=recipe, engine_config=merged, data_dir=flags.data_dir, reader=reader, loader=loader,
+        recipe=recipe, model_config=architecture, engine_config=merged, data_dir=flags.data_dir, reader=reader,
+        loader=loader,
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
         branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
@@ -162,9 +140,10 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     )  # fmt: skip
 
 
-def build_model(recipe: Recipe) -> TableFreeForCausalLM:
-    """The decoder with its initial weights."""
-    model = TableFreeForCausalLM(model_config(recipe.model))
+def build_model(recipe: Recipe, architecture: TableFreeConfig | None = None) -> TableFreeForCausalLM:
+    """The decoder with its initial weights; without an architecture, that of the recipe alone."""
+    own = copy.deepcopy(architecture) or model_config(recipe.model)  # transformers writes into a model's config
+    model = TableFreeForCausalLM(own)
     initialise_parameters(model, recipe.seed)
     checkpointing = recipe.activation_checkpointing
     apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
@@ -183,7 +162,8 @@ def announce(run: Run, engine: Engine, world: World) -> None:
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
         f"of {recipe.batch.global_batch_tokens:,} tokens; ranks: {world.world_size}",
     )
-    say(world, "\n".join(epochs_lines(recipe, run.loader)))
+    one_input = together(lambda: warnings(run.model_config, run.reader) if world.is_main else [])
+    say(world, "\n".join([*epochs_lines(recipe, run.loader), *one_input]))
 
 
 def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
@@ -203,6 +183,7 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
     refuse_another_run(run.run_dir, checkpoint, run.recipe, run.engine_config, run.reader.manifest.fingerprint)
     if checkpoint.shapes != engine.parameter_shapes():
         raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
+    check_same_code(run.model_config, checkpoint)
     together(lambda: engine.write_state(checkpoint))
     say(world, f"continuing from {checkpoint.path}")
     return checkpoint.step
@@ -210,11 +191,26 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
 
 def of_source(source: Source) -> dict[str, Any]:
     """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
-    return asdict(source) | {"origin": without_credentials(source.origin)}
+    about = as_written(source) | {"origin": without_credentials(source.origin)}
+    about.pop("loss", None)  # it is told of all sources together
+    return about
+
+
+def about_data(manifest: Manifest) -> dict[str, Any]:
+    """What an export must know of the data set."""
+    about: dict[str, Any] = {
+        "eos_id": manifest.eos_id,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "sources": [of_source(source) for source in manifest.sources],
+    }
+    return about | ({"loss": str(manifest.loss)} if manifest.loss else {})
 
 
 def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
-    """Have a checkpoint made after `step` steps."""
+    """Have a checkpoint made after `step` steps.
+
+    After a bad step none is dropped for it: whether training diverged, only the next steps will tell.
+    """
     fragments, optimizer_step = engine.read_state()
     manifest = run.reader.manifest
     about = {
@@ -222,14 +218,14 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
         "seed": run.recipe.seed,
         "fingerprint": manifest.fingerprint,
         "data_dir": str(run.data_dir.resolve()),
-        "data": {"eos_id": manifest.eos_id, "sources": [of_source(source) for source in manifest.sources]},
+        "data": about_data(manifest),
         **bad_steps.about(step),
         "recipe": recipe_to_dict(run.recipe),
         "deepspeed": run.engine_config,
-        "model_config": model_config(run.recipe.model).to_diff_dict(),
+        "model_config": run.model_config.to_diff_dict(),
         "parameters": engine.parameter_shapes(),
     }
-    writer.save(step, fragments, about)
+    writer.save(step, fragments, about, prunes=not bad_steps.replayed(step - 1))
 
 
 def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
@@ -311,13 +307,20 @@ def validate_if_due(run: Run, engine: Engine, progress: Progress, line: Line) ->
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, progress: Progress, step: int, save_after: Callable[[int], None]) -> None:
-    """A checkpoint after a step, where it is due."""
+def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> bool:
+    """A checkpoint, where it is due; but none between steps for one that would hold the state of the one before.
+
+    Returns whether training waited for one to be copied.
+    """
     engine.clock.mark("other")
-    if engine.ends or due(step, run.recipe.checkpoints.every_steps, run):
-        with progress.time_left.during("save"):
-            save_after(step + 1)
+    is_end = bool(engine.ends) or step + 1 == run.stop_at_step
+    if is_end or due(step, run.recipe.checkpoints.every_steps, run):
+        is_new = is_end or not bad_steps.all_bad(range(step + 1 - run.recipe.checkpoints.every_steps, step + 1))
+        if is_new:
+            save(run, engine, bad_steps, writer, step + 1)
         engine.clock.mark(PAUSE)
+        return is_new
+    return False
 
 
 def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
@@ -342,7 +345,6 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
     profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
-    save_after = partial(save, run, engine, bad_steps, writer)
     graphs = 0
     engine.clock.mark(PAUSE)  # setting up is part of no step
     while step < run.stop_at_step and not engine.ends:
@@ -370,7 +372,9 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
             watch.step_seconds.append(line["step_s"])
         if metrics:
             metrics.append(line)
-        save_if_due(run, engine, progress, step, save_after)
+        began = time.monotonic()
+        if save_if_due(run, engine, bad_steps, writer, step):
+            progress.time_left.pause_s["save"] = time.monotonic() - began
         step += 1
     batches.close()
     progress.close()
@@ -394,7 +398,7 @@ def naming_the_disk(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         mount, free = disk_of(run_dir)
         where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
-        raise UserError(f"{run_dir}: {where}; mend that, and the same command continues") from error
+        raise refusal(error, f"{run_dir}: {where}; mend that, and the same command continues") from error
 
 
 def begin(run: Run) -> None:
@@ -403,6 +407,14 @@ def begin(run: Run) -> None:
     with naming_the_disk(run.run_dir):
         describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir, fingerprint)
         write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
+
+
+def default_start(arguments: Sequence[str]) -> str:
+    """For a dry run without a launcher, which is of one rank: what launch/pretrain.sh would start here."""
+    if "RANK" in os.environ:
+        return ""
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    return describe_default_start(arguments, torch.cuda.device_count(), memory_of_rank(alone)[1])
 
 
 def run_training(run: Run, world: World) -> None:
@@ -433,7 +445,7 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, che
     """Load what was saved, train the rest once the data are known to be good."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
-    model, eos_id = build_model(run.recipe), run.reader.manifest.eos_id
+    model, eos_id = build_model(run.recipe, run.model_config), run.reader.manifest.eos_id
     engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
     watch.clock = engine.clock
     watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
@@ -447,7 +459,7 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, che
     check.finish()
 
     def end_run() -> None:
-        engine.wants_end = True
+        engine.wants_end = SAVE_FAILED
 
     with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run, engine.clock.saved_block) as writer:
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
@@ -455,7 +467,8 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, che
         steps_done = train(run, engine, bad_steps, watch, start_step, writer)
     if skipped := len([step for step in bad_steps.records if bad_steps.replayed(step)]):
         say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
-    finish(run, steps_done, world, "a signal" if engine.ends else "--stop-at-step")
+    is_signal = 0 < engine.ends < SAVE_FAILED
+    finish(run, steps_done, world, signal_name(engine.ends) if is_signal else "--stop-at-step")
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:
@@ -480,7 +493,9 @@ def main(arguments: Sequence[str]) -> int:
         run = together(lambda: prepare(arguments, world))
         if run.dry_run:
             if world.is_main:
-                print(describe(run.recipe, run.engine_config, run.loader, world.world_size))
+                print(describe(run.recipe, run.engine_config, run.loader, world.world_size, default_start(arguments)))
+                for line in warnings(run.model_config, run.reader):
+                    say(world, line)
         elif gather(together(lambda: read_state(run.run_dir)).get("status"))[0] == "done":
             say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
         else:
@@ -489,7 +504,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return exit_with(error, world)
     except OSError as error:
-        return exit_with(UserError(os_error_line(error)), world)
+        return exit_with(refusal(error, os_error_line(error)), world)
     return 0
 
 

@@ -19,24 +19,37 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard, what_it_says
 from pretrain.config import StallsRecipe
 from pretrain.distributed import LoneError, World, gather
+from pretrain.progress import say
 from pretrain.run_directory import note_failure
 from pretrain.timing import StepClock
+from pretrain.watch_meeting import EVERY_ADDRESS, Reception, choose_address, connect, listen, meeting_address
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
 CONNECT_S = 30.0  # all ranks have met just before: what takes so long is gone
+MOST_NAMED = 4  # ranks, in one line
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
 OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")  # in the text of an error that another rank's end causes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What every rank is told of another one; port and address are rank 0's alone."""
+
+    name: str
+    address: str
+    port: int
+    key: bytes
 
 
 @dataclass(kw_only=True)
@@ -63,6 +76,7 @@ class Watch:
         self._left = threading.Event()
         self._sending = threading.Lock()
         self._place: list[Any] = []
+        self._met_a_stranger = False
         self._moved_at = time.monotonic()
         self._peers: list[Peer] = []
         self._peers = self._connect()
@@ -70,23 +84,52 @@ class Watch:
 
     def _connect(self) -> list[Peer]:
         """Rank 0's connections to all others; another rank's to rank 0, at the address where all of them met."""
-        key, size = secrets.token_hex(), self.world.world_size
-        listener = Listener(("", 0), backlog=size, authkey=key.encode()) if self.world.is_main else None
-        port = listener.address[1] if listener else 0
-        names, ports, keys = zip(*gather((self.name, port, key)), strict=True)
-        if listener is None:
-            to_main = Client((os.environ["MASTER_ADDR"], ports[0]), authkey=keys[0].encode())
-            to_main.send_bytes(json.dumps(self.world.rank).encode())
-            return [Peer(rank=0, name=names[0], connection=to_main)]
-        why = f"one of {size - 1} other ranks did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
-        too_late = threading.Timer(CONNECT_S, self._end, [why])
-        too_late.daemon = True
-        too_late.start()
+        if self.world.world_size == 1:
+            return []
+        seen = gather(meeting_address(self.world))
+        listener: socket.socket | None = None
+        address = EVERY_ADDRESS
+        port = 0
+        if self.world.is_main:
+            listener, address = listen(choose_address(seen), len(seen))
+            port = listener.getsockname()[1]
+        told = gather(Told(name=self.name, address=address, port=port, key=secrets.token_bytes()))
+        if listener:
+            return self._receive_all(listener, told)
+        main = told[0]
+        there = (main.address or seen[self.world.rank], main.port)
+        return [Peer(rank=0, name=main.name, connection=self._connect_to_main(there, main.key))]
+
+    def _receive_all(self, listener: socket.socket, told: list[Told]) -> list[Peer]:
+        """On rank 0: the connections of all others. Ends the job, naming those that do not come in time."""
         with listener:
-            connections = [listener.accept() for _ in names[1:]]
-        ranks = [json.loads(connection.recv_bytes()) for connection in connections]
-        too_late.cancel()
-        return [Peer(rank=r, name=names[r], connection=c) for r, c in zip(ranks, connections, strict=True)]
+            reception = Reception(listener, told[0].key, set(range(1, len(told))), self._say_once_of_a_stranger)
+            reception.receive(CONNECT_S)
+        arrived = sorted(reception.arrived.items())
+        peers = [Peer(rank=rank, name=told[rank].name, connection=connection) for rank, connection in arrived]
+        if reception.awaited:
+            self._peers = peers  # which are told why
+            absent = [told[rank].name for rank in sorted(reception.awaited)]
+            named = ", ".join(absent[:MOST_NAMED])
+            if len(absent) > MOST_NAMED:
+                named += f" and {len(absent) - MOST_NAMED} more"
+            self._end(f"{named} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed")
+        return peers
+
+    def _connect_to_main(self, there: tuple[str, int], key: bytes) -> Connection:
+        """This rank's connection to rank 0."""
+        try:
+            return connect(there, key, self.world.rank, CONNECT_S)
+        except OSError as error:  # a failure, no bad input: the ranks have met just before
+            why = f"cannot reach rank 0 at {there[0]}:{there[1]} ({what_it_says(error)})"
+            advice = "it was killed, or a firewall between the machines must let all ports through"
+            raise SystemExit(f"error: {self.name}: {why}; {advice}") from None
+
+    def _say_once_of_a_stranger(self, address: str, why: str) -> None:
+        """That somebody else has found the port is no fault of the run, and worth a line."""
+        if not self._met_a_stranger:
+            self._met_a_stranger = True
+            say(self.world, f"note: dropped a connection from {address} that is no rank of this run ({why})")
 
     def __enter__(self) -> Self:
         return self

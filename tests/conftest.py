@@ -54,6 +54,11 @@ def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
     return content
 
 
+def overrides_of(shipped: str) -> list[str]:
+    """What a shipped recipe needs to stand without a data set: one takes its vocabulary from it."""
+    return ["--model.vocab_size=65536"] if shipped == "small" else []
+
+
 def write_recipe(path: Path, **sections: Any) -> Path:
     """A tiny recipe as a file."""
     path.write_text(yaml.safe_dump(tiny_recipe_content(**sections)), encoding="utf-8")
@@ -70,11 +75,11 @@ def counting_documents(number: int, vocab_size: int, seed: int) -> list[list[int
     return documents
 
 
-def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE) -> Path:
-    """Two sources of counting documents and a validation split."""
+def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE, times: int = 1) -> Path:
+    """Two sources of counting documents, about 8,000 tokens or so many times that, and a validation split."""
     written = [
-        write_source(data_dir, "train", "up", counting_documents(150, vocab_size, 1), 0),
-        write_source(data_dir, "train", "more", counting_documents(60, vocab_size, 2), 0),
+        write_source(data_dir, "train", "up", counting_documents(150 * times, vocab_size, 1), 0),
+        write_source(data_dir, "train", "more", counting_documents(60 * times, vocab_size, 2), 0),
         write_source(data_dir, "validation", "up", counting_documents(12, vocab_size, 3), 0),
     ]
     return write_dataset(data_dir, written, {"up": 0.75, "more": 0.25}, vocab_size)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from pretrain.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps, no_number
-from pretrain.checkpoint import load_for_reading
+from pretrain.checkpoint import Checkpoint, load_for_reading, saved_steps
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World
 
@@ -293,6 +293,59 @@ def test_a_run_that_diverges_stops_after_so_many_bad_steps(tiny_data: Path, tmp_
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
     assert line.startswith("error: step 10: ")
     assert "All 4 steps before it were bad too: training diverged" in line
+
+
+def saved(run_dir: Path) -> list[int]:
+    return [Checkpoint(path).step for path in saved_steps(run_dir)]
+
+
+def test_while_steps_are_bad_no_checkpoint_of_before_is_dropped(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"every_steps": 2, "keep_last": 1}, train_tokens=8 * 6 * 32)
+    ended = poisoned_run(1, "5", recipe, tiny_data, tmp_path / "one", "--stop-at-step", "6")
+    assert ended.exit_codes == [0], ended.output
+    assert saved(tmp_path / "one") == [6, 4]  # training may have diverged by step 5
+    assert poisoned_run(1, "", recipe, tiny_data, tmp_path / "one").exit_codes == [0]
+    assert saved(tmp_path / "one") == [8]
+    ended = poisoned_run(1, "4 5", recipe, tiny_data, tmp_path / "both", "--stop-at-step", "7")
+    assert ended.exit_codes == [0], ended.output
+    assert "step-00000006" not in ended.output
+    assert saved(tmp_path / "both") == [7]  # none of step 6, whose state was that of step 4
+    ended = poisoned_run(1, "4 5", recipe, tiny_data, tmp_path / "end", "--stop-at-step", "6")
+    assert saved(tmp_path / "end") == [6, 4]  # where a run ends it is saved
+
+
+def be_a_rank_whose_weights_are_spoilt(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank in which one weight is no number any more after so many steps, as a failing device does."""
+    from pretrain.engine import Engine
+
+    after, calls, honest = int(variables["SPOILT_AFTER"]), iter(range(1, 10**6)), Engine.train_step
+
+    def train_step(engine: Engine, *step: Any) -> Any:
+        figures = honest(engine, *step)
+        if next(calls) == after and engine.world.is_main:
+            next(engine._owned())[2]["master"][0] = torch.nan
+            engine.deepspeed.optimizer.update_lp_params()
+        return figures
+
+    Engine.train_step = train_step  # type: ignore[method-assign]
+    be_a_rank(arguments, variables, log)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_are_no_numbers_end_a_run_before_anything_is_lost_for_them(
+    ranks: int, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"keep_last": 1})
+    run_dir, body = tmp_path / "run", be_a_rank_whose_weights_are_spoilt
+    ended = run_ranks(ranks, recipe, tiny_data, run_dir, body=body, SPOILT_AFTER="8")
+    assert ended.exit_codes == [1] * ranks, ended.output  # the device may be well again: --max-restarts tries
+    (said,) = {line for line in ended.output.splitlines() if line.startswith("error:")}
+    assert "step-00000010: not written: " in said
+    assert "holds what is no number" in said
+    assert saved(run_dir) == [5]
+    train_on(ranks, recipe, tiny_data, run_dir)
+    assert saved(run_dir) == [20]
+    assert load_for_reading(run_dir).optimizer_step == 18  # what was skipped stays so
 
 
 def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_manifest_tells_the_truth(dataset: Path, tokenizer_dir: Path, texts:
     assert sum(shard.documents for shard in speeches) == len(texts)
     assert sum(shard.text_bytes for shard in speeches) == sum(len(text.encode()) for text in texts)
     assert sum(shard.text_characters for shard in speeches) == sum(map(len, texts))
-    assert manifest.special_tokens == {"<|endoftext|>": 0}
+    assert manifest.special_tokens == {"<|endoftext|>": 0, "<pad>": 511}
     assert manifest.document_separator == "eos after every document"
     assert manifest.bad_documents == ()
     assert (dataset / "tokenizer" / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
@@ -344,7 +344,7 @@ def test_ctrl_c_is_one_word_and_no_traceback(capfd: pytest.CaptureFixture[str]) 
         raise KeyboardInterrupt
 
     assert exit_code(interrupted) == 130
-    assert capfd.readouterr().err == "stopped\n"
+    assert capfd.readouterr().err == "stopped by Ctrl-C\n"
 
 
 def test_a_directory_in_which_a_build_had_just_begun(tmp_path: Path, mixture: Path) -> None:
@@ -548,7 +548,7 @@ def test_text_that_encodes_to_the_end_of_document_id(tmp_path: Path, texts: list
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "e"}))
     write_parquet(tmp_path / "a.parquet", texts)
     message = build_error(write_mixture(tmp_path, directory, [A_SOURCE]), tmp_path / "out")
-    assert "some text encodes to eos_token 'e'" in message
+    assert "a.parquet: row 0: its text gives the special token 'e' (id " in message
 
 
 def test_ids_beyond_the_vocabulary_stop_the_build(

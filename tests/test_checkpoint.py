@@ -19,6 +19,7 @@ from data_prep.shards import digest_file
 from pretrain.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
+    UNREADABLE,
     Checkpoint,
     Fragment,
     checkpoints_dir,
@@ -26,15 +27,14 @@ from pretrain.checkpoint import (
     load_model,
     newest_good,
     pointer_to,
-    prune_checkpoints,
-    save_checkpoint,
     saved_steps,
     sidecar_of,
-    write_fragments,
 )
 from pretrain.config import ModelRecipe, model_config
 from pretrain.distributed import World
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.retention import prune
+from pretrain.saving import save_checkpoint, write_fragments
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -277,6 +277,88 @@ def test_reading_says_what_is_wrong_when_there_is_nothing_to_read(tmp_path: Path
         load_for_reading(tmp_path)
 
 
+# Names that lead elsewhere
+
+
+@pytest.mark.parametrize(
+    "name", ["../rank-00000-of-00001.safetensors", "/tmp/rank-00000-of-00001.safetensors", "..", "", "manifest.json", 7]
+)
+def test_a_manifest_may_name_files_of_a_checkpoint_alone(name: object, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    shutil.copyfile(newest / TENSORS, newest.parent / TENSORS)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    manifest["files"][0]["name"] = name
+    (newest / MANIFEST).write_text(json.dumps(manifest))
+    (newest / SIDECAR).write_bytes(sidecar_of(newest))
+    (newest / TENSORS).unlink()
+    with pytest.raises(UNREADABLE):
+        Checkpoint(newest)
+    good, said = newest_good(tmp_path)
+    assert_holds(good, 5)
+    assert len([line for line in said if f"{newest}: " in line]) == 1
+
+
+@pytest.mark.parametrize("name", ["../checkpoints/step-00000005", "/tmp", "..", ".", "", "step-5", 7, None, ["a"]])
+def test_a_pointer_may_name_a_checkpoint_alone(name: object, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    pointer = checkpoints_dir(tmp_path) / "latest"
+    pointer.write_text(json.dumps({"checkpoint": name, "manifest_xxh3_128": "0" * 32}))
+    good, (said,) = newest_good(tmp_path)
+    assert_holds(good, 5)
+    assert said.startswith(f"{pointer}: ")
+    assert said.endswith("; passed over")
+
+
+# What is no number
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("state", STATES)
+def test_states_that_are_no_numbers_are_not_saved(value: float, state: str, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    fragments = [Fragment(name=name, start=0, states=states) for name, states in values_of(10).items()]
+    fragments[1].states[state][-1] = value
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        UserError, match=f"step-00000010: not written: vector/{state} holds what is no number"
+    ) as raised:
+        save_checkpoint(tmp_path, 10, fragments, about(), ALONE)
+    assert raised.value.exit_code == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert_holds(newest_good(tmp_path)[0], 5)
+
+
+def test_weights_of_before_that_are_no_numbers_are_passed_over_and_no_step_to_ask_for(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    spoil(newest, "cube")
+    good, said = newest_good(tmp_path)
+    assert_holds(good, 5)
+    spoilt = "cube/master holds what is no number: the weights were spoilt before they were saved"
+    assert said == [f"{newest}: {spoilt}; passed over"]
+    with pytest.raises(UserError, match=f"step-00000010: {spoilt}; steps there: 10, 5"):
+        load_for_reading(tmp_path, 10)
+    spoil(newest.with_name("step-00000005"), "matrix")
+    with pytest.raises(UserError, match=r"2 damaged checkpoints .* restore one"):
+        load_for_reading(tmp_path)
+
+
+def spoil(path: Path, name: str) -> None:
+    """Make a parameter's last weight of a checkpoint NaN, as a run of before this was checked saved it."""
+    tensors = {key: values.clone() for key, values in load_file(path / TENSORS).items()}
+    tensors[f"{name}/master"][-1] = float("nan")
+    (path / TENSORS).unlink()
+    fragments = [
+        Fragment(name=key, start=0, states={state: tensors[f"{key}/{state}"] for state in STATES}) for key in SHAPES
+    ]
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"] = [write_fragments(path / TENSORS, fragments)]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / SIDECAR).write_bytes(sidecar_of(path))
+    (path.parent / "latest").write_bytes(pointer_to(path))
+
+
 # Saving
 
 
@@ -316,7 +398,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
-    prune_checkpoints(saved_steps(tmp_path)[0], 2)
+    prune(saved_steps(tmp_path)[0], 2)
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000020", "step-00000015"]
     assert not list(checkpoints_dir(tmp_path).glob(".*"))
     assert_holds(newest_good(tmp_path)[0], 20)
@@ -324,9 +406,9 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_pruning_keeps_every_so_many_th_step(tmp_path: Path) -> None:
     for step in (4, 5, 8, 10, 12, 15, 17):
-        prune_checkpoints(save(tmp_path, step), 2, 5)
+        prune(save(tmp_path, step), 2, 5)
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17, 15, 10, 5]
-    prune_checkpoints(saved_steps(tmp_path)[0], 1)
+    prune(saved_steps(tmp_path)[0], 1)
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17]
 
 
@@ -335,7 +417,7 @@ def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one
         save(tmp_path, step)
     for path in saved_steps(tmp_path)[:2]:
         flip_byte(path / TENSORS)
-    prune_checkpoints(save(tmp_path, 7), 1)  # training went on from step 5
+    prune(save(tmp_path, 7), 1)  # training went on from step 5
     assert_holds(newest_good(tmp_path)[0], 7)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 from cluster.nodes import RANK, Node, cluster, lacking
-from conftest import FIXED_KERNELS, REPOSITORY, environment, run_command, write_recipe
+from conftest import FIXED_THREADS, REPOSITORY, environment, run_command, write_recipe
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=f"no nodes in miniature: this machine {lacking()}")
 
 HOSTFILE = "node1 slots=1\nnode2 slots=1\n"
-REMOTE_ENVIRONMENT = {**FIXED_KERNELS, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
+REMOTE_ENVIRONMENT = {**FIXED_THREADS, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
 UNTIL_KILLED = """
 import sys, time
 sys.path[:0] = {paths!r}

@@ -1,3 +1,4 @@
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pretrain.config import (
     Recipe,
     apply_overrides,
     build_recipe,
+    dotted_keys,
     flatten,
     load_recipe,
     model_config,
@@ -21,6 +23,7 @@ from pretrain.config import (
     recipe_to_yaml,
     refuse_changes,
 )
+from pretrain.recipe_names import ELSEWHERE, OURS
 
 
 def tiny(**sections: Any) -> Recipe:
@@ -127,6 +130,56 @@ def test_a_bad_override_is_refused(argument: str, says: str, tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         load_recipe(str(write_recipe(tmp_path / "r.yaml", seed=1)), [argument])
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("--optimizer.lr=1e-3", "optimizer.peak_learning_rate"),
+        ("--lr=1e-3", "optimizer.peak_learning_rate"),
+        ("--learning-rate=1e-3", "optimizer.peak_learning_rate"),
+        ("--batch_size=8", "batch.global_batch_tokens"),
+        ("--per_device_train_batch_size=8", "batch.micro_batch_size"),
+        ("--model.n_layer=2", "model.num_layers"),
+        ("--model.hidden_size=64", "model.d_model"),
+        ("--block_size=64", "model.seq_len"),
+        ("--max_iters=10", "train_tokens"),
+        ("--schedule.warmup_iters=10", "schedule.warmup_steps"),
+        ("--max_grad_norm=1", "optimizer.gradient_clipping"),
+        ("--eval_interval=10", "validation.every_steps"),
+        ("--gradient_checkpointing=true", "activation_checkpointing.mode"),
+        ("--bf16=true", "engine"),
+    ],
+)
+def test_a_key_by_its_name_elsewhere_is_told_its_name_here(typed: str, ours: str, tmp_path: Path) -> None:
+    path = str(write_recipe(tmp_path / "r.yaml"))
+    with pytest.raises(UserError, match=f"unknown key .*; did you mean {re.escape(ours)}\\?$"):
+        load_recipe(path, [typed])
+    without_sign = typed.partition("=")[0]  # as other commands have it: --lr 1e-3
+    with pytest.raises(UserError, match=f"not a known flag; a recipe key is set as --{re.escape(ours)}=value"):
+        load_recipe(path, [without_sign, "1e-3"])
+
+
+def test_names_elsewhere_name_keys_that_there_are_and_hide_none() -> None:
+    keys = dotted_keys(Recipe)
+    assert set(ELSEWHERE) <= set(keys)
+    assert not {key.rpartition(".")[2] for key in keys} & set(OURS)
+    assert sum(map(len, ELSEWHERE.values())) == len(OURS)  # each name elsewhere means one key here
+
+
+def test_a_recipe_s_file_that_is_not_there_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "base.yaml")
+    near = re.escape(str(tmp_path / "base.yaml"))
+    for name, says in {
+        str(tmp_path / "bas.yaml"): f"did you mean {near}\\?",
+        str(tmp_path / "Base.yaml"): f"did you mean {near}\\?",
+        str(tmp_path / "quickstart.yaml"): "did you mean the shipped quickstart, without \\.yaml\\?",
+        str(tmp_path / "none" / "quickstrat.yaml"): "did you mean quickstart\\? \\(shipped\\), or give the path",
+        "quickstrat": r"did you mean quickstart\? \(or give a \.yaml file\)",
+        str(tmp_path / "xyz.yaml"): r"expected one of .*quickstart.* \(shipped\), or give the path of a \.yaml file",
+    }.items():
+        with pytest.raises(UserError, match=f"--recipe {re.escape(name)}: no such file; {says}"):
+            load_recipe(name)
 
 
 YAML_TEXTS = st.text(max_size=8) | st.sampled_from(

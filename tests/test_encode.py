@@ -3,7 +3,10 @@
 import itertools
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +16,14 @@ from hypothesis import strategies as st
 from prep_helpers import NASTY_TEXTS, VOCAB_SIZE, build, decoded, source, write_mixture, write_parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.encode import Encoder, load_tokenizer, new_encoder, reference_ids
+from data_prep.encode import (
+    Encoder,
+    load_tokenizer,
+    new_encoder,
+    reference_ids,
+    size_of_vocabulary,
+    without_special_tokens,
+)
 from data_prep.errors import UserError
 from data_prep.shards import tokenizer_sha256
 
@@ -39,7 +49,7 @@ def encoders(tokenizer_dir: Path) -> tuple[Encoder, Encoder]:
 def test_the_facts_of_a_tokenizer(tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_token) == (VOCAB_SIZE, 0, "<|endoftext|>")
-    assert tokenizer.special_tokens == {"<|endoftext|>": 0}
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<pad>": 511}
     assert tokenizer.sha256 == tokenizer_sha256(tokenizer_dir)
 
 
@@ -182,7 +192,7 @@ def test_code_of_a_tokenizer_directory_is_not_run(tmp_path: Path, monkeypatch: p
     auto_map = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto_map))
     (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
-    with pytest.raises(UserError, match="AutoTokenizer can't load it"):
+    with pytest.raises(UserError, match=r"asks for code of its own \(auto_map\), which is never run here"):
         load_tokenizer(tmp_path)
 
 
@@ -199,3 +209,54 @@ def test_any_text_comes_back_out_of_the_shards(
     build(mixture, base / "out")
     found = decoded(base / "out")
     assert [found["a.parquet", row].encode() for row in range(len(documents))] == [text.encode() for text in documents]
+
+
+def test_threads_share_an_encoder(encoders: tuple[Encoder, Encoder], texts: list[str]) -> None:
+    """More threads than cores at once, with batches small enough for one of its threads and large enough for all."""
+    fast, reference = encoders
+    large = "".join(texts)
+    large *= (5 << 19) // len(large)  # 2.5 MB: it is cut at places where no token can lie across
+    batches = [texts[start:] for start in range(7)] + [[large, *texts]]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        found = list(pool.map(lambda batch: encode(fast, batch), batches))
+    assert found == [encode(reference, batch) for batch in batches]
+
+
+@pytest.mark.parametrize("dump", [json.dumps, lambda model: json.dumps(model, ensure_ascii=False, indent=2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"added_tokens": []},
+        {"added_tokens": None},
+        {"a first key": {"added_tokens": [1]}, "added_tokens": [{"content": '"added_tokens": [', "special": False}]},
+        {"normalizer": {"added_tokens": [{"special": True}]}},
+        {"normalizer": "added_tokens"},
+    ],
+)
+def test_special_tokens_are_taken_out_of_the_text_of_tokenizer_json(
+    tokenizer_dir: Path, change: dict[str, Any], dump: Callable[[Any], str]
+) -> None:
+    """All else stays, wherever the list stands and whatever else bears its name."""
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_bytes())
+    kept = {"content": "kept", "special": False}
+    model = {**change, **model, "added_tokens": [*model["added_tokens"], kept], **change}
+    expected = [token for token in model["added_tokens"] or [] if not token["special"]]
+    for of_order in (model, dict(reversed(model.items()))):
+        got = json.loads(without_special_tokens(dump(of_order).encode(), "tokenizer.json"))
+        assert got == {**model, "added_tokens": expected}
+
+
+def test_a_tokenizer_without_added_tokens_has_none_to_take_out() -> None:
+    """Old files may leave the list out."""
+    assert json.loads(without_special_tokens(b'{"model": {}}', "tokenizer.json")) == {"model": {}, "added_tokens": []}
+
+
+def test_the_size_of_a_vocabulary_with_gaps() -> None:
+    """It is one more than the largest id, of added tokens too, however many there are."""
+    assert size_of_vocabulary(Tokenizer(models.WordLevel({}))) == 0
+    dense = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    assert size_of_vocabulary(dense) == 2
+    dense.add_special_tokens(["<s>"])
+    assert size_of_vocabulary(dense) == 3
+    assert size_of_vocabulary(Tokenizer(models.WordLevel({"a": 0, "b": 7}))) == 8

@@ -14,12 +14,13 @@ from conftest import TINY_VOCAB_SIZE, tiny_recipe_content
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
-from pretrain.checkpoint import load_for_reading, save_checkpoint
+from pretrain.checkpoint import load_for_reading
 from pretrain.config import Recipe, build_recipe
 from pretrain.distributed import World
 from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)

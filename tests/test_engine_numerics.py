@@ -27,11 +27,12 @@ from conftest import tiny_recipe_content
 from forked_ranks import become_a_rank, fork_server, variables_of
 
 from data_prep.shards import Tokens
-from pretrain.checkpoint import load_for_reading, save_checkpoint
+from pretrain.checkpoint import load_for_reading
 from pretrain.config import Recipe, build_recipe
-from pretrain.distributed import World, world_from_environment
 from pretrain.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
+from pretrain.world import World, world_from_environment
 
 RANKS = (2, 1, 3)  # what 2 ranks save, 2, 1 and 3 resume
 WINDOWS = 18  # a step's: 1, 2 and 3 ranks divide it, with 1 and with 3 micro-batches each

@@ -2,25 +2,30 @@
 
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import environment, run_command, tiny_recipe_content
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import write_durably
-from pretrain.checkpoint import Fragment, load_for_reading, load_model, save_checkpoint
+from data_prep.shards import digest_file, write_durably
+from pretrain.checkpoint import Fragment, load_for_reading, load_model
 from pretrain.config import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World
 from pretrain.export_hf import main, special_token_ids
+from pretrain.export_marker import MARKER_NAME
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.saving import save_checkpoint
 
 FORMS = ("tablefree", "gpt_neox")
 INPUTS = ("binary_code", "affine_code", "learned")
@@ -36,16 +41,16 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str) -> None:
+def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **model: int) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
-    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding}), "test")
-    model = TableFreeForCausalLM(model_config(recipe.model))
-    initialise_parameters(model, 7)
+    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test")
+    untrained = TableFreeForCausalLM(model_config(recipe.model))
+    initialise_parameters(untrained, 7)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in untrained.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in untrained.named_parameters()}
     fragments = [
         Fragment(name=n, start=0, states={k: p.flatten().clone() for k in ("master", "exp_avg", "exp_avg_sq")})
         for n, p in parameters.items()
@@ -246,3 +251,181 @@ def test_special_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     assert special_token_ids(tmp_path, 9) == {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": "<pad>"}))
     assert special_token_ids(tmp_path, 9)["pad_token_id"] == 7
+
+
+# What an export may replace
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, links as such."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or path.is_file()]
+    return {str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes() for path in paths}
+
+
+def export(run_dir: Path, output: Path, *more: str) -> None:
+    main(["--run-dir", str(run_dir), "--output-dir", str(output), *more])
+
+
+def test_an_export_carries_the_digest_of_each_of_its_files(exports: dict[str, Path]) -> None:
+    for form, directory in exports.items():
+        marker = json.loads((directory / MARKER_NAME).read_text())
+        assert (marker["architecture"], marker["dtype"], marker["step"]) == (form, "float32", 20)
+        names = {path.name for path in directory.iterdir()} - {MARKER_NAME}
+        assert marker["files"] == {name: digest_file(directory / name) for name in names}
+        assert not [key for key in marker["recipe"] if key.startswith("data.")]  # paths of this machine
+
+
+def add_file(output: Path) -> None:
+    (output / "notes.md").write_text("mine")
+
+
+def add_directory(output: Path) -> None:
+    (output / "scripts").mkdir()
+    (output / "scripts" / "serve.py").write_text("mine")
+
+
+def add_nothing_but_a_directory(output: Path) -> None:
+    (output / "empty").mkdir()
+
+
+def put_a_link_in_place(output: Path) -> None:
+    (output.parent / "mine.md").write_text("mine")
+    (output / "README.md").unlink()
+    (output / "README.md").symlink_to(output.parent / "mine.md")
+
+
+def be_of_before_there_was_a_marker(output: Path) -> None:
+    (output / MARKER_NAME).unlink()
+
+
+def damage_the_marker(output: Path) -> None:
+    (output / MARKER_NAME).write_text("[" * 100_000)
+
+
+def edit(output: Path) -> None:
+    card = output / "README.md"
+    card.write_text(card.read_text() + "My own words.\n")
+
+
+def lack_a_file(output: Path) -> None:
+    (output / "README.md").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "overwritten"),
+    [
+        (add_file, "notes.md is no part of the export there; move it away", False),
+        (add_directory, "scripts is no part of the export there", False),
+        (add_nothing_but_a_directory, "empty is no part of the export there", False),
+        (put_a_link_in_place, "README.md is no part of the export there", False),
+        (be_of_before_there_was_a_marker, f"holds something else than an export with its {MARKER_NAME}", False),
+        (damage_the_marker, f"holds something else than an export with its {MARKER_NAME}", False),
+        (edit, "README.md was changed since it was exported; --overwrite replaces it", True),
+        (lack_a_file, "README.md of the export there is missing; --overwrite replaces it", True),
+    ],
+)
+def test_what_an_export_would_lose_is_refused_and_stays(
+    change: Callable[[Path], None],
+    says: str,
+    overwritten: bool,
+    exports: dict[str, Path],
+    text_run: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "home" / "e"
+    shutil.copytree(exports["gpt_neox"], output)
+    change(output)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=re.escape(says)):
+        export(text_run, output)
+    assert contents(tmp_path) == before
+    if overwritten:
+        export(text_run, output, "--overwrite")
+        assert contents(output).keys() == {str(output / path.name) for path in exports["tablefree"].iterdir()}
+    else:
+        with pytest.raises(UserError, match=re.escape(says)):
+            export(text_run, output, "--overwrite")
+        assert contents(tmp_path) == before
+
+
+def test_another_run_s_export_takes_overwrite(runs: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "e"
+    export(runs["learned"], output)
+    before = contents(output)
+    says = "holds an export of another run (model.input_embedding learned, here binary_code); --overwrite replaces it"
+    with pytest.raises(UserError, match=re.escape(says)):
+        export(runs["binary_code"], output)
+    assert contents(output) == before
+    export(runs["binary_code"], output, "--overwrite")
+    assert json.loads((output / MARKER_NAME).read_text())["recipe"]["model.input_embedding"] == "binary_code"
+
+
+def test_a_file_or_a_dangling_link_is_no_place_for_an_export(text_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match="is no directory; give another"):
+            export(text_run, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_export_into_a_link_to_a_larger_disk_lies_there(text_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "large" / "e").mkdir(parents=True)
+    (tmp_path / "e").symlink_to(tmp_path / "large" / "e")
+    for _ in range(2):
+        export(text_run, tmp_path / "e")
+    assert (tmp_path / "e").is_symlink()
+    assert (tmp_path / "large" / "e" / "model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["e"]
+
+
+def test_the_checkpoint_of_a_step_is_exported_over_that_of_another(text_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e"
+    export(text_run, output)
+    export(text_run, output, "--step", "15")
+    assert json.loads((output / MARKER_NAME).read_text())["step"] == 15
+    weights = load_file(output / "model.safetensors")
+    checkpoint = load_for_reading(text_run, 15)
+    assert all(torch.equal(weights[name], checkpoint.parameter(name)) for name in checkpoint.shapes)
+    export(text_run / "checkpoints" / "step-00000015", tmp_path / "same")
+    for name in contents(output):
+        assert Path(name).read_bytes() == (tmp_path / "same" / Path(name).name).read_bytes()
+
+
+def test_a_checkpoint_by_itself_has_no_tokenizer_to_export(text_run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "step-00000015"
+    shutil.copytree(text_run / "checkpoints" / alone.name, alone)
+    with pytest.raises(UserError, match="a checkpoint outside of its run has no tokenizer"):
+        export(alone, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_have_the_mode_that_the_umask_gives(umask: int, text_run: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        export(text_run, tmp_path / "e")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "e").iterdir()}
+    assert set(modes.values()) == {oct(0o666 & ~umask)}, modes
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (
+            {"code_bits": 9, "d_model": 36, "num_heads": 2},
+            "ids 0 (`'<|endoftext|>'`) and 511 (`'<pad>'`) are one input",
+        ),
+        ({"code_bits": 16}, None),
+    ],
+)
+def test_the_card_says_which_two_ids_are_one_input(
+    model: dict[str, int], says: str | None, text_run: Path, tmp_path: Path
+) -> None:
+    save_untrained_run(tmp_path / "run", text_run / "tokenizer", "binary_code", **model)
+    main(["--run-dir", str(tmp_path / "run"), "--output-dir", str(tmp_path / "export")])
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "projection.\n\n" in card
+    assert (says in card) if says else ("one input" not in card)

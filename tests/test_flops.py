@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import overrides_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import RECIPES_DIR, ModelRecipe, load_recipe, model_config
-from pretrain.flops import DEVICES, count_parameters, find_device, flops_per_token
+from pretrain.flops import DEVICES, Device, count_parameters, find_device, flops_per_token
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 
@@ -26,7 +27,7 @@ def counted_by_torch(model: ModelRecipe) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
 def test_parameters_of_every_recipe_are_those_of_its_model(name: str) -> None:
-    model = load_recipe(name).model
+    model = load_recipe(name, overrides_of(name)).model
     assert count_parameters(model) == counted_by_torch(model)
 
 
@@ -82,7 +83,9 @@ def test_flops_are_those_that_torch_counts_with_half_of_attention_for_causality(
         ("NVIDIA H100 NVL", "h100 nvl"),
         ("NVIDIA A100-SXM4-40GB", "a100"),
         ("NVIDIA A100-SXM4-80GB", "a100 80gb"),
-        ("NVIDIA A100 80GB PCIe", "a100 80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100 pcie 80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100 pcie"),
+        ("NVIDIA H100 NVL 94GB", "h100 nvl"),
         ("NVIDIA GeForce RTX 4090", "rtx 4090"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
@@ -100,7 +103,36 @@ def test_a_device_is_found_by_its_driver_s_name_and_by_its_short_one(name: str, 
 
 @pytest.mark.parametrize(
     "name",
-    ["cpu", "", "NVIDIA H20", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "nvidia"],
+    [
+        "cpu",
+        "",
+        "nvidia",
+        "NVIDIA H20",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A100-PCIE-30GB",
+        "NVIDIA H100 96GB HBM3",
+        "NVIDIA H100 SXM5 64GB",
+        "NVIDIA H100 80GB HBM2e",
+        "NVIDIA H100 NVL 80GB",
+        "NVIDIA H200 PCIe",
+        "NVIDIA GH200 144G HBM3e",
+        "NVIDIA GH200 120GB",
+        "NVIDIA RTX 3090 12GB",
+        "NVIDIA L4-SXM4",
+        "AMD Instinct MI300X 128GB",
+    ],
 )
 def test_a_part_or_a_namesake_of_a_known_device_is_not_taken_for_it(name: str) -> None:
     assert find_device(name) is None
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_a_device_whose_driver_reports_other_memory_than_its_data_sheet_is_another_one(device: Device) -> None:
+    """Drivers report 0.98 to 1.08 times the data sheet's gigabytes."""
+    assert find_device(device.name) == device
+    for share in (0.95, 1.0, 1.08):
+        assert find_device(device.name, share * device.memory_bytes) == device
+    for share in (0.5, 0.8, 1.2, 2.0):
+        assert find_device(device.name, share * device.memory_bytes) is None

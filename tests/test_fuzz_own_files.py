@@ -30,8 +30,7 @@ from pretrain.checkpoint import checkpoints_dir, load_for_reading, load_model, s
 from pretrain.config import build_recipe, load_recipe
 from pretrain.distributed import World
 from pretrain.engine_config import load_engine_config
-from pretrain.evaluate import open_data
-from pretrain.export_hf import read_figures
+from pretrain.evaluate import figures_of, open_data
 from pretrain.run_directory import MetricsFile, note_failure, read_state
 from pretrain.templates import render
 
@@ -224,7 +223,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         BadSteps(run_dir, recipe.bad_steps, WORLD).restore(None)
 
     def figures() -> None:
-        found = read_figures(run_dir, 20)
+        found = figures_of(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
         render("model_card.md.jinja", manifest=checkpoint.manifest, architecture="tablefree", dtype="float32",
                trained_parameters=1, figures=found)  # fmt: skip

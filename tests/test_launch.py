@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY, environment, losses, run_command, train, write_recipe
 from prep_helpers import source, write_mixture, write_parquet
 
@@ -132,6 +133,14 @@ def test_the_benchmark_of_training_runs() -> None:
         ([*PRETRAIN, "--hostfile", "README.md"], {}, "error: --hostfile README.md: line 3: **Pre"),
         (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS 1: expected"),
         (["launch/quickstart.sh", "--steps", "9"], {}, "error: --steps: not a known flag"),
+        (["launch/quickstart.sh", "/tmp", "20"], {}, "error: 20: not known beside the directory"),
+        (["launch/quickstart.sh", "/tmp", "--steps=9", "x"], {}, "error: --steps=9 x: not known beside the directory"),
+        (["python", "-m", "pretrain", "train", "--recipe"], {}, "error: python -m pretrain train: it only lists the "),
+        (
+            ["python", "-m", "data_prep", "verfy"],
+            {},
+            "error: python -m data_prep verfy: it only lists the commands; did",
+        ),
         (["launch/build_shards.sh"], {}, "error: no flags; launch/build_shards.sh --help"),
         (["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"], {}, "error: --hostfile README.md:"),
         ([*PRETRAIN, "--hostfile", "README.md", "--ranks=2"], {}, "error: argument --ranks: not allowed with"),
@@ -149,3 +158,42 @@ def test_bad_flags_are_one_clear_line(command: list[str], variables: dict[str, s
     assert result.returncode == 2
     assert result.stderr.startswith(line)
     assert len(result.stderr.splitlines()) == 1
+
+
+def run_begun_with(run_dir: Path, steps: int) -> Path:
+    """A directory in which the quick start began a run of so many steps, as far as its script looks."""
+    run_dir.mkdir()
+    recipe = yaml.safe_load((REPOSITORY / "pretrain" / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    content = {**recipe, "train_tokens": steps * recipe["batch"]["global_batch_tokens"]}
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return run_dir
+
+
+def test_the_quick_start_says_when_other_steps_are_asked_for_than_are_there(tmp_path: Path) -> None:
+    run_dir = run_begun_with(tmp_path / "run", 20)
+    result = run_command("launch/quickstart.sh", str(run_dir), STEPS="40")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: STEPS=40: the run in {run_dir} has 20 steps; leave STEPS out to go on with it, "
+        f"or give another directory\n"
+    )
+    assert [path.name for path in run_dir.iterdir()] == ["recipe.yaml"]
+    (run_dir / "summary.txt").write_text("the page\n")
+    for variables in ({}, {"STEPS": ""}, {"STEPS": "20"}):  # what is there is shown
+        shown = run_command("launch/quickstart.sh", str(run_dir), **variables)
+        assert (shown.returncode, shown.stdout) == (0, "the page\n"), shown.stderr
+
+
+@pytest.mark.parametrize("package", ["pretrain", "data_prep"])
+def test_a_package_lists_its_commands_with_a_line_each(package: str) -> None:
+    result = run_command(sys.executable, "-m", package)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    listed = [line.split("  ")[0].strip() for line in lines[:-1]]
+    folder = REPOSITORY / package
+    ending = "sys.exit(exit_code(" if package == "data_prep" else "sys.exit("
+    ours = [path.stem for path in sorted(folder.glob("*.py")) if ending in path.read_text().splitlines()[-1]]
+    assert listed == [f"python -m {package}.{name}" for name in ours if name != "__main__"]
+    assert len(listed) >= 4
+    assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in lines[:-1])
+    assert lines[-1].startswith("--help")

@@ -1,5 +1,6 @@
 """Nothing that a glob leaves out goes unsaid, and nothing that is built is taken for input."""
 
+import json
 import os
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def test_a_command_prints_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "caf\\udce9" in result.stdout
     assert (out / "tokenizer.json").is_file()
+    assert os.fsencode(out) in os.fsencode(json.loads((out / "training.json").read_bytes())["command"])
 
 
 GAPS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, counting_dataset
+from conftest import REPOSITORY, counting_dataset, overrides_of
 
 from data_prep.errors import UserError
 from pretrain.calibrate import calibrate
@@ -55,7 +55,7 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
 def test_every_recipe_can_be_planned_on_one_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(["--recipe", name, "--device", "mi300x"])
+    plan(["--recipe", name, "--device", "mi300x", *overrides_of(name)])
     printed = capsys.readouterr().out
     assert all(mode in printed for mode in MODES)
 
@@ -93,6 +93,14 @@ def test_a_plan_loads_neither_torch_nor_deepspeed() -> None:
     ("flags", "said"),
     [
         (["--device", "h300"], "--device h300: not known; did you mean h200?"),
+        (
+            ["--device", "NVIDIA A100-SXM-64GB"],
+            "not known; expected one of a100, a100 80gb, a100 pcie, a100 pcie 80gb (or",
+        ),
+        (["--device", "h300", "--peak-tflops", "900"], "--device h300: not known; did you mean h200? (or give --peak"),
+        (["--device", "h300", "--peak-tflops", "900", "--memory-gb", "0"], "--memory-gb 0.0: expected a number above"),
+        (["--device", "h200", "--peak-tflops", "nan"], "--peak-tflops nan: expected a number above 0"),
+        (["--device", "cpu", "--peak-tflops", "1"], "--device cpu: --peak-tflops and --memory-gb are for GPUs"),
         (["--device", "cpu"], "add --calibrate"),
         (["--device", "h200", "--gpus", "0"], "--gpus 0: expected a number above 0"),
         (["--device", "h200", "--gpus", "7"], "does not divide over 7 ranks"),
@@ -111,10 +119,37 @@ def test_what_cannot_be_planned_gets_one_line(flags: list[str], said: str) -> No
         plan(["--recipe", "paper_binary_code", *flags])
 
 
+def test_a_device_that_nobody_knows_is_planned_by_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """As if it were a known one, but for the update's memory traffic, of which the output says that it is left out."""
+
+    def planned(*flags: str) -> str:
+        plan(["--recipe", "paper_binary_code", "--interconnect", "nvlink4,ndr", *flags])
+        return capsys.readouterr().out
+
+    known = planned("--device", "h200")
+    given = planned("--device", "NVIDIA H999", "--peak-tflops", "989.5", "--memory-gb", "141")
+    assert "1 x 1 NVIDIA H999, peak 990 TFLOP/s" in given
+    assert "the memory bandwidth of NVIDIA H999 is not known: the update's traffic is left out" in given
+    memory_of = [text[text.index("memory of a rank") : text.index("speed ")] for text in (known, given)]
+    assert memory_of[0] == memory_of[1]
+    speeds = [float(text.split("speed")[1].split(" tokens/s")[0].replace(",", "")) for text in (known, given)]
+    assert speeds[0] < speeds[1] < 1.01 * speeds[0]
+
+
+def test_a_figure_that_was_given_takes_the_place_of_the_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(["--recipe", "paper_binary_code", "--device", "a100", "--memory-gb", "64"])
+    printed = capsys.readouterr().out
+    assert "1 x 1 a100, peak 312 TFLOP/s" in printed
+    size = largest_micro_batch(PAPER, merged(PAPER, 1), 1, "cuda", 64e9, "none")
+    assert f"{size}\n" in next(line + "\n" for line in printed.splitlines() if line.startswith("  none"))
+
+
 def test_bad_input_is_one_line_and_exit_code_2() -> None:
     result = run_plan("--recipe", "paper_binary_code", "--device", "h300")
     assert result.returncode == 2
-    assert result.stderr == "error: --device h300: not known; did you mean h200?\n"
+    assert result.stderr == (
+        "error: --device h300: not known; did you mean h200? (or give --peak-tflops and --memory-gb)\n"
+    )
 
 
 def test_what_is_said_to_fit_does_and_the_next_larger_does_not() -> None:

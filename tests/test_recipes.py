@@ -5,18 +5,22 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, overrides_of
 
-from pretrain.config import RECIPES_DIR, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
+from pretrain.config import RECIPES_DIR, Recipe, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 PAPER = ["paper_affine_code", "paper_binary_code", "paper_learned"]
 
 
+def load_shipped(name: str) -> Recipe:
+    return load_recipe(name, overrides_of(name))
+
+
 def model_without_memory(recipe: str) -> TableFreeForCausalLM:
     with torch.device("meta"):
-        return TableFreeForCausalLM(model_config(load_recipe(recipe).model))
+        return TableFreeForCausalLM(model_config(load_shipped(recipe).model))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -29,7 +33,7 @@ def test_the_paper_recipes_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_loads_and_builds(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_shipped(name)
     model = model_without_memory(name)
     assert len(model.layers) == recipe.model.num_layers
     assert recipe.total_steps > 0

@@ -177,7 +177,7 @@ def test_what_was_left_out_and_the_tokenizer_s_special_tokens(
     assert left_out[0] == "2 empty documents, 5 bad ones"
     rows = [f"a.jsonl, row {len(texts) + 2 + i}: {manifest.bad_documents[i].reason}" for i in range(3)]
     assert left_out[1:] == [show.cut(row, show.LINE_CHARACTERS) for row in rows]
-    assert "\nspecial      <|endoftext|> = 0\n" in out
+    assert "\nspecial      <pad> = 511, <|endoftext|> = 0\n" in out
     assert "\nseparator    eos after every document: <|endoftext|> = 0\n" in out
 
 

@@ -67,7 +67,9 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on_bitwise
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     steps = len(losses(tmp_path / "run"))
     assert (state["status"], state["saved_step"]) == ("preempted", steps)
-    assert f"{number.name}: ending after this step" in output
+    called = "Ctrl-C (SIGINT)" if number == signal.SIGINT else number.name
+    assert f"{called}: ending after this step" in output
+    assert state["reason"] == f"stopped at step {steps}, as {called} asked"
     train_on(1, recipe, tiny_data, tmp_path / "run", LONG, "--stop-at-step", str(steps + 5))
     train_on(1, recipe, tiny_data, tmp_path / "unbroken", LONG, "--stop-at-step", str(steps + 5))
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
@@ -82,16 +84,18 @@ def test_a_signal_to_one_rank_ends_all(recipe: Path, tiny_data: Path, tmp_path: 
     assert process.returncode == 0, output
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
+    assert state["reason"].endswith(", as SIGUSR1 asked")  # rank 0, which writes it, got none
 
 
 def test_a_signal_to_the_launch_script_ends_its_ranks_well(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
     process = start(["launch/pretrain.sh", *flags, LONG], tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
+    assert state["reason"].endswith(", as Ctrl-C (SIGINT) asked")
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
     assert not left
 

@@ -160,7 +160,7 @@ def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start(
 def test_bad_input_is_not_tried_again(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     result = run_command(*command(recipe, tiny_data, tmp_path / "run", "--max-restarts=3", "--model.depth=9"))
     assert result.returncode == 2
-    assert result.stdout.count("+ deepspeed") == 1
+    assert "+ deepspeed" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {recipe} --model.depth=9: unknown key model.depth; ")
     assert "restart" not in result.stderr

@@ -22,7 +22,7 @@ from conftest import counting_dataset, write_recipe
 from forked_ranks import become_a_rank, fork_server, variables_of
 
 from pretrain.checkpoint import Checkpoint, newest_good
-from pretrain.distributed import World, world_from_environment
+from pretrain.world import World, world_from_environment
 
 RANKS = (1, 2, 3, 4)
 VOCAB_SIZE = 131

@@ -1,7 +1,7 @@
 """A run under SIGKILLs, full disks, flipped bytes and changes of world size, held against the same run unbroken.
 
     python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6] [--seed 1] [--ranks 2]
-                                     [--launcher forked|pretrain] [--recipe R --data-dir D] [--verbose] [--quick]
+                                     [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose] [--quick]
 
 The run is trained once unbroken; then the same command is killed at random moments (in a step, in a save, while it
 loads), whole or one rank alone, and started again until it is done. Two further legs go the first part of the same way:
@@ -14,12 +14,17 @@ other world sizes losses are compared, within 1e-4 relative). After the kill of 
 themselves within 15 s. Only where ranks die before they have met does the runner, in the place of a launcher that the
 forked ranks lack, end the others; these are counted.
 
+With --recipe the model is the recipe's; its steps are as many as the faults need, of as few windows as divide over the
+ranks, with a save every 5. Flags such as --checkpoints.every_steps=10 say otherwise. A checkpoint has 12 bytes a
+parameter; the disk that fills up, in memory, holds four of them.
+
 Prints a table; exit code 1 if anything was lost beyond the last save, differs or was left over. A fault counts as one
 in a save if it left an unfinished staging directory behind. Unknown flags go to the training command.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -35,11 +40,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
 from conftest import counting_dataset, write_recipe
 
+from data_prep.errors import UserError, exit_code
 from pretrain.checkpoint import POINTER_NAME, Checkpoint, checkpoints_dir, newest_good, saved_steps
-from pretrain.config import load_recipe
+from pretrain.config import Recipe, load_recipe
+from pretrain.flops import count_parameters
 
 TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -48,7 +56,9 @@ PATIENCE_S = 300.0
 RELATIVE = 1e-4
 SAVES_SHARE = 0.45  # of the kills are to fall within saves, as long as fewer did
 EVERY_STEPS = 5
-DISK_BYTES = 400 << 20
+DISK_BYTES = 400 << 20  # at least; of larger checkpoints it holds CHECKPOINTS_ON_DISK
+CHECKPOINTS_ON_DISK = 4
+TOKENS_OF_DATA = 8_000  # of the small data set
 WHOLE, ONE, FLIP, DISK, RANKS = "whole job", "one rank", "flipped byte", "full disk", "other number of ranks"
 LOADING, STEP, SAVE = "while loading", "in a step", "in a save"
 Line = dict[str, Any]
@@ -197,8 +207,12 @@ class Attempt:
             self.until(lambda: not self.staging())
             saves.append(time.monotonic() - began)
         self.pace.save = statistics.median(saves) if saves else self.pace.save
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        self.pace.step = statistics.median(line["step_s"] for line in lines)
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        steps = [line["step_s"] for line in map(json.loads, text.splitlines()) if "step_s" in line]
+        if not steps:
+            said = [line for line in self.job.said().splitlines() if "error" in line] or ["it said nothing"]
+            raise UserError(f"the unbroken run trained no step: {said[0].removeprefix('error: ')}")
+        self.pace.step = statistics.median(steps)
 
 
 # Faults and what they left
@@ -488,7 +502,7 @@ def fill_disk(leg: Leg, attempt: Attempt, mount: Path) -> bool:
     return not attempt.job.is_running()
 
 
-def leg_on_small_disk(leg: Leg, full: int, every: int, mount: Path) -> None:
+def leg_on_small_disk(leg: Leg, full: int, every: int, mount: Path, size: int) -> None:
     """The first part of the run on a disk that is full during so many saves."""
     while full:
         attempt = leg.start()
@@ -501,7 +515,7 @@ def leg_on_small_disk(leg: Leg, full: int, every: int, mount: Path) -> None:
             began = time.monotonic()
             if fill_disk(leg, attempt, mount):
                 break
-            resize(mount, DISK_BYTES)
+            resize(mount, size)
             attempt.until(lambda a=attempt: not a.staging())  # type: ignore[misc]
         if attempt.job.ended_well():
             continue  # every save was faster: once more, from what it left
@@ -510,7 +524,7 @@ def leg_on_small_disk(leg: Leg, full: int, every: int, mount: Path) -> None:
         seconds = time.monotonic() - began
         leg.note_published()
         leg.record(attempt, DISK, SAVE, seconds)
-        resize(mount, DISK_BYTES)
+        resize(mount, size)
         full -= 1
     leg.end(leg.start())
 
@@ -599,6 +613,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     flags, rest = parser.parse_known_args(arguments)
     if flags.quick:
         flags.kills, flags.flips, flags.full_disks, flags.changes, flags.world_sizes = 6, 1, 1, 1, "2,1"
+    for name, typed in (("--ranks", str(flags.ranks)), ("--world-sizes", flags.world_sizes)):
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", typed):
+            raise UserError(f"{name} {typed}: expected numbers of ranks, such as 2,1,3")
+    flags.world_sizes = [int(size) for size in flags.world_sizes.split(",")]
     return flags, rest
 
 
@@ -616,10 +634,53 @@ def built_in_recipe(path: Path, faults: int, is_quick: bool) -> Path:
     )
 
 
-def mounted(mount: Path) -> str | None:
+def for_these_faults(flags: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """Overrides with which a recipe's run has room for the faults, and its steps divide over every number of ranks."""
+    steps = EVERY_STEPS * (3 + max(flags.kills + flags.flips, flags.changes, flags.full_disks))
+    ranks = {flags.ranks, *flags.world_sizes} if flags.changes else {flags.ranks}
+    batch_tokens = math.lcm(*ranks) * recipe.model.seq_len
+    return [
+        f"--batch.global_batch_tokens={batch_tokens}",
+        "--batch.micro_batch_size=1",
+        f"--train_tokens={steps * batch_tokens}",
+        f"--checkpoints.every_steps={EVERY_STEPS}",
+        f"--validation.every_steps={EVERY_STEPS}",
+        f"--validation.eval_tokens={recipe.model.seq_len}",
+    ]
+
+
+def check_room(flags: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise UserError for a run that is too short for the faults, or that some number of ranks could not take."""
+    every, faults = recipe.checkpoints.every_steps, flags.kills + flags.flips
+    needed = every * (3 + faults)
+    if recipe.total_steps < needed:
+        tokens = needed * recipe.batch.global_batch_tokens
+        raise UserError(
+            f"{faults} kills and flips, with a save every {every} steps, need {needed} steps, not "
+            f"{recipe.total_steps}: give --train_tokens={tokens}, or fewer of them"
+        )
+    sizes = {flags.ranks, *(flags.world_sizes if flags.changes else ())}
+    uneven = [ranks for ranks in sorted(sizes) if recipe.global_batch_size % (ranks * recipe.batch.micro_batch_size)]
+    if uneven:
+        raise UserError(
+            f"a step of {recipe.global_batch_size} windows does not divide over {uneven[0]} ranks x micro-batch "
+            f"{recipe.batch.micro_batch_size}: give other --ranks, --world-sizes or "
+            f"--batch.micro_batch_size"
+        )
+
+
+def bytes_of_disk(recipe: Recipe) -> int:
+    """A small disk: for the checkpoints that are kept, the one that is written, and little more."""
+    return max(DISK_BYTES, CHECKPOINTS_ON_DISK * 12 * sum(count_parameters(recipe.model).values()))
+
+
+def mounted(mount: Path, size: int) -> str | None:
     """Make a small disk in memory; what stands against it, or None."""
     mount.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(mount)]
+    free = psutil.virtual_memory().available
+    if size > free:
+        return f"it would take {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     return made.stderr.strip() if made.returncode else None
 
@@ -685,11 +746,27 @@ def train_unbroken(plan: Plan, part: int) -> tuple[list[Line], dict[int, Checkpo
     return lines_of(leg.run_dir), {int(path.name[-8:]): Checkpoint(path) for path in saved_steps(leg.run_dir)}
 
 
+def enough_data(home: Path, smallest: Path, recipe: Recipe) -> Path:
+    """The smallest data set, or one of two batches of the recipe."""
+    times = math.ceil(2 * recipe.batch.global_batch_tokens / TOKENS_OF_DATA)
+    return counting_dataset(home / "larger dataset", times=times) if times > 1 else smallest
+
+
 def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
     """The unbroken run and every leg; the exit code."""
-    recipe = flags.recipe or str(built_in_recipe(home / "recipe.yaml", flags.kills + flags.flips, flags.quick))
+    keys = [flag for flag in rest if re.match(r"--[a-z_.0-9]+=", flag)]
+    recipe = flags.recipe
+    if recipe is None:
+        recipe = str(built_in_recipe(home / "recipe.yaml", flags.kills + flags.flips, flags.quick))
     data_dir = flags.data_dir or counting_dataset(home / "dataset")
-    resolved = load_recipe(recipe, [flag for flag in rest if re.match(r"--[a-z_.]+=", flag)])
+    if flags.recipe:
+        ours = for_these_faults(flags, load_recipe(recipe, keys, data_dir))
+        rest = [*ours, *rest]  # what was typed comes later, and holds
+        keys = [*ours, *keys]
+    if flags.data_dir is None:
+        data_dir = enough_data(home, data_dir, load_recipe(recipe, keys, data_dir))
+    resolved = load_recipe(recipe, keys, data_dir)
+    check_room(flags, resolved)
     every, total = resolved.checkpoints.every_steps, resolved.total_steps
     part = min(total // every, 4 if flags.quick else 8) * every  # how far the other legs go
     command = ["--recipe", recipe, "--data-dir", str(data_dir), *rest]
@@ -703,16 +780,17 @@ def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
     if flags.kills + flags.flips:
         kills = plan.leg("kills", home / "kills", reference)
         go(kills, lambda: leg_of_kills(kills, flags.kills, flags.flips, every), saved[total])
-    if flags.full_disks and (refused := mounted(home / "disk")):
-        skipped.append(f"full disks: skipped; a small disk takes root ({refused})")
+    disk_bytes = bytes_of_disk(resolved)
+    if flags.full_disks and (refused := mounted(home / "disk", disk_bytes)):
+        skipped.append(f"full disks: skipped; a small disk takes root, and memory ({refused})")
     elif flags.full_disks:
         disk = plan.leg("small disk", home / "disk", reference[:part], *stop)
         try:
-            go(disk, lambda: leg_on_small_disk(disk, flags.full_disks, every, home / "disk"), saved[part])
+            go(disk, lambda: leg_on_small_disk(disk, flags.full_disks, every, home / "disk", disk_bytes), saved[part])
         finally:
             subprocess.run(["umount", "--lazy", str(home / "disk")], check=True)
     if flags.changes:
-        order = [int(size) for size in flags.world_sizes.split(",")]
+        order = flags.world_sizes
         sizes = [order[i % len(order)] for i in range(flags.changes + 1)]
         worlds = plan.leg("world sizes", home / "worlds", reference[:part], *stop, relative=RELATIVE)
         go(worlds, lambda: leg_of_world_sizes(worlds, sizes, every), saved[part])
@@ -738,4 +816,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(lambda: sys.exit(main())))

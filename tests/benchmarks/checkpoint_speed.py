@@ -29,6 +29,8 @@ from typing import Any
 
 from first_step import BEGAN, REPOSITORY, Marks
 
+from data_prep.errors import UserError, exit_code
+
 EVERY_STEPS = 4
 BLOCK_BYTES = 8 << 20
 
@@ -171,11 +173,10 @@ def train_and_resume(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of every part of a resumed start; then the pause, the step after a save and the usual step."""
     import torch
+    from benchmark_recipes import load_for_benchmark
     from loader import synthetic_dataset
 
-    from pretrain.config import load_recipe
-
-    data_dir = synthetic_dataset(scratch / "data", 4, 2_000_000, load_recipe(recipe, more).model.vocab_size)
+    data_dir = synthetic_dataset(scratch / "data", 4, 2_000_000, load_for_benchmark(recipe, more).model.vocab_size)
     run_dir, output = scratch / "run", scratch / "marks.json"
     flags = ["--recipe", recipe, "--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     flags += [f"--checkpoints.every_steps={EVERY_STEPS}", "--validation.every_steps=100000", *more]
@@ -186,7 +187,10 @@ def train_and_resume(
     for stop in (EVERY_STEPS, EVERY_STEPS + steps):
         command = [sys.executable, __file__, "--as-rank", str(output), *flags, "--stop-at-step", str(stop)]
         started = time.time()
-        subprocess.run(command, check=True, env=environment, cwd=scratch, stderr=subprocess.DEVNULL)
+        ended = subprocess.run(command, env=environment, cwd=scratch, stderr=subprocess.PIPE, text=True, check=False)
+        if ended.returncode != 0:
+            said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")] or [ended.stderr[-2000:]]
+            raise UserError(f"{recipe}: the run ended with {ended.returncode}: {said[0].removeprefix('error: ')}")
     marks = json.loads(output.read_text())
     parts = {name: wall for name, (wall, _) in marks["figures"].items()}
     parts = {"interpreter": marks["began"] - started, **parts, "all": marks["ended"] - started}
@@ -233,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags, rest = parser.parse_known_args(arguments)
     if flags.as_rank:
         run_as_rank(flags.as_rank, ["--recipe", flags.recipe, *rest])
+    if flags.steps < 2 * EVERY_STEPS:
+        raise UserError(f"--steps {flags.steps}: expected {2 * EVERY_STEPS} or more, for saves and steps between them")
     rounds, megabytes, steps = (1, 12, 12) if flags.quick else (flags.rounds, flags.megabytes, flags.steps)
     rest += ["--model.vocab_size=512", "--model.num_layers=1"] if flags.quick else []
     with tempfile.TemporaryDirectory(prefix="checkpoint_speed.", dir=flags.directory) as name:
@@ -243,4 +249,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

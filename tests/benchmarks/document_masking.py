@@ -8,16 +8,20 @@ ends a document; the ratio is the median over rounds of (masked / plain) times. 
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
+from benchmark_recipes import load_for_benchmark
 from torch import Tensor
 
-from pretrain.config import Recipe, load_recipe, model_config
-from pretrain.distributed import set_up_rank, world_from_environment
+from data_prep.errors import exit_code
+from pretrain.config import Recipe, model_config
+from pretrain.distributed import set_up_rank
 from pretrain.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.world import world_from_environment
 
 EOS_ID = 0
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += ["--model.vocab_size=512", "--model.num_layers=1"]
         flags.rounds, flags.steps = 2, 1
     set_up_rank(world_from_environment())
-    recipe = load_recipe(flags.recipe, overrides)
+    recipe = load_for_benchmark(flags.recipe, overrides)
     plain, masked = measure(recipe, flags.rounds, flags.steps, flags.document_tokens)
     ratio = statistics.median(m / p for m, p in zip(masked, plain, strict=True))
     model, rows = recipe.model, recipe.batch.micro_batch_size
@@ -81,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

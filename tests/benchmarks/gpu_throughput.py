@@ -28,7 +28,9 @@ import torch
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(REPOSITORY)]
 
-from data_prep.errors import UserError
+from benchmark_recipes import with_vocabulary
+
+from data_prep.errors import UserError, exit_code
 from pretrain.config import Recipe, load_recipe
 from pretrain.distributed import World, keep_freed_memory
 from pretrain.engine import Engine, start_process_group
@@ -186,7 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except UserError as error:
             raise SystemExit(str(error)) from None
         return
-    flags.overrides = dict(override.removeprefix("--").split("=", 1) for override in overrides)
+    given = with_vocabulary(flags.recipe, overrides)
+    flags.overrides = dict(override.removeprefix("--").split("=", 1) for override in given)
     if flags.quick or not torch.cuda.is_available():
         flags.overrides = TINY | flags.overrides
         flags.steps, flags.micro_batches, flags.accumulation, flags.modes = 2, [1], 2, MODES[1:2]
@@ -199,4 +202,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -80,8 +80,8 @@ class Trainer:
     """A case in this process."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from pretrain.distributed import world_from_environment
         from pretrain.engine import start_process_group
+        from pretrain.world import world_from_environment
 
         self.world = world_from_environment()
         self.device = start_process_group(self.world)

@@ -50,6 +50,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+from benchmark_recipes import load_for_benchmark
 from hand_made_shards import write_dataset, write_source
 
 from data_prep.errors import CommandParser, UserError, exit_code
@@ -258,7 +259,7 @@ def main() -> None:
         overrides, flags.peers, flags.rounds, flags.steps = QUICK + overrides, None, 1, WARM_UP_STEPS + 2
     with TemporaryDirectory() as place:
         home = Path(place)
-        recipe = write_inputs(load_recipe(flags.recipe, overrides), flags.steps, home)
+        recipe = write_inputs(load_for_benchmark(flags.recipe, overrides), flags.steps, home)
         field = contestants(recipe, home, flags.peers and flags.peers.resolve())
         turns = measure(field, recipe, flags.rounds, flags.threads, home)
     model = recipe.model

@@ -30,11 +30,13 @@ import yaml
 
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+from benchmark_recipes import load_for_benchmark
 from hand_made_shards import write_dataset, write_source
 
+from data_prep.errors import exit_code
 from data_prep.shards import Tokens
 from pretrain import train
-from pretrain.config import Recipe, load_recipe, recipe_to_dict
+from pretrain.config import Recipe, recipe_to_dict
 from pretrain.distributed import World, free_port, set_up_rank
 from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += ["--batch.micro_batch_size=1"]
         flags.rounds, flags.steps = 2, 1
     set_up_rank(ALONE)  # as pretrain.train does, and for every contestant
-    recipe = load_recipe(flags.recipe, overrides)
+    recipe = load_for_benchmark(flags.recipe, overrides)
     model = recipe.model
     print(
         f"{flags.recipe}: width {model.d_model}, {model.num_layers} layers, vocabulary {model.vocab_size:,}, "
@@ -220,4 +222,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

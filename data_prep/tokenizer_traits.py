@@ -1,0 +1,71 @@
+"""What a tokenizer's definition tells before any text is encoded: where it loses text, and where encoders part ways."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte-fallback tokenizer names the token of a byte
+AROUND = (("", ""), (" ", ""), ("", " "), ("a", "a"), ("\n", "\n"))  # what may stand beside a token's name in a text
+
+Definition = dict[str, Any]  # tokenizer.json
+
+
+def unknown_id(reference: Tokenizer) -> int | None:
+    """The id of text that the vocabulary lacks; None if there is none."""
+    model = reference.model
+    if isinstance(model, models.Unigram):
+        number: int | None = json.loads(model.__getstate__()).get("unk_id")
+        return number
+    token = getattr(model, "unk_token", None)
+    return None if token is None else reference.token_to_id(token)
+
+
+def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[int]:
+    """Special ids that some text might give all the same, although their names in a text are read as text.
+
+    Added tokens are not looked for in a text; but the model may hold the same token, and build it: Unigram, WordLevel
+    and WordPiece take any token of theirs that fits, BPE one that its merges lead to. The id of unknown text is none of
+    them: text gives it rightly.
+    """
+    model, vocab = reference.model, reference.get_vocab(with_added_tokens=False)
+    takes_any = not isinstance(model, models.BPE) or bool(getattr(model, "ignore_merges", False))
+    unknown = unknown_id(reference)
+    found = set()
+    for token, id_ in special.items():
+        if id_ == unknown or vocab.get(token) != id_:
+            continue
+        texts = [left + token + right for left, right in AROUND]
+        if takes_any or any(id_ in row.ids for row in reference.encode_batch_fast(texts, add_special_tokens=False)):
+            found.add(id_)
+    return frozenset(found)
+
+
+def why_not_gigatoken(reference: Tokenizer, definition: Callable[[], Definition]) -> str | None:
+    """What in a tokenizer gigatoken reads otherwise than `tokenizers`; None if nothing is known (0.10, 0.23).
+
+    Parsing a definition takes longer than all else here, so it is asked for only where merges must be looked at.
+    """
+    for token in reference.get_added_tokens_decoder().values():
+        if token.special:
+            continue  # both take its name in a text as text
+        flags = [name for name in ("single_word", "lstrip", "rstrip") if getattr(token, name)]
+        if flags:
+            return f"{flags[0]} of the added token {token.content!r}"
+        if (
+            reference.normalizer and not token.content.isspace()
+        ):  # a mark behind it may become one character with its end
+            return f"the added token {token.content!r} beside a normalizer"
+    if getattr(reference.model, "byte_fallback", False):
+        merges = definition()["model"].get("merges") or []
+        if any(map(_spells_a_byte, merges)):
+            return "merges that spell the token of a byte, such as <0x0A>"
+    return None
+
+
+def _spells_a_byte(merge: str | list[str]) -> bool:
+    """Whether what a merge makes has the name of a byte's token."""
+    made = "".join(merge.split(" ")) if isinstance(merge, str) else "".join(merge)
+    return SPELLED_BYTE.fullmatch(made) is not None

@@ -1,0 +1,150 @@
+"""The documents that a tokenizer is learned from: of the files named, or of a mixture in the shares of its weights.
+
+Used by `train_tokenizer`. Where all would be too much, the beginning of every work unit is taken. Of a mixture the
+validation documents are left out, by the rule that `build_shards` has, and a source that is too small for its share is
+read again, as training reads it again.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from data_prep.corpus import read_documents
+from data_prep.errors import UserError
+from data_prep.inputs import InputFile, find_inputs
+from data_prep.mixture import Mixture, source_files
+from data_prep.pretokenized import FORMATS as FORMATS_OF_IDS
+from data_prep.unit_shards import hash_texts, validation_threshold
+from data_prep.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
+
+
+@dataclass(kw_only=True)
+class TextSource:
+    """Files that give a share of the text."""
+
+    name: str
+    files: list[InputFile]
+    units: list[WorkUnit]
+    share: float = 1.0  # of the characters, of 1
+    characters: int = 0  # read so far
+    held: int = 0  # characters of one reading
+
+
+@dataclass(kw_only=True)
+class TrainingTexts:
+    """The documents, source by source, max_characters at most; counted while they are read."""
+
+    sources: list[TextSource]
+    max_characters: int
+    validation_fraction: float = 0.0  # of the documents, which are left out
+    is_cut: bool = False  # a source was not read to its end
+    bar: Any = field(init=False, default=None)
+
+    @property
+    def characters(self) -> int:
+        """Read so far."""
+        return sum(source.characters for source in self.sources)
+
+    def __iter__(self) -> Iterator[str]:
+        """Read them. Raises UserError if a source has no text."""
+        with tqdm(desc="reading", unit=" characters", unit_scale=True, leave=False, disable=None) as self.bar:
+            for source in self.sources:
+                yield from self._once(source, max(1, int(self.max_characters * source.share)))
+                source.held = source.characters
+                if not source.held:
+                    raise UserError(f"{source.name}: no text to learn from in it; name files that hold some")
+            is_cut = self.is_cut
+            whole = max(source.held / source.share for source in self.sources)  # what the fullest source asks for
+            for source in self.sources:
+                yield from self._again(source, int(whole * source.share))
+        self._say_how(is_cut)
+
+    def _again(self, source: TextSource, wanted: int) -> Iterator[str]:
+        """A source's documents once more, and again, until they hold so many characters in all."""
+        before = -1
+        while before < source.characters < wanted:
+            before = source.characters
+            yield from self._once(source, wanted - before)
+
+    def _once(self, source: TextSource, limit: int) -> Iterator[str]:
+        """A source's documents, evenly over its units, until they are read or hold so many characters."""
+        for number, unit in enumerate(source.units):
+            share = limit // (len(source.units) - number)
+            limit -= share
+            if not share:
+                self.is_cut = True
+                continue
+            for documents in read_documents(unit):
+                for text in self._for_training(documents.texts).to_pylist():
+                    taken = min(len(text), share)
+                    yield text[:taken]
+                    self.bar.update(taken)
+                    source.characters += taken
+                    share -= taken
+                    if not share:
+                        break
+                if not share:
+                    self.is_cut = True
+                    break
+            limit += share
+
+    def _for_training(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
+        """Those that are no validation documents."""
+        if not self.validation_fraction or not len(texts):
+            return texts
+        return texts.filter(pa.array(hash_texts(texts) >= validation_threshold(self.validation_fraction)))
+
+    def _say_how(self, is_cut: bool) -> None:
+        for source in self.sources:
+            if source.characters > source.held:
+                times = f"{source.characters / source.held:,.1f} times, for its share of {source.share:.1%}"
+                print(f"note: {source.name} ({source.held:,} characters) was read {times}", file=sys.stderr)
+        if is_cut:
+            note = f"learning from {self.characters:,} characters, evenly over the sources; --max-characters takes more"
+            print(f"note: {note}", file=sys.stderr)
+
+
+def texts_of_files(patterns: Sequence[str], format: str | None, text_field: str, max_characters: int) -> TrainingTexts:
+    """All documents of the files named. Raises UserError for a file named twice."""
+    files = [file for pattern in patterns for file in find_inputs(Path(), pattern, "--source")]
+    refuse_repeated([(file, text_field, "--source") for file in files])
+    units: list[WorkUnit] = []
+    for file in files:
+        own = format or format_of(file.name, "--source")
+        units += cut_units([file], source="text", format=own, text_field=None if own == "txt" else text_field)
+    return TrainingTexts(sources=[TextSource(name="--source", files=files, units=units)], max_characters=max_characters)
+
+
+def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
+    """The training documents of a mixture, in the shares of its weights. Raises UserError for a source of ids."""
+    whole = sum(source.weight for source in mixture.sources)
+    sources = []
+    for source in mixture.sources:
+        where = f"{mixture.path}: source {source.name!r}"
+        files, format_, _ = source_files(mixture.path.parent, source, where)
+        if format_ in FORMATS_OF_IDS:
+            raise UserError(f"{where}: holds ids of a tokenizer, no text; train with a mixture without it")
+        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
+        units = cut_units(files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad)
+        sources.append(TextSource(name=where, files=files, units=units, share=source.weight / whole))
+    refuse_repeated([(file, unit.text_field, s.name) for s in sources for unit in s.units[:1] for file in s.files])
+    fraction = mixture.validation_fraction
+    return TrainingTexts(sources=sources, max_characters=max_characters, validation_fraction=fraction)
+
+
+def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:
+    """Raises UserError if a file's text is there twice, by whatever path of the file: it would count twice.
+
+    Of each file: its text's column or field, and who names it.
+    """
+    seen: set[tuple[str, str | None]] = set()
+    for file, text_field, where in named:
+        place = file.url if "://" in file.url else str(Path(file.url).resolve())
+        if (place, text_field) in seen:
+            raise UserError(f"{where}: {file.name} is named twice; name each file once")
+        seen.add((place, text_field))

@@ -1,0 +1,162 @@
+"""What may disappear from a run's checkpoints, and how: only files of ours, never seen half gone, at no save's cost.
+
+    step-00000200                      a checkpoint
+    .step-00000200.tmp                 one being written
+    .step-00000200.k2j8x0q_            one being copied for a branch
+    .step-00000200.7f3a90c1.old.tmp    one being removed
+
+Removing can fail for a while: NFS keeps a file that somebody has open as `.nfsXXXX`, so that its directory is not
+empty. Then what is left keeps its hidden name, and the next save tries again.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.errors import unheard
+
+MANIFEST_NAME = "manifest.json"
+SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
+STEP_PREFIX = "step-"
+OWN_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
+LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-z_]{8}|(\.[0-9a-z_]{8})?(\.old)?\.tmp)")
+SET_ASIDE_PREFIX = "set-aside-"
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint after so many steps: eight digits, more from step 100,000,000 on."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The steps that a checkpoint's name tells, or None where it is no such name."""
+    digits = name.removeprefix(STEP_PREFIX)
+    is_number = digits.isascii() and digits.isdigit()
+    return int(digits) if is_number and name == step_name(int(digits)) else None
+
+
+def steps_in(home: Path) -> list[Path]:
+    """The directories that are called as checkpoints are, newest first; none where `home` is not there."""
+    names = os.listdir(home) if home.is_dir() else []
+    steps = [step for step in map(step_of, names) if step is not None]
+    return [home / step_name(step) for step in sorted(steps, reverse=True)]
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a checkpoint may hold a file of this name."""
+    return name in (MANIFEST_NAME, SIDECAR_NAME) or OWN_FILE.fullmatch(name) is not None
+
+
+def strangers_in(path: Path) -> list[str]:
+    """What a checkpoint's directory holds that is none of its files."""
+    return sorted(name for name in os.listdir(path) if not is_own_file(name))
+
+
+def warn(text: str) -> None:
+    """A line on what could not be removed."""
+    with unheard():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def hidden_name(path: Path) -> Path:
+    """A name beside a checkpoint that nothing has, under which it may be removed."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.old.tmp")
+
+
+def discard(path: Path) -> None:
+    """Have a checkpoint disappear by a rename, so that it is never seen half gone; of a link, the link alone.
+
+    What can't be removed, or not yet, stays under a hidden name. Raises OSError where it can't be renamed.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
+    doomed = hidden_name(path)
+    os.rename(path, doomed)
+    remove_leftover(doomed)
+
+
+def remove_leftover(doomed: Path) -> None:
+    """Remove what has a hidden name, as far as that goes now."""
+    shutil.rmtree(doomed, ignore_errors=True)  # and the rest, past what can't be removed
+    if doomed.exists():
+        warn(f"{doomed}: not removed yet: {why_not(doomed)}; the next save tries again")
+
+
+def why_not(doomed: Path) -> str:
+    """What the operating system says to removing a directory."""
+    try:
+        shutil.rmtree(doomed)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return "it is gone now"
+
+
+def leftovers_in(home: Path) -> Iterator[Path]:
+    """Directories that saves, removals and branches left when they were killed, or when somebody held a file open."""
+    for path in home.glob(f".{STEP_PREFIX}*"):
+        if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            yield path
+
+
+def sweep(home: Path) -> None:
+    """Remove leftovers, as far as that goes now. Raises nothing for them."""
+    try:
+        for leftover in leftovers_in(home):
+            remove_leftover(leftover)
+    except OSError as error:
+        warn(f"{home}: leftovers can't be listed ({error.strerror}); the next save tries again")
+
+
+def new_staging(final: Path) -> Path:
+    """An empty directory beside a checkpoint to be, to write it in.
+
+    It has another name than usual where a leftover can't be cleared away. Raises OSError where none can be made.
+    """
+    staging = final.with_name(f".{final.name}.tmp")
+    if staging.is_dir():
+        staging = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    staging.mkdir()
+    return staging
+
+
+def make_way(final: Path) -> None:
+    """See to it that nothing has a checkpoint's name: an older one goes, what holds anything else is set aside."""
+    if final.is_symlink() or (final.is_dir() and not strangers_in(final)):
+        discard(final)
+    elif final.exists():
+        aside = final.with_name(f"{SET_ASIDE_PREFIX}{final.name}-{secrets.token_hex(4)}")
+        os.rename(final, aside)
+        warn(f"{final}: held what is no part of a checkpoint; it is now {aside.name}")
+
+
+def prune(saved: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Remove all but the newest checkpoints and those of every `keep_every`-th step; one that can't be is said.
+
+    Counts from the one just saved: what is newer was passed over as damaged, and must not crowd out what is good.
+    """
+    try:
+        steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
+    except OSError as error:
+        warn(f"{saved.parent}: can't be listed ({error.strerror}), so nothing is removed; the next save tries again")
+        return
+    so_far = [step for step in steps if step <= (step_of(saved.name) or 0)]
+    for step in so_far[keep_last:]:
+        if keep_every is None or step % keep_every:
+            prune_one(saved.with_name(step_name(step)))
+
+
+def prune_one(path: Path) -> None:
+    """Remove a checkpoint that is due, unless somebody keeps other files in it."""
+    try:
+        strangers = [] if path.is_symlink() else strangers_in(path)
+        if strangers:
+            warn(f"{path}: kept, since it holds {strangers[0]}, which is no part of a checkpoint; move that away")
+        else:
+            discard(path)
+    except OSError as error:
+        warn(f"{path}: not removed ({error.strerror}); the next save tries again")
