@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,7 @@ SEPARATOR = "eos after every document"
 COUNTED_TOKENS = 64 << 20  # by count_ids, at most about so many: 128 MB
 COUNTED_PIECE = 128 << 10  # tokens counted in one place
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
+TOO_MANY_MAPS = "see ulimit -v, and sysctl vm.max_map_count: each shard takes a map of its own"
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
 
 Tokens = npt.NDArray[np.uint16]
@@ -417,7 +418,8 @@ def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int
             raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REBUILD}")
         if file.read(SHARD_HEADER_BYTES) != array_header(dtype, shape):  # through the map: 8 MB read ahead
             raise UserError(f"{damaged} (its header is not that of {dtype} of shape {shape}); {REBUILD}")
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        with explained(OSError, f"{full_path}: not mapped into memory", TOO_MANY_MAPS):
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.ndarray(shape, dtype, mapped, SHARD_HEADER_BYTES)
 
 
@@ -430,10 +432,19 @@ class ShardReader:
         self._tokens: dict[str, Tokens] = {}
 
     def tokens(self, shard: Shard) -> Tokens:
-        """The token ids of a shard, shape (tokens,), uint16, memory-mapped."""
-        if shard.path not in self._tokens:
-            self._tokens[shard.path] = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
-        return self._tokens[shard.path]
+        """The token ids of a shard, shape (tokens,), uint16, memory-mapped.
+
+        Raises UserError where the file is shorter than its map by now: to read behind its end would end the process by
+        SIGBUS, without a word. (A call takes 1 microsecond with that look. Who keeps the array has no such guard.)
+        """
+        ids = self._tokens.get(shard.path)
+        if ids is None:
+            ids = self._tokens[shard.path] = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+        size = SHARD_HEADER_BYTES + ids.nbytes
+        if (got := cast(mmap.mmap, ids.base).size()) < size:
+            problem = f"{got:,} bytes, expected {size:,}: truncated while it was in use"
+            raise UserError(f"{self.data_dir / shard.path}: {problem}; bring it back, and the same command continues")
+        return ids
 
     def count_ids(self, ids: Sequence[int]) -> tuple[list[int], int]:
         """How often ids occur in both splits, and in how many tokens: in all, or in COUNTED_TOKENS evenly spread."""

@@ -38,6 +38,7 @@ from data_prep.errors import (
 )
 from data_prep.shards import lock, write_durably
 from pretrain.config import Recipe, load_recipe
+from pretrain.digests import lengths_that_differ
 from pretrain.first_checks import check_arguments, check_recipe_and_engine, engine_flags_by_default, ranks_by_default
 
 GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
@@ -116,14 +117,22 @@ def trim(slots: Slots, recipe: Recipe) -> Slots:
 def standing(run_dir: Path) -> dict[str, Any]:
     """How a run stands: its state.json, and its steps; what is damaged is the trainer's to complain about.
 
-    `began` differs after a start that got as far as training; a start that trained made the file of its steps anew.
+    `began` differs after a start whose ranks had met; a start that trained left a line of starts.jsonl.
     """
-    state, lines, number = {}, b"", 0
+    state: dict[str, Any] = {}
     with suppress(OSError, ValueError, TypeError, RecursionError):
         state = dict(json.loads((run_dir / "state.json").read_bytes()))
-    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
-        lines, number = file.read(), os.fstat(file.fileno()).st_ino
-    return {"status": "unknown", "began": None, **state, "steps": lines.count(b"\n"), "steps_file": number}
+    lines = {"steps": "metrics.jsonl", "starts": "starts.jsonl"}
+    counts = {name: count_lines(run_dir / file_name) for name, file_name in lines.items()}
+    return {"status": "unknown", "began": None, **state, **counts}
+
+
+def count_lines(path: Path) -> int:
+    """How many whole lines a file has; 0 if it is not there."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def newest_checkpoint(run_dir: Path) -> str:
@@ -132,12 +141,15 @@ def newest_checkpoint(run_dir: Path) -> str:
     return max(names, key=lambda name: int(name[5:]), default="step 0")
 
 
-def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any], data_dir: Path) -> str:
     """Why a start failed, on one line: what the trainer says, else what can be known."""
     if now["status"] == "failed" and now != before:
         return " ".join(str(now.get("reason")).split())
-    what = "its ranks or their launcher were killed" if now["status"] == "running" else "it ended before training"
-    return f"{what} (deepspeed's exit code {code})"
+    if now["status"] != "running":
+        return f"it ended before training (deepspeed's exit code {code})"
+    killed = f"its ranks or their launcher were killed (deepspeed's exit code {code})"
+    damage = lengths_that_differ(data_dir)  # who reads a mapped file behind its end is killed
+    return "; ".join([killed, *damage])
 
 
 @dataclass
@@ -300,8 +312,8 @@ class Supervisor:
                 code, refusal = 1, one_line(error)
             now, last_failed_step = standing(run_dir), failed_step
             self.end_unless_failed(code, before, now)
-            why = refusal or describe_failure(code, before, now)
-            trained = now["began"] != before["began"] and now["steps_file"] != before["steps_file"]
+            why = refusal or describe_failure(code, before, now, Path(self.flags.data_dir))
+            trained = now["began"] != before["began"] and now["starts"] > before["starts"]
             failed_step = now["steps"] if trained else None
             if failed_step is not None and failed_step == last_failed_step:
                 sys.exit(f"error: {run_dir}: {why}; {self.describe_step(failed_step)}")

@@ -21,11 +21,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.errors import explained, naming, printable
-from data_prep.shards import TOKENIZER_NAME, ShardReader, write_durably
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config import BadStepsRecipe
 from pretrain.distributed import World, gather, together
 from pretrain.loader import TrainingLoader
-from pretrain.run_directory import SKIPS_NAME, read_lines
+from pretrain.progress import say
+from pretrain.records import cut_damaged_end
+from pretrain.run_directory import SKIPS_NAME
 from pretrain.trace import parts_of
 
 RUNNING_STEPS = 128
@@ -60,13 +62,15 @@ class BadSteps:
                 self.records[record["step"]] = {key: record[key] for key in DECISION}
 
     def _recorded(self) -> list[Record]:
-        """On rank 0, what the file holds; a line that a kill tore is cut off, since nothing followed from it."""
+        """On rank 0, what the file holds; an end that a crash left is cut off.
+
+        Nothing followed from it that is not in a checkpoint, or is decided alike when the run comes to that step again.
+        """
         if not self.world.is_main or not self.path.exists():
             return []
-        records = read_lines(self.path)
-        content = self.path.read_bytes()
-        if not content.endswith(b"\n"):
-            write_durably(self.path, content[: content.rfind(b"\n") + 1])
+        records, cut = cut_damaged_end(self.path)
+        if cut:
+            say(self.world, f"warning: {cut}")
         return records
 
     def about(self, step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pretrain.config import Recipe, build_recipe
 from pretrain.optim import learning_rate
 from pretrain.retention import MANIFEST_NAME, SIDECAR_NAME
 from pretrain.run_directory import METRICS_NAME, read_state, refuse_another_run, write_state
+from pretrain.starts import copy_starts
 
 
 def open_origin(
@@ -66,6 +67,7 @@ def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     metrics = origin.path.parent.parent / METRICS_NAME
     if metrics.is_file():
         shutil.copyfile(metrics, run_dir / METRICS_NAME)  # cut back to the checkpoint when training starts
+    copy_starts(origin.path.parent.parent, run_dir, origin.step)
     write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
     copy = checkpoints_dir(run_dir) / origin.path.name
     replace_directory(copy, lambda staged: copy_files(origin, staged))

@@ -102,6 +102,7 @@ class DataRecipe:
     """How a node gets at the shards."""
 
     stage_dir: str | None = None  # a local disk of each node, to which the data set is copied once
+    verify: Literal["once", "always", "never"] = "once"  # the shards' digests, before a start's first step; once a node
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,13 +4,14 @@ Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process
 before the process group exists needs only the environment that the launcher set.
 """
 
+import contextlib
 import ctypes
 import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,6 +165,19 @@ class SharedError(UserError):
     def __init__(self, message: str, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class LoneError(SharedError):
+    """What one rank met amid a step, where the others wait for it: its watch tells them, and they end."""
+
+
+@contextlib.contextmanager
+def met_alone() -> Iterator[None]:
+    """Input that turns out to be bad inside does so on this rank alone."""
+    try:
+        yield
+    except UserError as error:
+        raise LoneError(str(error)) from None
 
 
 def together(action: Callable[[], T], group: Group = None) -> T:

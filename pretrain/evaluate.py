@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data_prep.errors import CommandParser, UserError, exit_code, parse_json
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
 from pretrain.checkpoint import Checkpoint, checkpoints_dir, is_checkpoint, load_for_reading, load_model
+from pretrain.digests import check_shards
 from pretrain.distributed import keep_freed_memory
 from pretrain.loader import ValidationWindows
 from pretrain.loss import LanguageModelLoss
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_dir = run_of(checkpoint, flags.run_dir)
     reader = open_data(checkpoint, flags.data_dir, run_dir)
     fingerprint = reader.manifest.fingerprint
+    check_shards(reader, reader.manifest.shards_of("validation"))
     total, by_source = evaluate(checkpoint, reader)
     rows = {"whole split": total} | (by_source if len(by_source) > 1 else {})
     other_data = None if fingerprint == checkpoint.manifest["fingerprint"] else f"{reader.data_dir} ({fingerprint})"

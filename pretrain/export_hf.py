@@ -32,6 +32,7 @@ from pretrain.evaluate import figures_of, run_of
 from pretrain.export_marker import refuse_to_replace, write_marker
 from pretrain.export_tokenizer import copy_tokenizer
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+from pretrain.starts import for_card, read_starts
 from pretrain.templates import render
 from pretrain.token_codes import aliased_ids
 
@@ -129,6 +130,7 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
+        starts=for_card(read_starts(run_dir), checkpoint.step),
         one_input=tokens_of(directory, aliased_ids(config.to_dict())),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")

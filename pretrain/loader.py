@@ -16,6 +16,7 @@ import resource
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ T = TypeVar("T")
 FEISTEL_ROUNDS = 6
 READ_AHEAD_WINDOWS = 1_024  # in a larger call that finds its pages in memory, asking would take half of the time
 OTHER_OPEN_FILES = 256
+OTHER_MAPS = 4_096  # of libraries, threads and large tensors: 488 once all is imported on a CPU, more with CUDA
+MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")  # of a process; 65,530 unless somebody raised it
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
@@ -78,11 +81,23 @@ def allow_open_files(reader: ShardReader) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+def check_maps(reader: ShardReader) -> None:
+    """Raise UserError where the kernel lets a process map fewer files: it would speak of memory that lacks."""
+    if not MAX_MAP_COUNT.is_file():  # another system than Linux, with other limits
+        return
+    shards, allowed = len(reader.manifest.shards), int(MAX_MAP_COUNT.read_text())
+    needed = shards + OTHER_MAPS
+    if needed > allowed:
+        problem = f"has {shards:,} shards to map, and this kernel allows a process {allowed:,} memory maps"
+        raise UserError(f"{reader.data_dir}: {problem}; have it allow more: sysctl -w vm.max_map_count={2 * needed}")
+
+
 class TokenStream:
     """The shards of one source, one after another, as a single array of ids."""
 
     def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
         allow_open_files(reader)
+        check_maps(reader)
         self.reader, self.shards = reader, shards
         self.begins = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.tokens = int(self.begins[-1])

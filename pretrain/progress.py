@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -13,7 +14,9 @@ from pretrain.config import Recipe
 from pretrain.distributed import World
 from pretrain.flops import find_device, flops_per_token
 from pretrain.loader import TrainingLoader
+from pretrain.time_left import TimeLeft
 
+T = TypeVar("T")
 MANY_EPOCHS = 4.0  # beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
@@ -63,12 +66,18 @@ class Progress:
 
     LINE_EVERY_S = 15.0
 
-    def __init__(self, recipe: Recipe, start_step: int, device: torch.device, world: World) -> None:
+    def __init__(
+        self, recipe: Recipe, start_step: int, device: torch.device, world: World, validation_tokens: int = 0
+    ) -> None:
         self.world = world
+        self.time_left = TimeLeft(recipe, validation_tokens)
         self.utilisation = Utilisation(recipe, device, world)
         say(world, str(self.utilisation))
         is_off = None if world.is_main else True  # None: unless stderr is a terminal
-        self.bar = tqdm(total=recipe.total_steps, initial=start_step, unit="step", disable=is_off, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=recipe.total_steps, initial=start_step, unit="step", disable=is_off, dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",  # its own estimate is ours
+        )  # fmt: skip
         self.start_step, self.total_steps = start_step, recipe.total_steps
         self.last_line_at = -math.inf
 
@@ -80,18 +89,35 @@ class Progress:
             rate += f", MFU {mfu:.1%}"
         figures = f"loss {line['loss']:.4f}, {rate}, lr {line['learning_rate']:.2e}"
         figures += f", gradient norm {line['gradient_norm']:.2f}"
-        self.bar.set_postfix_str(figures, refresh=False)
+        self.time_left.saw_step(line["step_s"], line["seconds"]["forward"])
+        left = f"{self.time_left.seconds(line['step'] + 1) / 60:.1f} min left"
+        is_first = line["step"] == self.start_step  # which compiles, allocates and fills caches
+        self.bar.set_postfix_str(figures if is_first else f"{left}, {figures}", refresh=False)
         self.bar.update(line["step"] + 1 - self.bar.n)  # steps are skipped, and gone back
         if "val_loss" in line:
             figures += f", validation loss {line['val_loss']:.4f}"
         elif not self.bar.disable or time.monotonic() - self.last_line_at < self.LINE_EVERY_S:
             return
-        if line["step"] > self.start_step:  # the first step compiles, allocates and fills caches
-            figures += f", {(self.total_steps - line['step'] - 1) * line['step_s'] / 60:.1f} min left"
+        figures += "" if is_first else f", {left}"
         if self.world.world_size > 1 and line["slowest"]:
             figures += f"; slowest rank {line['slowest']['rank']}: {split_words(line['slowest'])}; rank 0"
         say(self.world, f"step {line['step'] + 1:,} of {self.total_steps:,}: {figures}: {split_words(line)}")
         self.last_line_at = time.monotonic()
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """This rank's validation batches, so many, with a bar of their own, or lines where there is none."""
+        began = next_line_at = time.monotonic()
+        is_off = None if self.world.is_main else True
+        bar = tqdm(total=count, unit="batch", desc="validating", disable=is_off, leave=False, dynamic_ncols=True)
+        for done, batch in enumerate(batches):
+            now = time.monotonic()
+            if bar.disable and done and now - next_line_at > self.LINE_EVERY_S:
+                left_s = (now - began) / done * (count - done)
+                say(self.world, f"validating: {done / count:.0%} done, {left_s / 60:.1f} min left of it")
+                next_line_at = now
+            yield batch
+            bar.update()
+        bar.close()
 
     def close(self) -> None:
         """Leave the terminal clean."""

@@ -3,7 +3,8 @@
 recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
 deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
 checkpoints/     see pretrain/checkpoint.py     skips.jsonl     see pretrain/bad_steps.py
-tokenizer/       a copy of the data set's       logs/           see pretrain/watch.py
+tokenizer/       a copy of the data set's       starts.jsonl    see pretrain/starts.py
+checked_data/    see pretrain/data_check.py     logs/           see pretrain/watch.py
 """
 
 import contextlib
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, explained, naming
-from data_prep.shards import TOKENIZER_NAME, read_tokenizer, write_durably
+from data_prep.shards import TOKENIZER_NAME, fsync_directory, read_tokenizer, write_durably
 from pretrain import config
 from pretrain.checkpoint import UNREADABLE, Checkpoint, saved_steps
 from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 from pretrain.patience import patiently, read_patiently
+from pretrain.records import cut_to_step
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -111,13 +113,19 @@ def describe_run(
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step, cut back to the step at which a run continues."""
+    """`metrics.jsonl`: one line a step, cut back, in its place, to the step at which a run continues.
+
+    `lacks` says how many of the steps before have no line, `cut` what was found damaged behind these, if anything was.
+    Raises UserError where the damage is among them.
+    """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.path = run_dir / METRICS_NAME
-        kept = [line for line in read_lines(self.path) if line["step"] < start_step]
+        if not self.path.exists():
+            self.path.touch()
+            fsync_directory(run_dir)
+        kept, self.cut = cut_to_step(self.path, start_step)
         self.lacks = start_step - len({line["step"] for line in kept})
-        write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._open()
 
     def _open(self) -> None:
@@ -176,14 +184,3 @@ def flush_metrics(run_dir: Path) -> None:
             os.fsync(file.fileno())
 
     patiently(flush)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a damaged one."""
-    if not path.is_file():
-        return []
-    with explained(NOT_OURS, f"{path}: damaged", "mend or remove it, and the same command continues"):
-        lines = [json.loads(line) for line in read_patiently(path).split(b"\n")[:-1]]
-        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
-            raise ValueError("a line without a step")
-        return lines

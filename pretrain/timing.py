@@ -49,11 +49,11 @@ class StepClock:
         return seconds
 
     def saved_block(self) -> None:
-        """Count a block of a checkpoint, from whichever thread writes it."""
+        """Count a block of a checkpoint that was written, or a file of data checked, from whichever thread did so."""
         self._blocks += 1
 
     def place(self) -> list[Any]:
-        """How far this rank is: steps, marks in the step, the last one's phase, and blocks of checkpoints written."""
+        """How far this rank is: steps, marks in the step, the last one's phase, and blocks written."""
         return [self._steps, len(self._marks), self._marks[-1][0], self._blocks]
 
 

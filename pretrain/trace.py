@@ -9,13 +9,15 @@ indexes name the input file and row of every document in it. [first:end] is a sl
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import CommandParser, UserError, exit_code, explained, parse_json, printable
+from data_prep.errors import CommandParser, UserError, exit_code, explained, one_line, parse_json, printable
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config import Recipe, load_recipe
+from pretrain.digests import check_shards
 from pretrain.loader import TrainingLoader
 
 
@@ -60,6 +62,15 @@ def describe_part(part: Part, reader: ShardReader, tokenizer: Tokenizer, charact
     left, right = "…" * (first > 0), "…" * (last < total or len(text) > characters)
     head = f"{part.origin[0]}, row {part.origin[1]}: its tokens [{first}:{last}] of {total}"
     return f"{head}\n  {part.shard.path}[{start}:{stop}]\n  {left}{shown}{right}"
+
+
+@cache
+def warn_of_damage(reader: ShardReader, shard: Shard) -> None:
+    """Say on stderr that a shard is not as it was built: what a run has seen in it may be why one asks."""
+    try:
+        check_shards(reader, [shard])
+    except UserError as error:
+        print(f"warning: {one_line(error)}", file=sys.stderr)
 
 
 def build_parser() -> CommandParser:
@@ -109,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"sample     {sample}: row {flags.row} of step {flags.step}, which has {rows} rows")
     print(describe_sample(loader, sample))
     for part in parts_of(loader, sample):
+        warn_of_damage(reader, part.shard)
         print("\n" + printable(describe_part(part, reader, tokenizer, flags.characters)))
 
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import faulthandler
 import math
 import os
 import time
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
-from data_prep.shards import Manifest, ShardReader, Source, Tokens, as_written, lock, without_credentials
+from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
@@ -45,11 +46,14 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.command_line import build_parser
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.config import Recipe, model_config, recipe_to_dict
+from pretrain.data_check import DataCheck
+from pretrain.digests import lengths_that_differ
 from pretrain.distributed import (
     check_kernels,
     exit_with,
     gather,
     memory_of_rank,
+    met_alone,
     set_up_rank,
     together,
 )
@@ -72,8 +76,10 @@ from pretrain.run_directory import (
 )
 from pretrain.signals import end_on_signals
 from pretrain.staging import staged
+from pretrain.starts import record_start
 from pretrain.timing import PAUSE, StepProfiler
 from pretrain.token_codes import check_same_code, config_of_run, saved_config, warnings
+from pretrain.validation import validation_batches, windows_to_validate
 from pretrain.watch import Watch
 from pretrain.world import World, world_from_environment
 
@@ -96,6 +102,7 @@ class Run:
     branch_from: Checkpoint | None
     profile_steps: int
     dry_run: bool
+    command: list[str]  # the flags, as given
 
 
 def prepare(arguments: Sequence[str], world: World) -> Run:
@@ -129,6 +136,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
         branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
+        command=[*arguments],
     )  # fmt: skip
 
 
@@ -225,18 +233,8 @@ def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
     batch = run.recipe.global_batch_size
     numbers = np.arange(step * batch, (step + 1) * batch)
     rows = [numbers[engine.rows_of(i)] for i in range(engine.accumulation_steps)]
-    return [engine.pinned(run.loader.samples(own)) for own in rows]
-
-
-def validation_batches(run: Run, world: World) -> Iterator[Tokens]:
-    """This rank's part of the validation windows: always the same ones, at most `eval_tokens` in all."""
-    windows = min(run.validation.whole_windows, max(1, run.recipe.validation.eval_tokens // run.recipe.model.seq_len))
-    if windows == 0 and world.is_main:  # the whole split is shorter than one window
-        yield run.validation.window(0)[None]
-    spread = np.arange(windows) * run.validation.whole_windows // max(1, windows)  # over all sources
-    mine = spread[world.rank :: world.world_size]
-    for start in range(0, len(mine), run.recipe.batch.micro_batch_size):
-        yield run.validation.windows(mine[start : start + run.recipe.batch.micro_batch_size])
+    with met_alone():
+        return [engine.pinned(run.loader.samples(own)) for own in rows]
 
 
 def head_of_line(run: Run, step: int) -> Line:
@@ -298,29 +296,39 @@ def due(step: int, every: int, run: Run) -> bool:
     return (step + 1) % every == 0 or step + 1 == run.stop_at_step
 
 
-def validate_if_due(run: Run, engine: Engine, world: World, line: Line) -> None:
+def validate_if_due(run: Run, engine: Engine, progress: Progress, line: Line) -> None:
     """Add the validation figures to a step's line, where they are due."""
     engine.clock.mark("other")
     if due(line["step"], run.recipe.validation.every_steps, run):
-        line["val_loss"] = engine.mean_nats(validation_batches(run, world))
+        count, batches = validation_batches(run.validation, run.recipe, engine.world)
+        with progress.time_left.during("validation"):
+            line["val_loss"] = engine.mean_nats(progress.validating(batches, count))
         line["val_perplexity"] = math.exp(min(line["val_loss"], 700.0))
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
-    """A checkpoint, where it is due; but none between steps for one that would hold the state of the one before."""
+def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> bool:
+    """A checkpoint, where it is due; but none between steps for one that would hold the state of the one before.
+
+    Returns whether training waited for one to be copied.
+    """
     engine.clock.mark("other")
-    is_end = engine.ends or step + 1 == run.stop_at_step
+    is_end = bool(engine.ends) or step + 1 == run.stop_at_step
     if is_end or due(step, run.recipe.checkpoints.every_steps, run):
-        if is_end or not bad_steps.all_bad(range(step + 1 - run.recipe.checkpoints.every_steps, step + 1)):
+        is_new = is_end or not bad_steps.all_bad(range(step + 1 - run.recipe.checkpoints.every_steps, step + 1))
+        if is_new:
             save(run, engine, bad_steps, writer, step + 1)
         engine.clock.mark(PAUSE)
+        return is_new
+    return False
 
 
 def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
     """The file for the lines of metrics.jsonl from a step on."""
     with naming_the_disk(run.run_dir):
         metrics = MetricsFile(run.run_dir, step)
+    if metrics.cut:
+        say(world, f"warning: {metrics.cut}")
     if metrics.lacks:
         say(world, f"warning: {metrics.path} lacks {metrics.lacks} of the lines of the {step} steps so far")
     return metrics
@@ -330,7 +338,10 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
     world, start_step = engine.world, step
     metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
-    progress = Progress(run.recipe, start_step, engine.device, world)
+    for warning in together(lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)):
+        say(world, warning)
+    validation_tokens = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
+    progress = Progress(run.recipe, start_step, engine.device, world, validation_tokens)
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
     profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
@@ -355,13 +366,15 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
         if step > start_step and compiled_graphs() > graphs:
             say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
         graphs = compiled_graphs()
-        validate_if_due(run, engine, world, line)
+        validate_if_due(run, engine, progress, line)
         if "step_s" in line:
             progress.show(line)
             watch.step_seconds.append(line["step_s"])
         if metrics:
             metrics.append(line)
-        save_if_due(run, engine, bad_steps, writer, step)
+        began = time.monotonic()
+        if save_if_due(run, engine, bad_steps, writer, step):
+            progress.time_left.pause_s["save"] = time.monotonic() - began
         step += 1
     batches.close()
     progress.close()
@@ -406,13 +419,18 @@ def default_start(arguments: Sequence[str]) -> str:
 
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
+    faulthandler.enable()  # what ends a process by a signal (a disk that fails below a mapped shard) leaves its stack
     set_determinism(run.recipe)
     device = start_process_group(world)
     held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
     try:
         together(lambda: begin(run) if world.is_main else None)
-        with Watch(world, run.run_dir, run.recipe.stalls) as watch, naming_the_disk(run.run_dir):
-            train_from_last_checkpoint(run, watch, device)
+        with (
+            Watch(world, run.run_dir, run.recipe.stalls) as watch,
+            naming_the_disk(run.run_dir),
+            DataCheck(run.reader, run.data_dir, run.run_dir, run.recipe.data, world) as check,
+        ):
+            train_from_last_checkpoint(run, watch, device, check)
     except Exception as error:
         if world.is_main:
             with contextlib.suppress(OSError):  # the disk may be what failed
@@ -423,19 +441,22 @@ def run_training(run: Run, world: World) -> None:
             held.close()
 
 
-def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device) -> None:
-    """Load what was saved, train the rest."""
+def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, check: DataCheck) -> None:
+    """Load what was saved, train the rest once the data are known to be good."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
     model, eos_id = build_model(run.recipe, run.model_config), run.reader.manifest.eos_id
     engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
     watch.clock = engine.clock
+    watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
+    check.on_file = engine.clock.saved_block
     end_on_signals(engine, world)
     announce(run, engine, world)
     if origin := run.branch_from:
         together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
         say(world, f"branching from {origin.path}")
     start_step = restore(run, engine, bad_steps, world)
+    check.finish()
 
     def end_run() -> None:
         engine.wants_end = SAVE_FAILED

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -23,9 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import UserError, one_line, unheard, what_it_says
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard, what_it_says
 from pretrain.config import StallsRecipe
-from pretrain.distributed import World, gather
+from pretrain.distributed import LoneError, World, gather
 from pretrain.progress import say
 from pretrain.run_directory import note_failure
 from pretrain.timing import StepClock
@@ -69,6 +70,7 @@ class Watch:
     def __init__(self, world: World, run_dir: Path, stalls: StallsRecipe) -> None:
         self.world, self.run_dir, self.stalls = world, run_dir, stalls
         self.name = f"rank {world.rank} ({socket.gethostname()})"
+        self.find_damage: Callable[[], list[str]] = list  # what is wrong with the data's files, if one looks
         self.clock: StepClock | None = None  # once there is one, this rank can be seen to move
         self.step_seconds: deque[float] = deque(maxlen=100)
         self._left = threading.Event()
@@ -133,7 +135,9 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        if isinstance(error, LoneError):
+            self._send("end", f"{self.name}: {one_line(error)}", USER_ERROR_EXIT_CODE)
+        elif isinstance(error, Exception) and not isinstance(error, UserError):
             self._tell_of(error)
         self._left.set()
         self._send("leave")
@@ -145,7 +149,7 @@ class Watch:
         if not self.world.is_main:  # whose answer ends this process before Python prints it
             with unheard():
                 traceback.print_exception(error)
-        self._send("end", f"{self.name}: {type(error).__name__}: {one_line(error)}")
+        self._send("end", f"{self.name}: {type(error).__name__}: {one_line(error)}", EXIT_CODE)
 
     def _send(self, *message: Any) -> None:
         """A message to every peer; whether it is still there is seen when reading."""
@@ -182,7 +186,7 @@ class Watch:
         except (EOFError, OSError):
             peer.connection.close()
             if not peer.leaving:
-                self._end(f"{peer.name} is gone: killed, or its machine failed")
+                self._end(f"{peer.name} is gone: {self._what_killed_it()}")
             return
         if kind == "beat":
             peer.heard_at = time.monotonic()
@@ -192,10 +196,12 @@ class Watch:
             peer.leaving = True
         elif kind == "stacks":
             self._write_stacks()
+        elif self._left.is_set():
+            return  # this rank is ending, and says why
         elif self.world.is_main:
-            self._end(content[0])
+            self._end(*content)
         else:
-            os._exit(EXIT_CODE)
+            os._exit(content[1])
 
     def _check_silence(self) -> None:
         """End the job for a peer that is not heard of any more; rank 0, which knows best who is lost, says so first."""
@@ -238,13 +244,21 @@ class Watch:
             print(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} stalled", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _end(self, why: str) -> None:
+    def _what_killed_it(self) -> str:
+        """Why a process may have ended without a word. To read behind the end of a truncated file is deadly, too."""
+        found: list[str] = []
+        look = threading.Thread(target=lambda: found.extend(self.find_damage()), daemon=True)
+        look.start()
+        look.join(CAUSE_S)  # the data may lie on what is lost
+        return "; ".join(["killed, or its machine failed", *found])
+
+    def _end(self, why: str, code: int = EXIT_CODE) -> None:
         """End this process, and before it all peers that still listen."""
-        self._send("end", why)
+        self._send("end", why, code)
         if self.world.rank in (0, 1) or self.world.local_rank == 0:  # or else, where rank 0 is gone, too many speak
             with unheard():
                 print(f"error: {why}", file=sys.stderr, flush=True)
         note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
         note.start()
         note.join(CAUSE_S)  # the run's directory may be what is lost
-        os._exit(EXIT_CODE)
+        os._exit(code)

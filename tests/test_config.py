@@ -339,7 +339,8 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_nearest(tmp_path: Path) 
 
 
 CHANGEABLE = {
-    "batch.micro_batch_size", "compile", "loss_head", "data.stage_dir", "engine",
+    "batch.micro_batch_size", "compile", "loss_head", "data.stage_dir",
+    "data.verify", "engine",
     "activation_checkpointing.mode", "activation_checkpointing.every_n_layers",
     "validation.every_steps", "validation.eval_tokens",
     "checkpoints.every_steps", "checkpoints.keep_last", "checkpoints.keep_every",

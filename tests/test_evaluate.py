@@ -69,6 +69,15 @@ def test_another_data_set_is_refused(text_run: Path, tmp_path: Path) -> None:
         main(["--run-dir", str(text_run), "--data-dir", str(counting_dataset(tmp_path / "other"))])
 
 
+def test_a_split_that_is_not_as_it_was_built_is_not_scored(text_run: Path, text_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(text_data, tmp_path / "data")
+    shard = data / ShardReader(data).manifest.shards_of("validation")[0].path
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-64] + bytes(64))
+    with pytest.raises(UserError, match=f"{shard}: differs from its digest: .*; python -m data_prep.verify {data}"):
+        main(["--run-dir", str(text_run), "--data-dir", str(data)])
+
+
 @pytest.mark.parametrize("module", ["pretrain.evaluate", "pretrain.export_hf"])
 def test_a_run_without_checkpoints_is_one_clear_line(module: str, text_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -1,8 +1,10 @@
+import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import losses, write_recipe
@@ -10,6 +12,9 @@ from forked_ranks import run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
+from pretrain.config import DataRecipe
+from pretrain.data_check import DataCheck
+from pretrain.distributed import World
 from pretrain.staging import staged
 
 
@@ -60,20 +65,114 @@ def test_a_staged_copy_whose_files_went_missing_or_short_is_mended(tiny_data: Pa
     assert times == {path: path.stat().st_mtime_ns for path in others}
 
 
-def test_a_staged_shard_with_a_damaged_header_is_one_line_that_says_which_copy_to_remove(
-    tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_staged_shard_with_a_damaged_header_is_copied_again(tiny_data: Path, tmp_path: Path) -> None:
     reader = ShardReader(tiny_data)
     copy = staged(reader, tmp_path).data_dir
     shard = copy / reader.manifest.shards[0].path
     shard.write_bytes(b"X" + shard.read_bytes()[1:])
-    with pytest.raises(UserError) as caught:
-        staged(reader, tmp_path)
-    assert str(caught.value).startswith(f"data.stage_dir {tmp_path}: {shard}: truncated or damaged (")
-    assert str(caught.value).endswith(f"; remove {copy}, and it is copied again")
-    assert "build_shards" not in str(caught.value)
-    shutil.rmtree(copy)
     assert contents(staged(reader, tmp_path).data_dir) == contents(tiny_data)
+
+
+# Several users of a node
+
+OTHER_USER = 65_534  # nobody
+
+
+@pytest.fixture
+def open_to_all(tiny_data: Path) -> Iterator[Path]:
+    """A directory that every user can enter, with a data set in it that all can read, and a stage that all can fill."""
+    if os.geteuid():
+        pytest.skip("becoming another user needs root")
+    with TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        shutil.copytree(tiny_data, Path(home, "data"))
+        Path(home, "stage").mkdir()
+        os.chmod(Path(home, "stage"), 0o1777)
+        yield Path(home)
+
+
+def as_another_user(action: Callable[[], object]) -> str:
+    """What an action gives in a process of another user, or the line that it ends with."""
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+
+    def body() -> None:
+        os.setgroups([])
+        os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
+        os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
+        try:
+            answers.put(str(action()))
+        except UserError as error:
+            answers.put(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return str(answers.get())
+
+
+def stage_as_another_user(data: Path, stage: Path) -> str:
+    """Where another user reads the data from, or the line that they get."""
+    reader = ShardReader(data)
+    return as_another_user(lambda: staged(reader, stage).data_dir)
+
+
+def test_a_copy_of_another_user_that_differs_is_not_trained_on_whatever_data_verify_says(open_to_all: Path) -> None:
+    data, stage = open_to_all / "data", open_to_all / "stage"
+    copy = staged(ShardReader(data), stage).data_dir
+    shard = copy / ShardReader(data).manifest.shards[0].path
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-64] + bytes(64))
+    reader = ShardReader(copy)
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+    def check() -> None:
+        with DataCheck(reader, data, stage / "run", DataRecipe(verify="never"), alone) as own:
+            own.finish()
+
+    assert as_another_user(check).startswith(f"{shard}: differs from its digest: ")
+    assert "another user staged it: give another data.stage_dir" in as_another_user(check)
+    assert shard.read_bytes() != content
+    check()  # who made it may leave that out
+    shard.write_bytes(content)
+    assert as_another_user(check) == "None"
+
+
+def test_a_whole_copy_of_another_user_is_read_where_it_is(open_to_all: Path) -> None:
+    data, stage = open_to_all / "data", open_to_all / "stage"
+    copy = staged(ShardReader(data), stage).data_dir
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    os.chmod(stage, 0o755)  # nor need it be open to all then
+    assert stage_as_another_user(data, stage) == str(copy)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no manifest", "unreadable"])
+def test_beside_a_copy_of_another_user_that_is_not_whole_one_of_their_own_is_made_and_kept(
+    damage: str, open_to_all: Path
+) -> None:
+    data, stage = open_to_all / "data", open_to_all / "stage"
+    copy = staged(ShardReader(data), stage).data_dir
+    if damage == "truncated":
+        os.truncate(next(copy.rglob("*.npy")), 200)
+    elif damage == "no manifest":
+        (copy / "manifest.json").unlink()
+    else:
+        os.chmod(copy, 0o700)
+    own = Path(stage_as_another_user(data, stage))
+    assert own == copy.with_name(f"{copy.name}.uid-{OTHER_USER}")
+    assert contents(own) == contents(data)
+    os.chmod(copy, 0o755)
+    staged(ShardReader(data), stage)  # the first user's is whole again
+    assert stage_as_another_user(data, stage) == str(own)
+
+
+def test_where_another_user_may_not_write_the_line_says_what_to_do(open_to_all: Path) -> None:
+    data, stage = open_to_all / "data", open_to_all / "stage"
+    os.chmod(stage, 0o755)
+    line = stage_as_another_user(data, stage)
+    assert line.startswith(f"data.stage_dir {stage}: you may not make a copy of the data there (Permission denied); ")
+    assert f"chmod 1777 {stage}" in line
 
 
 def test_a_damaged_file_is_not_staged(tiny_data: Path, tmp_path: Path) -> None:

@@ -150,8 +150,7 @@ def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start(
     launcher.kill()
     wait_until(lambda: "restart 1 continues from" in log.read_text(), job, log)
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-    old = standing(run_dir)["steps_file"]
-    wait_until(lambda: standing(run_dir)["steps_file"] != old and steps_of(run_dir) >= 3, job, log)
+    wait_until(lambda: standing(run_dir)["starts"] == 2 and steps_of(run_dir) >= 3, job, log)
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 0, log.read_text()
     assert status_of(run_dir) == "preempted"

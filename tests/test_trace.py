@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -202,6 +203,22 @@ def test_a_damaged_run_is_one_line(dataset: Path, run_dir: Path, tmp_path: Path,
 def test_another_data_set_is_refused(run_dir: Path, text_data: Path) -> None:
     with pytest.raises(UserError, match=r"--data-dir: fingerprint \w+, but .* was trained on \w+"):
         trace.main(["--run-dir", str(run_dir), "--data-dir", str(text_data), "--step", "0", "--row", "0"])
+
+
+def test_a_shard_that_is_not_as_it_was_built_is_said_beside_what_it_holds(
+    dataset: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data")
+    for shard in ShardReader(data).manifest.shards:
+        content = (data / shard.path).read_bytes()
+        (data / shard.path).write_bytes(content[:-64] + bytes(64))
+    trace.main(["--run-dir", str(run_dir), "--data-dir", str(data), "--step", "6", "--row", "2"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("sample ")
+    lines = printed.err.splitlines()
+    assert len(lines) == len(set(lines)) >= 1
+    assert all(line.startswith(f"warning: {data}/shards/train/") for line in lines)
+    assert all(": differs from its digest: " in line for line in lines)
 
 
 def test_a_real_run_s_first_step(text_run: Path, text_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

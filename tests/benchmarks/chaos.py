@@ -142,7 +142,8 @@ class Attempt:
     def __init__(self, start: Callable[[], Job], run_dir: Path, pace: Pace) -> None:
         self.run_dir, self.pace = run_dir, pace
         self.metrics, self.state = run_dir / "metrics.jsonl", run_dir / "state.json"
-        self.before = fingerprint_of(self.metrics), fingerprint_of(self.state)
+        self.starts = run_dir / "starts.jsonl"
+        self.before = fingerprint_of(self.starts), fingerprint_of(self.state)
         self.began = time.time()
         self.job = start()
 
@@ -151,8 +152,8 @@ class Attempt:
         return fingerprint_of(self.state) != self.before[1]
 
     def has_loaded(self) -> bool:
-        """Whether training has begun: it cuts metrics.jsonl back."""
-        return fingerprint_of(self.metrics) != self.before[0]
+        """Whether training has begun: metrics.jsonl is cut back, then a start recorded."""
+        return fingerprint_of(self.starts) != self.before[0]
 
     def staging(self) -> list[Path]:
         """What this attempt has begun to save, or to remove, and has not finished."""
