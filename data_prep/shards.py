@@ -159,9 +159,10 @@ class Shard(ShardFacts):
 
     source: str
     path: str  # relative to the data set, with forward slashes
-    inputs: tuple[str, ...]  # the input file, as the mixture names it; of text files, all of this shard's work unit
-    first_row: int  # row of the input file at which this shard's work unit starts; 0 for text files
+    inputs: tuple[str, ...]  # the input file, as the mixture names it; of small files, all of this shard's work unit
+    first_row: int  # row of the input file at which this shard's work unit starts; 0 where it has several files
     rows: int  # rows that this shard's work unit covers; a text file is a row
+    input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each; rows count through them
 
     @property
     def index_path(self) -> str:
@@ -173,10 +174,27 @@ class Shard(ShardFacts):
         """Both files, by path."""
         return {self.path: self.xxh3_128, self.index_path: self.index_xxh3_128}
 
+    @property
+    def accounts_for_its_rows(self) -> bool:
+        """Whether every row belongs to an input: to the only one, to its own (a text file), or by `input_rows`."""
+        if not self.input_rows:
+            return len(self.inputs) in (1, self.rows)
+        is_sum = sum(self.input_rows) == self.rows and min(self.input_rows) >= 0
+        return is_sum and len(self.inputs) == len(self.input_rows)
+
     def origin(self, row: int) -> tuple[str, int]:
         """Input file and row in it of a row of `ShardReader.documents`."""
-        name, row = (self.inputs[row], 0) if len(self.inputs) > 1 else (self.inputs[0], row)
+        name, row = input_of(self.inputs, self.input_rows, row)
         return without_credentials(name), row  # manifests of before may hold some
+
+
+def input_of(inputs: Sequence[str], input_rows: Sequence[int], row: int) -> tuple[str, int]:
+    """Input file and row in it of a row that counts through a shard's `inputs`, from its `first_row`."""
+    if input_rows:
+        ends = np.cumsum(input_rows)
+        number = int(np.searchsorted(ends, row, side="right"))
+        return inputs[number], row - int(ends[number] - input_rows[number])
+    return (inputs[row], 0) if len(inputs) > 1 else (inputs[0], row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +398,7 @@ def check_places(data_dir: Path, manifest: Manifest) -> None:
             raise UserError(f"{where}: {shard.path!r} is not where a shard of {of} lies; {advice}")
         figures = (shard.text_bytes, shard.text_characters, shard.first_row, shard.rows)
         is_countable = 0 < shard.documents <= shard.tokens < 2**63 and all(0 <= figure < 2**63 for figure in figures)
-        if not is_countable or len(shard.inputs) not in (1, shard.rows):
+        if not is_countable or not shard.accounts_for_its_rows:
             raise UserError(f"{where}: {shard.path}: figures that no build gives; {advice}")
     paths = [path for shard in manifest.shards for path in (shard.path, shard.index_path)]
     if len(set(paths)) < len(paths):
