@@ -198,7 +198,13 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
     save_untrained_run(tmp_path / "run", tokenizer_dir, "binary_code")
     manifest = load_for_reading(tmp_path / "run").manifest
     figures = dict.fromkeys(("targets", "loss", "perplexity", "bits_per_byte"), 1.0)
-    values = {"architecture": "gpt_neox", "dtype": "float32", "trained_parameters": 1, "figures": figures}
+    values = {
+        "architecture": "gpt_neox",
+        "dtype": "float32",
+        "trained_parameters": 1,
+        "figures": figures,
+        "one_input": {},
+    }
     plain = render("model_card.md.jinja", manifest=manifest, **values)
     assert "loses text" not in plain
     loss = TokenizerLoss(documents=400, tokens=1000, unknown_tokens=21, changed_documents=34)
