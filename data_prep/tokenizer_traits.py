@@ -30,12 +30,12 @@ def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[i
     and WordPiece take any token of theirs that fits, BPE one that its merges lead to. The id of unknown text is none of
     them: text gives it rightly.
     """
-    model, vocab = reference.model, reference.get_vocab(with_added_tokens=False)
+    model = reference.model
     takes_any = not isinstance(model, models.BPE) or bool(getattr(model, "ignore_merges", False))
     unknown = unknown_id(reference)
     found = set()
     for token, id_ in special.items():
-        if id_ == unknown or vocab.get(token) != id_:
+        if id_ == unknown or model.token_to_id(token) != id_:
             continue
         texts = [left + token + right for left, right in AROUND]
         if takes_any or any(id_ in row.ids for row in reference.encode_batch_fast(texts, add_special_tokens=False)):
