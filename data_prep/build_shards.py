@@ -20,6 +20,7 @@ from typing import Any
 from data_prep import layout, shards
 from data_prep.encode import LoadedTokenizer, load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, explained, large_number, parse_json, printable
+from data_prep.left_out import Finished, bad_documents, check_left_out, first_rows
 from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
 from data_prep.one_input import warning_of_one_input
 from data_prep.ranks import Communicator, Progress, connect, together
@@ -166,6 +167,7 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
 
 def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Results, facts: dict[str, Any]) -> None:
     """Check the whole, write build.json and, last, the manifest; print the summary."""
+    check_left_out(finished(plan, results), plan.mixture.max_bad_fraction)
     manifest = make_manifest(plan, tokenizer, results)
     check_documents(manifest)
     check_loss(manifest, plan.mixture)
@@ -209,10 +211,15 @@ def remove_strays(output_dir: Path, known: set[str]) -> None:
                 path.unlink()
 
 
+def finished(plan: Plan, results: Results) -> list[tuple[WorkUnit, UnitResult]]:
+    """The units in the order of the plan, and what they gave."""
+    return [(unit, results[record_path(unit)]) for unit in plan.units]
+
+
 def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> Manifest:
     """The manifest, from the finished units by record path."""
     shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
-    units = [(unit, results[record_path(unit)]) for unit in plan.units]
+    units = finished(plan, results)
     losses = losses_of_sources(units)
     sources = tuple(
         Source(
@@ -240,25 +247,22 @@ def losses_of_sources(units: list[tuple[WorkUnit, UnitResult]]) -> dict[str, Tok
     return losses if any(losses.values()) else {}
 
 
-def shards_in_order(units: list[tuple[WorkUnit, UnitResult]]) -> tuple[list[Shard], list[BadDocument]]:
+def shards_in_order(units: Finished) -> tuple[list[Shard], list[BadDocument]]:
     """Every shard, and the first bad documents of each source, in the order of the plan; rows of a file are counted
     through its units.
     """
-    rows_before: Counter[tuple[str, str]] = Counter()
+    ordered = []
+    for (unit, result), first_row in zip(units, first_rows(units), strict=True):
+        place: dict[str, Any] = {"source": unit.source, "inputs": tuple(file.name for file in unit.files)}
+        place |= {"first_row": first_row, "rows": result.rows, "input_rows": result.input_rows}
+        ordered += [Shard(**vars(facts), **place, path=shard_path(facts.split, unit)) for facts in result.shards]
     listed: Counter[str] = Counter()
-    ordered, bad_documents = [], []
-    for unit, result in units:
-        inputs = tuple(file.name for file in unit.files)
-        first_row = rows_before[unit.source, inputs[0]]
-        rows_before[unit.source, inputs[0]] += result.rows if unit.format != "txt" else 0
-        for facts in result.shards:
-            place: dict[str, Any] = {"source": unit.source, "path": shard_path(facts.split, unit), "inputs": inputs}
-            ordered.append(Shard(**vars(facts), **place, first_row=first_row, rows=result.rows))
-        for row, reason in result.bad_documents[: BAD_DOCUMENTS_LISTED - listed[unit.source]]:
-            name, at = (inputs[row], 0) if unit.format == "txt" else (inputs[0], first_row + row)
-            bad_documents.append(BadDocument(source=unit.source, input=name, row=at, reason=reason))
-            listed[unit.source] += 1
-    return ordered, bad_documents
+    bad = []
+    for document in bad_documents(units):
+        if listed[document.source] < BAD_DOCUMENTS_LISTED:
+            bad.append(document)
+            listed[document.source] += 1
+    return ordered, bad
 
 
 def check_documents(manifest: Manifest) -> None:

@@ -5,7 +5,6 @@ wrong with a document is found here, and reported with its file and row. Texts t
 flat UTF-8 bytes and offsets.
 """
 
-import csv
 import io
 import itertools
 from collections.abc import Iterator
@@ -17,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep import json_lines, pretokenized, work_units
+from data_prep import csv_records, json_lines, pretokenized, work_units
 from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
 from data_prep.errors import UserError, explained
+from data_prep.first_bytes import COMPRESSED_FORMATS, FIRST_BYTES, JSONL_FORMATS, check_first_bytes
 from data_prep.flat_arrays import arrow_mask, byte_lengths, null_mask
-from data_prep.inputs import open_input, reading
+from data_prep.inputs import InputFile, open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES
-from data_prep.work_units import JSONL_FORMATS, WorkUnit, check_column, check_first_bytes, check_schema, open_parquet
+from data_prep.work_units import WorkUnit, check_column, check_schema, open_parquet
 
 BATCH_BYTES = 8 << 20
 BATCH_RECORDS = 512  # of CSV, whatever their size
@@ -42,17 +42,36 @@ class Documents:
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
     encoded: Encoded | None = None  # the texts' ids, if the input holds ids
+    file: int = 0  # of the unit's several files of JSON lines, the one that it is of
+    rows_before: int = 0  # of the unit, in the files before
 
 
 def read_documents(unit: WorkUnit, tokenizer: LoadedTokenizer | None = None) -> Iterator[Documents]:
     """The documents of a unit, batch by batch, in order; ids are decoded. Raises UserError at the first bad one."""
     check_unchanged(unit)
-    readers = {"parquet": _read_parquet, "txt": _read_text, "arrow": _read_arrow, "csv": _read_csv}
-    read = (readers | {"save_to_disk": _read_saved}).get(unit.format, _read_jsonl)
-    row = 0
-    for batch in _read_ids(unit, tokenizer) if tokenizer and unit.format in pretokenized.FORMATS else read(unit):
-        yield clean(unit, batch, row)
-        row += batch.rows_read
+    rows_before = 0
+    for number, part in enumerate(unit.parts()):
+        row = 0
+        for batch in _batches(part, tokenizer):
+            documents = clean(part, batch, row)
+            row += batch.rows_read
+            if number:
+                rows = documents.rows + np.uint64(rows_before)
+                bad = [(at + rows_before, reason) for at, reason in documents.bad]
+                documents = replace(documents, rows=rows, bad=bad, file=number, rows_before=rows_before)
+            yield documents
+        rows_before += row
+
+
+def _batches(unit: WorkUnit, tokenizer: LoadedTokenizer | None) -> Iterator[Documents]:
+    """What a unit holds, bad documents and empty ones included."""
+    if tokenizer and unit.format in pretokenized.FORMATS:
+        return _read_ids(unit, tokenizer)
+    readers = {
+        "parquet": _read_parquet, "txt": _read_text, "arrow": _read_arrow, "csv": _read_csv,
+        "save_to_disk": _read_saved,
+    }  # fmt: skip
+    return readers.get(unit.format, _read_jsonl)(unit)
 
 
 def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
@@ -179,7 +198,7 @@ def _read_text(unit: WorkUnit) -> Iterator[Documents]:
                 continue
             with reading(file), open_input(file) as stream:
                 good.append((row, stream.read()))
-            check_first_bytes(file, unit.format, good[-1][1])
+            check_first_bytes(file, unit.format, good[-1][1][:FIRST_BYTES])
         yield _some_rows(good, bad, stop - start)
 
 
@@ -189,6 +208,8 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     try:
         with open_input(unit.files[0]) as stream:
             chunks = json_lines.read_chunks(stream, unit.format, unit.start, unit.stop)
+            if unit.format in COMPRESSED_FORMATS:
+                chunks = _checked_inside(unit.files[0], unit.format, chunks)
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
                 lines = json_lines.count_lines(block)
@@ -197,6 +218,19 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
     except json_lines.DAMAGED as error:
         where = _place(unit, row - 1).replace(": line ", ": damaged after line ")
         raise UserError(f"{where} ({error}); fetch or write it again") from None
+
+
+def _checked_inside(file: InputFile, format: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The bytes that a compressed file holds; a UserError if they begin as those of another kind of file do."""
+    first, is_checked = b"", False
+    for chunk in chunks:
+        if not is_checked:
+            first += chunk
+            if is_checked := len(first) >= FIRST_BYTES:
+                check_first_bytes(file, format, first, inside=True)
+        yield chunk
+    if not is_checked:
+        check_first_bytes(file, format, first, inside=True)
 
 
 def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
@@ -222,23 +256,22 @@ def _read_arrow(unit: WorkUnit) -> Iterator[Documents]:
 
 
 def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
-    """Records of a file with a header, as RFC 4180 has them; the first after the header is row 0."""
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    try:
-        with reading(unit.files[0]), open_input(unit.files[0]) as stream:
-            records = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
-            header = next(records, [])
-            check_column(unit.files[0], header, unit.text_field)
-            column = header.index(unit.text_field or "")
-            while batch := list(itertools.islice(records, BATCH_RECORDS)):
-                whole = [(row, record) for row, record in enumerate(batch) if len(record) == len(header)]
-                good = [(row, record[column].encode(errors="surrogateescape")) for row, record in whole]
-                other = [(row, len(record)) for row, record in enumerate(batch) if len(record) not in (0, len(header))]
-                bad = [(row, f"a record of {size} fields, the header has {len(header)}") for row, size in other]
-                yield _some_rows(good, bad, len(batch))
-    except csv.Error as error:
-        where = f"{unit.url}: line {records.line_num}"
-        raise UserError(f"{where}: not CSV ({error}); quote its fields as RFC 4180 says, or write it again") from None
+    """Records of a file with a header; the first after the header is row 0."""
+    file = unit.files[0]
+    with reading(file), open_input(file) as stream:
+        records = csv_records.read_records(stream, file.url, MAX_DOCUMENT_BYTES)
+        header = next(records, [])
+        check_column(file, header, unit.text_field)
+        column = header.index(unit.text_field or "")
+        while batch := list(itertools.islice(records, BATCH_RECORDS)):
+            good: list[tuple[int, bytes]] = []
+            bad: Reasons = []
+            for row, record in enumerate(batch):
+                if len(record) == len(header):
+                    good.append((row, record[column].encode(errors="surrogateescape")))
+                elif record:
+                    bad.append((row, f"a record of {len(record)} fields, the header has {len(header)}"))
+            yield _some_rows(good, bad, len(batch))
 
 
 def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]:

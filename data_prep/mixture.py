@@ -18,9 +18,9 @@ from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
 from data_prep.local_files import refuse_inside
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
-from data_prep.unit_shards import unit_signature
+from data_prep.unit_shards import read_record, record_path, unit_signature
 from data_prep.urls import without_credentials
-from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
+from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD, WorkUnit, apart, cut_units, format_of
 
 MIXTURES_DIR = Path(__file__).parent / "mixtures"
 HUB_KEYS = {"config", "split", "revision"}
@@ -78,6 +78,7 @@ class MixtureFile(BaseModel, extra="forbid"):
     validation_fraction: Number = Field(gt=0, lt=1)
     on_bad_document: Literal["error", "skip"] = "error"
     allow_lossy_tokenizer: bool = Field(default=False, strict=True)
+    max_bad_fraction: Number = Field(default=0.01, ge=0, le=1)
     sources: tuple[MixtureSource, ...] = Field(min_length=1)
 
 
@@ -91,6 +92,7 @@ class Mixture:
     skip_bad: bool
     sources: tuple[MixtureSource, ...]
     allow_lossy: bool = False  # more than MAX_UNKNOWN_SHARE of the tokens may be unk
+    max_bad_fraction: float = 0.01  # of a source's rows; more of them are an error, even where bad ones are skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
         path=path, tokenizer_dir=tokenizer or path.parent / str(written.tokenizer), sources=sources,
         validation_fraction=written.validation_fraction, skip_bad=written.on_bad_document == "skip",
         allow_lossy=written.allow_lossy_tokenizer,
+        max_bad_fraction=written.max_bad_fraction,
     )  # fmt: skip
 
 
@@ -144,8 +147,15 @@ def _nearest_key(place: str) -> str:
     return nearest(place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields)
 
 
-def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer, output_dir: Path | None = None) -> Plan:
-    """Find the files of a mixture and cut them into units. Raises UserError if some lie in the output directory."""
+def make_plan(
+    mixture: Mixture, tokenizer: LoadedTokenizer, output_dir: Path | None = None, built_dir: Path | None = None
+) -> Plan:
+    """Find the files of a mixture and cut them into units, as units that are built already were cut.
+
+    `built_dir`, or else the output directory, holds those. Raises UserError if files lie in the output directory.
+    """
+    built_dir = built_dir or output_dir
+    fraction = mixture.validation_fraction
     if output_dir:
         tokenizer_file = str(tokenizer.directory.absolute() / "tokenizer.json")
         refuse_inside(output_dir, [tokenizer_file], f"{mixture.path}: tokenizer")
@@ -159,20 +169,37 @@ def make_plan(mixture: Mixture, tokenizer: LoadedTokenizer, output_dir: Path | N
         if not any(file.size for file in files):
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
         text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
-        units += cut_units(
+        cut = cut_units(
             files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad,
             eos_id=tokenizer.eos_id,
         )  # fmt: skip
+        units += cut_as_before(cut, built_dir, tokenizer.sha256, fraction) if built_dir else cut
         sources.append({
             "name": source.name, "weight": source.weight, "origin": source.origin, "format": format_,
             "text_field": text_field, "revision": revision, "license": source.license,
         })  # fmt: skip
-    fraction = mixture.validation_fraction
     about = [sources, [unit_signature(unit, tokenizer.sha256, fraction) for unit in units], mixture.skip_bad]
     signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()  # of all as it lies on this machine
     origins = [[source["name"], source["origin"]] for source in sources]
     identity = {"signature": signature, "tokenizer_sha256": tokenizer.sha256, "origins": origins}
     return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
+
+
+def cut_as_before(
+    units: list[WorkUnit], output_dir: Path, tokenizer_sha256: str, validation_fraction: float
+) -> list[WorkUnit]:
+    """The units of a source; where an output directory holds one of a small file by itself, each has its own there.
+
+    So data sets made before small files shared units are gone on with, repaired and built anew as they are.
+    """
+    separate = apart(units)
+    if len(separate) == len(units):
+        return units
+    for unit in separate:
+        path = output_dir / record_path(unit)
+        if path.is_file() and read_record(path, unit_signature(unit, tokenizer_sha256, validation_fraction)):
+            return separate
+    return units
 
 
 def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:

@@ -159,9 +159,10 @@ class Shard(ShardFacts):
 
     source: str
     path: str  # relative to the data set, with forward slashes
-    inputs: tuple[str, ...]  # the input file, as the mixture names it; of text files, all of this shard's work unit
-    first_row: int  # row of the input file at which this shard's work unit starts; 0 for text files
+    inputs: tuple[str, ...]  # the input file, as the mixture names it; of small files, all of this shard's work unit
+    first_row: int  # row of the input file at which this shard's work unit starts; 0 where it has several files
     rows: int  # rows that this shard's work unit covers; a text file is a row
+    input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each; rows count through them
 
     @property
     def index_path(self) -> str:
@@ -175,8 +176,17 @@ class Shard(ShardFacts):
 
     def origin(self, row: int) -> tuple[str, int]:
         """Input file and row in it of a row of `ShardReader.documents`."""
-        name, row = (self.inputs[row], 0) if len(self.inputs) > 1 else (self.inputs[0], row)
+        name, row = input_of(self.inputs, self.input_rows, row)
         return without_credentials(name), row  # manifests of before may hold some
+
+
+def input_of(inputs: Sequence[str], input_rows: Sequence[int], row: int) -> tuple[str, int]:
+    """Input file and row in it of a row that counts through a shard's `inputs`, from its `first_row`."""
+    if input_rows:
+        ends = np.cumsum(input_rows)
+        number = int(np.searchsorted(ends, row, side="right"))
+        return inputs[number], row - int(ends[number] - input_rows[number])
+    return (inputs[row], 0) if len(inputs) > 1 else (inputs[0], row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ from data_prep.shards import (
     TokenizerLoss,
     Tokens,
     digest_file,
+    later,
     write_durably,
 )  # fmt: skip
 from data_prep.work_units import WorkUnit
@@ -71,6 +72,11 @@ class UnitResult:
     bad_documents: Reasons
     shards: tuple[ShardFacts, ...]
     loss: TokenizerLoss | None = None  # of the sampled documents; None in records of earlier versions
+    input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each
+    input_documents: tuple[int, ...] = later(())  # and its documents
+
+
+LATER_FACTS = shards.later_fields(UnitResult).items()  # at their defaults they stay out of a record
 
 
 @dataclass(kw_only=True)
@@ -117,19 +123,18 @@ class UnitBuilder:
             with self._encoding:
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                rows, empty, bad, loss = self._encode_unit(unit, self.encoder, splits)
+                read = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
-        result = UnitResult(rows=rows, empty_documents=empty, bad_documents=bad, shards=written, loss=loss)
-        content = asdict(result)
+        result = UnitResult(**read, shards=written)
+        content = {name: value for name, value in asdict(result).items() if (name, value) not in LATER_FACTS}
         sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
         write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
 
-    def _encode_unit(
-        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]
-    ) -> tuple[int, int, Reasons, TokenizerLoss]:
-        """Read, encode and write a unit's documents; its rows, empty documents, bad ones, and what the sample lost."""
-        rows = empty = 0
+    def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> dict[str, Any]:
+        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards aside."""
+        rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
+        empty = 0
         bad: Reasons = []
         loss = NO_LOSS
         for documents in read_documents(unit, self.tokenizer):
@@ -139,8 +144,14 @@ class UnitBuilder:
                 documents = self._encoded(unit, documents, encoder)
             if len(documents.texts):
                 loss += self._add(unit, documents, encoder, splits)
-            rows, empty, bad = rows + documents.rows_read, empty + documents.empty, [*bad, *documents.bad]
-        return rows, empty, bad, loss
+            rows[documents.file] += documents.rows_read
+            documents_of[documents.file] += len(documents.texts)
+            empty += documents.empty
+            bad += documents.bad
+        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss}
+        if len(unit.parts()) > 1:
+            facts |= {"input_rows": tuple(rows), "input_documents": tuple(documents_of)}
+        return facts
 
     def _encoded(self, unit: WorkUnit, documents: Documents, encoder: Encoder) -> Documents:
         """A batch with its ids, without documents whose text gives a special id: they are bad."""
@@ -150,7 +161,8 @@ class UnitBuilder:
             return replace(documents, encoded=encoded)
         if not unit.skip_bad:
             first = min(reasons)
-            raise refusal(unit, int(documents.rows[first]), reasons[first])
+            of_file = unit.parts()[documents.file]
+            raise refusal(of_file, int(documents.rows[first]) - documents.rows_before, reasons[first])
         return without(documents, reasons, encoded)
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:

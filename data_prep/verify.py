@@ -132,7 +132,7 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         raise UserError(f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back")
     if not is_own_good:
         write_tokenizer(data_dir, tokenizer)
-    plan = make_plan(mixture, tokenizer)
+    plan = make_plan(mixture, tokenizer, None, data_dir)
     names = {shard.path for shard in bad}
     units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}]
     with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:

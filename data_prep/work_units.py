@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,31 @@ from tqdm import tqdm
 
 from data_prep import json_lines, pretokenized
 from data_prep.errors import UserError, explained
+from data_prep.first_bytes import FIRST_BYTES, JSONL_FORMATS, check_first_bytes
 from data_prep.inputs import InputFile, open_input, reading
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
 UNITS_OF_A_SOURCE = 256  # about so many, within the limits above
+FEW_FILES = 32  # of JSON lines: a unit each, side by side; where there are more, small ones share units
 LISTING_THREADS = 16
 SEARCH_BYTES = 256 << 10  # in pieces of so many a line's end is looked for
-JSONL_FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst")
 ENDINGS = ("parquet", *JSONL_FORMATS, "txt", "arrow", "csv")  # of files' names, each a format
 FORMATS = (*ENDINGS, "save_to_disk", *pretokenized.FORMATS)
 FORMATS_WITHOUT_FIELD = ("txt", *pretokenized.FORMATS)
-FIRST_BYTES = {  # 8 at most; none of them begins text
-    b"PAR1\x15": ("parquet", "parquet"), b"ARROW1\0\0": ("arrow", "arrow"), b"\xff\xff\xff\xff": ("arrow", "arrow"),
-    b"\x1f\x8b": ("gzip", "jsonl.gz"), b"\x28\xb5\x2f\xfd": ("zstd", "jsonl.zst"),
-}  # fmt: skip
-
 Range = tuple[int, int, int]  # start, stop, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkUnit:
-    """A part of one input file, or several text files, that becomes at most one shard per split."""
+    """A part of one input file, or several small files of text or JSON lines: at most one shard per split."""
 
     source: str
     name: str
-    files: tuple[InputFile, ...]  # one; of text files, all that belong to it
+    files: tuple[InputFile, ...]  # one; of small files, all that belong to it
     format: str
     text_field: str | None
     skip_bad: bool  # leave bad documents out instead of stopping
-    start: int  # first row group, byte, document or row
+    start: int  # first row group, byte, document, row or file
     stop: int
     size_bytes: int  # what progress and the balance of ranks go by
 
@@ -54,6 +50,12 @@ class WorkUnit:
     def url(self) -> str:
         """Where its (first) file lies."""
         return self.files[0].url
+
+    def parts(self) -> tuple["WorkUnit", ...]:
+        """A unit for each of several files of JSON lines; any other unit itself."""
+        if len(self.files) == 1 or self.format not in JSONL_FORMATS:
+            return (self,)
+        return tuple(replace(self, files=(f,), start=0, stop=f.size, size_bytes=f.size) for f in self.files)
 
 
 def format_of(name: str, where: str) -> str:
@@ -72,21 +74,51 @@ def cut_units(
     size = unit_bytes or min(max(sum(file.size for file in files) // UNITS_OF_A_SOURCE, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     if format == "txt":
         runs = runs_within((file.size for file in files), size)
-        grouped = [files[start:stop] for start, stop, _ in runs]
-        ranges = [[(0, stop - start, run_bytes)] for start, stop, run_bytes in runs]
+        ranges = []
     else:
-        grouped = [[file] for file in files]
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             found = pool.map(lambda file: _ranges(file, format, text_field, eos_id, size), files)
             ranges = list(tqdm(found, total=len(files), desc=f"listing {source}", leave=False, disable=None, delay=2))
-    return [
-        WorkUnit(
-            source=source, name=f"{order:05d}-{_stem(group[0])}-{number:05d}", files=tuple(group), format=format,
-            text_field=text_field, skip_bad=skip_bad, start=start, stop=stop, size_bytes=size_bytes,
-        )
-        for order, (group, cuts) in enumerate(zip(grouped, ranges, strict=True))
-        for number, (start, stop, size_bytes) in enumerate(cuts)
-    ]  # fmt: skip
+        runs = [(number, number + 1, file.size) for number, file in enumerate(files)]
+        if format in JSONL_FORMATS and len(files) > FEW_FILES:
+            runs = _runs_of_small_files(files, size)
+    units = []
+    for order, (first, stop, run_bytes) in enumerate(runs):
+        group = tuple(files[first:stop])
+        is_shared = format == "txt" or len(group) > 1
+        cuts = [(0, len(group), run_bytes)] if is_shared else ranges[first]
+        number = order if format == "txt" else first
+        units += [
+            WorkUnit(
+                source=source, name=_unit_name(number, group[0], part), files=group, format=format,
+                text_field=text_field, skip_bad=skip_bad, start=start, stop=stop, size_bytes=size_bytes,
+            )
+            for part, (start, stop, size_bytes) in enumerate(cuts)
+        ]  # fmt: skip
+    return units
+
+
+def apart(units: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """The same files of JSON lines, a unit each: how they were cut before small ones shared units."""
+    separate = []
+    for unit in units:
+        parts = unit.parts()
+        first = int(unit.name.partition("-")[0])
+        named = [replace(part, name=_unit_name(first + i, part.files[0], 0)) for i, part in enumerate(parts)]
+        separate += named if len(parts) > 1 else parts
+    return separate
+
+
+def _runs_of_small_files(files: Sequence[InputFile], unit_bytes: int) -> list[Range]:
+    """Neighbours that are small, together; every other file by itself, whose units then are what they always were."""
+    largest = min(MIN_UNIT_BYTES, unit_bytes)
+    sizes = [file.size if file.size <= largest else unit_bytes + 1 for file in files]
+    return runs_within(sizes, unit_bytes)
+
+
+def _unit_name(number: int, file: InputFile, part: int) -> str:
+    """Of a unit: the number and name of its (first) file in the source, and its number among the file's units."""
+    return f"{number:05d}-{_stem(file)}-{part:05d}"
 
 
 def _stem(file: InputFile) -> str:
@@ -113,7 +145,7 @@ def _ranges(file: InputFile, format: str, text_field: str | None, eos_id: int, u
         step = max(1, rows * unit_bytes // max(file.size, 1))
         return [(at, min(at + step, rows), min(step, rows - at) * file.size // rows) for at in range(0, rows, step)]
     with reading(file), open_input(file, SEARCH_BYTES * (format == "jsonl")) as stream:
-        check_first_bytes(file, format, stream.read(8))
+        check_first_bytes(file, format, stream.read(FIRST_BYTES))
         cuts = json_lines.line_cuts(stream, file.size, unit_bytes) if format == "jsonl" else [0, file.size]
     if format == "parquet":
         parquet = open_parquet(file, text_field)
@@ -137,15 +169,6 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
         parquet = pq.ParquetFile(open_input(file, 0) if is_remote else file.url, pre_buffer=is_remote)
         check_schema(file, parquet.schema_arrow, text_field)
     return parquet
-
-
-def check_first_bytes(file: InputFile, format: str, first: bytes) -> None:
-    """Raises UserError if a file's first bytes are not of the format that it is to be read in."""
-    is_text = format in ("jsonl", "txt", "csv")
-    known = FIRST_BYTES if is_text else FIRST_BYTES | {b"{": ("JSON", "jsonl")}
-    for magic, (kind, right) in known.items():
-        if first.startswith(magic) and right != format:
-            raise UserError(f"{file.url}: {kind} by its first bytes, not {format}; set format: {right}")
 
 
 def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> None:

@@ -272,7 +272,9 @@ def test_bad_documents_stop_the_build_or_are_left_out(
     with (tmp_path / "1.jsonl").open("a") as file:
         file.write('nonsense\n{"text": "good"}\n{"text": null}\n')
     sources = [source("a", "*.jsonl", format="jsonl")]
-    lenient = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip").rename(tmp_path / "lenient.yaml")
+    lenient = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1).rename(
+        tmp_path / "lenient.yaml"
+    )
     strict = write_mixture(tmp_path, tokenizer_dir, sources)
     assert "1.jsonl: line 11: not valid JSON" in build_error(strict, tmp_path / "out")
     manifest = build(lenient, tmp_path / "out")
@@ -334,9 +336,11 @@ def test_after_an_input_was_touched_the_advice_works(tmp_path: Path, mixture: Pa
 
 def test_a_source_of_bad_documents_alone_says_what_is_wrong(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text("nonsense")
-    mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")], on_bad_document="skip")
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")], on_bad_document="skip", max_bad_fraction=1
+    )
     message = build_error(mixture, tmp_path / "out")
-    assert "no documents in a.jsonl; all are bad, the first: a.jsonl, row 0: " in message
+    assert "a.jsonl: not one good row in it, bad: 1, the first: row 0: not valid JSON" in message
 
 
 def test_ctrl_c_is_one_word_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:

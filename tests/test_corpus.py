@@ -200,7 +200,9 @@ def test_a_saved_data_set_builds(tmp_path: Path, tokenizer_dir: Path, texts: lis
     rows = datasets.Dataset.from_dict({"text": [*texts, None]}).shuffle(seed=1)
     rows.save_to_disk(str(tmp_path / "saved"), num_shards=3)
     sources = [source("s", "saved", format="save_to_disk")]
-    manifest = build(write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip"), tmp_path / "out")
+    manifest = build(
+        write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1), tmp_path / "out"
+    )
     expected = {row: text for row, text in enumerate(rows["text"]) if text is not None}
     assert {row: text for (_, row), text in decoded(tmp_path / "out").items()} == expected
     assert [(bad.row, bad.reason) for bad in manifest.bad_documents] == [
@@ -337,7 +339,7 @@ def test_left_out_documents_are_counted_and_listed(
                (("jsonl", "a.jsonl"), ("parquet", "b.parquet"), ("txt", "*.txt"))]  # fmt: skip
     message = build_error(write_mixture(tmp_path, tokenizer_dir, sources), tmp_path / "error")
     assert "; mend or remove it, or have build_shards skip it" in message
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip")
+    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
     manifest = build(mixture, tmp_path / "skip")
     assert [(s.empty_documents, s.bad_documents) for s in manifest.sources] == [(3, 9), (1, 2), (0, 2)]
     listed = [(document.source, document.input, document.row) for document in manifest.bad_documents]

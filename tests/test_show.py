@@ -171,7 +171,10 @@ def test_what_was_left_out_and_the_tokenizer_s_special_tokens(
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b"no JSON\n" * 5)
     sources = [mixture_source("a", "a.jsonl", format="jsonl")]
-    manifest = build(write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip"), tmp_path / "dataset")
+    manifest = build(
+        write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1),
+        tmp_path / "dataset",
+    )
     out = shown(capsys, str(tmp_path / "dataset"))
     left_out = block(out, "a")["left out"]
     assert left_out[0] == "2 empty documents, 5 bad ones"
