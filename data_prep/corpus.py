@@ -158,7 +158,7 @@ def _place(unit: WorkUnit, row: int) -> str:
         with open_input(unit.files[0]) as stream:
             row += json_lines.count_newlines(stream, unit.start)
     if unit.format == "uint16":
-        return f"{unit.url}: document {row} behind byte {2 * unit.start:,}"
+        return f"{unit.url}: document {row} behind id {unit.start:,}"
     return f"{unit.url}: line {row + 1}" if unit.format in JSONL_FORMATS else f"{unit.url}: row {unit.start + row}"
 
 

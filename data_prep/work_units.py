@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep import json_lines, pretokenized
+from data_prep import flat_ids, json_lines, pretokenized
 from data_prep.errors import UserError, explained
 from data_prep.first_bytes import FIRST_BYTES, JSONL_FORMATS, check_first_bytes
 from data_prep.inputs import InputFile, open_input, reading
@@ -79,6 +79,8 @@ def cut_units(
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             found = pool.map(lambda file: _ranges(file, format, text_field, eos_id, size), files)
             ranges = list(tqdm(found, total=len(files), desc=f"listing {source}", leave=False, disable=None, delay=2))
+        if format == "uint16":
+            flat_ids.check_lengths(files, eos_id, f"source {source!r}")
         runs = [(number, number + 1, file.size) for number, file in enumerate(files)]
         if format in JSONL_FORMATS and len(files) > FEW_FILES:
             runs = _runs_of_small_files(files, size)

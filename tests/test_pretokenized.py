@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from data_prep import pretokenized
+from data_prep import flat_ids, pretokenized
 from data_prep.encode import LoadedTokenizer, decode_ids, load_tokenizer, new_encoder
 from data_prep.errors import UserError
 from data_prep.inputs import InputFile
@@ -27,7 +27,7 @@ pytest_plugins = ("prep_fixtures",)
 EOS = 5
 HUGE = 1 << 40
 CODES = {"u1": 1, "<i4": 4, "<i8": 5, "<u2": 8}  # of Megatron's DType
-ID = st.integers(0, 255).filter(lambda id_: id_ != EOS)
+ID = st.integers(1, 255).filter(lambda id_: id_ != EOS)
 DOCUMENTS = st.lists(st.lists(ID, max_size=6), max_size=12)  # empty ones too
 SEQUENCES = st.lists(st.lists(st.lists(ID, max_size=4), max_size=3), max_size=12)  # a document is several
 reuse_path = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -110,7 +110,7 @@ def test_uint16_round_trip(
         ids = [id_ for document in [*documents, last] for id_ in [EOS, *document]]
     header = llm_c_header(len(ids)) if layout == "llm.c header" else b""
     file = write_uint16(tmp_path / "train.bin", ids, header)
-    with mock.patch.object(pretokenized, "SEARCH_TOKENS", 3):
+    with mock.patch.object(flat_ids, "SEARCH_TOKENS", 3):
         assert read_all(file, "uint16", unit_bytes, batch_tokens) == [*documents, last]
 
 
@@ -288,5 +288,5 @@ def test_ids_of_four_bytes_are_no_uint16(tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
     path.write_bytes(np.arange(1, 100, dtype="<u4").tobytes())
     file = InputFile(name="ids.bin", url=str(path), size=path.stat().st_size, version="")
-    with pytest.raises(UserError, match=r"ids\.bin: every second id is 0, as in ids of 4 bytes"):
+    with pytest.raises(UserError, match=r"ids\.bin: every second id is at most 3, as in ids of 4 or 8 bytes"):
         cut_ids(file, "uint16", 0, 1 << 20)
