@@ -5,6 +5,7 @@ wrong with a document is found here, and reported with its file and row. Texts t
 flat UTF-8 bytes and offsets.
 """
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep import csv_records, json_lines, pretokenized, work_units
-from data_prep.encode import Encoded, LoadedTokenizer, decode_ids
+from data_prep.encode import Encoded, Ids, LoadedTokenizer, Offsets, decode_ids, reference_ids
 from data_prep.errors import UserError, explained
 from data_prep.first_bytes import COMPRESSED_FORMATS, FIRST_BYTES, JSONL_FORMATS, check_first_bytes
 from data_prep.flat_arrays import arrow_mask, byte_lengths, null_mask
@@ -280,10 +281,27 @@ def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]
     for ids, offsets in pretokenized.read_ids(file, unit.format, unit.start, unit.stop, tokenizer.eos_id):
         if len(ids) and ids.max() >= (size := tokenizer.vocab_size):
             raise UserError(f"{unit.url}: holds id {ids.max()}, the tokenizer has {size:,}; name the one it is of")
-        if len(special := ids[np.isin(ids, special_ids)]):
-            token = tokenizer.reference.id_to_token(int(special[0]))
+        is_special = np.isin(ids, special_ids)
+        if is_special.any() and unit.format in pretokenized.SPELLING_FORMATS:
+            ids, offsets = _as_ordinary_text(tokenizer, ids, offsets, is_special)
+        elif is_special.any():
+            token = tokenizer.reference.id_to_token(int(ids[is_special][0]))
             raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
         yield replace(all_rows(decode_ids(tokenizer, ids, offsets)), encoded=(ids, offsets))
+
+
+def _as_ordinary_text(
+    tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets, is_special: npt.NDArray[np.bool_]
+) -> Encoded:
+    """The documents, those with special ids inside encoded anew: what their texts spell is ordinary text to us."""
+    documents = np.split(ids, offsets[1:-1])
+    numbers = np.unique(np.searchsorted(offsets, np.flatnonzero(is_special), side="right") - 1)
+    for number in numbers.tolist():
+        own = documents[number]
+        text = decode_ids(tokenizer, own, np.array([0, len(own)])).cast(pa.large_binary())[0].as_py()
+        with contextlib.suppress(UnicodeDecodeError):  # a bad document, as `clean` finds
+            documents[number] = reference_ids(tokenizer, text.decode())
+    return np.concatenate(documents), np.append(0, np.cumsum([len(own) for own in documents]))
 
 
 def _read_saved(unit: WorkUnit) -> Iterator[Documents]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
+from data_prep import pretokenized
 from data_prep.encode import LoadedTokenizer
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
 from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
@@ -207,6 +208,8 @@ def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[In
     revision = None
     if source.hub:
         files, revision = find_hub_inputs(source.hub, source.config, source.split, source.revision, where)
+    elif source.format == "save_to_disk" and "://" in str(source.path):
+        raise UserError(f"{where}: {source.path}: save_to_disk is read from local disks; copy it to one, name its path")
     elif source.format == "save_to_disk":
         parts = find_inputs(base, f"{source.path}/*.arrow", where)
         state = find_inputs(base, f"{source.path}/state.json", where)[0]
@@ -214,8 +217,13 @@ def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[In
         files = [replace(state, size=size, version=version)]
     else:
         files = find_inputs(base, source.path or "", where)
-    if source.format == "megatron":
-        indexes = [find_inputs(base, str(Path(file.name).with_suffix(".idx")), where)[0] for file in files]
+    if source.format in pretokenized.FORMATS and (remote := [file.url for file in files if "://" in file.url]):
+        raise UserError(
+            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, name its path"
+        )
+    if source.format in pretokenized.INDEX_NAMES:
+        index_name = pretokenized.INDEX_NAMES[source.format]
+        indexes = [find_inputs(base, index_name(file.name), where)[0] for file in files]
         files = [replace(f, version=f"{f.version}, {i.version}") for f, i in zip(files, indexes, strict=True)]
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:

@@ -4,11 +4,13 @@ Read by `corpus` and `unit_shards`, which decode them with the mixture's tokeniz
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.bounded_ids import open_datatrove, open_olmo
 from data_prep.encode import Ids, Offsets
 from data_prep.errors import UserError
 from data_prep.flat_ids import OTHER_TOKENIZER, FlatIds
@@ -45,8 +47,16 @@ class IdFile(Protocol):
 READERS: dict[str, Callable[[InputFile, int], IdFile]] = {  # of a file, and the end-of-document id
     "megatron": lambda file, _: MegatronIds(file),
     "uint16": FlatIds,
+    "datatrove": lambda file, _: open_datatrove(file),
+    "olmo": lambda file, _: open_olmo(file),
 }
 FORMATS = tuple(READERS)
+INDEX_NAMES: dict[str, Callable[[str], str]] = {  # of the file that says where a file's documents lie
+    "megatron": lambda name: str(Path(name).with_suffix(".idx")),
+    "datatrove": lambda name: f"{name}.index",
+    "olmo": lambda name: str(Path(name).with_suffix(".csv.gz")),
+}
+SPELLING_FORMATS = ("datatrove", "olmo")  # their writers turn a special token that a text spells into its id
 
 
 def cut_ids(file: InputFile, format: str, eos_id: int, unit_bytes: int) -> list[tuple[int, int, int]]:
@@ -56,19 +66,21 @@ def cut_ids(file: InputFile, format: str, eos_id: int, unit_bytes: int) -> list[
 
 
 def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -> Iterator[tuple[Ids, Offsets]]:
-    """A unit's documents in batches: ids without end-of-document ids and offsets (documents + 1)."""
+    """A unit's documents in batches: ids without the end-of-document id after each, and offsets (documents + 1)."""
     source = open_ids(file, format, eos_id)
     for first, last, _ in _cut(source, start, stop, BATCH_TOKENS * source.itemsize):
         ids, offsets = source.read(first, last)
         is_eos = np.append(ids == eos_id, False)
         inside = np.setdiff1d(np.flatnonzero(is_eos), offsets[1:] - 1)
-        if len(inside):
+        if len(inside) and format not in SPELLING_FORMATS:
             document = first + int(np.searchsorted(offsets, inside[0], "right")) - 1
             raise UserError(f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; {OTHER_TOKENIZER}")
         ended = is_eos[offsets[1:] - 1] & (np.diff(offsets) > 0)
         if source.itemsize == 8:
             ids = np.minimum(ids.astype(np.uint64), np.uint64(2**32 - 1))  # what is too large, or negative, stays so
-        yield ids[~is_eos[:-1]].astype(np.uint32), offsets - np.append(0, np.cumsum(ended))
+        is_end = np.zeros(len(ids), bool)
+        is_end[offsets[1:][ended] - 1] = True
+        yield ids[~is_end].astype(np.uint32), offsets - np.append(0, np.cumsum(ended))
 
 
 def open_ids(file: InputFile, format: str, eos_id: int) -> IdFile:

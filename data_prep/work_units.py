@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep import flat_ids, json_lines, pretokenized
+from data_prep import flat_ids, json_lines, parquet_footer, pretokenized
 from data_prep.errors import UserError, explained
 from data_prep.first_bytes import FIRST_BYTES, JSONL_FORMATS, check_first_bytes
 from data_prep.inputs import InputFile, open_input, reading
@@ -168,7 +168,9 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
     """Open a parquet file and check that its text column is there and holds text."""
     is_remote = "://" in file.url
     with explained((pa.ArrowException, OSError), f"{file.url}: not a readable parquet file", "fetch or write it again"):
-        parquet = pq.ParquetFile(open_input(file, 0) if is_remote else file.url, pre_buffer=is_remote)
+        with open_input(file, 0) as stream:
+            parquet = pq.ParquetFile(open_input(file, 0) if is_remote else file.url, pre_buffer=is_remote)
+            parquet_footer.refuse_encrypted(file, stream, parquet.metadata.created_by)
         check_schema(file, parquet.schema_arrow, text_field)
     return parquet
 
@@ -178,9 +180,16 @@ def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> 
     with explained(UnicodeDecodeError, f"{file.url}: damaged, a column's name is not UTF-8", "fetch or write it again"):
         check_column(file, schema.names, text_field)
     type_ = schema.field(schema.names.index(text_field)).type
+    if not _is_text(type_):
+        others = ", ".join(column.name for column in schema if _is_text(column.type))[:1000]
+        write = "write the text as a column of strings"
+        advice = f"{write}, or set text_field to one that is: {others}" if others else f"no column is; {write}"
+        raise UserError(f"{file.url}: column {text_field!r} is of type {type_}, expected string; {advice}")
+
+
+def _is_text(type_: pa.DataType) -> bool:
     value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
-    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise UserError(f"{file.url}: column {text_field!r} is of type {type_}, expected string; set text_field")
+    return value_type in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def check_column(file: InputFile, names: list[str], text_field: str | None) -> None:
