@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.encode import Offsets
-from data_prep.errors import UserError, explained, parse_json
+from data_prep.errors import UserError, explained
 from data_prep.inputs import InputFile
 
 AnyIds = npt.NDArray[Any]

@@ -58,6 +58,9 @@ class FlatIds:
             self.start = LLM_C_HEADER_BYTES // self.dtype.itemsize
             expected = f"a header of {LLM_C_HEADER_BYTES:,} and {told:,} ids of {self.dtype.itemsize}"
             self.stop = self.start + told
+        elif file.url.endswith(".npy"):
+            advice = "if dolma wrote it, set format: olmo; if it holds ids alone, name it .bin"
+            raise UserError(f"{file.url}: named .npy, without NumPy's header; {advice}")
         else:
             self.is_bare, self.stop, expected = True, file.size // 2, "ids of 2"
         if file.size != self.byte(self.stop):
