@@ -19,8 +19,7 @@ from data_prep.inputs import InputFile
 
 AnyIds = npt.NDArray[Any]
 
-ID_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}  # by their bytes
-OLMO_COLUMNS = 5  # first id, end, name of the document, its file, its line there; newer ones have more
+ID_DTYPES = {2: "<u2", 4: "<u4"}  # by their bytes
 
 
 class BoundedIds:
@@ -68,7 +67,7 @@ def open_datatrove(file: InputFile) -> BoundedIds:
 
 
 def open_olmo(file: InputFile) -> BoundedIds:
-    """A `.npy` of dolma's (bare ids, whatever its name says) with its `.csv.gz` of borders."""
+    """A `.npy` of dolma, bare ids in spite of its name, with its `.csv.gz`: of each document the first id and the end."""
     index_path = Path(file.url).with_suffix(".csv.gz")
     if not file.url.endswith(".npy") or not index_path.is_file():
         raise UserError(f"{file.url}: expected a .npy with its .csv.gz beside it; name the .npy, and copy both")

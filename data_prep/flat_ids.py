@@ -149,7 +149,7 @@ def refuse_other_width(ids: AnyIds, path: str) -> None:
         looks_wider = bool(firsts.any()) != bool(seconds.any())
     else:
         shares = sorted(np.count_nonzero(half <= SMALL_ID) / len(seconds) for half in (firsts, seconds))
-        looks_wider = shares[0] < FEW and shares[1] >= MANY
+        looks_wider = bool(shares[0] < FEW and shares[1] >= MANY)
     if looks_wider:
         problem = f"every second id is at most {SMALL_ID}, as in ids of 4 or 8 bytes"
         raise UserError(f"{path}: {problem}; {WRITE_UINT16}")

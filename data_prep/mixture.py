@@ -209,9 +209,8 @@ def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[In
     if source.hub:
         files, revision = find_hub_inputs(source.hub, source.config, source.split, source.revision, where)
     elif source.format == "save_to_disk" and "://" in str(source.path):
-        raise UserError(
-            f"{where}: {without_credentials(str(source.path))}: save_to_disk is read from local disks; copy it to one, name its path"
-        )
+        problem = f"{without_credentials(str(source.path))}: save_to_disk is read from local disks"
+        raise UserError(f"{where}: {problem}; copy it to one, name its path")
     elif source.format == "save_to_disk":
         parts = find_inputs(base, f"{source.path}/*.arrow", where)
         state = find_inputs(base, f"{source.path}/state.json", where)[0]

@@ -174,6 +174,14 @@ class Shard(ShardFacts):
         """Both files, by path."""
         return {self.path: self.xxh3_128, self.index_path: self.index_xxh3_128}
 
+    @property
+    def accounts_for_its_rows(self) -> bool:
+        """Whether every row belongs to an input: to the only one, to its own (a text file), or by `input_rows`."""
+        if not self.input_rows:
+            return len(self.inputs) in (1, self.rows)
+        is_sum = sum(self.input_rows) == self.rows and min(self.input_rows) >= 0
+        return is_sum and len(self.inputs) == len(self.input_rows)
+
     def origin(self, row: int) -> tuple[str, int]:
         """Input file and row in it of a row of `ShardReader.documents`."""
         name, row = input_of(self.inputs, self.input_rows, row)
@@ -390,7 +398,7 @@ def check_places(data_dir: Path, manifest: Manifest) -> None:
             raise UserError(f"{where}: {shard.path!r} is not where a shard of {of} lies; {advice}")
         figures = (shard.text_bytes, shard.text_characters, shard.first_row, shard.rows)
         is_countable = 0 < shard.documents <= shard.tokens < 2**63 and all(0 <= figure < 2**63 for figure in figures)
-        if not is_countable or len(shard.inputs) not in (1, shard.rows):
+        if not is_countable or not shard.accounts_for_its_rows:
             raise UserError(f"{where}: {shard.path}: figures that no build gives; {advice}")
     paths = [path for shard in manifest.shards for path in (shard.path, shard.index_path)]
     if len(set(paths)) < len(paths):

@@ -52,7 +52,7 @@ from data_prep.shards import (
     digest_file,
     later,
     write_durably,
-)  # fmt: skip
+)
 from data_prep.work_units import WorkUnit
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash

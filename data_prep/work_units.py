@@ -102,7 +102,7 @@ def cut_units(
 
 def apart(units: Sequence[WorkUnit]) -> list[WorkUnit]:
     """The same files of JSON lines, a unit each: how they were cut before small ones shared units."""
-    separate = []
+    separate: list[WorkUnit] = []
     for unit in units:
         parts = unit.parts()
         first = int(unit.name.partition("-")[0])
