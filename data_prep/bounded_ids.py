@@ -67,7 +67,7 @@ def open_datatrove(file: InputFile) -> BoundedIds:
 
 
 def open_olmo(file: InputFile) -> BoundedIds:
-    """A `.npy` of dolma, bare ids in spite of its name, with its `.csv.gz`: of each document the first id and the end."""
+    """A `.npy` of dolma, bare ids in spite of its name, with its `.csv.gz`: first id and end of each document."""
     index_path = Path(file.url).with_suffix(".csv.gz")
     if not file.url.endswith(".npy") or not index_path.is_file():
         raise UserError(f"{file.url}: expected a .npy with its .csv.gz beside it; name the .npy, and copy both")
