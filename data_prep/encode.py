@@ -62,6 +62,13 @@ class LoadedTokenizer:
         return content
 
     @cached_property
+    def is_of_no_text(self) -> npt.NDArray[np.bool_]:
+        """Of each of the 65,536 ids, whether no text may give it: one look-up an id, however many there are."""
+        table = np.zeros(MAX_VOCAB_SIZE, np.bool_)
+        table[[*self.ids_of_no_text, self.eos_id]] = True
+        return table
+
+    @cached_property
     def doubtful(self) -> Doubtful:
         """Characters that gigatoken and the reference may take for different ones."""
         return doubtful(other_normal_forms(self.reference))
@@ -231,13 +238,14 @@ def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
 
 def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
     """Documents whose text gave a special id, which no text may: their numbers, and what is wrong with each."""
+    is_special = np.take(tokenizer.is_of_no_text, ids, mode="clip")  # ids beyond the vocabulary are refused later
+    places = np.flatnonzero(is_special)
+    numbers = np.searchsorted(offsets, places, side="right") - 1
     reasons: dict[int, str] = {}
-    for special in sorted(tokenizer.ids_of_no_text | {tokenizer.eos_id}):
-        if np.count_nonzero(ids == special):
-            token = tokenizer.reference.id_to_token(special)
-            problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
-            numbers = np.searchsorted(offsets, np.flatnonzero(ids == special), side="right") - 1
-            reasons |= dict.fromkeys(np.unique(numbers).tolist(), problem)
+    for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
+        token = tokenizer.reference.id_to_token(special)
+        problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
+        reasons.setdefault(number, problem)
     return reasons
 
 

@@ -91,7 +91,7 @@ def test_the_printed_lines_lead_to_the_tokens_and_the_text(
     dataset: Path, run_dir: Path, known: dict[tuple[str, int], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     loader = TrainingLoader(ShardReader(dataset), seq_len=32, seed=SEED)
-    samples = np.linspace(0, ROWS * STEPS - 1, 40).astype(int)
+    samples = np.linspace(0, ROWS * STEPS - 1, 80).astype(int)
     parts_seen = 0
     for sample, ids in zip(samples.tolist(), loader.samples(samples), strict=True):
         step, row = divmod(sample, ROWS)
