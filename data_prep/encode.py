@@ -62,11 +62,12 @@ class LoadedTokenizer:
         return content
 
     @cached_property
-    def is_of_no_text(self) -> npt.NDArray[np.bool_]:
-        """Of each of the 65,536 ids, whether no text may give it: one look-up an id, however many there are."""
-        table = np.zeros(MAX_VOCAB_SIZE, np.bool_)
-        table[[*self.ids_of_no_text, self.eos_id]] = True
-        return table
+    def ranges_of_no_text(self) -> list[range]:
+        """Ids that no text may give, neighbours together: a comparison or two for each range find them all."""
+        ids = sorted(self.ids_of_no_text | {self.eos_id})
+        first_of_a_range = [id_ for id_ in ids if id_ - 1 not in ids]
+        last_of_a_range = [id_ for id_ in ids if id_ + 1 not in ids]
+        return [range(first, last + 1) for first, last in zip(first_of_a_range, last_of_a_range, strict=True)]
 
     @cached_property
     def doubtful(self) -> Doubtful:
@@ -238,14 +239,20 @@ def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
 
 def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
     """Documents whose text gave a special id, which no text may: their numbers, and what is wrong with each."""
-    is_special = np.take(tokenizer.is_of_no_text, ids, mode="clip")  # ids beyond the vocabulary are refused later
-    places = np.flatnonzero(is_special)
-    numbers = np.searchsorted(offsets, places, side="right") - 1
     reasons: dict[int, str] = {}
-    for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
-        token = tokenizer.reference.id_to_token(special)
-        problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
-        reasons.setdefault(number, problem)
+    for of_no_text in tokenizer.ranges_of_no_text:
+        if len(of_no_text) == 1:
+            is_special = ids == of_no_text.start
+        else:  # unsigned: what lies below the range is far above it then
+            is_special = ids - np.uint32(of_no_text.start) < len(of_no_text)
+        if not np.count_nonzero(is_special):
+            continue
+        places = np.flatnonzero(is_special)
+        numbers = np.searchsorted(offsets, places, side="right") - 1
+        for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
+            token = tokenizer.reference.id_to_token(special)
+            problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
+            reasons[number] = problem
     return reasons
 
 

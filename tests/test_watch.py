@@ -219,14 +219,16 @@ def test_on_every_launcher_no_rank_outlives_another(
         wait_until(lambda: has_steps(run_dir, 1) or process.poll() is not None, "a step")
         assert process.poll() is None, log.read_text()
         family += psutil.Process(process.pid).children(recursive=True)
-        ranks = [child for child in family if str(run_dir) in child.cmdline() and child.cmdline()[0] == sys.executable]
-        ranks = sorted((each for each in ranks if "RANK" in each.environ() or "PMI_RANK" in each.environ()), key=rank_of)
+        ours = [child for child in family if str(run_dir) in child.cmdline() and child.cmdline()[0] == sys.executable]
+        ranks = [each for each in ours if "RANK" in each.environ() or "PMI_RANK" in each.environ()]
+        ranks.sort(key=rank_of)
         assert [rank_of(each) for each in ranks] == [0, 1], [each.cmdline() for each in family]
         time.sleep(1)
         ranks[killed].kill()
         began = time.monotonic()
         psutil.wait_procs(ranks, timeout=10)
-        assert not [each for each in ranks if each.is_running() and each.status() != psutil.STATUS_ZOMBIE], log.read_text()
+        left = [each for each in ranks if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        assert not left, log.read_text()
         assert time.monotonic() - began < 10
         assert process.wait(timeout=60) != 0
         if launcher == "deepspeed":  # which looks after its ranks once a second: the watch was first
