@@ -561,7 +561,7 @@ def test_ids_beyond_the_vocabulary_stop_the_build(
     def encode(texts: Any) -> tuple[Any, Any]:
         return np.full(len(texts), VOCAB_SIZE, np.uint32), np.arange(len(texts) + 1)
 
-    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: None)
+    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: unit_shards.NO_LOSS)
     monkeypatch.setattr(
         unit_shards, "new_encoder", lambda *_, **__: Encoder(name="odd", encode=encode, is_reference=False)
     )

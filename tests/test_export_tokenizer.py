@@ -204,6 +204,7 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         "trained_parameters": 1,
         "figures": figures,
         "one_input": {},
+        "starts": [],
     }
     plain = render("model_card.md.jinja", manifest=manifest, **values)
     assert "loses text" not in plain

@@ -192,7 +192,8 @@ def test_a_text_that_gives_a_special_id_is_a_bad_document(kind: str, tmp_path: P
     error = build_error(write_mixture(tmp_path, directory, sources, **allowed), tmp_path / "out")
     assert "a.parquet: row 11: its text gives the special token '</s>' (id " in error
     assert "on_bad_document: skip" in error
-    mixture = write_mixture(tmp_path, directory, sources, on_bad_document="skip", **allowed)
+    more = {"on_bad_document": "skip", "max_bad_fraction": 0.1}
+    mixture = write_mixture(tmp_path, directory, sources, **more, **allowed)
     manifest = build(mixture, tmp_path / "out")
     assert [bad.row for bad in manifest.bad_documents] == [11, 23]
     assert manifest.sources[0].bad_documents == 2
