@@ -191,7 +191,7 @@ class Supervisor:
         self.gpus = max(gpus, self.gpus)
         if self.gpus and not gpus:
             raise UserError("no GPU is left on this machine")
-        asked = self.flags.ranks or ranks_by_default(self.load_recipe(), self.gpus)
+        asked = self.flags.ranks or self.gpus or ranks_by_default(self.load_recipe(), self.gpus)
         return {HERE: asked}, {HERE: min(asked, gpus) if gpus and self.ports else asked}
 
     def find_hosts(self) -> tuple[Slots, Slots]:

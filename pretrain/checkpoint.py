@@ -168,6 +168,17 @@ def disk_of(path: Path) -> tuple[Path, int]:
     return mount, shutil.disk_usage(mount).free
 
 
+@contextlib.contextmanager
+def naming_the_disk(run_dir: Path) -> Iterator[None]:
+    """What the disk of the run's directory refuses becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        mount, free = disk_of(run_dir)
+        where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
+        raise refusal(error, f"{run_dir}: {where}; mend that, and the same command continues") from error
+
+
 def saved_steps(run_dir: Path) -> list[Path]:
     """Directories of the checkpoints of a run, newest first."""
     return steps_in(checkpoints_dir(run_dir))

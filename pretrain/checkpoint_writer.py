@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint import Fragment
+from pretrain.checkpoint import Fragment, naming_the_disk
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World, together
 from pretrain.retention import prune
@@ -91,7 +91,8 @@ class CheckpointWriter:
     def _conclude(self, saved: Path, step: int, prunes: bool) -> None:
         """Note what is saved, then drop the oldest checkpoints."""
         if self.world.is_main:
-            write_state(self.run_dir, saved_step=step)
+            with naming_the_disk(self.run_dir):
+                write_state(self.run_dir, saved_step=step)
             if prunes:
                 prune(saved, self.recipe.keep_last, self.recipe.keep_every)
 

@@ -28,7 +28,7 @@ import faulthandler
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, wi
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, disk_of, newest_good, saved_steps
+from pretrain.checkpoint import Checkpoint, naming_the_disk, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.command_line import build_parser
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
@@ -388,17 +388,6 @@ def set_determinism(recipe: Recipe) -> None:
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-@contextlib.contextmanager
-def naming_the_disk(run_dir: Path) -> Iterator[None]:
-    """What the disk of the run's directory refuses becomes a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        mount, free = disk_of(run_dir)
-        where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
-        raise refusal(error, f"{run_dir}: {where}; mend that, and the same command continues") from error
 
 
 def begin(run: Run) -> None:

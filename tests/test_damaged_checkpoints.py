@@ -364,8 +364,9 @@ def test_a_disk_that_fills_between_saves_is_one_line_too(
     assert ended.exit_codes[0] == 2, ended.output
     assert 0 not in ended.exit_codes
     (said,) = {line for line in ended.output.splitlines() if line.startswith("error:")}
-    assert f"error: {run_dir}: " in said
-    assert f"No space left on device; the disk mounted at {small_disk} has " in said
+    assert f"error: {run_dir}/checkpoints/step-00000010: not written: " in said
+    assert "No space left on device; it needs " in said
+    assert f"the disk mounted at {small_disk} has " in said
     resize(small_disk, "size=20m")
     output = train_on(ranks, recipe, tiny_data, run_dir, *flags)
     assert f"continuing from {checkpoints_dir(run_dir)}/step-00000002" in output
@@ -384,8 +385,9 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_one_line_too(
     assert ended.exit_codes[0] == 2, ended.output
     assert "Traceback" not in ended.output
     (said,) = [line for line in ended.output.splitlines() if line.startswith("error")]
-    assert f"error: {run_dir}: " in said
-    assert f"No space left on device; the disk mounted at {small_disk} has " in said
+    assert f"error: {run_dir}/checkpoints/step-00000010: not written: " in said
+    assert "No space left on device; it needs " in said
+    assert f"the disk mounted at {small_disk} has " in said
     (small_disk / "other").unlink()
     output = train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "7")
     assert f"continuing from {checkpoints_dir(run_dir)}/step-00000005" in output

@@ -37,11 +37,14 @@ def test_own_address_is_an_address() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_waits_for_the_others_in_vain_says_so_in_one_line_and_is_no_bad_input(rank: str) -> None:
+def test_a_rank_that_waits_for_the_others_in_vain_says_so_in_one_line_and_is_no_bad_input(
+    rank: str, tiny_data: Path, tmp_path: Path
+) -> None:
     who = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DEEPSPEED_TIMEOUT": "0"}
-    command = ["-m", "pretrain.train", "--recipe", "quickstart", "--data-dir", "none", "--run-dir", "none"]
-    result = run_command(sys.executable, *command, **who, **meeting)
+    recipe, run_dir = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
+    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(run_dir)]
+    result = run_command(sys.executable, "-m", "pretrain.train", *flags, **who, **meeting)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: rank {rank} (")

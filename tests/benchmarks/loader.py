@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from data_prep.shards import (
+    INDEX_DTYPE,
     MANIFEST_NAME,
     TOKEN_DTYPE,
     Manifest,
@@ -36,14 +38,17 @@ from data_prep.shards import (
     ShardReader,
     Source,
     Tokens,
+    digest_file,
     integer_shares,
     shard_header,
+    write_array,
     write_durably,
 )
 from pretrain.loader import TrainingLoader
 
 SEQ_LEN = 1_024
 FAR_STEP = 10**9
+DOCUMENT_TOKENS = 1_000
 WEIGHTS = {"web": 0.6, "books": 0.2, "code": 0.15, "papers": 0.05}
 Fetch = Callable[[int, int], Tokens]  # first sample and number of samples to rows
 
@@ -57,20 +62,29 @@ def write_shard(data_dir: Path, source: str, unit: int, tokens: int, split: str,
         if ids is not None:
             file.write(np.resize(ids, tokens).astype(TOKEN_DTYPE).data)
         file.truncate(len(shard_header(tokens)) + tokens * TOKEN_DTYPE.itemsize)
-    return Shard(
+    documents = tokens // DOCUMENT_TOKENS
+    shard = Shard(
         split=split,
         source=source,
         path=path,
         tokens=tokens,
-        documents=tokens // 1_000,
+        documents=documents,
         text_bytes=4 * tokens,
         text_characters=4 * tokens,
         inputs=(f"{source}/{unit:05d}.parquet",),
         first_row=0,
-        rows=tokens // 1_000,
+        rows=documents,
         xxh3_128=f"{unit:032x}",
         index_xxh3_128=f"{unit:032x}",
     )
+    if ids is None:  # nothing is trained on it, so nobody asks for its digests
+        return shard
+    index = np.stack([np.arange(documents) * DOCUMENT_TOKENS, np.arange(documents)], axis=1).astype(INDEX_DTYPE)
+    digests = {
+        "xxh3_128": digest_file(data_dir / path),
+        "index_xxh3_128": write_array(data_dir / shard.index_path, index),
+    }
+    return replace(shard, **digests)
 
 
 def synthetic_dataset(data_dir: Path, shards: int, tokens: int, vocab_size: int, *, sparse: bool = False) -> Path:
