@@ -14,11 +14,13 @@ that the manifest does not name, or names otherwise, makes the directory no chec
 that are no numbers. Nothing here is a pickle.
 """
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -20,6 +20,7 @@ from pretrain import checkpoint, patience, run_directory
 from pretrain.checkpoint import Fragment, load_for_reading, newest_good, saved_steps
 from pretrain.distributed import World, together
 from pretrain.patience import patiently
+from pretrain.records import read_lines
 from pretrain.run_directory import MetricsFile, flush_metrics, read_state
 from pretrain.saving import save_checkpoint
 
