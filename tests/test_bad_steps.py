@@ -322,9 +322,10 @@ def be_a_rank_whose_weights_are_spoilt(arguments: list[str], variables: dict[str
 
     def train_step(engine: Engine, *step: Any) -> Any:
         figures = honest(engine, *step)
-        if next(calls) == after and engine.world.is_main:
-            next(engine._owned())[2]["master"][0] = torch.nan
-            engine.deepspeed.optimizer.update_lp_params()
+        if next(calls) == after:
+            if engine.world.is_main:
+                next(engine._owned())[2]["master"][0] = torch.nan
+            engine.deepspeed.optimizer.update_lp_params()  # all ranks: it gathers
         return figures
 
     Engine.train_step = train_step  # type: ignore[method-assign]
