@@ -263,6 +263,9 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
         records = csv_records.read_records(stream, file.url, MAX_DOCUMENT_BYTES)
         header = next(records, [])
         check_column(file, header, unit.text_field)
+        if header.count(unit.text_field or "") > 1:
+            problem = f"{header.count(unit.text_field or '')} columns of its header are named {unit.text_field!r}"
+            raise UserError(f"{file.url}: {problem}; rename all but the one that holds the text")
         column = header.index(unit.text_field or "")
         while batch := list(itertools.islice(records, BATCH_RECORDS)):
             good: list[tuple[int, bytes]] = []

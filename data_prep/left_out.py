@@ -53,10 +53,12 @@ def bad_documents(units: Finished) -> Iterator[BadDocument]:
 def check_left_out(units: Finished, max_bad_fraction: float) -> None:
     """Raises UserError for a file without one good row, and for a source with too large a share of bad ones."""
     of_sources, of_files = tallies(units)
-    for (_, name), tally in of_files.items():
+    urls = {(unit.source, file.name): file.url for unit, _ in units for file in unit.files}
+    for (source, name), tally in of_files.items():
         if tally.bad and not tally.documents:
             problem = f"not one good row in it, bad: {tally.bad:,}, the first: {tally.first_bad[0]}"
-            raise UserError(f"{name}: {problem}; see what the file is, mend it or leave it out")
+            where = f"source {source!r}: {urls[source, name]}"
+            raise UserError(f"{where}: {problem}; see what the file is, mend it or leave it out")
     for name, tally in of_sources.items():
         rows = tally.documents + tally.empty + tally.bad
         if tally.bad > max_bad_fraction * rows:

@@ -145,7 +145,7 @@ def test_a_file_without_one_good_row_is_an_error_also_with_skip(
     (tmp_path / name).write_bytes(BAD_WHOLES[name])
     sources = [source("s", "*.jsonl", format="jsonl")]
     mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
-    expected = f"{name}: not one good row in it, bad: "
+    expected = f"source 's': {tmp_path / name}: not one good row in it, bad: "
     assert expected in build_error(mixture, tmp_path / "few")
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 10)
