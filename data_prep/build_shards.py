@@ -127,7 +127,9 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
         return False
     if signature != plan.identity["signature"]:
         other = "holds a data set of another mixture or tokenizer, or of inputs of another size or time of change"
-        anew = f"; to build it anew here, from those of its units whose inputs are as they were, {shards.REBUILD}"
+        anew = f"; to build it anew here, in place of what is there, {shards.REBUILD}"
+        fingerprint = load_manifest(output_dir).fingerprint
+        anew += f": where the text is another one now, that loses {fingerprint}, and runs on it can't be resumed"
         raise UserError(f"{output_dir}: {other}; {elsewhere}{anew * is_akin}")
     ShardReader(output_dir).check_files()
     return True

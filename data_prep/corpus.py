@@ -20,7 +20,7 @@ import pyarrow as pa
 from data_prep import csv_records, json_lines, pretokenized, work_units
 from data_prep.encode import Encoded, Ids, LoadedTokenizer, Offsets, decode_ids, reference_ids
 from data_prep.errors import UserError, explained
-from data_prep.first_bytes import COMPRESSED_FORMATS, FIRST_BYTES, JSONL_FORMATS, check_first_bytes
+from data_prep.first_bytes import COMPRESSED_FORMATS, FIRST_BYTES, JSONL_FORMATS, check_first_bytes, refuse_nuls
 from data_prep.flat_arrays import arrow_mask, byte_lengths, null_mask
 from data_prep.inputs import InputFile, open_input, reading
 from data_prep.json_lines import Reasons
@@ -42,6 +42,8 @@ class Documents:
     rows_read: int  # rows this batch covers, blank lines and left out documents included
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
+    row_bytes: int = 0  # of all rows, in the file or of their texts; 0 until `clean` counts those of the texts
+    bad_bytes: int = 0  # of those left out as bad
     encoded: Encoded | None = None  # the texts' ids, if the input holds ids
     file: int = 0  # of the unit's several files of JSON lines, the one that it is of
     rows_before: int = 0  # of the unit, in the files before
@@ -79,7 +81,10 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
     """A batch without its empty documents, and without bad ones, or an error at the first; `row` is its first."""
     texts = batch.texts
     lengths = byte_lengths(texts)
-    found = {int(batch.rows[i]): reason for i, reason in _bad_texts(texts, lengths, unit.text_field)}
+    bad_texts = dict(_bad_texts(texts, lengths, unit.text_field))
+    found = {int(batch.rows[i]): reason for i, reason in bad_texts.items()}
+    row_bytes = batch.row_bytes or int(lengths.sum()) + batch.bad_bytes
+    bad_bytes = batch.bad_bytes + int(lengths[list(bad_texts)].sum())
     bad = sorted([*batch.bad, *found.items()])
     if bad and not unit.skip_bad:
         at, reason = bad[0]
@@ -93,14 +98,14 @@ def clean(unit: WorkUnit, batch: Documents, row: int) -> Documents:
         encoded = encoded[0][np.repeat(keep, id_counts)], np.append(0, np.cumsum(id_counts[keep]))
     return replace(
         batch, texts=texts, rows=batch.rows[keep] + np.uint64(row), bad=[(row + at, reason) for at, reason in bad],
-        empty=int(np.count_nonzero(~keep)) - len(found), encoded=encoded,
+        empty=int(np.count_nonzero(~keep)) - len(found), encoded=encoded, row_bytes=row_bytes, bad_bytes=bad_bytes,
     )  # fmt: skip
 
 
 def refusal(unit: WorkUnit, row: int, reason: str) -> UserError:
     """The error of a bad document, which names its file and row."""
     advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
-    return UserError(f"{_place(unit, row)}: {reason}; {advice}")
+    return UserError(f"{place(unit, row)}: {reason}; {advice}")
 
 
 def without(documents: Documents, reasons: dict[int, str], encoded: Encoded) -> Documents:
@@ -111,9 +116,10 @@ def without(documents: Documents, reasons: dict[int, str], encoded: Encoded) -> 
     counts = np.diff(offsets)
     kept = ids[np.repeat(keep, counts)], np.append(0, np.cumsum(counts[keep]))
     found = [(int(documents.rows[number]), reason) for number, reason in reasons.items()]
+    bad_bytes = documents.bad_bytes + int(byte_lengths(documents.texts)[~keep].sum())
     return replace(
         documents, texts=documents.texts.filter(arrow_mask(keep)), rows=documents.rows[keep], encoded=kept,
-        bad=sorted([*documents.bad, *found]),
+        bad=sorted([*documents.bad, *found]), bad_bytes=bad_bytes,
     )  # fmt: skip
 
 
@@ -148,7 +154,7 @@ def _too_long(size: int) -> str:
     return f"a document of {size / 1e6:,.0f} MB, expected at most {MAX_DOCUMENT_BYTES / 1e6:,.0f} MB"
 
 
-def _place(unit: WorkUnit, row: int) -> str:
+def place(unit: WorkUnit, row: int) -> str:
     """File and row, or line, of a row of a unit, for a message."""
     if unit.format == "txt":
         return unit.files[row].url
@@ -183,24 +189,26 @@ def all_rows(column: Any) -> Documents:
     return Documents(texts=texts, rows=np.arange(len(texts), dtype=np.uint64), rows_read=len(texts))
 
 
-def _some_rows(good: list[tuple[int, bytes]], bad: Reasons, rows_read: int) -> Documents:
+def _some_rows(good: list[tuple[int, bytes]], bad: Reasons, bad_bytes: int, rows_read: int) -> Documents:
     """A batch of the rows that could be read."""
     texts, rows = json_lines.arrow_texts(good)
-    return Documents(texts=texts, rows=rows, bad=bad, rows_read=rows_read)
+    return Documents(texts=texts, rows=rows, bad=bad, bad_bytes=bad_bytes, rows_read=rows_read)
 
 
 def _read_text(unit: WorkUnit) -> Iterator[Documents]:
     """A file is a document."""
     for start, stop, _ in work_units.runs_within((file.size for file in unit.files), BATCH_BYTES):
-        good, bad = [], []
+        good, bad, bad_bytes = [], [], 0
         for row, file in enumerate(unit.files[start:stop]):
             if file.size > MAX_DOCUMENT_BYTES:
                 bad.append((row, _too_long(file.size)))
+                bad_bytes += file.size
                 continue
             with reading(file), open_input(file) as stream:
                 good.append((row, stream.read()))
             check_first_bytes(file, unit.format, good[-1][1][:FIRST_BYTES])
-        yield _some_rows(good, bad, stop - start)
+            refuse_nuls(file, good[-1][1])
+        yield _some_rows(good, bad, bad_bytes, stop - start)
 
 
 def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
@@ -214,10 +222,13 @@ def _read_jsonl(unit: WorkUnit) -> Iterator[Documents]:
             for block in json_lines.blocks(chunks, BATCH_BYTES):
                 texts, rows, bad = json_lines.parse_block(block, unit.text_field or "", row + unit.start == 0)
                 lines = json_lines.count_lines(block)
-                yield Documents(texts=texts, rows=rows, rows_read=lines, bad=bad)
+                bad_bytes = json_lines.bytes_of_lines(block, [line for line, _ in bad])
+                yield Documents(
+                    texts=texts, rows=rows, rows_read=lines, bad=bad, row_bytes=len(block), bad_bytes=bad_bytes
+                )
                 row += lines
     except json_lines.DAMAGED as error:
-        where = _place(unit, row - 1).replace(": line ", ": damaged after line ")
+        where = place(unit, row - 1).replace(": line ", ": damaged after line ")
         raise UserError(f"{where} ({error}); fetch or write it again") from None
 
 
@@ -263,16 +274,21 @@ def _read_csv(unit: WorkUnit) -> Iterator[Documents]:
         records = csv_records.read_records(stream, file.url, MAX_DOCUMENT_BYTES)
         header = next(records, [])
         check_column(file, header, unit.text_field)
+        if header.count(unit.text_field or "") > 1:
+            problem = f"{header.count(unit.text_field or '')} columns of its header are named {unit.text_field!r}"
+            raise UserError(f"{file.url}: {problem}; rename all but the one that holds the text")
         column = header.index(unit.text_field or "")
         while batch := list(itertools.islice(records, BATCH_RECORDS)):
             good: list[tuple[int, bytes]] = []
             bad: Reasons = []
+            bad_bytes = 0
             for row, record in enumerate(batch):
                 if len(record) == len(header):
                     good.append((row, record[column].encode(errors="surrogateescape")))
                 elif record:
                     bad.append((row, f"a record of {len(record)} fields, the header has {len(header)}"))
-            yield _some_rows(good, bad, len(batch))
+                    bad_bytes += sum(len(field.encode(errors="surrogateescape")) for field in record)
+            yield _some_rows(good, bad, bad_bytes, len(batch))
 
 
 def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]:

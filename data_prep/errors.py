@@ -162,7 +162,16 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
     """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
     kinds = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
     with explained(kinds, f"{where}: not valid YAML", "mend it"):  # a tag such as !!bool x raises what its reader does
-        return yaml.load(content, _UniqueKeysLoader)
+        try:
+            return yaml.load(content, _UniqueKeysLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.context_mark or error.problem_mark
+            if mark and "alias" in f"{error.context} {error.problem}":
+                problem = "a value that begins with * is an alias to YAML"
+                raise UserError(
+                    f"{where}: line {mark.line + 1}: {problem}; put it in quotes, as in path: '*.jsonl'"
+                ) from None
+            raise
 
 
 def parse_json(content: str | bytes, where: str, advice: str) -> Any:

@@ -11,6 +11,8 @@ from data_prep.errors import UserError
 from data_prep.inputs import InputFile
 
 FIRST_BYTES = 512  # so many are looked at; a tar archive says what it is at byte 257
+NULS_IN_A_ROW = 8  # fewer, here and there, may be meant
+NULS_OF_TEXT = 0.01  # of its bytes, at most
 COMPRESSED_FORMATS = ("jsonl.gz", "jsonl.zst")
 JSONL_FORMATS = ("jsonl", *COMPRESSED_FORMATS)
 UNPACK = "unpack it first"
@@ -52,6 +54,7 @@ BINARY_KINDS = (
     _kind("UTF-16", rb"\xff\xfe|\xfe\xff|([^\0]\0){4}|(\0[^\0]){4}", UTF_8),
     _kind("NULs", rb"\0{8}", "a crash or a full disk may leave a file so: fetch or write it again"),
     _kind("NumPy", rb"\x93NUMPY", "text is no array; ids of a tokenizer are format: uint16", own_format="uint16"),
+    _kind("ELF", rb"\x7fELF", "a program or library is no text: leave it out"),
     _kind("pickle", rb"\x80[\x02-\x05][\x8a\x95\]\}(c]", "write its texts as JSON lines"),
     _kind("HDF5", rb"\x89HDF\r\n\x1a\n", "write its texts as JSON lines"),
     _kind("SQLite", rb"SQLite format 3\0", "write its texts as JSON lines"),
@@ -97,6 +100,14 @@ def check_first_bytes(file: InputFile, format: str, first: bytes, *, inside: boo
 def check_first_bytes_of_ids(file: InputFile, format: str, first: bytes) -> None:
     """The same of a file of token ids."""
     _refuse(file, format, first, ARRAY_KINDS, inside=False)
+
+
+def refuse_nuls(file: InputFile, content: bytes) -> None:
+    """Raises UserError for a text file with NULs in a row, or with so many as no text has."""
+    nuls = content.count(0)
+    if nuls >= NULS_IN_A_ROW and (nuls > NULS_OF_TEXT * len(content) or bytes(NULS_IN_A_ROW) in content):
+        problem = f"no text: {nuls:,} of its {len(content):,} bytes are NULs, the first at byte {content.find(0):,}"
+        raise UserError(f"{file.url}: {problem}; see what it is, fetch it again or leave it out")
 
 
 def _refuse(file: InputFile, format: str, first: bytes, kinds: tuple[Kind, ...], inside: bool) -> None:

@@ -32,6 +32,8 @@ LOOKED_AT_FILES = 32  # of a source, evenly spread
 WINDOW_IDS = 64 << 10  # all that is read is looked at in pieces of so many
 LEAST_IDS = 1024  # of such a piece: fewer may look like anything
 LEAST_PAIRS, CERTAIN_PAIRS = 2, 16  # of a file: fewer say nothing; so many say it though some ids be above 65,535
+PAIRS_OF_A_RUN = 256  # in a row: any run of 1,023 ids or more of 2 bytes holds so many that begin at a multiple
+LEAST_DIFFERENT = 8  # ids among them: "!?!?" of a text repeats the same few
 SMALL_ID = 3  # the upper half of an id of 4 bytes is no more, of a vocabulary up to 262,144
 MANY, FEW = 0.99, 0.9  # shares of small ids, in every second place and in the others
 
@@ -91,6 +93,7 @@ class FlatIds:
         """The ids from start to stop, and where documents begin in them."""
         ids = self._ids(start, stop)
         if self.is_bare:
+            refuse_runs_of_other_width(ids, self.path, self.byte(start))
             whole = len(ids) // WINDOW_IDS * WINDOW_IDS
             pieces = [*ids[:whole].reshape(-1, WINDOW_IDS), ids[-WINDOW_IDS:]]
             for piece in pieces:
@@ -153,6 +156,29 @@ def refuse_other_width(ids: AnyIds, path: str) -> None:
     if looks_wider:
         problem = f"every second id is at most {SMALL_ID}, as in ids of 4 or 8 bytes"
         raise UserError(f"{path}: {problem}; {WRITE_UINT16}")
+
+
+def refuse_runs_of_other_width(ids: AnyIds, path: str, first_byte: int) -> None:
+    """Raises UserError, naming the byte, where every second uint16 of a run is 0 and those between are ids.
+
+    So lie ids of 4 or 8 bytes within a file of 2, wherever they begin; `first_byte` is where `ids` lies in the file.
+    """
+    run = 2 * PAIRS_OF_A_RUN
+    last = len(ids) - run
+    whole = len(ids) // run * run
+    for begin, part in ((0, ids[:whole]), (last, ids[max(last, 0) :])):
+        if len(part) < run:
+            continue
+        pairs = part.view("<u4").reshape(-1, PAIRS_OF_A_RUN)
+        some = pairs[:, 0] | pairs[:, PAIRS_OF_A_RUN // 2]  # two first: to look at all takes a sixth of reading
+        suspects = np.flatnonzero((some & 0xFFFF == 0) | (some >> 16 == 0))
+        seen = np.bitwise_or.reduce(pairs[suspects], axis=1)  # bits of all its firsts, and of all its seconds
+        is_wide = (seen & 0xFFFF == 0) != (seen >> 16 == 0)
+        for number in suspects[is_wide].tolist():
+            if len(np.unique(pairs[number])) >= LEAST_DIFFERENT:
+                at = first_byte + 2 * (begin + number * run)
+                problem = f"at byte {at:,} every second id of {run} is 0, as in ids of 4 or 8 bytes"
+                raise UserError(f"{path}: {problem}; {WRITE_UINT16}")
 
 
 def check_lengths(files: Sequence[InputFile], eos_id: int, where: str) -> None:

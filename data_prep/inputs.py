@@ -19,7 +19,7 @@ import fsspec.core
 import fsspec.spec
 
 from data_prep.errors import UserError, explained, one_line, printable
-from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps
+from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps, warn_of_one_file_twice
 from data_prep.urls import without_credentials
 
 T = TypeVar("T")
@@ -108,6 +108,7 @@ def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
         raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); check the path")
     if list(paths) != [pattern]:
         warn_of_gaps(paths, where)
+    warn_of_one_file_twice(paths, where)
     stats = [(name, str(path), path.stat()) for name, path in paths.items()]
     return [InputFile(name=name, url=url, size=s.st_size, version=str(s.st_mtime_ns)) for name, url, s in stats]
 

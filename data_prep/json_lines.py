@@ -20,6 +20,7 @@ import zstandard
 READ_BYTES = 1 << 20
 COMPRESSED_BYTES = 4 << 10  # read at a time: in zstd it may stand for 128 MiB
 MAX_LINE_BYTES = 256 << 20
+MANY_NULS = 8  # of a line: fewer may be a writer's mistake within a text
 TOO_LONG = b"\0too long"  # takes the place of a longer line; no JSON holds a NUL
 DAMAGED = (OSError, EOFError, zlib.error, zstandard.ZstdError)  # what a broken stream raises
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -114,6 +115,14 @@ def parse_block(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt
     return *arrow_texts(good), [(row, reason) for row, _, reason in found if reason]
 
 
+def bytes_of_lines(block: bytes, rows: list[int]) -> int:
+    """Bytes of some lines of a block, by their numbers; of one that was too long, what tells that it is."""
+    if not rows:
+        return 0
+    lines = block.split(b"\n")
+    return sum(MAX_LINE_BYTES + 1 if lines[row].startswith(TOO_LONG) else len(lines[row]) for row in rows)
+
+
 def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
     """The text of every line, if every line holds one object and all is well.
 
@@ -143,8 +152,10 @@ def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
     try:
         record = json.loads(line.decode(encoding), parse_int=len)  # an int, and of any number of digits
     except UnicodeDecodeError as error:
-        return b"", f"invalid UTF-8 at byte {error.start} of the line"
+        return b"", _nuls(line) or f"invalid UTF-8 at byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
+        if nuls := _nuls(line):
+            return b"", nuls
         return b"", f"not valid JSON ({error})"
     if not isinstance(record, dict):
         return b"", f"a JSON {type(record).__name__}, expected an object with the field {field!r}"
@@ -158,6 +169,14 @@ def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
         return text.encode(), ""
     except UnicodeEncodeError as error:
         return b"", f"half a surrogate pair at character {error.start} is not valid Unicode"
+
+
+def _nuls(line: bytes) -> str:
+    """What is wrong with a line that holds many NULs, of which JSON has none."""
+    nuls = line.count(0)
+    if nuls < MANY_NULS:
+        return ""
+    return f"{nuls:,} NULs, the first at byte {line.find(0)} of the line (a crash or a full disk may leave them)"
 
 
 def arrow_texts(numbered: list[tuple[int, bytes]]) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint64]]:

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from data_prep.errors import UserError
+from data_prep.first_bytes import JSONL_FORMATS
 from data_prep.shards import BadDocument, input_of
 from data_prep.unit_shards import UnitResult
 from data_prep.work_units import WorkUnit
 
 FIRST_BAD_SHOWN = 3
+MOST = 0.5  # of a work unit's bytes, and at least so many of them, make bad rows more than single documents
+LARGE_BYTES = 1 << 20
 
 Finished = Sequence[tuple[WorkUnit, UnitResult]]  # in the order of the plan
 
@@ -25,6 +28,8 @@ class Tally:
     documents: int = 0
     empty: int = 0
     bad: int = 0
+    row_bytes: int = 0  # of all of them, as `corpus.Documents` counts
+    bad_bytes: int = 0
     first_bad: list[str] = field(default_factory=list)  # where, and why
 
 
@@ -53,17 +58,45 @@ def bad_documents(units: Finished) -> Iterator[BadDocument]:
 def check_left_out(units: Finished, max_bad_fraction: float) -> None:
     """Raises UserError for a file without one good row, and for a source with too large a share of bad ones."""
     of_sources, of_files = tallies(units)
-    for (_, name), tally in of_files.items():
-        if tally.bad and not tally.documents:
-            problem = f"not one good row in it, bad: {tally.bad:,}, the first: {tally.first_bad[0]}"
-            raise UserError(f"{name}: {problem}; see what the file is, mend it or leave it out")
+    for unit, result in units:
+        check_unit(unit, result, max_bad_fraction)
+    urls = {(unit.source, file.name): file.url for unit, _ in units for file in unit.files}
+    for (source, name), tally in of_files.items():
+        check_file(tally, f"source {source!r}: {urls[source, name]}")
     for name, tally in of_sources.items():
-        rows = tally.documents + tally.empty + tally.bad
-        if tally.bad > max_bad_fraction * rows:
-            share = f"{tally.bad / rows:.2%}, max_bad_fraction: {max_bad_fraction:g}"
-            problem = f"{tally.bad:,} of {rows:,} rows are bad ({share}), the first: {'; '.join(tally.first_bad)}"
-            advice = "mend them, or raise max_bad_fraction and build again: what is built stays"
-            raise UserError(f"source {name!r}: {problem}; {advice}")
+        check_source(tally, f"source {name!r}", max_bad_fraction, "build again: what is built stays")
+
+
+def check_file(tally: Tally, where: str) -> None:
+    """Raises UserError for a file without one good row."""
+    if tally.bad and not tally.documents:
+        problem = f"not one good row in it, bad: {tally.bad:,}, the first: {tally.first_bad[0]}"
+        raise UserError(f"{where}: {problem}; see what the file is, mend it or leave it out")
+
+
+def check_source(tally: Tally, where: str, max_bad_fraction: float, then: str) -> None:
+    """Raises UserError for a source of whose rows, or of whose bytes, too large a share is bad.
+
+    A single row may be most of a file: where its line ends are lost, or NULs took their place.
+    """
+    rows = tally.documents + tally.empty + tally.bad
+    first = f"the first: {'; '.join(tally.first_bad)}; mend them, or raise max_bad_fraction and {then}"
+    if tally.bad > max_bad_fraction * rows:
+        share = f"{tally.bad / rows:.2%}, max_bad_fraction: {max_bad_fraction:g}"
+        raise UserError(f"{where}: {tally.bad:,} of {rows:,} rows are bad ({share}), {first}")
+    if tally.bad_bytes > max_bad_fraction * tally.row_bytes:
+        share = f"{tally.bad_bytes / tally.row_bytes:.2%}, max_bad_fraction: {max_bad_fraction:g}"
+        problem = f"{tally.bad:,} of {rows:,} rows are bad, and hold {tally.bad_bytes:,} of {tally.row_bytes:,} bytes"
+        raise UserError(f"{where}: {problem} ({share}), {first}")
+
+
+def check_unit(unit: WorkUnit, result: UnitResult, max_bad_fraction: float) -> None:
+    """Raises UserError for lines of a large source that are bad for the most part: a hole in a file, say."""
+    limit = max(MOST, max_bad_fraction) * result.row_bytes
+    if unit.format in JSONL_FORMATS and result.bad_bytes > max(limit, LARGE_BYTES):
+        where = f"source {unit.source!r}: {unit.url}: bytes {unit.start:,} to {unit.stop:,}"
+        problem = f"{result.bad_bytes:,} of {result.row_bytes:,} are of bad rows ({result.bad_documents[0][1]})"
+        raise UserError(f"{where}: {problem}; see what is there, mend it or fetch it again")
 
 
 def tallies(units: Finished) -> tuple[dict[str, Tally], dict[tuple[str, str], Tally]]:
@@ -75,6 +108,8 @@ def tallies(units: Finished) -> tuple[dict[str, Tally], dict[tuple[str, str], Ta
         tally = of_sources.setdefault(unit.source, Tally())
         tally.documents += sum(documents)
         tally.empty += result.empty_documents
+        tally.row_bytes += result.row_bytes or unit.size_bytes
+        tally.bad_bytes += result.bad_bytes
         if unit.format != "txt":
             for file, number in zip(unit.files, documents, strict=True):
                 of_files.setdefault((unit.source, file.name), Tally()).documents += number

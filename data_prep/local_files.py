@@ -8,10 +8,10 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, printable
 
 PART = re.compile(r"(.*?)(\d{4,})-of-(\d{4,})(.*)", re.DOTALL)  # train-00003-of-00010.parquet
 OWN_HASH = re.compile(r"[0-9a-f]{8,}")  # of each part, after its number: train-00003-of-00010-d964455e17e96d5a.parquet
@@ -94,6 +94,18 @@ def warn_of_gaps(names: Iterable[str], where: str) -> None:
         more = f" and {len(missing) - PARTS_NAMED:,} more" if len(missing) > PARTS_NAMED else ""
         text = f"{len(missing):,} of {count:,} parts are not there: {named}{more}; fetch them unless that is meant"
         print(f"warning: {where}: {text}", file=sys.stderr)
+
+
+def warn_of_one_file_twice(paths: Mapping[str, Path], where: str) -> None:
+    """Say which files of a source, by name and path, are one: a link or a hard link, whose text would count twice."""
+    names: dict[tuple[int, int], str] = {}
+    for name, path in paths.items():
+        about = path.stat()
+        place = about.st_dev, about.st_ino
+        if about.st_size and about.st_ino and place in names:
+            text = f"{name} and {names[place]} are one file (a link), so its text counts twice; name one of the two"
+            print(printable(f"warning: {where}: {text}"), file=sys.stderr)
+        names.setdefault(place, name)
 
 
 def refuse_inside(output_dir: Path, files: Iterable[str], where: str) -> None:

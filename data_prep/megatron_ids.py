@@ -16,7 +16,7 @@ AnyIds = npt.NDArray[Any]
 
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, documents + 1
 MEGATRON_MAGIC = (b"MMIDIDX\0\0", 1)
-MEGATRON_DTYPES = {1: "<u1", 4: "<u4", 5: "<u8", 8: "<u2"}  # unsigned: a negative id becomes one too large
+MEGATRON_DTYPES = {1: "<u1", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class MegatronIds:

@@ -16,6 +16,7 @@ from data_prep.errors import UserError
 from data_prep.flat_ids import OTHER_TOKENIZER, FlatIds
 from data_prep.inputs import InputFile, reading
 from data_prep.megatron_ids import MegatronIds
+from data_prep.shards import MAX_VOCAB_SIZE
 
 BATCH_TOKENS = 4 << 20
 MAX_DOCUMENT_BYTES = 128 << 20  # in the file, and more or less: so much fits in memory
@@ -70,17 +71,26 @@ def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -
     source = open_ids(file, format, eos_id)
     for first, last, _ in _cut(source, start, stop, BATCH_TOKENS * source.itemsize):
         ids, offsets = source.read(first, last)
+        refuse_no_ids(ids, file.url)
         is_eos = np.append(ids == eos_id, False)
         inside = np.setdiff1d(np.flatnonzero(is_eos), offsets[1:] - 1)
         if len(inside) and format not in SPELLING_FORMATS:
             document = first + int(np.searchsorted(offsets, inside[0], "right")) - 1
             raise UserError(f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; {OTHER_TOKENIZER}")
         ended = is_eos[offsets[1:] - 1] & (np.diff(offsets) > 0)
-        if source.itemsize == 8:
-            ids = np.minimum(ids.astype(np.uint64), np.uint64(2**32 - 1))  # what is too large, or negative, stays so
         is_end = np.zeros(len(ids), bool)
         is_end[offsets[1:][ended] - 1] = True
         yield ids[~is_end].astype(np.uint32), offsets - np.append(0, np.cumsum(ended))
+
+
+def refuse_no_ids(numbers: AnyIds, path: str) -> None:
+    """Raises UserError for a number below 0, or above all that uint32 holds, by its own value."""
+    if numbers.dtype.kind == "u" and numbers.dtype.itemsize < 8:
+        return
+    for number in (int(numbers.min(initial=0)), int(numbers.max(initial=0))):
+        if not 0 <= number < 2**32:
+            problem = f"holds {number}, and ids are 0 to {MAX_VOCAB_SIZE - 1:,}"
+            raise UserError(f"{path}: {problem}; see that it holds ids alone, and write it again")
 
 
 def open_ids(file: InputFile, format: str, eos_id: int) -> IdFile:

@@ -65,6 +65,7 @@ COUNTED_PIECE = 128 << 10  # tokens counted in one place
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 TOO_MANY_MAPS = "see ulimit -v, and sysctl vm.max_map_count: each shard takes a map of its own"
 REBUILD = f"remove its {MANIFEST_NAME} and run python -m data_prep.build_shards again"
+REPAIR = "python -m data_prep.verify DATASET --repair builds it again"  # a file of it; the manifest is good
 
 Tokens = npt.NDArray[np.uint16]
 Index = npt.NDArray[np.uint64]
@@ -428,14 +429,14 @@ def open_array(data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int
     """
     full_path = data_dir / path
     if not full_path.is_file():
-        raise UserError(f"{full_path}: missing, but the manifest lists it; {REBUILD}")
+        raise UserError(f"{full_path}: missing, but the manifest lists it; {REPAIR}")
     damaged = f"{full_path}: truncated or damaged"
     size = SHARD_HEADER_BYTES + dtype.itemsize * math.prod(shape)
-    with explained((ValueError, OSError), damaged, REBUILD), full_path.open("rb") as file:
+    with explained((ValueError, OSError), damaged, REPAIR), full_path.open("rb") as file:
         if (got := os.fstat(file.fileno()).st_size) != size:
-            raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REBUILD}")
+            raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REPAIR}")
         if file.read(SHARD_HEADER_BYTES) != array_header(dtype, shape):  # through the map: 8 MB read ahead
-            raise UserError(f"{damaged} (its header is not that of {dtype} of shape {shape}); {REBUILD}")
+            raise UserError(f"{damaged} (its header is not that of {dtype} of shape {shape}); {REPAIR}")
         with explained(OSError, f"{full_path}: not mapped into memory", TOO_MANY_MAPS):
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.ndarray(shape, dtype, mapped, SHARD_HEADER_BYTES)
@@ -488,7 +489,7 @@ class ShardReader:
         starts, rows = index[:, 0], index[:, 1]
         is_sorted = bool((starts[1:] > starts[:-1]).all() and (rows[1:] > rows[:-1]).all())
         if not is_sorted or starts[0] != 0 or starts[-1] >= shard.tokens or rows[-1] >= max(shard.rows, 1):
-            raise UserError(f"{self.data_dir / shard.index_path}: damaged, not of this shard's documents; {REBUILD}")
+            raise UserError(f"{self.data_dir / shard.index_path}: damaged, not of this shard's documents; {REPAIR}")
         return index + np.array([0, shard.first_row], INDEX_DTYPE)
 
     def document_at(self, shard: Shard, offset: int) -> int:
@@ -506,11 +507,11 @@ class ShardReader:
         """Cheap check before a run: the tokenizer is the one, every shard is there and as long as it should be."""
         expected = self.manifest.tokenizer_sha256
         if expected and tokenizer_sha256(self.data_dir / TOKENIZER_NAME) != expected:
-            raise UserError(f"{self.data_dir / TOKENIZER_NAME}: not the tokenizer that made the shards; {REBUILD}")
+            raise UserError(f"{self.data_dir / TOKENIZER_NAME}: not the tokenizer that made the shards; {REPAIR}")
         for shard in self.manifest.shards:
             path = self.data_dir / shard.path
             if not path.is_file():
-                raise UserError(f"{path}: missing, but the manifest lists it; {REBUILD}")
+                raise UserError(f"{path}: missing, but the manifest lists it; {REPAIR}")
             size, got = SHARD_HEADER_BYTES + TOKEN_DTYPE.itemsize * shard.tokens, path.stat().st_size
             if got != size:
-                raise UserError(f"{path}: {got:,} bytes, expected {size:,}: truncated or damaged; {REBUILD}")
+                raise UserError(f"{path}: {got:,} bytes, expected {size:,}: truncated or damaged; {REPAIR}")

@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.corpus import read_documents
+from data_prep.corpus import Documents, place, read_documents
 from data_prep.errors import UserError
 from data_prep.inputs import InputFile, find_inputs
+from data_prep.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
 from data_prep.mixture import Mixture, source_files
 from data_prep.pretokenized import FORMATS as FORMATS_OF_IDS
 from data_prep.unit_shards import hash_texts, validation_threshold
@@ -33,6 +34,8 @@ class TextSource:
     share: float = 1.0  # of the characters, of 1
     characters: int = 0  # read so far
     held: int = 0  # characters of one reading
+    tally: Tally = field(default_factory=Tally)  # of its rows, in one reading
+    of_files: dict[str, Tally] = field(default_factory=dict)  # the same by URL; of text files, each a row, none
 
 
 @dataclass(kw_only=True)
@@ -42,6 +45,7 @@ class TrainingTexts:
     sources: list[TextSource]
     max_characters: int
     validation_fraction: float = 0.0  # of the documents, which are left out
+    max_bad_fraction: float = 1.0  # of a source's rows and bytes, as far as they are read
     is_cut: bool = False  # a source was not read to its end
     bar: Any = field(init=False, default=None)
 
@@ -56,6 +60,9 @@ class TrainingTexts:
             for source in self.sources:
                 yield from self._once(source, max(1, int(self.max_characters * source.share)))
                 source.held = source.characters
+                for url, tally in source.of_files.items():
+                    check_file(tally, f"{source.name}: {url}")
+                check_source(source.tally, source.name, self.max_bad_fraction, "train again")
                 if not source.held:
                     raise UserError(f"{source.name}: no text to learn from in it; name files that hold some")
             is_cut = self.is_cut
@@ -80,6 +87,8 @@ class TrainingTexts:
                 self.is_cut = True
                 continue
             for documents in read_documents(unit):
+                if not source.held:
+                    count_rows(source, unit, documents)
                 for text in self._for_training(documents.texts).to_pylist():
                     taken = min(len(text), share)
                     yield text[:taken]
@@ -109,6 +118,22 @@ class TrainingTexts:
             print(f"note: {note}", file=sys.stderr)
 
 
+def count_rows(source: TextSource, unit: WorkUnit, documents: Documents) -> None:
+    """Add a batch's rows to what came of the source's, and of its file's."""
+    part = unit.parts()[documents.file]
+    tallies = [source.tally]
+    if unit.format != "txt":
+        tallies.append(source.of_files.setdefault(part.url, Tally()))
+    for tally in tallies:
+        tally.documents += len(documents.texts)
+        tally.empty += documents.empty
+        tally.bad += len(documents.bad)
+        tally.row_bytes += documents.row_bytes
+        tally.bad_bytes += documents.bad_bytes
+        for row, reason in documents.bad[: FIRST_BAD_SHOWN - len(tally.first_bad)]:
+            tally.first_bad.append(f"{place(part, row - documents.rows_before)}: {reason}")
+
+
 def texts_of_files(patterns: Sequence[str], format: str | None, text_field: str, max_characters: int) -> TrainingTexts:
     """All documents of the files named. Raises UserError for a file named twice."""
     files = [file for pattern in patterns for file in find_inputs(Path(), pattern, "--source")]
@@ -134,7 +159,10 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
         sources.append(TextSource(name=where, files=files, units=units, share=source.weight / whole))
     refuse_repeated([(file, unit.text_field, s.name) for s in sources for unit in s.units[:1] for file in s.files])
     fraction = mixture.validation_fraction
-    return TrainingTexts(sources=sources, max_characters=max_characters, validation_fraction=fraction)
+    return TrainingTexts(
+        sources=sources, max_characters=max_characters, validation_fraction=fraction,
+        max_bad_fraction=mixture.max_bad_fraction,
+    )  # fmt: skip
 
 
 def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:

@@ -74,6 +74,8 @@ class UnitResult:
     loss: TokenizerLoss | None = None  # of the sampled documents; None in records of earlier versions
     input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each
     input_documents: tuple[int, ...] = later(())  # and its documents
+    row_bytes: int = later(0)  # of all rows, as `Documents` counts them; 0 in records of earlier versions
+    bad_bytes: int = later(0)  # of the bad ones
 
 
 LATER_FACTS = shards.later_fields(UnitResult).items()  # at their defaults they stay out of a record
@@ -134,7 +136,7 @@ class UnitBuilder:
     def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> dict[str, Any]:
         """Read, encode and write a unit's documents; what `UnitResult` says of them, shards aside."""
         rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
-        empty = 0
+        empty = row_bytes = bad_bytes = 0
         bad: Reasons = []
         loss = NO_LOSS
         for documents in read_documents(unit, self.tokenizer):
@@ -148,7 +150,10 @@ class UnitBuilder:
             documents_of[documents.file] += len(documents.texts)
             empty += documents.empty
             bad += documents.bad
+            row_bytes += documents.row_bytes
+            bad_bytes += documents.bad_bytes
         facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss}
+        facts |= {"row_bytes": row_bytes, "bad_bytes": bad_bytes}
         if len(unit.parts()) > 1:
             facts |= {"input_rows": tuple(rows), "input_documents": tuple(documents_of)}
         return facts

@@ -29,6 +29,7 @@ from data_prep.shards import (
     LOCK_NAME,
     MANIFEST_NAME,
     REBUILD,
+    REPAIR,
     SHARD_HEADER_BYTES,
     TOKEN_DTYPE,
     TOKENIZER_NAME,
@@ -38,9 +39,15 @@ from data_prep.shards import (
 from data_prep.unit_shards import UnitBuilder, shard_path
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
-REMOVE = "remove it"
 
-Problem = tuple[Shard | None, str]  # the shard that is bad, if it is one, and the line
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with a file of a data set."""
+
+    line: str  # which file, what is wrong with it, and what to do where a repair doesn't help
+    shard: Shard | None = None  # whose file it is
+    is_mended_by_repair: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,16 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             held.enter_context(shards.lock(data_dir, "building or repairing it", "DATASET"))
             held.callback((data_dir / LOCK_NAME).unlink)
         problems = list(find_problems(data_dir, manifest))
-        for _, problem in problems:
-            print(f"bad: {printable(problem)}")
+        for problem in problems:
+            print(f"bad: {printable(problem.line)}")
         if arguments.repair and problems:
-            repair(data_dir, manifest, [shard for shard, _ in problems if shard], arguments.mixture)
+            repair(data_dir, manifest, [problem.shard for problem in problems if problem.shard], arguments.mixture)
             problems = list(find_problems(data_dir, manifest))
     if problems:
-        first = problems[0][1]
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
-        advice = "" if REMOVE in first else "; --repair builds bad files again"
-        raise UserError(f"{data_dir}: {many}: {first}{advice}")
+        advice = "; --repair builds bad files again" if any(p.is_mended_by_repair for p in problems) else ""
+        raise UserError(f"{data_dir}: {many}: {problems[0].line}{advice}")
     seconds = time.perf_counter() - started
     size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in shard.digests)
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
@@ -76,26 +82,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     """A line for each bad file: the manifest, the tokenizer, shards in the order of the manifest, files unknown."""
-    yield from ((None, line) for line in find_other_build(data_dir, manifest))
+    yield from (Problem(line=line) for line in find_other_build(data_dir, manifest))
     if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
-        yield None, f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
+        line = f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
+        yield Problem(line=line, is_mended_by_repair=True)
 
     def check(shard: Shard) -> Iterator[Problem]:
         starts = None
         try:
             starts = check_index(data_dir, shard)
         except UserError as error:
-            yield shard, str(error)
+            yield bad_shard(shard, error)
         try:
             check_tokens(data_dir, manifest, shard, starts)
         except UserError as error:
-            yield shard, str(error)
+            yield bad_shard(shard, error)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda shard: list(check(shard)), manifest.shards)
         for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
             yield from lines
-    yield from ((None, line) for line in find_strays(data_dir, manifest))
+    yield from (Problem(line=line) for line in find_strays(data_dir, manifest))
+
+
+def bad_shard(shard: Shard, error: UserError) -> Problem:
+    """What is wrong with a shard's file; that a repair mends it is said once, of all of them."""
+    return Problem(line=str(error).removesuffix(f"; {REPAIR}"), shard=shard, is_mended_by_repair=True)
 
 
 def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
@@ -105,7 +117,7 @@ def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
         return
     content = built.read_bytes()
     try:
-        parse_json(content, str(built), f"{REMOVE}: it tells how the data set was made, and is no part of it")
+        parse_json(content, str(built), "remove it: it tells how the data set was made, and is no part of it")
     except UserError as error:
         yield str(error)
         return
@@ -229,7 +241,7 @@ def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
         if name not in known and not (name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")):
-            yield f"{path}: not part of the data set; {REMOVE}"
+            yield f"{path}: not part of the data set; remove it"
 
 
 if __name__ == "__main__":

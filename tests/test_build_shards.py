@@ -328,7 +328,8 @@ def test_after_an_input_was_touched_the_advice_works(tmp_path: Path, mixture: Pa
     manifest = build(mixture, tmp_path / "out")
     for path in [*tmp_path.glob("*.parquet"), *tmp_path.glob("more/*")]:
         os.utime(path, ns=(1, 1))
-    with pytest.raises(UserError, match=r"or time of change; .*; to build it anew here, .* remove its manifest"):
+    advice = r"or time of change; .*; to build it anew here, .* remove its manifest.* that loses "
+    with pytest.raises(UserError, match=advice):
         build(mixture, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     assert build(mixture, tmp_path / "out") == manifest
@@ -341,6 +342,7 @@ def test_a_source_of_bad_documents_alone_says_what_is_wrong(tmp_path: Path, toke
     )
     message = build_error(mixture, tmp_path / "out")
     assert "a.jsonl: not one good row in it, bad: 1, the first: row 0: not valid JSON" in message
+    assert message.startswith(f"source 'a': {tmp_path}")
 
 
 def test_ctrl_c_is_one_word_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -501,6 +503,14 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path, content:
     message = build_error(tmp_path / "mixture.yaml", tmp_path / "out")
     assert message.startswith(f"{tmp_path / 'mixture.yaml'}: ")
     assert expected in message
+
+
+@pytest.mark.parametrize("content", ["a: 1\npath: *.jsonl\n", "a:\n- **/x.jsonl # all\n", "a: 1\npath: *all\n"])
+def test_a_glob_without_quotes_is_called_one(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"line 2: a value that begins with \* is an alias to YAML; put it in quotes"):
+        load_mixture(path)
 
 
 def test_files_of_two_formats_are_two_sources(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:

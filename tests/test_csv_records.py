@@ -76,6 +76,13 @@ def test_the_line_of_what_is_no_csv_is_named(tmp_path: Path) -> None:
     assert "line 4: not CSV (unexpected end of data)" in read_error(path, "csv", skip_bad=True)
 
 
+def test_a_header_with_the_text_column_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"text,id,text\na,1,b\n")
+    for skip_bad in (False, True):
+        assert f"{path}: 2 columns of its header are named 'text'; rename" in read_error(path, "csv", skip_bad=skip_bad)
+    assert read(units_of(write(path, b"id,text,id\n1,b,2\n"), format="csv"))[0] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("beginning", "ending"),
     [

@@ -328,7 +328,7 @@ def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_befor
         saver.close()
 
 
-@pytest.mark.parametrize(("ranks", "limit"), [(1, "size=1800k"), (2, "nr_inodes=19")])
+@pytest.mark.parametrize(("ranks", "limit"), [(1, "size=1800k"), (2, "nr_inodes=22")])
 def test_the_command_ends_with_one_line_on_a_full_disk_and_continues_once_there_is_room(
     ranks: int, limit: str, recipe: Path, tiny_data: Path, two_saved: Path, small_disk: Path
 ) -> None:
@@ -385,9 +385,8 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_one_line_too(
     assert ended.exit_codes[0] == 2, ended.output
     assert "Traceback" not in ended.output
     (said,) = [line for line in ended.output.splitlines() if line.startswith("error")]
-    assert f"error: {run_dir}/checkpoints/step-00000010: not written: " in said
-    assert "No space left on device; it needs " in said
-    assert f"the disk mounted at {small_disk} has " in said
+    assert f"error: {run_dir}: " in said
+    assert f"No space left on device; the disk mounted at {small_disk} has " in said
     (small_disk / "other").unlink()
     output = train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "7")
     assert f"continuing from {checkpoints_dir(run_dir)}/step-00000005" in output

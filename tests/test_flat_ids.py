@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,11 @@ def test_npy_of_something_else_is_refused(tmp_path: Path, array: np.ndarray, exp
         cut_ids(written(tmp_path / "a.npy", saved(array)), "uint16", EOS, HUGE)
 
 
-def test_ids_below_zero_or_too_large_stay_so(tmp_path: Path) -> None:
-    for dtype in ("<i2", "<i4", "<i8"):
-        file = written(tmp_path / "a.npy", saved(np.array([1, -1, EOS], dtype)))
-        assert read_all(file, "uint16") == [[1, 2**32 - 1]]
-    assert read_all(written(tmp_path / "a.npy", saved(np.array([2**40, EOS]))), "uint16") == [[2**32 - 1]]
+@pytest.mark.parametrize(("number", "dtype"), [(-1, "<i2"), (-1, "<i4"), (-7, "<i8"), (2**40, "<i8"), (2**63, "<u8")])
+def test_what_is_no_id_is_named_by_its_value(tmp_path: Path, number: int, dtype: str) -> None:
+    file = written(tmp_path / "a.npy", saved(np.array([1, number, EOS], dtype)))
+    with pytest.raises(UserError, match=rf"a\.npy: holds {number}, and ids are 0 to 65,535; "):
+        read_all(file, "uint16")
 
 
 def test_npy_that_is_cut_or_damaged(tmp_path: Path) -> None:
@@ -119,6 +120,25 @@ def test_what_lies_between_the_places_looked_at_is_seen_when_it_is_read(tmp_path
     ((start, stop, _),) = cut_ids(file, "uint16", EOS, HUGE)
     with pytest.raises(UserError, match="as in ids of 4 or 8 bytes"):
         list(read_ids(file, "uint16", start, stop, EOS))
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8", ">u4"])
+@pytest.mark.parametrize("at", [0, 70_001, 300_000])
+@pytest.mark.parametrize("run", [1023, 5000])
+def test_a_run_of_wider_ids_is_refused_wherever_it_lies(tmp_path: Path, dtype: str, at: int, run: int) -> None:
+    narrow = MANY.astype("<u2")
+    wide = np.frombuffer(MANY.astype(dtype).tobytes(), "<u2")[:run]
+    ids = np.concatenate([narrow[:at], wide, narrow[at:]])
+    file = written(tmp_path / "a.bin", ids.tobytes())
+    with pytest.raises(UserError, match=r"every second id .* as in ids of 4 or 8 bytes") as caught:
+        read_all(file, "uint16")
+    if named := re.search(r"at byte ([\d,]+)", str(caught.value)):
+        assert 2 * at <= int(named[1].replace(",", "")) < 2 * (at + run)
+
+
+def test_a_text_of_few_ids_in_turns_is_no_run_of_wider_ones(tmp_path: Path) -> None:
+    ids = np.concatenate([MANY[:70_000], [0, 30, 0, 31] * 600, [0] * 3000, MANY[70_000:]])
+    assert read_all(written(tmp_path / "a.bin", ids.astype("<u2").tobytes()), "uint16") == documents_of(ids)
 
 
 @settings(max_examples=50, deadline=None)

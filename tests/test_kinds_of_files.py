@@ -145,7 +145,7 @@ def test_a_file_without_one_good_row_is_an_error_also_with_skip(
     (tmp_path / name).write_bytes(BAD_WHOLES[name])
     sources = [source("s", "*.jsonl", format="jsonl")]
     mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
-    expected = f"{name}: not one good row in it, bad: "
+    expected = f"source 's': {tmp_path / name}: not one good row in it, bad: "
     assert expected in build_error(mixture, tmp_path / "few")
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 10)
@@ -181,6 +181,56 @@ def test_more_bad_rows_than_a_share_are_an_error_naming_the_first(
         (tmp_path / f"{number:02}.txt").write_bytes(b"\xe9" if number == 7 else text.encode())
     message = error([source("t", "*.txt", format="txt")], tmp_path / "txt")
     assert "source 't': 1 of 20 rows are bad (5.00%, max_bad_fraction: 0.01), the first: 07.txt, row 0: inv" in message
+
+
+BAD_ROWS = {
+    "NULs": (bytes(20_000), "20,000 NULs, the first at byte 0 of the line (a crash or a full disk may leave them)"),
+    "NULs and a line": (bytes(20_000) + LINES.encode()[:30], "20,000 NULs, the first at byte 0"),
+    "lines without their ends": (LINES.encode().replace(b"\n", b" "), "not valid JSON (Extra data"),
+    "invalid UTF-8": (b'{"text": "' + b"\xff" * 20_000 + b'"}', "invalid UTF-8 at byte"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("format", ["jsonl", "jsonl.gz"])
+def test_one_bad_row_that_is_most_of_a_file_is_an_error_also_with_skip(
+    tmp_path: Path, tokenizer_dir: Path, kind: str, format: str
+) -> None:
+    row, reason = BAD_ROWS[kind]
+    content = LINES.encode() + row + b"\n"
+    (tmp_path / f"a.{format}").write_bytes(gzip.compress(content) if format == "jsonl.gz" else content)
+    sources = [source("s", f"a.{format}", format=format)]
+    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip")
+    message = build_error(mixture, tmp_path / "out")
+    expected = f"source 's': 1 of 301 rows are bad, and hold {len(row):,} of {len(content):,} bytes ("
+    assert message.startswith(expected)
+    assert f"max_bad_fraction: 0.01), the first: a.{format}, row 300: {reason}" in message
+    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.9)
+    (bad,) = build(mixture, tmp_path / "out").bad_documents
+    assert bad.row == 300
+
+
+def test_so_is_one_that_is_most_of_a_work_unit(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its share of the source is."""
+    monkeypatch.setattr("data_prep.left_out.LARGE_BYTES", 1000)
+    monkeypatch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 5000)
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode() + bytes(4000) + b"\n" + LINES.encode())
+    sources = [source("s", "a.jsonl", format="jsonl")]
+    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.3)
+    assert " are of bad rows (4,000 NULs, the first" in build_error(mixture, tmp_path / "out")
+
+
+def test_a_text_file_of_nuls_or_a_program_is_no_text(tmp_path: Path) -> None:
+    for content in (b"some text" + bytes(8), b"a\0" * 600, b"text " * 200 + bytes(4096)):
+        (tmp_path / "a.txt").write_bytes(content)
+        message = read_error(tmp_path / "a.txt", "txt", skip_bad=True)
+        assert f"no text: {content.count(0):,} of its {len(content):,} bytes are NULs" in message or "UTF-16" in message
+    (tmp_path / "a.txt").write_bytes(b"\x7fELF\x02\x01\x01")
+    assert "ELF by its first bytes, not txt; a program" in read_error(tmp_path / "a.txt", "txt", skip_bad=True)
+    (tmp_path / "a.txt").write_bytes(b"\0\0 NUL")
+    assert read(units_of(tmp_path / "a.txt", format="txt"))[0] == ["\0\0 NUL"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, "much"])

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -150,6 +150,20 @@ def test_parts_with_hashes_of_their_own_are_one_family(capsys: pytest.CaptureFix
     warn_of_gaps(names[1:], "here")
     expected = "1 of 3 parts are not there: data/train-00000-of-00003-*.parquet; fetch them unless that is meant"
     assert capsys.readouterr().err == f"warning: here: {expected}\n"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_one_file_by_two_names_of_a_source_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], link: Callable[[Path, Path], None]
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    assert len(find_inputs(tmp_path, "*.txt", "here")) == 2
+    assert capsys.readouterr().err == ""
+    link(tmp_path / "a.txt", tmp_path / "c.txt")
+    assert len(find_inputs(tmp_path, "*.txt", "here")) == 3
+    expected = "warning: here: c.txt and a.txt are one file (a link), so its text counts twice; name one of the two\n"
+    assert capsys.readouterr().err == expected
 
 
 # Inputs inside of the output

@@ -121,9 +121,11 @@ def test_ranges_of_units(tmp_path: Path) -> None:
     assert cut_ids(megatron, "megatron", EOS, 6) == [(0, 2, 6), (2, 4, 8), (4, 5, 2)]
 
 
-def test_ids_beyond_every_vocabulary_stay_so(tmp_path: Path) -> None:
-    file = write_megatron(tmp_path / "a.bin", [[[2**32 + 1, -1]]], "<i8")
-    assert read_all(file, "megatron") == [[2**32 - 1, 2**32 - 1]]
+@pytest.mark.parametrize(("ids", "first"), [([2**32 + 1, -1], "-1"), ([1, 2**32], "4294967296")])
+def test_ids_beyond_every_vocabulary_are_named(tmp_path: Path, ids: list[int], first: str) -> None:
+    file = write_megatron(tmp_path / "a.bin", [[ids]], "<i8")
+    with pytest.raises(UserError, match=rf"a\.bin: holds {first}, and ids are 0 to 65,535; "):
+        read_all(file, "megatron")
 
 
 def test_only_one_end_is_dropped_and_none_may_be_inside(tmp_path: Path) -> None:

@@ -280,7 +280,27 @@ def test_a_bad_document_of_a_mixture_is_left_out_if_the_mixture_says_so(tmp_path
     with pytest.raises(UserError, match="line 2"):
         words_of(mixture_of(tmp_path, sources, validation_fraction=1e-9), 100)
     more = {"on_bad_document": "skip", "validation_fraction": 1e-9}
-    assert words_of(mixture_of(tmp_path, sources, **more), 100)[1] == ["some text"]
+    assert words_of(mixture_of(tmp_path, sources, max_bad_fraction=1, **more), 100)[1] == ["some text"]
+
+
+def test_a_mixture_of_too_many_bad_documents_teaches_nothing(tmp_path: Path) -> None:
+    """By rows, by bytes, or a file of them alone beside a good one: as when the mixture is built."""
+    lines = '{"text": "some text"}\n' * 300
+    sources = [source("a", "*.jsonl", format="jsonl")]
+
+    def error(content: str, **more: Any) -> str:
+        (tmp_path / "s.jsonl").write_text(content)
+        mixture = mixture_of(tmp_path, sources, validation_fraction=1e-9, on_bad_document="skip", **more)
+        with pytest.raises(UserError) as caught:
+            words_of(mixture, 1_000_000)
+        return str(caught.value)
+
+    assert f"'a': 4 of 304 rows are bad (1.32%, max_bad_fraction: 0.01), the first: {tmp_path}/s.jsonl: line 301: " in (
+        error(lines + "no json\n" * 4)
+    )
+    assert "'a': 1 of 301 rows are bad, and hold 9,000 of 15,601 bytes (57.69%" in error(lines + "x" * 9000 + "\n")
+    (tmp_path / "good.jsonl").write_text(lines)
+    assert f"{tmp_path}/s.jsonl: not one good row in it, bad: 1, the" in error("no json\n", max_bad_fraction=1)
 
 
 # What made it

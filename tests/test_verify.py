@@ -104,10 +104,17 @@ def test_truncated_and_missing_files(copy: Path, capsys: pytest.CaptureFixture[s
     path.write_bytes(path.read_bytes()[:-2])
     (line,) = bad_lines(copy, capsys)
     assert f"{path}: truncated or damaged" in line
-    assert line.endswith("; remove its manifest.json and run python -m data_prep.build_shards again")
     path.unlink()
-    (line,) = bad_lines(copy, capsys)
-    assert f"{path}: missing" in line
+    with pytest.raises(UserError) as caught:
+        verify.main([str(copy)])
+    advice = f"{path}: missing, but the manifest lists it; --repair builds bad files again"
+    assert str(caught.value) == f"{copy}: 1 bad file, the first: {advice}"
+    with pytest.raises(UserError, match=r"; python -m data_prep\.verify DATASET --repair builds it again"):
+        open_array(copy, path.relative_to(copy).as_posix(), TOKEN_DTYPE, (1,))
+    (copy / "stray").touch()
+    verify_and_repair = [str(copy), "--repair"]
+    with pytest.raises(UserError, match=r"stray: not part of the data set; remove it$"):
+        verify.main(verify_and_repair)
 
 
 def test_every_bad_file_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
