@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
 from data_prep.doubtful_characters import Doubtful, doubtful, other_normal_forms
-from data_prep.errors import UserError, explained, parse_json
+from data_prep.errors import UserError, explained, one_line, parse_json
 from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
 from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, TokenizerLoss, sha256_of_files
 from data_prep.tokenizer_traits import ids_of_no_text, unknown_id, why_not_gigatoken
@@ -184,7 +184,7 @@ def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
             encode = _gigatoken_encode(tokenizer)
             return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
         except Exception as error:  # it may be missing, too; the reference can do the work
-            reason = f"gigatoken can't load {tokenizer.directory} ({error})"
+            reason = f"gigatoken can't load {tokenizer.directory} ({one_line(error)})"
     encode = partial(_reference_encode, tokenizer.reference)
     return Encoder(name=f"tokenizers {version('tokenizers')}", encode=encode, is_reference=True, fallback_reason=reason)
 
