@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
 from data_prep.doubtful_characters import Doubtful, doubtful, other_normal_forms
-from data_prep.errors import UserError, explained, parse_json
+from data_prep.errors import UserError, explained, one_line, parse_json
 from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
-from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, TokenizerLoss, sha256_of_files
-from data_prep.tokenizer_traits import ids_of_no_text, unknown_id, why_not_gigatoken
+from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
+from data_prep.tokenizer_traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
 
 COLON = re.compile(rb"\s*:\s*")
 TRAIN = "train one with python -m data_prep.train_tokenizer"
@@ -68,6 +68,11 @@ class LoadedTokenizer:
         first_of_a_range = [id_ for id_ in ids if id_ - 1 not in ids]
         last_of_a_range = [id_ for id_ in ids if id_ + 1 not in ids]
         return [range(first, last + 1) for first, last in zip(first_of_a_range, last_of_a_range, strict=True)]
+
+    @cached_property
+    def keeps_all_text(self) -> bool:
+        """Whether every text comes back from its ids, as its definition tells."""
+        return keeps_all_text(self.reference)
 
     @cached_property
     def doubtful(self) -> Doubtful:
@@ -184,7 +189,7 @@ def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
             encode = _gigatoken_encode(tokenizer)
             return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
         except Exception as error:  # it may be missing, too; the reference can do the work
-            reason = f"gigatoken can't load {tokenizer.directory} ({error})"
+            reason = f"gigatoken can't load {tokenizer.directory} ({one_line(error)})"
     encode = partial(_reference_encode, tokenizer.reference)
     return Encoder(name=f"tokenizers {version('tokenizers')}", encode=encode, is_reference=True, fallback_reason=reason)
 
@@ -254,13 +259,6 @@ def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) ->
             problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
             reasons[number] = problem
     return reasons
-
-
-def lost(tokenizer: LoadedTokenizer, text: str, ids: Ids) -> TokenizerLoss:
-    """What the tokenizer lost of one document."""
-    unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
-    is_changed = tokenizer.reference.decode(ids.tolist(), skip_special_tokens=False) != text
-    return TokenizerLoss(documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed))
 
 
 def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:

@@ -97,12 +97,16 @@ def as_written(record: object) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerLoss:
-    """What a tokenizer loses, counted on sampled documents (of a long one, its beginning)."""
+    """What a tokenizer loses: unk in all documents, and of sampled ones (of a long one, its beginning) what changes.
 
-    documents: int
-    tokens: int
-    unknown_tokens: int  # unk: they stand for text that the vocabulary lacks
-    changed_documents: int  # whose ids do not decode to their text
+    Data sets made by earlier versions hold the tokens of the sampled documents alone, and so do records of units where
+    the tokenizer keeps all text.
+    """
+
+    documents: int  # sampled
+    tokens: int  # of all documents, without what ends them
+    unknown_tokens: int  # of these; unk: they stand for text that the vocabulary lacks
+    changed_documents: int  # of the sampled ones, those whose ids do not decode to their text
 
     def __add__(self, other: "TokenizerLoss") -> "TokenizerLoss":
         return TokenizerLoss(**{name: count + vars(other)[name] for name, count in vars(self).items()})

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte-fallback tokenizer names the token of a byte
 AROUND = (("", ""), (" ", ""), ("", " "), ("a", "a"), ("\n", "\n"))  # what may stand beside a token's name in a text
@@ -21,6 +21,27 @@ def unknown_id(reference: Tokenizer) -> int | None:
         return number
     token = getattr(model, "unk_token", None)
     return None if token is None else reference.token_to_id(token)
+
+
+def keeps_all_text(reference: Tokenizer) -> bool:
+    """Whether a tokenizer is of the form that loses nothing: byte-level, with nothing that changes or drops text.
+
+    False says only that this is not known from its definition.
+    """
+    if reference.normalizer is not None or not isinstance(reference.decoder, decoders.ByteLevel):
+        return False
+    if unknown_id(reference) is not None or reference.pre_tokenizer is None:
+        return False
+    steps: Definition = json.loads(reference.pre_tokenizer.__getstate__())
+    return all(map(_keeps_text, steps.get("pretokenizers", [steps])))
+
+
+def _keeps_text(step: Definition) -> bool:
+    """Whether a pre-tokenizer neither drops nor adds a character."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return not step.get("add_prefix_space")
+    return kind == "Digits" or (kind == "Split" and step.get("behavior") != "Removed")
 
 
 def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[int]:

@@ -31,7 +31,6 @@ from data_prep.encode import (
     Ids,
     LoadedTokenizer,
     Offsets,
-    lost,
     new_encoder,
     reference_ids,
     special_documents,
@@ -41,7 +40,6 @@ from data_prep.flat_arrays import byte_lengths, character_counts, large_strings,
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import (
-    NO_LOSS,
     SPLITS,
     TOKEN_DTYPE,
     Index,
@@ -53,6 +51,7 @@ from data_prep.shards import (
     later,
     write_durably,
 )
+from data_prep.tokenizer_losses import UnitLoss, lost
 from data_prep.work_units import WorkUnit
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
@@ -71,7 +70,7 @@ class UnitResult:
     empty_documents: int
     bad_documents: Reasons
     shards: tuple[ShardFacts, ...]
-    loss: TokenizerLoss | None = None  # of the sampled documents; None in records of earlier versions
+    loss: TokenizerLoss | None = None  # None in records of the earliest versions
     input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each
     input_documents: tuple[int, ...] = later(())  # and its documents
     row_bytes: int = later(0)  # of all rows, as `Documents` counts them; 0 in records of earlier versions
@@ -138,21 +137,21 @@ class UnitBuilder:
         rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
         empty = row_bytes = bad_bytes = 0
         bad: Reasons = []
-        loss = NO_LOSS
+        loss = UnitLoss(tokenizer=self.tokenizer)
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
                 raise CancelledError
             if len(documents.texts):
                 documents = self._encoded(unit, documents, encoder)
             if len(documents.texts):
-                loss += self._add(unit, documents, encoder, splits)
+                self._add(unit, documents, encoder, splits, loss)
             rows[documents.file] += documents.rows_read
             documents_of[documents.file] += len(documents.texts)
             empty += documents.empty
             bad += documents.bad
             row_bytes += documents.row_bytes
             bad_bytes += documents.bad_bytes
-        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss}
+        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss.total()}
         facts |= {"row_bytes": row_bytes, "bad_bytes": bad_bytes}
         if len(unit.parts()) > 1:
             facts |= {"input_rows": tuple(rows), "input_documents": tuple(documents_of)}
@@ -175,6 +174,8 @@ class UnitBuilder:
         result = read_record(self.output_dir / record_path(unit), signature)
         if result is None or (result.bad_documents and not unit.skip_bad):
             return None
+        if not self.tokenizer.keeps_all_text and not _has_exact_loss(result):
+            return None  # of an earlier version, which counted on few documents
         for shard in result.shards:
             path = self.output_dir / shard_path(shard.split, unit)
             files = {path: shard.xxh3_128, path.with_name(f"{unit.name}.documents.npy"): shard.index_xxh3_128}
@@ -182,14 +183,18 @@ class UnitBuilder:
                 return None
         return result
 
-    def _add(self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter]) -> TokenizerLoss:
-        """Prove some of a batch and at least one document of a unit, and add all to their splits; the sample's loss."""
+    def _add(
+        self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter], loss: UnitLoss
+    ) -> None:
+        """Prove some of a batch and at least one document of a unit, count the loss, and add all to their splits."""
         ids, offsets = documents.encoded or encoder.encode(documents.texts)
-        loss = NO_LOSS
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
-        for i in sample or ([] if any(part.documents for part in parts) else [int(hashes.argmin())]):
-            loss += self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder)
+        if not sample and not any(part.documents for part in parts):
+            sample = [int(hashes.argmin())]
+        for i in sample:
+            loss.add_proved(self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder))
+        loss.add_batch(documents.texts, (ids, offsets), hashes, sample)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
         lengths = byte_lengths(documents.texts)
@@ -200,7 +205,6 @@ class UnitBuilder:
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
-        return loss
 
     def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
@@ -281,6 +285,12 @@ def read_record(path: Path, signature: str) -> UnitResult | None:
             splits = [shard.split for shard in result.shards]  # they name directories
             return result if splits == [split for split in SPLITS if split in splits] else None
     return None
+
+
+def _has_exact_loss(result: UnitResult) -> bool:
+    """Whether the loss was counted in all documents, not only in the sampled ones."""
+    tokens = sum(shard.tokens - shard.documents for shard in result.shards)
+    return result.loss is not None and result.loss.tokens == tokens
 
 
 def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:

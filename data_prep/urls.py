@@ -1,53 +1,89 @@
 """URLs without the secrets in them: what is stored, printed or digested names a source, and opens nothing.
 
 Passwords and signatures come and go while the file behind them stays the same one, so they are no part of its name.
+Where it is not certain whether a part is a secret, it goes.
 """
 
 import re
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-URL = re.compile(r"[A-Za-z][\w.+-]*://[^\s'\"<>]*")  # within a text
-CHAIN = re.compile(r"::(?=[A-Za-z][\w.+-]*://)")  # fsspec's: zip://member::https://host/file
+SCHEME = r"[A-Za-z][\w.+-]{0,30}://"
+# A password may hold spaces and quotes; the end of a URL within a text, and a port there, look alike but for these.
+PASSWORD = r"(?!\[)[^\s/?#@:]*:(?!//|\s|\d+(?:[/?#\s'\",.:;)\]}>]|$))(?:(?!://)[^\n@])*@"
+REST = r"(?:[^\s'\"<>]|['\"<>]+(?=[\w%&=/@+-]))*"  # a quote with more of a value behind it is no end
+URL = re.compile(rf"{SCHEME}(?:{PASSWORD})?{REST}")  # within a text
+CHAIN = re.compile(rf"::(?={SCHEME})")  # fsspec's: zip://member::https://host/file
 TRAILING = ".,:;)]}"  # of a sentence around a URL
 USER = re.compile(r"(?!\[)([^/?#@:]*)(:(?!\d+[/?#])[^@]*)?@([^/?#]*@)?")  # user:password@, not of host:80/a@b
+AUTHORITY = re.compile(r"[^/?#]*")
 USER_NAMES = ("sftp", "ssh", "ftp", "ftps", "smb")  # where a user's name tells whose files they are
 CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # container@account: it names a place
+MOST_LAYERS = 8  # of percent-encoding, or of URLs one in another; what lies deeper goes
+
+NAMED = r"[A-Za-z_][\w.%\[\]-]*=(?!=)"  # name=, not the padding of base64
+SEPARATOR = re.compile(rf"(&|[;~](?={NAMED}))")  # of parameters; the last is Akamai's: exp=1~hmac=2
 WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of a name as x_y, x-y or XY
-SECRET_WORDS = {
-    "token", "accesstoken", "authtoken", "secret", "clientsecret", "password", "passwd", "passphrase", "pass", "pwd",
-    "pw", "credential", "credentials", "auth", "authorization", "bearer", "jwt", "key", "apikey", "accesskey",
-    "authkey", "sas", "sig", "sign", "signature", "hmac", "session", "policy",
-}  # fmt: skip
-PRESIGNED = re.compile(r"(x-amz|x-goog|x-ms|x-oss|q)-.*|googleaccessid", re.IGNORECASE)  # the last q- is Tencent's
-SIGNING_WORDS = {"sig", "sign", "signature", "hmac", "policy"}
-BESIDE_A_SIGNATURE = {  # what it covers and changes with it: Azure's, and when it ends
+SECRET_PARTS = re.compile(r"token|secret|key|sig|pass|pwd|auth|cred|hmac|hdn(?:ts|ea|tl)|verify|accesscode")
+HARMLESS = re.compile(  # what holds such a part by chance
+    r"tokeni[sz]\w*|author(?!i)|key(?:word|board|frame|space)|monkey|turkey|hockey|passage|passenger|passive|compass"
+    r"|bypass|signal|signific|design|assign|insight|sacred|credit|incredible"
+)
+SECRET_WORDS = {"bearer", "jwt", "pw", "sas", "session", "policy"}
+SECRET_NAMES = {"code", "md5"}  # alone: language_code and content_md5 name a source
+PRESIGNED = re.compile(r"(x-amz|x-goog|x-ms|x-oss|q)-.*", re.IGNORECASE)  # the last is Tencent's
+OF_GOOGLE = "googleaccessid"
+SIGNING = re.compile(r"sig|hmac|hdn|md5|policy|verify")
+BESIDE_A_SIGNATURE = {  # what it covers and changes with it: Azure's, Akamai's, and when it ends
     "sv", "sr", "st", "se", "sp", "sk", "ss", "srt", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks", "skv",
-    "expires", "expire", "exp", "timestamp", "ts",
+    "acl", "expires", "expire", "exp", "timestamp", "ts",
 }  # fmt: skip
+FILE_NAME = re.compile(  # S3's name of a file, as in ?key=data/a.jsonl
+    r"[\w./-]+\.(jsonl?|parquet|csv|tsv|txt|arrow|npy|bin|md|html?|zip|tar|gz|bz2|xz|zst)", re.IGNORECASE
+)
 
 
 def without_credentials(text: str) -> str:
     """A URL, or any text with URLs in it, without passwords, tokens and signatures; what names the source stays."""
-    return URL.sub(_cleaned, text) if "://" in text else text
+    return _cleaned(text, 0)
 
 
-def _cleaned(found: re.Match[str]) -> str:
-    whole = found.group()
-    url = whole.rstrip(TRAILING)
-    return "::".join(_without(part) for part in CHAIN.split(url)) + whole[len(url) :]
+def _cleaned(text: str, depth: int) -> str:
+    """A text that lies in so many URLs, one in another."""
+    if "://" not in text:
+        return text
+    if depth > MOST_LAYERS:
+        return ""
+
+    def of_url(found: re.Match[str]) -> str:
+        whole = found.group()
+        url = whole.rstrip(TRAILING)
+        return "::".join(_without(part, depth) for part in CHAIN.split(url)) + whole[len(url) :]
+
+    return URL.sub(of_url, text)
 
 
-def _without(url: str) -> str:
-    """One URL: its user and password, and the parts of its query and fragment that are secrets."""
+def _without(url: str, depth: int) -> str:
+    """One URL: its user and password, and the parts of its path, query and fragment that are secrets."""
     scheme, _, rest = url.partition("://")
+    rest = _with_plain_user(rest)
     if user := USER.match(rest):
         rest = _kept_user(scheme.lower(), user) + rest[user.end() :]
     rest, fragment_mark, fragment = rest.partition("#")
     place, query_mark, query = rest.partition("?")
+    host, slash, path = place.partition("/")
+    cleaned = f"{scheme}://{host}{slash}{_without_in_path(path, depth)}"
     for mark, parts in ((query_mark, query), (fragment_mark, fragment)):
-        if kept := _without_secrets(parts):
-            place += mark + kept
-    return f"{scheme}://{place}"
+        if kept := _without_secrets(parts, depth):
+            cleaned += mark + kept
+    return cleaned
+
+
+def _with_plain_user(rest: str) -> str:
+    """What follows `://`, with a user and password that are percent-encoded as a whole (u%3Apw%40host) decoded."""
+    authority = AUTHORITY.match(rest)
+    written = authority.group() if authority else ""
+    plain = _decoded(written)
+    return plain + rest[len(written) :] if "@" in plain and "@" not in rest else rest
 
 
 def _kept_user(scheme: str, user: re.Match[str]) -> str:
@@ -57,16 +93,67 @@ def _kept_user(scheme: str, user: re.Match[str]) -> str:
     return f"{name}@" if is_kept and name else ""
 
 
-def _without_secrets(query: str) -> str:
-    """The parts of a query that are no secrets, as they were."""
-    parts = query.split("&")
-    names = [unquote(part.partition("=")[0]) for part in parts]
-    words = [{word.lower() for word in WORDS.findall(name)} for name in names]
-    is_signed = any(some & SIGNING_WORDS for some in words)
+def _without_in_path(path: str, depth: int) -> str:
+    """A path: URLs in it, as proxies have them, and ;name=value behind a part of it."""
+    if "://" in path:
+        return _cleaned(path, depth + 1)
+    parts = [part if "%" not in part else _cleaned_value(part, depth) for part in path.split("/")]
+    return "/".join(_without_secrets(part, depth) if ";" in part else part for part in parts)
 
-    def is_kept(name: str, of_name: set[str]) -> bool:
-        if of_name & SECRET_WORDS or PRESIGNED.fullmatch(name):
-            return False
-        return not (is_signed and name.lower() in BESIDE_A_SIGNATURE)
 
-    return "&".join(part for part, name, some in zip(parts, names, words, strict=True) if is_kept(name, some))
+def _without_secrets(query: str, depth: int) -> str:
+    """The parameters of a query that are no secrets, as they were but for secrets of URLs within them."""
+    parts = SEPARATOR.split(query)
+    written, marks = parts[::2], ["", *parts[1::2]]
+    names = [_decoded(part.partition("=")[0]) for part in written]
+    is_signed = any(SIGNING.search(_harmful(name)) for name in names)
+    kept = ""
+    for mark, name, part in zip(marks, names, written, strict=True):
+        _, is_set, value = part.partition("=")
+        if is_set and (_is_secret(name, value) or (is_signed and name.lower() in BESIDE_A_SIGNATURE)):
+            continue
+        kept += (mark if kept else "") + part.removesuffix(value) + _cleaned_value(value, depth)
+    return kept
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a parameter of this name is one, judged by what the name contains."""
+    if name.lower() == "key" and FILE_NAME.fullmatch(_decoded(value)):
+        return False
+    if PRESIGNED.fullmatch(name) or name.lower() == OF_GOOGLE or name.lower() in SECRET_NAMES | SECRET_WORDS:
+        return True
+    words = {word.lower() for word in WORDS.findall(name)}
+    return bool(words & SECRET_WORDS) or SECRET_PARTS.search(_harmful(name)) is not None
+
+
+def _harmful(name: str) -> str:
+    """A parameter's name in small letters, without marks and without words that only look like those of secrets."""
+    return HARMLESS.sub("", re.sub(r"[\W_]", "", name.lower()))
+
+
+def _cleaned_value(value: str, depth: int) -> str:
+    """A value; where it holds a URL or a query with secrets, without them and encoded once."""
+    plain = _decoded(value)
+    if "://" in plain:
+        cleaned = _cleaned(plain, depth + 1)
+    elif depth > MOST_LAYERS:
+        return ""
+    elif "=" in plain:
+        place, mark, query = plain.rpartition("?")
+        kept = _without_secrets(query, depth + 1)
+        cleaned = place + (mark + kept if kept else "")
+    else:
+        return value
+    if cleaned == plain:
+        return value
+    return cleaned if plain == value else quote(cleaned, safe="")
+
+
+def _decoded(text: str) -> str:
+    """Without percent-encoding, however often it was applied."""
+    for _ in range(MOST_LAYERS):
+        plain = unquote(text)
+        if plain == text:
+            break
+        text = plain
+    return text

@@ -17,7 +17,10 @@ case ${1:-} in
 esac
 [ $# -le 1 ] || fail "${*:2}: not known beside the directory; $0 --help says what there is (STEPS stands before it)"
 [ -z "${STEPS:-}" ] || need_count STEPS "$STEPS" 2
-run_dir=$(mkdir -p "${1:-$REPOSITORY/runs/quickstart}" && cd "${1:-$REPOSITORY/runs/quickstart}" && pwd)
+run_dir=${1:-$REPOSITORY/runs/quickstart}
+[ -d "$run_dir" ] || [ ! -e "$run_dir" ] || fail "$run_dir: is a file; give a directory, or one that is not there yet"
+mkdir -p "$run_dir" 2> /dev/null || fail "$run_dir: this directory can't be made; give another one"
+run_dir=$(cd "$run_dir" && pwd)
 
 # Steps of the run that is there, from the recipe it began with; nothing if there is none.
 steps_there() {
@@ -31,6 +34,9 @@ steps=${STEPS:-${there:-320}}
 [ -z "$there" ] || [ "$steps" -eq "$there" ] ||
   fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
 [ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
+mixture=$run_dir/corpus/mixture.yaml
+[ ! -e "$mixture" ] || cmp -s "$REPOSITORY/launch/quickstart.yaml" "$mixture" ||
+  fail "$mixture: is not the quick start's; give another directory, or move that file away"
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 install_project demo
@@ -42,7 +48,7 @@ took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$run_dir/corpus" ] || took=("$(date +%s)")
 
 stage "1/7  corpus: 249 State of the Union addresses"
-install -D -m 644 launch/quickstart.yaml "$run_dir/corpus/mixture.yaml"
+[ -e "$mixture" ] || install -D -m 644 launch/quickstart.yaml "$mixture"
 [ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo_corpus.py "$run_dir/corpus/corpus.parquet"
 
 stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
@@ -50,7 +56,7 @@ stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
   --source "$run_dir/corpus/corpus.parquet" --output-dir "$run_dir/corpus/tokenizer"
 
 stage "3/7  shards: uint16 ids, memory-mapped, fingerprinted"
-python -m data_prep.build_shards --mixture "$run_dir/corpus/mixture.yaml" --output-dir "$run_dir/dataset"
+python -m data_prep.build_shards --mixture "$mixture" --output-dir "$run_dir/dataset"
 python -m data_prep.verify "$run_dir/dataset"
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')

@@ -41,7 +41,7 @@ from data_prep import train_tokenizer, unit_shards, work_units
 from data_prep.encode import Encoder, LoadedTokenizer, new_encoder
 from data_prep.errors import UserError, exit_code
 from data_prep.mixture import assign, load_mixture, mixture_path
-from data_prep.shards import Manifest, Shard, ShardReader, load_manifest, lock
+from data_prep.shards import NO_LOSS, Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.work_units import WorkUnit
 
 pytest_plugins = ("prep_fixtures",)
@@ -571,7 +571,7 @@ def test_ids_beyond_the_vocabulary_stop_the_build(
     def encode(texts: Any) -> tuple[Any, Any]:
         return np.full(len(texts), VOCAB_SIZE, np.uint32), np.arange(len(texts) + 1)
 
-    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: unit_shards.NO_LOSS)
+    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: NO_LOSS)
     monkeypatch.setattr(
         unit_shards, "new_encoder", lambda *_, **__: Encoder(name="odd", encode=encode, is_reference=False)
     )

@@ -98,6 +98,7 @@ def test_what_gigatoken_cannot_load_falls_back(tmp_path: Path) -> None:
     assert encoder.is_reference
     assert encoder.fallback_reason is not None
     assert "can't load" in encoder.fallback_reason
+    assert "\n" not in encoder.fallback_reason
     assert encode(encoder, ["w1 w3", "w4"]) == [[1, 3], [4]]
 
 

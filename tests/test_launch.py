@@ -184,6 +184,21 @@ def test_the_quick_start_says_when_other_steps_are_asked_for_than_are_there(tmp_
         assert (shown.returncode, shown.stdout) == (0, "the page\n"), shown.stderr
 
 
+def test_the_quick_start_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    mixture = tmp_path / "mine" / "corpus" / "mixture.yaml"
+    mixture.parent.mkdir(parents=True)
+    for own in (file, mixture):
+        own.write_text("my own work\n")
+    for given, named in ((file, file), (file / "below", file / "below"), (tmp_path / "mine", mixture)):
+        result = run_command("launch/quickstart.sh", str(given))
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: {named}: ")
+        assert len(result.stderr.splitlines()) == 1
+    assert file.read_text() == mixture.read_text() == "my own work\n"
+    assert list(mixture.parent.iterdir()) == [mixture]
+
+
 @pytest.mark.parametrize("package", ["pretrain", "data_prep"])
 def test_a_package_lists_its_commands_with_a_line_each(package: str) -> None:
     result = run_command(sys.executable, "-m", package)

@@ -24,7 +24,7 @@ from prep_helpers import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_prep import show
+from data_prep import show, unit_shards
 from data_prep.doubtful_characters import doubtful, normalized_otherwise
 from data_prep.encode import load_tokenizer, new_encoder, reference_ids
 from data_prep.errors import UserError
@@ -204,6 +204,16 @@ def test_special_tokens_that_no_text_gives_cost_nothing(tokenizer_dir: Path) -> 
     assert not load_tokenizer(tokenizer_dir).ids_of_no_text
 
 
+def test_what_keeps_all_text_is_known(tokenizer_dir: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(tokenizer_dir).keeps_all_text
+    prefix = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for number, other in enumerate((
+        unigram(), word_level(), ignoring_merges(), byte_level(normalizer=normalizers.NFC()),
+        byte_level(pre_tokenizer=prefix), byte_level(pre_tokenizer=pre_tokenizers.Sequence([prefix])),
+    )):  # fmt: skip
+        assert not load_tokenizer(save(other, tmp_path / str(number))).keeps_all_text
+
+
 def lossy_mixture(base: Path, **more: Any) -> Path:
     """One source whose text a tokenizer of the words of three speeches loses in part."""
     if not (base / "t").exists():
@@ -242,8 +252,42 @@ def test_the_loss_can_be_recounted(tmp_path: Path) -> None:
     assert manifest.loss
     reader = ShardReader(tmp_path / "out")
     unknown = load_tokenizer(tmp_path / "t").unknown_id
-    share = sum(int((reader.tokens(shard) == unknown).sum()) for shard in manifest.shards)
-    assert abs(share / sum(shard.tokens for shard in manifest.shards) - manifest.loss.unknown_share) < 0.25
+    assert manifest.loss.unknown_tokens == sum(int((reader.tokens(s) == unknown).sum()) for s in manifest.shards)
+    assert manifest.loss.tokens == sum(shard.tokens - shard.documents for shard in manifest.shards)
+    assert manifest.loss.documents == sum(shard.documents for shard in manifest.shards) == 60  # few enough for all
+
+
+@pytest.mark.parametrize("bad_rows", [[], [150], [3, 40, 77, 120, 199]])
+def test_unk_in_any_document_counts(bad_rows: list[int], tmp_path: Path) -> None:
+    """Whether the sample holds it or not; the second case is just below what is refused."""
+    save(word_level(), tmp_path / "t")
+    known = " ".join(speeches(1)[0].split()[:50])
+    texts = [f"{known} {known.split()[i % 50]}{' nowhere' * (100 if i in bad_rows else 0)}" for i in range(200)]
+    write_parquet(tmp_path / "a.parquet", texts)
+    mixture = write_mixture(tmp_path, tmp_path / "t", [source("a", "a.parquet")])
+    share = 100 * len(bad_rows) / (51 * 200 + 100 * len(bad_rows))
+    if share > 0.01:
+        assert f"{share:.1%} of tokens are unk; " in build_error(mixture, tmp_path / "out")
+        return
+    loss = build(mixture, tmp_path / "out").loss
+    assert (loss.unknown_tokens if loss else 0) == 100 * len(bad_rows)
+    assert loss is None or 64 <= loss.documents < 100
+
+
+def test_records_with_a_loss_of_few_documents_are_made_again(tmp_path: Path) -> None:
+    save(word_level(), tmp_path / "t")
+    write_parquet(tmp_path / "a.parquet", speeches(40, 800))
+    mixture = write_mixture(tmp_path, tmp_path / "t", [source("a", "a.parquet")], allow_lossy_tokenizer=True)
+    manifest = build(mixture, tmp_path / "out")
+    (record,) = (tmp_path / "out" / "units" / "a").glob("*.json")
+    whole = record.read_bytes()
+    of_one = {"documents": 1, "tokens": 9, "unknown_tokens": 0, "changed_documents": 1}
+    content = {name: value for name, value in json.loads(whole).items() if name != "seal"} | {"loss": of_one}
+    seal = unit_shards._seal(signature_of(mixture), content)
+    record.write_text(json.dumps({"seal": seal, **content}, indent=1) + "\n")
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert build(mixture, tmp_path / "out") == manifest
+    assert record.read_bytes() == whole
 
 
 @needs_mpi
@@ -262,8 +306,6 @@ def test_a_tokenizer_that_loses_nothing_leaves_the_manifest_as_it_was(dataset: P
 
 
 def test_records_of_earlier_versions_still_count(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:
-    from data_prep import unit_shards
-
     write_parquet(tmp_path / "a.parquet", texts)
     mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.parquet")])
     manifest = build(mixture, tmp_path / "out")
