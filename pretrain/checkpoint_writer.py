@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint import Fragment, naming_the_disk
+from pretrain.checkpoint import Fragment, naming_the_disk, saved_steps
 from pretrain.config import CheckpointsRecipe
 from pretrain.distributed import World, together
-from pretrain.retention import prune
+from pretrain.patience import patiently
+from pretrain.retention import prune, step_of
 from pretrain.run_directory import flush_metrics, write_state
 from pretrain.saving import Callback, save_checkpoint
 
@@ -38,6 +39,17 @@ class CheckpointWriter:
         self._memory = torch.empty(0)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._passed_over: set[str] = set()
+
+    def pass_over_newer(self, step: int) -> list[str]:
+        """Leave the checkpoints after a step, which was gone on from because they are damaged, out of the retention.
+
+        Returns the names of those that were not left out before. No save may be under way.
+        """
+        names = [path.name for path in patiently(lambda: saved_steps(self.run_dir)) if (step_of(path.name) or 0) > step]
+        new = [name for name in names if name not in self._passed_over]
+        self._passed_over.update(new)
+        return new
 
     def save(self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True) -> None:
         """Have the state after `step` steps written as it is now, and the oldest checkpoints dropped, if it `prunes`.
@@ -93,8 +105,9 @@ class CheckpointWriter:
         if self.world.is_main:
             with naming_the_disk(self.run_dir):
                 write_state(self.run_dir, saved_step=step)
+            self._passed_over.discard(saved.name)  # a good one has taken its place
             if prunes:
-                prune(saved, self.recipe.keep_last, self.recipe.keep_every)
+                prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)
 
 
 def host_memory(elements: int) -> Tensor:

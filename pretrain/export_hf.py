@@ -30,7 +30,7 @@ from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import figures_of, run_of
 from pretrain.export_marker import refuse_to_replace, write_marker
-from pretrain.export_tokenizer import copy_tokenizer
+from pretrain.export_tokenizer import copy_tokenizer, refuse_another_tokenizer
 from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
 from pretrain.starts import for_card, read_starts
 from pretrain.templates import render
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_dir = run_of(checkpoint, flags.run_dir)
     if run_dir is None:
         raise UserError(f"--run-dir {flags.run_dir}: a checkpoint outside of its run has no tokenizer; give the run's")
+    refuse_another_tokenizer(run_dir / TOKENIZER_NAME, checkpoint.manifest["data"].get("tokenizer_sha256"))
     output = flags.output_dir
     refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
 

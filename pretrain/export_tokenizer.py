@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.errors import UserError, parse_json
-from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer
+from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
 
 ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
 OF_A_CLASS = ("auto_map", "add_bos_token", "add_eos_token", "tokenizer_file", "vocab_file", "merges_file")
@@ -51,6 +51,20 @@ def copy_tokenizer(source: Path, destination: Path, seq_len: int) -> None:
     for name, held in files.items():
         (destination / name).write_bytes(held)
     check_ids(as_in_the_data(read_tokenizer(source)["tokenizer.json"]), destination)
+
+
+def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
+    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells, if it tells one.
+
+    What is missing is left to `copy_tokenizer`, which names it.
+    """
+    files = read_tokenizer(source)
+    if not expected or not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+        return
+    found = sha256_of_files(files)
+    if found != expected:
+        problem = f"is not the tokenizer of the checkpoint (sha256 {found[:12]}, not {expected[:12]})"
+        raise UserError(f"{source}: {problem}: its files were changed; copy the tokenizer of the run's data set there")
 
 
 def adding_nothing(definition: Json) -> Json:

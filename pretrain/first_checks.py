@@ -27,6 +27,7 @@ from pretrain.engine_config import (
 )
 from pretrain.loader import TrainingLoader
 from pretrain.memory import check_it_fits
+from pretrain.run_claim import refuse_what_is_no_run
 from pretrain.world import LET_RANK_0_SPEAK_S, world_from_environment
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
@@ -61,10 +62,12 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> Asked:
 def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> tuple[Namespace, Recipe, dict[str, Any], str]:
     """Flags, recipe, merged engine configuration, and what is to be said of the engine. Raises UserError.
 
-    It needs the data set only for the vocabulary of a recipe that leaves that to it.
+    The run's directory is looked at too, before anything is written there. The data set is needed only for the
+    vocabulary of a recipe that leaves that to it.
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
+    refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
     return flags, recipe, merge_config(recipe, load_engine_config(engine), ranks), note
 

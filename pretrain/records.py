@@ -45,6 +45,8 @@ def parse_line(content: bytes) -> Line:
     """One record. Raises ValueError for what is none."""
     try:
         line = json.loads(content)
+    except json.JSONDecodeError as error:  # whose own text counts lines within this one
+        raise ValueError(f"{error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("brackets nested too deeply") from None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
@@ -72,7 +74,7 @@ def read_records(path: Path) -> Records:
         try:
             lines.append(parse_line(own))
         except ValueError as error:
-            damage = one_line(error)
+            damage = f"line {len(lines) + 1}: {one_line(error)}"
             break
         start += len(own) + 1
         ends.append(start)
@@ -105,7 +107,8 @@ def cut_at(path: Path, size: int) -> None:
 def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
     """Keep the lines of the steps before one, and say what damage behind them went.
 
-    Raises UserError where a line among those is damaged.
+    A torn last line may be of one of those steps, where a loss of power took lines that had been flushed: the run goes
+    on without them. Raises UserError where a line among those is damaged.
     """
     records = read_records(path)
     reaches = step == 0 or any(line["step"] >= step - 1 for line in records.lines)
@@ -118,9 +121,13 @@ def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     if records.loose_bytes == 0:
         return kept, None
-    what = f"damaged ({records.damage})" if records.damage else "a torn line"
+    what = f"damaged ({records.damage})" if records.damage else f"line {len(records.lines) + 1} is torn"
     last = f"step {records.lines[-1]['step']}" if records.lines else "its beginning"
-    return kept, f"{path}: {what} after {last}: {records.loose_bytes:,} bytes cut off; those steps are trained again"
+    outcome = "those steps are trained again"
+    if not reaches:
+        lost = step - len({line["step"] for line in kept})
+        outcome = f"the lines of {lost} steps are lost; the checkpoint has these steps, so they are not trained again"
+    return kept, f"{path}: {what} after {last}: {records.loose_bytes:,} bytes cut off; {outcome}"
 
 
 def cut_damaged_end(path: Path) -> tuple[list[Line], str | None]:

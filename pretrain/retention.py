@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from data_prep.errors import unheard
@@ -134,17 +134,19 @@ def make_way(final: Path) -> None:
         warn(f"{final}: held what is no part of a checkpoint; it is now {aside.name}")
 
 
-def prune(saved: Path, keep_last: int, keep_every: int | None = None) -> None:
+def prune(saved: Path, keep_last: int, keep_every: int | None = None, passed_over: Collection[str] = ()) -> None:
     """Remove all but the newest checkpoints and those of every `keep_every`-th step; one that can't be is said.
 
-    Counts from the one just saved: what is newer was passed over as damaged, and must not crowd out what is good.
+    Counts from the one just saved, and without those of the names in `passed_over`, which stay: what is damaged must
+    not crowd out what is good.
     """
     try:
         steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
     except OSError as error:
         warn(f"{saved.parent}: can't be listed ({error.strerror}), so nothing is removed; the next save tries again")
         return
-    so_far = [step for step in steps if step <= (step_of(saved.name) or 0)]
+    newest = step_of(saved.name) or 0
+    so_far = [step for step in steps if step <= newest and step_name(step) not in passed_over]
     for step in so_far[keep_last:]:
         if keep_every is None or step % keep_every:
             prune_one(saved.with_name(step_name(step)))

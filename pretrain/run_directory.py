@@ -25,12 +25,8 @@ from pretrain.config import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml
 from pretrain.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 from pretrain.patience import patiently, read_patiently
 from pretrain.records import cut_to_step
+from pretrain.run_claim import ENGINE_CONFIG_NAME, METRICS_NAME, RECIPE_NAME, SKIPS_NAME, STATE_NAME
 
-RECIPE_NAME = "recipe.yaml"
-ENGINE_CONFIG_NAME = "deepspeed.json"
-METRICS_NAME = "metrics.jsonl"
-SKIPS_NAME = "skips.jsonl"
-STATE_NAME = "state.json"
 NOT_OURS = (ValueError, TypeError, RecursionError)  # what reading JSON of another form raises
 STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpoints updates it too
 

@@ -25,8 +25,8 @@ import torch
 
 from data_prep.shards import without_credentials, write_durably
 from pretrain.distributed import World, gather
+from pretrain.run_claim import STARTS_NAME
 
-STARTS_NAME = "starts.jsonl"
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")
 GIT_S = 10.0  # a checkout on a slow disk is not worth waiting for

@@ -41,7 +41,7 @@ from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, wi
 from pretrain.activation_checkpointing import apply_activation_checkpointing
 from pretrain.bad_steps import BadSteps, describe_rows, finite
 from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, naming_the_disk, newest_good, saved_steps
+from pretrain.checkpoint import Checkpoint, checkpoints_dir, naming_the_disk, newest_good, saved_steps
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.command_line import build_parser
 from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
@@ -334,9 +334,18 @@ def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
     return metrics
 
 
+def leave_passed_over(writer: CheckpointWriter, step: int, world: World) -> None:
+    """Have checkpoints that were passed over for the one of a step stay, without counting; said once of each."""
+    names = together(lambda: writer.pass_over_newer(step) if world.is_main else [])
+    if names:
+        left = "passed over, so left where it is and not counted by checkpoints.keep_last, until its step is saved anew"
+        say(world, "\n".join(f"{checkpoints_dir(writer.run_dir) / name}: {left}" for name in names))
+
+
 def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int, writer: CheckpointWriter) -> int:
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
     world, start_step = engine.world, step
+    leave_passed_over(writer, start_step, world)
     metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
     for warning in together(lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)):
         say(world, warning)
@@ -359,6 +368,7 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
             watch.step_seconds.clear()  # loading takes as long as at the start
             writer.wait()
             step = restore(run, engine, bad_steps, world)
+            leave_passed_over(writer, step, world)
             if metrics:
                 metrics.close()
             metrics = together(lambda: open_metrics(run, world, step) if world.is_main else None)  # noqa: B023

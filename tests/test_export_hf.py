@@ -237,6 +237,17 @@ def test_a_run_without_its_tokenizer_exports_nothing(runs: dict[str, Path], tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_another_tokenizer_than_the_checkpoint_s_is_not_exported(name: str, text_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(text_run, run_dir)
+    path = run_dir / "tokenizer" / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"is not the tokenizer of the checkpoint \(sha256 [0-9a-f]{12}, not"):
+        main(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "e")])
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_the_class_does_not_give_is_refused(exports: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(exports["tablefree"], trust_remote_code=True)
     with pytest.raises(ValueError, match="does not support output_hidden_states"):

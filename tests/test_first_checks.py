@@ -243,6 +243,7 @@ def test_an_engine_of_one_s_own_is_kept_and_its_flag_is_named_when_it_is_left_ou
 def test_a_damaged_record_of_the_engine_is_passed_over(damage: str, tiny_data: Path, tmp_path: Path) -> None:
     recipe, run_dir = write_recipe(tmp_path / "r.yaml"), tmp_path / "run"
     (run_dir / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000005" / "rank-00000-of-00001.safetensors").touch()
     for name in ("recipe.yaml", "deepspeed.json"):
         (run_dir / name).write_text(damage)
     assert check_arguments(asked(recipe, tiny_data, run_dir), 1).engine_note == ""

@@ -51,9 +51,30 @@ def test_damage_among_the_steps_of_a_checkpoint_is_refused_and_left(damage: byte
     path = tmp_path / "metrics.jsonl"
     content = lines(0, 1, 2) + damage + lines(4, 5)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged \(.*\); mend or remove it"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged \(line 4: .*\); mend or remove it"):
         MetricsFile(tmp_path, 4)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "step", "says"),
+    [
+        (lines(0, 1) + b'{"st', 2, "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again"),
+        (lines(0, 1) + b'{"st', 0, "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again"),
+        (lines(0, 1) + b'{"st', 5, "after step 1: 4 bytes cut off; the lines of 3 steps are lost; the checkpoint has"),
+        (b'{"st', 5, "line 1 is torn after its beginning: 4 bytes cut off; the lines of 5 steps are lost"),
+    ],
+)
+def test_a_torn_line_is_said_to_be_trained_again_only_if_it_is(
+    content: bytes, step: int, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    kept, said = cut_to_step(path, step)
+    assert said
+    assert says in said
+    assert ("not trained again" in said) == (step == 5)
+    assert path.read_bytes() == lines(*range(len(kept)))
 
 
 def test_a_whole_file_is_cut_in_silence(tmp_path: Path) -> None:

@@ -110,6 +110,23 @@ def test_what_has_the_name_of_a_checkpoint_to_be_is_set_aside(
     assert steps_there(tmp_path) == [2]
 
 
+def test_what_was_passed_over_as_damaged_stays_and_pushes_out_nothing_until_it_is_saved_anew(tmp_path: Path) -> None:
+    for step in (1, 5, 9):
+        save(tmp_path, step)
+    for step in (5, 9):
+        next((checkpoints_dir(tmp_path) / step_name(step)).glob("*.safetensors")).unlink()
+    good, _ = newest_good(tmp_path)
+    assert good is not None
+    recipe = CheckpointsRecipe(every_steps=1, keep_last=2)
+    with CheckpointWriter(tmp_path, recipe, ALONE, None) as writer:
+        assert writer.pass_over_newer(good.step) == [step_name(9), step_name(5)]
+        assert writer.pass_over_newer(good.step) == []  # said once
+        for step, there in ((6, [9, 6, 5, 1]), (7, [9, 7, 6, 5]), (9, [9, 7, 5]), (12, [12, 9, 5])):
+            writer.save(step, state_of(step), ABOUT)
+            writer.wait()
+            assert steps_there(tmp_path) == there
+
+
 # Links to a larger disk
 
 

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_recipe_content
+from conftest import counting_dataset, tiny_recipe_content, write_recipe
+from forked_ranks import arguments_of, run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import lock
 from pretrain.config import Recipe, build_recipe, recipe_to_yaml
+from pretrain.first_checks import check_arguments
 from pretrain.records import read_lines
+from pretrain.run_claim import WRITTEN
 from pretrain.run_directory import (
     METRICS_NAME,
     MetricsFile,
@@ -60,7 +63,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("line", ["[]", "{}", "null", "3", '{"step": "x"}', '{"loss": 1.0}'])
 def test_a_line_that_is_no_step_is_a_damaged_file_where_it_is_needed(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl: damaged \(a line without a step\)"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: damaged \(line 2: a line without a step\)"):
         MetricsFile(tmp_path, 2)
 
 
@@ -114,3 +117,75 @@ def test_a_run_that_has_saved_nothing_may_start_over_with_other_values(tmp_path:
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
     other = build_recipe(tiny_recipe_content(seed=2), "tiny.yaml")
     check_same_run(tmp_path, other, {}, "f")
+
+
+# A directory that is no run's
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "checkpoints/latest"])
+def test_what_a_run_would_replace_and_did_not_make_is_refused_and_left(
+    name: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, run_dir = write_recipe(tmp_path / "tiny.yaml"), tmp_path / "run"
+    path = run_dir / name
+    mine = path / "tokenizer.json" if name == "tokenizer" else path
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match=f"so {name} is somebody else's and would be replaced; move it away"):
+        check_arguments(arguments_of(recipe, tiny_data, run_dir), 1)
+    assert [found for found in run_dir.rglob("*") if found.is_file()] == [mine]
+    assert mine.read_text() == '{"mine": 1}\n'
+
+
+def test_a_recipe_in_the_place_of_the_run_s_own_is_refused_by_the_command_with_nothing_written(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    recipe = write_recipe(run_dir / "recipe.yaml")
+    before = recipe.read_bytes()
+    ended = run_ranks(1, recipe, tiny_data, run_dir)
+    assert ended.exit_codes == [2]
+    assert "so recipe.yaml is somebody else's" in ended.output
+    assert (os.listdir(run_dir), recipe.read_bytes()) == (["recipe.yaml"], before)
+
+
+def test_a_run_may_begin_beside_what_it_does_not_write_and_goes_on_wherever_it_was_killed(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, run_dir = write_recipe(tmp_path / "tiny.yaml"), tmp_path / "run"
+    for name in ("logs/out.txt", "corpus/corpus.txt", "dataset/manifest.json", "hostfile", ".lock", "notes.md"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("")
+    train_on(1, recipe, tiny_data, run_dir, "--stop-at-step=1")
+    for path in [path for name in WRITTEN for path in run_dir.glob(name) if name != "recipe.yaml"]:
+        path.rename(tmp_path / path.name)
+    arguments = arguments_of(recipe, tiny_data, run_dir)
+    check_arguments(arguments, 1)  # its checkpoints are its own
+    (run_dir / "checkpoints").rename(tmp_path / "checkpoints")
+    check_arguments(arguments, 1)  # so is what a start writes before its state
+    (run_dir / "recipe.yaml").write_text("# mine\n" + (run_dir / "recipe.yaml").read_text())
+    with pytest.raises(UserError, match=r"recipe\.yaml is somebody else's"):
+        check_arguments(arguments, 1)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_run_writes_through_no_link(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    recipe, elsewhere = write_recipe(tmp_path / "tiny.yaml"), tmp_path / "elsewhere"
+    (elsewhere / "checkpoints").mkdir(parents=True)
+    run_dir = tmp_path / "run"
+    run_dir.symlink_to(elsewhere)  # the directory itself may be one, and where its checkpoints lie
+    write_state(run_dir, status="running")
+    check_arguments(arguments_of(recipe, tiny_data, run_dir), 1)
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link, and a run writes there"):
+        check_arguments(arguments_of(recipe, tiny_data, run_dir), 1)
+
+
+@pytest.mark.parametrize("place", [".", "run", "shards/run"])
+def test_a_run_does_not_begin_in_its_data_set(place: str, tmp_path: Path) -> None:
+    data = counting_dataset(tmp_path / "data")
+    (tmp_path / "link").symlink_to(data)
+    with pytest.raises(UserError, match=r"--run-dir .*: is (the data set's directory|inside of the data set)"):
+        check_arguments(arguments_of(write_recipe(tmp_path / "r.yaml"), data, tmp_path / "link" / place), 1)
