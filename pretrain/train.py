@@ -338,7 +338,7 @@ def leave_passed_over(writer: CheckpointWriter, step: int, world: World) -> None
     """Have checkpoints that were passed over for the one of a step stay, without counting; said once of each."""
     names = together(lambda: writer.pass_over_newer(step) if world.is_main else [])
     if names:
-        left = "passed over, so left where it is and not counted by checkpoints.keep_last, until its step is saved anew"
+        left = "left where it is, and not counted by checkpoints.keep_last, until its step is saved anew"
         say(world, "\n".join(f"{checkpoints_dir(writer.run_dir) / name}: {left}" for name in names))
 
 
