@@ -223,11 +223,12 @@ class LongRun:
 
     def wait_for_steps(self) -> None:
         """Until 30 more were trained."""
-        metrics = self.home / "run" / "metrics.jsonl"
-        before = metrics.stat().st_ino if metrics.exists() else 0  # a start that trains makes the file anew
+        starts = self.home / "run" / "starts.jsonl"  # a line of each start that trained
+        before = len(starts.read_text().splitlines()) if starts.exists() else 0
 
         def are_there() -> bool:
-            trained = metrics.exists() and metrics.stat().st_ino != before and len(figures(self.home / "run")) > 30
+            lines = starts.read_text().splitlines() if starts.exists() else []
+            trained = len(lines) > before and len(figures(self.home / "run")) > json.loads(lines[-1])["step"] + 30
             return self.script.poll() is not None or trained
 
         wait_until(are_there, "steps", 300)
