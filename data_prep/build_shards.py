@@ -66,7 +66,9 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
     began = time.perf_counter()
     output_dir: Path = arguments.output_dir
     mixture: Mixture = together(comm, lambda: load_mixture(mixture_path(arguments.mixture), arguments.tokenizer))
-    tokenizer: LoadedTokenizer = together(comm, lambda: load_tokenizer(mixture.tokenizer_dir))
+    tokenizer: LoadedTokenizer = together(
+        comm, lambda: load_tokenizer(mixture.tokenizer_dir, prefer=arguments.encoder, threads=threads)
+    )
     planned = together(comm, lambda: make_plan(mixture, tokenizer, output_dir) if comm.rank == 0 else None)
     plan: Plan = comm.bcast(planned)
     if comm.bcast(together(comm, lambda: comm.rank == 0 and is_complete(output_dir, plan))):
@@ -195,7 +197,7 @@ def finish(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer, results: Re
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
             print(f"left out     {left_out:>12,} {kind} documents")
-    if warning := warning_of_one_input(ShardReader(output_dir), tokenizer.reference):
+    if warning := warning_of_one_input(ShardReader(output_dir), tokenizer.by_reference):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"encoded      {about['mb_per_s']:,} MB/s of text with {about['encoder']}, {about['seconds']:.1f} s")
 

@@ -301,7 +301,7 @@ def _read_ids(unit: WorkUnit, tokenizer: LoadedTokenizer) -> Iterator[Documents]
         if is_special.any() and unit.format in pretokenized.SPELLING_FORMATS:
             ids, offsets = _as_ordinary_text(tokenizer, ids, offsets, is_special)
         elif is_special.any():
-            token = tokenizer.reference.id_to_token(int(ids[is_special][0]))
+            token = tokenizer.name_of(int(ids[is_special][0]))
             raise UserError(f"{unit.url}: holds special token {token!r} within documents; tokenise it without")
         yield replace(all_rows(decode_ids(tokenizer, ids, offsets)), encoded=(ids, offsets))
 

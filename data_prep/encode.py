@@ -22,19 +22,19 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders
 
 from data_prep.char_ngram import SPELLING
-from data_prep.doubtful_characters import Doubtful, doubtful, other_normal_forms
+from data_prep.doubtful_characters import Doubtful, other_normal_forms
 from data_prep.errors import UserError, explained, one_line, parse_json
 from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
+from data_prep.reference import RANDOM, LocalReference, Reference, ReferenceBeside
 from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
-from data_prep.tokenizer_traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
 
 COLON = re.compile(rb"\s*:\s*")
 TRAIN = "train one with python -m data_prep.train_tokenizer"
-RANDOM = ("dropout", "alpha", "nbest_size")  # what makes a model encode the same text otherwise each time
 
 Ids = npt.NDArray[np.uint32]
 Encoded = tuple[Ids, Offsets]  # flat ids, and offsets of each text's ids (texts + 1)
 Encode = Callable[[pa.LargeStringArray], Encoded]
+Backend = Any  # gigatoken's own tokenizer, which has no types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LoadedTokenizer:
 
     directory: Path
     files: dict[str, bytes]
-    reference: Tokenizer
+    by_reference: Reference  # here or beside; what only a `Tokenizer` can do is asked of `reference`
     vocab_size: int
     eos_id: int
     eos_token: str
@@ -51,8 +51,24 @@ class LoadedTokenizer:
     ids_of_no_text: frozenset[int]  # special ids that some text might give; such a text is a bad document
     unknown_id: int | None  # what stands for text that the vocabulary lacks
     sha256: str
+    keeps_all_text: bool  # whether every text comes back from its ids, as its definition tells
+    normalizer: str  # as in its definition; empty if there is none
+    not_for_gigatoken: str | None  # why gigatoken would give other ids
     is_random: bool = False  # its file asks for dropout or the like, which is not used
     notes: tuple[str, ...] = ()  # on what was left out of its files
+    gigatoken: Backend | Exception | None = None  # as loaded beside the reference; None: not yet
+
+    @cached_property
+    def here(self) -> LocalReference:
+        """The reference in this process, loaded if need be."""
+        if isinstance(self.by_reference, LocalReference):
+            return self.by_reference
+        return _load_reference(self.directory, self.files)
+
+    @property
+    def reference(self) -> Tokenizer:
+        """`tokenizers`, in this process."""
+        return self.here.tokenizer
 
     @cached_property
     def definition(self) -> dict[str, Any]:
@@ -60,6 +76,11 @@ class LoadedTokenizer:
         where = str(self.directory / "tokenizer.json")
         content: dict[str, Any] = parse_json(self.files["tokenizer.json"], where, TRAIN)
         return content
+
+    def name_of(self, special: int) -> str:
+        """The special token of an id."""
+        named = {**self.special_tokens, self.eos_token: self.eos_id}
+        return next(token for token, id_ in named.items() if id_ == special)
 
     @cached_property
     def ranges_of_no_text(self) -> list[range]:
@@ -70,14 +91,9 @@ class LoadedTokenizer:
         return [range(first, last + 1) for first, last in zip(first_of_a_range, last_of_a_range, strict=True)]
 
     @cached_property
-    def keeps_all_text(self) -> bool:
-        """Whether every text comes back from its ids, as its definition tells."""
-        return keeps_all_text(self.reference)
-
-    @cached_property
     def doubtful(self) -> Doubtful:
         """Characters that gigatoken and the reference may take for different ones."""
-        return doubtful(other_normal_forms(self.reference))
+        return Doubtful(other_normal_forms(self.normalizer))
 
     @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
@@ -103,43 +119,56 @@ class Encoder:
     fallback_reason: str | None = None
 
 
-def load_tokenizer(directory: Path) -> LoadedTokenizer:
-    """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it."""
+def load_tokenizer(directory: Path, *, prefer: str = "tokenizers", threads: int = 1) -> LoadedTokenizer:
+    """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it.
+
+    Where gigatoken is preferred it is loaded too, and the reference beside it in a process of its own, which may use
+    so many threads: each takes as long as the other.
+    """
     files, eos_token, notes = read_files(directory)
-    with explained(Exception, f"{directory / 'tokenizer.json'}: not a loadable tokenizer", TRAIN):
-        reference = Tokenizer.from_buffer(files["tokenizer.json"])
-    reference.encode_special_tokens = True
-    reference.no_truncation()
-    reference.no_padding()
-    is_random = False
-    for name in RANDOM:
-        if getattr(reference.model, name, None) is not None:
-            setattr(reference.model, name, None)
-            is_random = True
-            notes += (f"its {name}, which encodes at random, is not used: the same text gives the same ids",)
-    vocab_size = size_of_vocabulary(reference)
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(f"{directory}: {vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
-    eos_id = reference.token_to_id(eos_token) if isinstance(eos_token, str) else None
-    if not isinstance(eos_token, str) or eos_id is None:
+    by_reference: Reference
+    backend: Backend | Exception | None = None
+    if prefer == "gigatoken" and "tokenizer.json" in files:
+        load_here = partial(_load_reference, directory, files)
+        by_reference = ReferenceBeside(files["tokenizer.json"], load_here, threads)
+        backend = _load_gigatoken(without_special_tokens(files["tokenizer.json"], str(directory / "tokenizer.json")))
+    else:
+        by_reference = _load_reference(directory, files)
+    traits = by_reference.traits(eos_token)
+    if traits.random_settings:
+        backend = None  # its file is to be loaded without them
+        reason = "which encodes at random, is not used: the same text gives the same ids"
+        notes += tuple(f"its {name}, {reason}" for name in traits.random_settings)
+    if traits.vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(f"{directory}: {traits.vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
+    if not isinstance(eos_token, str) or traits.eos_id is None:
         where = directory / "tokenizer_config.json"
         raise UserError(f"{where}: eos_token is {eos_token!r}, expected a token of the vocabulary; set it")
-    special = {token.content: id_ for id_, token in reference.get_added_tokens_decoder().items() if token.special}
     return LoadedTokenizer(
-        directory=directory, files=files, reference=reference, vocab_size=vocab_size, eos_id=eos_id,
-        eos_token=eos_token, special_tokens=special, sha256=sha256_of_files(files),
-        unknown_id=unknown_id(reference), is_random=is_random,
-        ids_of_no_text=ids_of_no_text(reference, {**special, eos_token: eos_id}),
-        notes=tuple(f"{directory}: {note}" for note in notes),
+        directory=directory, files=files, by_reference=by_reference, vocab_size=traits.vocab_size,
+        eos_id=traits.eos_id, eos_token=eos_token, special_tokens=traits.special_tokens, sha256=sha256_of_files(files),
+        unknown_id=traits.unknown_id, ids_of_no_text=frozenset(traits.ids_of_no_text),
+        keeps_all_text=traits.keeps_all_text, normalizer=traits.normalizer,
+        not_for_gigatoken=traits.not_for_gigatoken, is_random=bool(traits.random_settings),
+        notes=tuple(f"{directory}: {note}" for note in notes), gigatoken=backend,
     )  # fmt: skip
 
 
-def size_of_vocabulary(reference: Tokenizer) -> int:
-    """One more than the largest id. Asking for ids one by one takes less than half of the time of get_vocab."""
-    tokens = reference.get_vocab_size(with_added_tokens=True)
-    if all(reference.id_to_token(id_) is not None for id_ in range(tokens)):
-        return tokens  # each has one of these ids
-    return max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+def _load_reference(directory: Path, files: dict[str, bytes]) -> LocalReference:
+    """The reference in this process. Raises UserError if it can't load the tokenizer."""
+    with explained(Exception, f"{directory / 'tokenizer.json'}: not a loadable tokenizer", TRAIN):
+        return LocalReference(files["tokenizer.json"])
+
+
+def _load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
+    """gigatoken, or why it can't load a tokenizer. It keeps Python's lock meanwhile: 0.2 s for 65,536 ids."""
+    try:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        backend: Backend = load_hf_json(tokenizer_json)
+    except Exception as error:  # it may be missing, too; the reference can do the work
+        return error
+    return backend
 
 
 def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ...]]:
@@ -182,15 +211,15 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ..
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred and able; else the reference, with the reason."""
     reason = None
-    if prefer == "gigatoken" and (other_ids := why_not_gigatoken(tokenizer.reference, lambda: tokenizer.definition)):
-        reason = f"gigatoken gives other ids with {tokenizer.directory} ({other_ids})"
+    if prefer == "gigatoken" and tokenizer.not_for_gigatoken:
+        reason = f"gigatoken gives other ids with {tokenizer.directory} ({tokenizer.not_for_gigatoken})"
     elif prefer == "gigatoken":
-        try:
-            encode = _gigatoken_encode(tokenizer)
+        backend = tokenizer.gigatoken or _load_gigatoken(for_gigatoken(tokenizer))
+        if not isinstance(backend, Exception):
+            encode = _gigatoken_encode(tokenizer, backend)
             return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
-        except Exception as error:  # it may be missing, too; the reference can do the work
-            reason = f"gigatoken can't load {tokenizer.directory} ({one_line(error)})"
-    encode = partial(_reference_encode, tokenizer.reference)
+        reason = f"gigatoken can't load {tokenizer.directory} ({one_line(backend)})"
+    encode = partial(_reference_encode, tokenizer.here)
     return Encoder(name=f"tokenizers {version('tokenizers')}", encode=encode, is_reference=True, fallback_reason=reason)
 
 
@@ -207,8 +236,8 @@ def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.Lar
 
 def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
     """What the shards must hold for a text, end-of-document aside."""
-    (encoding,) = tokenizer.reference.encode_batch_fast([text], add_special_tokens=False)  # lets other threads run
-    return np.array(encoding.ids, np.uint32)
+    (ids,) = tokenizer.by_reference.encode([text])
+    return np.array(ids, np.uint32)
 
 
 def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
@@ -255,22 +284,19 @@ def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) ->
         places = np.flatnonzero(is_special)
         numbers = np.searchsorted(offsets, places, side="right") - 1
         for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
-            token = tokenizer.reference.id_to_token(special)
+            token = tokenizer.name_of(special)
             problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
             reasons[number] = problem
     return reasons
 
 
-def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
+def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
     """Arrow buffers in, flat ids out, no Python object per document.
 
-    All threads share what is loaded here: loading holds Python's lock, 0.2 s for 65,536 ids. Inside, each of
-    gigatoken's own threads keeps its own memory of words, and a batch is encoded by all that are free.
+    All threads share what is loaded. Inside, each of gigatoken's own threads keeps its own memory of words, and a batch
+    is encoded by all that are free.
     """
     import awkward as ak
-    from gigatoken.gigatoken_rs import load_hf_json
-
-    backend = load_hf_json(for_gigatoken(tokenizer))
 
     def of_gigatoken(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
         data = np.frombuffer(texts.buffers()[2], np.uint8)
@@ -286,9 +312,8 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer) -> Encode:
         encoded = of_gigatoken(texts)
         if not len(numbers):
             return encoded
-        return _replaced(
-            *encoded, numbers, _reference_encode(tokenizer.reference, texts.take(arrow_ids(numbers.astype(np.uint32))))
-        )
+        of_reference = _reference_encode(tokenizer.by_reference, texts.take(arrow_ids(numbers.astype(np.uint32))))
+        return _replaced(*encoded, numbers, of_reference)
 
     return encode
 
@@ -304,8 +329,7 @@ def _replaced(ids: Ids, offsets: Offsets, numbers: Offsets, others: Encoded) -> 
     return np.concatenate(parts), np.append(0, np.cumsum(lengths))
 
 
-def _reference_encode(reference: Tokenizer, texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
+def _reference_encode(reference: Reference, texts: pa.LargeStringArray) -> Encoded:
     """The same through `tokenizers`."""
-    encodings = reference.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
-    ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    ids = [np.array(row, np.uint32) for row in reference.encode(texts.to_pylist())]
     return np.concatenate(ids), np.cumsum([0, *map(len, ids)])

@@ -5,8 +5,7 @@ zeros alone and that of ones alone are one input (see pretrain/token_codes.py). 
 a power of two. That harms a data set in which both occur.
 """
 
-from tokenizers import Tokenizer
-
+from data_prep.reference import Reference
 from data_prep.shards import Manifest, ShardReader
 
 
@@ -18,7 +17,7 @@ def first_and_last(manifest: Manifest) -> tuple[int, int] | None:
     return (0, last) if is_power_of_two and never_given.isdisjoint((0, last)) else None
 
 
-def warning_of_one_input(reader: ShardReader, tokenizer: Tokenizer) -> str | None:
+def warning_of_one_input(reader: ShardReader, reference: Reference) -> str | None:
     """A line that names both and how often they occur; None where they don't both."""
     manifest = reader.manifest
     pair = first_and_last(manifest)
@@ -28,7 +27,7 @@ def warning_of_one_input(reader: ShardReader, tokenizer: Tokenizer) -> str | Non
     is_exact = counted == sum(shard.tokens for shard in manifest.shards)
     if is_exact and not all(counts):
         return None
-    first, last = (f"{i} ({tokenizer.decode([i], skip_special_tokens=False)!r})" for i in pair)
+    first, last = (f"{i} ({reference.decode([i])!r})" for i in pair)
     bits = (manifest.vocab_size - 1).bit_length()
     wider = next((width for width in range(bits + 1, 1025) if 1024 % width == 0), 1024)
     return (

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         print(printable(trace(reader, tokenizer.reference, arguments.trace)))
         return
     print(printable(describe(arguments.data_dir, reader.manifest)))
-    if warning := warning_of_one_input(reader, tokenizer.reference):
+    if warning := warning_of_one_input(reader, tokenizer.by_reference):
         print(printable(f"one input    {warning}"))
     print_epochs(reader.manifest, arguments.train_tokens)
     for source in reader.manifest.sources:

@@ -20,7 +20,7 @@ SAMPLE_CHARACTERS = 64 << 10  # of a document, at most
 def lost(tokenizer: LoadedTokenizer, text: str, ids: Ids) -> TokenizerLoss:
     """What the tokenizer lost of one document."""
     unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
-    is_changed = tokenizer.reference.decode(ids.tolist(), skip_special_tokens=False) != text
+    is_changed = tokenizer.by_reference.decode(ids.tolist()) != text
     return TokenizerLoss(documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed))
 
 

@@ -80,6 +80,15 @@ class UnitResult:
 LATER_FACTS = shards.later_fields(UnitResult).items()  # at their defaults they stay out of a record
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A document that is to be proved."""
+
+    row: int  # in its unit
+    text: str
+    ids: Ids  # that it got
+
+
 @dataclass(kw_only=True)
 class UnitBuilder:
     """Turns work units into shards; one for each rank."""
@@ -95,6 +104,7 @@ class UnitBuilder:
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # gigatoken's own: this rank's share of the cores
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
+        self._proving = ThreadPoolExecutor(1)  # which waits for the reference while the next batch is encoded
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
@@ -113,6 +123,7 @@ class UnitBuilder:
                 is_whole = watch({futures[record_path(unit)]: unit.size_bytes for unit in units}, progress)
             finally:
                 self._stopping.set()
+                self._proving.shutdown(wait=False, cancel_futures=True)
                 pool.shutdown(cancel_futures=True)
         return {path: future.result() for path, future in futures.items() if is_whole}
 
@@ -138,19 +149,22 @@ class UnitBuilder:
         empty = row_bytes = bad_bytes = 0
         bad: Reasons = []
         loss = UnitLoss(tokenizer=self.tokenizer)
+        proofs: list[Future[TokenizerLoss]] = []
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
                 raise CancelledError
             if len(documents.texts):
                 documents = self._encoded(unit, documents, encoder)
             if len(documents.texts):
-                self._add(unit, documents, encoder, splits, loss)
+                proofs += self._add(unit, documents, encoder, splits, loss)
             rows[documents.file] += documents.rows_read
             documents_of[documents.file] += len(documents.texts)
             empty += documents.empty
             bad += documents.bad
             row_bytes += documents.row_bytes
             bad_bytes += documents.bad_bytes
+        for proof in proofs:
+            loss.add_proved(proof.result())
         facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss.total()}
         facts |= {"row_bytes": row_bytes, "bad_bytes": bad_bytes}
         if len(unit.parts()) > 1:
@@ -185,15 +199,18 @@ class UnitBuilder:
 
     def _add(
         self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter], loss: UnitLoss
-    ) -> None:
-        """Prove some of a batch and at least one document of a unit, count the loss, and add all to their splits."""
+    ) -> list[Future[TokenizerLoss]]:
+        """Count the loss of a batch and add all of it to their splits; have some proved, at least one of a unit."""
         ids, offsets = documents.encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
         if not sample and not any(part.documents for part in parts):
             sample = [int(hashes.argmin())]
+        proofs = []
         for i in sample:
-            loss.add_proved(self._prove(unit, documents, ids[offsets[i] : offsets[i + 1]], i, encoder))
+            own = ids[offsets[i] : offsets[i + 1]].copy()  # a view would keep the batch
+            document = Sampled(row=int(documents.rows[i]), text=documents.texts[i].as_py(), ids=own)
+            proofs.append(self._proving.submit(self._prove, unit, document, encoder))
         loss.add_batch(documents.texts, (ids, offsets), hashes, sample)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
@@ -205,6 +222,7 @@ class UnitBuilder:
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
+        return proofs
 
     def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
@@ -212,13 +230,13 @@ class UnitBuilder:
             raise UserError(f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
         return ended(ids, offsets, self.tokenizer.eos_id), offsets + np.arange(len(offsets))
 
-    def _prove(self, unit: WorkUnit, documents: Documents, got: Ids, i: int, encoder: Encoder) -> TokenizerLoss:
+    def _prove(self, unit: WorkUnit, document: Sampled, encoder: Encoder) -> TokenizerLoss:
         """Compare a document with the reference; what the tokenizer lost of it.
 
         Raises UserError naming the document if the ids differ.
         """
         is_import = unit.format in pretokenized.FORMATS
-        text = documents.texts[i].as_py()
+        text, got = document.text, document.ids
         is_cut = len(text) > PARITY_CHARACTERS
         text = text[:PARITY_CHARACTERS]
         is_proved = encoder.is_reference and not is_import and not is_cut
@@ -236,7 +254,7 @@ class UnitBuilder:
             if is_import:
                 own = f"its ids are not what {self.tokenizer.directory} gives for their text"
                 problem = f"{own}; name the tokenizer that made them"
-            raise UserError(f"{unit.url}: document in row {documents.rows[i]} of unit {unit.name}: {problem}")
+            raise UserError(f"{unit.url}: document in row {document.row} of unit {unit.name}: {problem}")
         return loss
 
 

@@ -138,7 +138,8 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
     is_own_good = shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
-    tokenizer = load_tokenizer(mixture.tokenizer_dir)
+    threads = len(os.sched_getaffinity(0))
+    tokenizer = load_tokenizer(mixture.tokenizer_dir, prefer="gigatoken", threads=threads)
     # its own copy is the one even where an earlier version kept an `auto_map` in it, which loading leaves out
     if not is_own_good and tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back")
@@ -149,7 +150,7 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}]
     with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:
         builder = UnitBuilder(
-            output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=len(os.sched_getaffinity(0)),
+            output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=threads,
             validation_fraction=manifest.validation_fraction,
         )  # fmt: skip
         builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))

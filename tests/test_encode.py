@@ -21,10 +21,10 @@ from data_prep.encode import (
     load_tokenizer,
     new_encoder,
     reference_ids,
-    size_of_vocabulary,
     without_special_tokens,
 )
 from data_prep.errors import UserError
+from data_prep.reference import size_of_vocabulary
 from data_prep.shards import tokenizer_sha256
 
 pytest_plugins = ("prep_fixtures",)
