@@ -5,6 +5,7 @@ encoders give the same ids; where gigatoken can't load a tokenizer, `tokenizers`
 place, and that is said. Strings that spell a special token are ordinary text to both.
 """
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -25,10 +26,12 @@ from data_prep.char_ngram import SPELLING
 from data_prep.doubtful_characters import Doubtful, other_normal_forms
 from data_prep.errors import UserError, explained, one_line, parse_json
 from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
-from data_prep.reference import RANDOM, LocalReference, Reference, ReferenceBeside
+from data_prep.reference import RANDOM, LocalReference, Reference
+from data_prep.reference_beside import ReferenceBeside
 from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
 
 COLON = re.compile(rb"\s*:\s*")
+ADDED_TOKENS_BYTES = 1 << 18  # some 1,500 tokens
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 
 Ids = npt.NDArray[np.uint32]
@@ -245,13 +248,13 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
 
     Parsing 65,536 tokens and their merges and writing them again takes 0.13 s, so only the list of
     added tokens is changed where it can be found for certain: where its name stands once in the file,
-    and all before it, closed there, is an object of which it is a key.
+    all before it, closed there, is an object of which it is a key, and it ends soon.
     """
     before, name, after = tokenizer_json.partition(b'"added_tokens"')
     colon = COLON.match(after)
     if colon and name not in after:
         with contextlib.suppress(ValueError, RecursionError):
-            value = after[colon.end() :].decode()
+            value, _ = codecs.utf_8_decode(after[colon.end() : colon.end() + ADDED_TOKENS_BYTES], "strict", False)
             added, length = json.JSONDecoder().raw_decode(value)
             if "added_tokens" in json.loads(before + name + b": null}"):
                 kept = json.dumps([token for token in added or [] if not token["special"]])

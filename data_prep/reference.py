@@ -1,26 +1,15 @@
-"""The reference: `tokenizers`, whose ids every shard must hold; in this process, or in one of its own.
+"""The reference: `tokenizers`, whose ids every shard must hold.
 
-Loading a tokenizer of 65,536 ids takes `tokenizers` and gigatoken 0.17 s each, and both keep Python's lock all the
-while, so that no thread hides it. Where gigatoken does the work, the reference is loaded by a second process at the
-same time, which then proves documents there. What that process can't do, this one does, and says so.
-
-Run as a module it is that process: it imports little, so that it is there soon.
+Run as a module it is a process that answers another one's questions (see reference_beside.py): it imports little, so
+that it is there soon.
 """
 
 import contextlib
 import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
@@ -29,8 +18,7 @@ from data_prep.tokenizer_traits import ids_of_no_text, keeps_all_text, unknown_i
 RANDOM = ("dropout", "alpha", "nbest_size")  # what makes a model encode the same text otherwise each time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traits:
+class Traits(NamedTuple):  # a dataclass would import more than all else here
     """What a tokenizer's definition tells before any text is encoded."""
 
     vocab_size: int  # one more than the largest id
@@ -109,89 +97,21 @@ def size_of_vocabulary(reference: Tokenizer) -> int:
     return max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-class ReferenceBeside:
-    """The reference in a process of its own, which begins to load as this object is made.
-
-    Where that process can't be started, can't load, or is killed, what `load_here` returns takes its place from then
-    on, and a line on stderr says so. An error of loading here is the caller's.
-    """
-
-    def __init__(self, tokenizer_json: bytes, load_here: Callable[[], LocalReference], threads: int) -> None:
-        self._load_here = load_here
-        self._here: LocalReference | None = None
-        self._asking = threading.Lock()
-        self._connection: Connection | None = None
-        with contextlib.suppress(OSError):  # no more processes or descriptors: found out when it is asked
-            self._connection, process = start_process(tokenizer_json, threads)
-            weakref.finalize(self, _end, self._connection, process)
-
-    def traits(self, eos_token: object) -> Traits:
-        """What the definition tells."""
-        answer = self._ask("traits", eos_token)
-        return answer if isinstance(answer, Traits) else Traits(**answer)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without any that a template adds."""
-        ids: list[list[int]] = self._ask("encode", list(texts))
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelled out."""
-        text: str = self._ask("decode", list(ids))
-        return text
-
-    def _ask(self, question: str, about: Any) -> Any:
-        with self._asking:
-            if self._here is None and self._connection is not None:
-                with contextlib.suppress(OSError, EOFError):
-                    self._connection.send_bytes(json.dumps([question, about]).encode())
-                    return json.loads(self._connection.recv_bytes())
-            if self._here is None:
-                self._here = self._load_here()
-                lost = "the process of the reference tokenizer has ended or could not be started"
-                print(f"note: {lost}; this one does its part from here on, same output", file=sys.stderr)
-        return getattr(self._here, question)(about)
-
-
-def start_process(tokenizer_json: bytes, threads: int) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """Start the process of a reference; it ends by itself once this end of the connection is closed."""
-    ours, theirs = socket.socketpair()
-    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAYON_NUM_THREADS": str(threads)}
-    with theirs, tempfile.TemporaryFile() as definition:  # a pipe would make this process wait for that one
-        definition.write(tokenizer_json)
-        definition.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "data_prep.reference", str(theirs.fileno())],
-            env=environment,
-            stdin=definition,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # what it fails at is done here, where it is said
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is this process's to answer
-        )
-    return Connection(ours.detach()), process
-
-
-def _end(connection: Connection, process: subprocess.Popen[bytes]) -> None:
-    connection.close()
-    process.wait()
-
-
-def serve(connection: Connection, tokenizer_json: bytes) -> None:
-    """Answer one question after another until nobody is there to ask."""
+def serve(tokenizer_json: bytes) -> None:
+    """Answer one question after another, a line of JSON each on stdin and stdout, until nobody is there to ask."""
     reference = LocalReference(tokenizer_json)
     answers: dict[str, Callable[[Any], Any]] = {
-        "traits": lambda eos_token: asdict(reference.traits(eos_token)),
+        "traits": lambda eos_token: reference.traits(eos_token)._asdict(),
         "encode": reference.encode,
         "decode": reference.decode,
     }
-    while True:
-        question, about = json.loads(connection.recv_bytes())
-        connection.send_bytes(json.dumps(answers[question](about)).encode())
+    for line in sys.stdin.buffer:
+        question, about = json.loads(line)
+        sys.stdout.buffer.write(json.dumps(answers[question](about)).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError, OSError):
-        serve(Connection(int(sys.argv[1])), sys.stdin.buffer.read())
+    with contextlib.suppress(OSError), open(int(sys.argv[1]), "rb") as definition:
+        serve(definition.read())
     os._exit(0)  # taking 65,536 tokens apart would take a while

@@ -5,6 +5,7 @@ counted exactly, and at least LEAST_SAMPLE documents of a unit are decoded: the 
 """
 
 import bisect
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -39,15 +40,15 @@ class UnitLoss:
     """Counts the loss of a unit, batch by batch; the same whatever the batches are."""
 
     tokenizer: LoadedTokenizer
-    proved: TokenizerLoss = NO_LOSS
+    proved: list[Future[TokenizerLoss]] = field(default_factory=list)
     tokens: int = 0
     unknown_tokens: int = 0
     documents: int = 0
     lowest: list[Candidate] = field(default_factory=list)  # in order
 
-    def add_proved(self, loss: TokenizerLoss) -> None:
-        """The loss of a document that was compared with the reference."""
-        self.proved += loss
+    def add_proved(self, loss: Future[TokenizerLoss]) -> None:
+        """The loss of a document, once it is compared with the reference."""
+        self.proved.append(loss)
 
     def add_batch(self, texts: pa.LargeStringArray, encoded: Encoded, hashes: Index, proved: list[int]) -> None:
         """Count all of a batch, and keep what may belong to the sample; the documents `proved` are in it already."""
@@ -70,10 +71,10 @@ class UnitLoss:
         self.documents += len(texts)
 
     def total(self) -> TokenizerLoss:
-        """What was lost of the unit."""
+        """What was lost of the unit. Raises what a comparison with the reference raised."""
+        loss = sum((proof.result() for proof in self.proved), NO_LOSS)
         if self.tokenizer.keeps_all_text:
-            return self.proved
-        loss = self.proved
+            return loss
         for some in self.lowest:
             ids = reference_ids(self.tokenizer, some.text) if some.ids is None else some.ids
             loss += lost(self.tokenizer, some.text, ids)

@@ -135,41 +135,40 @@ class UnitBuilder:
             with self._encoding:
                 writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
                 splits = [held.enter_context(closing(writer)) for writer in writers]
-                read = self._encode_unit(unit, self.encoder, splits)
+                read, loss = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
-        result = UnitResult(**read, shards=written)
+        result = UnitResult(**read, loss=loss.total(), shards=written)  # waits for proofs, while others encode
         content = {name: value for name, value in asdict(result).items() if (name, value) not in LATER_FACTS}
         sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
         write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
 
-    def _encode_unit(self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]) -> dict[str, Any]:
-        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards aside."""
+    def _encode_unit(
+        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]
+    ) -> tuple[dict[str, Any], UnitLoss]:
+        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards aside, and their loss."""
         rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
         empty = row_bytes = bad_bytes = 0
         bad: Reasons = []
         loss = UnitLoss(tokenizer=self.tokenizer)
-        proofs: list[Future[TokenizerLoss]] = []
         for documents in read_documents(unit, self.tokenizer):
             if self._stopping.is_set():
                 raise CancelledError
             if len(documents.texts):
                 documents = self._encoded(unit, documents, encoder)
             if len(documents.texts):
-                proofs += self._add(unit, documents, encoder, splits, loss)
+                self._add(unit, documents, encoder, splits, loss)
             rows[documents.file] += documents.rows_read
             documents_of[documents.file] += len(documents.texts)
             empty += documents.empty
             bad += documents.bad
             row_bytes += documents.row_bytes
             bad_bytes += documents.bad_bytes
-        for proof in proofs:
-            loss.add_proved(proof.result())
-        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad, "loss": loss.total()}
+        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad}
         facts |= {"row_bytes": row_bytes, "bad_bytes": bad_bytes}
         if len(unit.parts()) > 1:
             facts |= {"input_rows": tuple(rows), "input_documents": tuple(documents_of)}
-        return facts
+        return facts, loss
 
     def _encoded(self, unit: WorkUnit, documents: Documents, encoder: Encoder) -> Documents:
         """A batch with its ids, without documents whose text gives a special id: they are bad."""
@@ -199,18 +198,17 @@ class UnitBuilder:
 
     def _add(
         self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter], loss: UnitLoss
-    ) -> list[Future[TokenizerLoss]]:
+    ) -> None:
         """Count the loss of a batch and add all of it to their splits; have some proved, at least one of a unit."""
         ids, offsets = documents.encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
         if not sample and not any(part.documents for part in parts):
             sample = [int(hashes.argmin())]
-        proofs = []
         for i in sample:
             own = ids[offsets[i] : offsets[i + 1]].copy()  # a view would keep the batch
             document = Sampled(row=int(documents.rows[i]), text=documents.texts[i].as_py(), ids=own)
-            proofs.append(self._proving.submit(self._prove, unit, document, encoder))
+            loss.add_proved(self._proving.submit(self._prove, unit, document, encoder))
         loss.add_batch(documents.texts, (ids, offsets), hashes, sample)
         tokens, starts = self._with_eos(ids, offsets, encoder)
         is_validation = hashes < self.validation_below
@@ -222,7 +220,6 @@ class UnitBuilder:
                 part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
-        return proofs
 
     def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
