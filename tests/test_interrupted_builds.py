@@ -116,9 +116,14 @@ def family(pid: int) -> list[int]:
 
 
 def rank_processes(pid: int) -> list[int]:
-    """Those of a launcher's family that build."""
-    words = ((one, Path(f"/proc/{one}/cmdline").read_bytes().split(b"\0")) for one in family(pid))
-    return [one for one, command in words if b"python" in command[0]]
+    """Those of a launcher's family that build; the references beside them, which come and go, do not."""
+    found = []
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{one}/cmdline").read_bytes().split(b"\0")
+            if b"python" in command[0] and b"data_prep.reference" not in command:
+                found.append(one)
+    return found
 
 
 def wait_for(happened: Callable[[], bool], what: str) -> None:
