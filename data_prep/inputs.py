@@ -105,7 +105,12 @@ def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
         raise UserError(f"{where}: {pattern} is a directory; name its files, for example {pattern.rstrip('/')}/*")
     paths = matching_files(base, pattern, where)
     if not paths:
-        raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); check the path")
+        advice = "check the path"
+        if "{" in pattern:
+            advice = "braces are the shell's, and not expanded here: give each of their names a source of its own"
+        if pattern.startswith("~"):
+            advice = "~ is the shell's, and not expanded here: write the home directory's path"
+        raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); {advice}")
     if list(paths) != [pattern]:
         warn_of_gaps(paths, where)
     warn_of_one_file_twice(paths, where)

@@ -10,10 +10,19 @@ from typing import Any
 
 from data_prep.errors import UserError, refusal
 from data_prep.shards import replace_directory, write_durably
-from pretrain.checkpoint import POINTER_NAME, UNREADABLE, Checkpoint, checkpoints_dir, pointer_to, saved_steps
+from pretrain.checkpoint import (
+    POINTER_NAME,
+    UNREADABLE,
+    Checkpoint,
+    checkpoints_dir,
+    is_checkpoint,
+    pointer_to,
+    saved_steps,
+)
 from pretrain.config import Recipe, build_recipe
 from pretrain.optim import learning_rate
 from pretrain.retention import MANIFEST_NAME, SIDECAR_NAME
+from pretrain.run_claim import is_run
 from pretrain.run_directory import METRICS_NAME, read_state, refuse_another_run, write_state
 from pretrain.starts import copy_starts
 
@@ -33,6 +42,10 @@ def open_origin(
             advice = "leave the flag out to continue that run, or give another --run-dir"
             raise UserError(f"{origin}: {run_dir} has checkpoints already, {made}; {advice}")
         return None
+    if not is_checkpoint(path) and is_run(path):
+        named = saved_steps(path)
+        advice = f"name one of its checkpoints, such as {named[0]}" if named else "it has no checkpoint yet"
+        raise UserError(f"{origin}: a run, not a checkpoint; {advice}")
     try:
         checkpoint = Checkpoint(path)
     except UNREADABLE as error:

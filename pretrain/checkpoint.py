@@ -265,6 +265,8 @@ def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
     if checkpoint is None:
         if passed_over:
             raise UserError(f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one")
+        if saved_steps(run_dir.parent) and run_dir.name == checkpoints_dir(run_dir.parent).name:
+            raise UserError(f"--run-dir {run_dir}: the folder of a run's checkpoints; give the run, {run_dir.parent}")
         raise UserError(f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first")
     return checkpoint
 

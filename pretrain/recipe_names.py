@@ -64,4 +64,6 @@ def suggest_key(dotted: str, keys: Sequence[str]) -> str:
     elsewhere = OURS.get(last.lower().replace("-", "_"))
     if not same_name and elsewhere:
         return f"did you mean {elsewhere}?"
+    if "." not in dotted:
+        return nearest(dotted, keys)  # it may be a section: `mode` is nearer to model than to any key of that name
     return nearest(dotted, same_name or keys)

@@ -88,3 +88,15 @@ def test_a_damaged_checkpoint_is_no_origin(trunk: Path, recipe: Path, tiny_data:
     assert "differs from its digest" in ended.output
     assert "step 10 was saved, but no good checkpoint is left" in ended.output  # rather than a start from nothing
     assert "loss" not in ended.output
+
+
+def test_a_run_named_in_place_of_its_checkpoint_is_told_from_one(
+    trunk: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trunk, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints"))
+    newest = trunk / "checkpoints" / "step-00000020"
+    for origin, advice in ((trunk, f"name one of its checkpoints, such as {newest}"),
+                           (tmp_path / "begun", "it has no checkpoint yet")):  # fmt: skip
+        ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", "--branch-from", str(origin))
+        assert ended.exit_codes == [2]
+        assert f"error: --branch-from {origin}: a run, not a checkpoint; {advice}" in ended.output

@@ -272,7 +272,12 @@ def test_reading_says_what_is_wrong_when_there_is_nothing_to_read(tmp_path: Path
         load_for_reading(tmp_path / "absent")
     with pytest.raises(UserError, match="no checkpoints; train with "):
         load_for_reading(tmp_path)
-    flip_byte(save(tmp_path, 5) / TENSORS)
+    tensors = save(tmp_path, 5) / TENSORS
+    with pytest.raises(
+        UserError, match=rf"the folder of a run's checkpoints; give the run, {re.escape(str(tmp_path))}$"
+    ):
+        load_for_reading(checkpoints_dir(tmp_path))
+    flip_byte(tensors)
     with pytest.raises(UserError, match=r"1 damaged checkpoints \(.*differs from its digest"):
         load_for_reading(tmp_path)
 

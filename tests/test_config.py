@@ -216,6 +216,7 @@ def test_whatever_an_override_says_it_makes_a_recipe_or_one_line(key: str, text:
         ({"model": {"num_layer": 1}}, "tiny.yaml: unknown key model.num_layer; did you mean model.num_layers?"),
         ({"num_layers": 1}, "unknown key num_layers; did you mean model.num_layers?"),
         ({"modle": {}}, "unknown key modle; did you mean model?"),
+        ({"mode": {"d_model": 64}}, "unknown key mode; did you mean model?"),
         ({"batch": {"micro_batch": 1}}, "unknown key batch.micro_batch; did you mean batch.micro_batch_size?"),
         ({"optimizer": {"weigth_decay": 0}}, "did you mean optimizer.weight_decay?"),
         ({"xyzzy": 1}, "unknown key xyzzy; expected one of activation_checkpointing, "),

@@ -132,6 +132,8 @@ def test_globs_are_sorted_and_named_as_written(tmp_path: Path) -> None:
     assert names(str(tmp_path / "in/a*")) == [str(tmp_path / "in/a.txt")]
     assert "no file matches in/*.parquet (looked in" in find_error("in/*.parquet", tmp_path)
     assert "in is a directory; name its files, for example in/*" in find_error("in", tmp_path)
+    assert "give each of their names a source of its own" in find_error("in/{a,b}.txt", tmp_path)
+    assert "write the home directory's path" in find_error("~/in/a.txt", tmp_path)
 
 
 def test_a_file_url_is_the_local_file(tmp_path: Path) -> None:
