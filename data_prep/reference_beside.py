@@ -75,7 +75,8 @@ def start_process(tokenizer_json: bytes, threads: int) -> Process:
         definition.write(tokenizer_json)
         definition.seek(0)
         return subprocess.Popen(
-            [sys.executable, "-m", "data_prep.reference", str(definition.fileno())],
+            # -P: no module of the folder where the command runs
+            [sys.executable, "-P", "-m", "data_prep.reference", str(definition.fileno())],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
