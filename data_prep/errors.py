@@ -36,6 +36,7 @@ PASSING_ERRORS = frozenset(
     | {errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
 )
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
+LONGEST_LINE = 4_000  # characters of an error
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 # What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that turn the direction of
 # what follows, or end a line; and halves of surrogate pairs, which no stream can encode.
@@ -228,8 +229,15 @@ def what_it_says(error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The error's text without line breaks, so that it stays one line of a log, and without secrets in URLs."""
-    return without_credentials(" ".join(str(error).split()))
+    """The error's text without line breaks, so that it stays one line of a log, and without secrets in URLs.
+
+    Of a very long one, which quotes what a damaged file holds, the middle is left out, and that is said.
+    """
+    text = without_credentials(" ".join(str(error).split()))
+    if len(text) <= LONGEST_LINE:
+        return text
+    beginning, end = text[: LONGEST_LINE * 3 // 4], text[-LONGEST_LINE // 4 :]
+    return f"{beginning} [... {len(text) - len(beginning) - len(end):,} characters ...] {end}"
 
 
 def signal_name(number: int) -> str:

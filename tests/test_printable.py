@@ -89,3 +89,15 @@ def test_what_is_no_control_stays_as_it_is(text: str) -> None:
     if not OBEYED.search(text):
         assert shown == text
     shown.encode()
+
+
+def test_the_middle_of_a_very_long_error_is_left_out_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError(f"here: got {'0' * 100_000}, expected 2; build it again")
+
+    assert exit_code(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 5_000
+    assert line.startswith("error: here: got 000")
+    assert line.endswith("000, expected 2; build it again")
+    assert " [... 96,0" in line
