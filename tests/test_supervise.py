@@ -242,6 +242,30 @@ def test_gpus_that_are_gone_or_back_are_counted_anew(monkeypatch: pytest.MonkeyP
     assert found(8) == ({"": 8}, {"": 8})
 
 
+@pytest.mark.parametrize(
+    ("version", "imports"),
+    [
+        ("cuda = '12.8'\nhip = None\n", True),
+        ("cuda = None\nhip = '6.4'\n", True),
+        ("__version__ = '3.0'\n", True),
+        (None, True),
+        ("cuda: str | None = None\nhip: str | None = None\n", False),
+    ],
+    ids=["CUDA", "ROCm", "says nothing", "has no version.py", "CPU"],
+)
+def test_gpus_are_asked_of_torch_unless_it_was_built_for_cpus(
+    version: str | None, imports: bool, tmp_path: Path
+) -> None:
+    """By a stand-in for the torch of another machine, which says 3."""
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 3)\n")
+    if version is not None:
+        (torch / "version.py").write_text(version)
+    result = run_command(*supervise.COUNT_GPUS, PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (0, "3\n" if imports else "0\n"), result.stderr
+
+
 @given(
     slots=st.lists(st.integers(1, 8), min_size=1, max_size=6),
     micro_batch_size=st.integers(1, 4),
