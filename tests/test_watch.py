@@ -220,7 +220,10 @@ def test_on_every_launcher_no_rank_outlives_another(
         wait_until(lambda: has_steps(run_dir, 1) or process.poll() is not None, "a step")
         assert process.poll() is None, log.read_text()
         family += psutil.Process(process.pid).children(recursive=True)
-        ours = [child for child in family if str(run_dir) in child.cmdline() and child.cmdline()[0] == sys.executable]
+        here = Path(sys.executable).parent  # whose python a launcher's script names as python or as python3
+        ours = [
+            child for child in family if str(run_dir) in child.cmdline() and Path(child.cmdline()[0]).parent == here
+        ]
         ranks = [each for each in ours if "RANK" in each.environ() or "PMI_RANK" in each.environ()]
         ranks.sort(key=rank_of)
         assert [rank_of(each) for each in ranks] == [0, 1], [each.cmdline() for each in family]
