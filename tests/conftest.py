@@ -38,6 +38,7 @@ hypothesis.settings.load_profile("shared machine")
 def pytest_configure(config: pytest.Config) -> None:
     """Have pytest-xdist, if that is there, take the tests in the order of `pytest_collection_modifyitems`."""
     config.option.loadscopereorder = False
+    gc.disable()  # until all is imported
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,6 +70,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays to the end: no search for garbage, of which the tests cause many, goes through it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
