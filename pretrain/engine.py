@@ -63,8 +63,9 @@ def start_process_group(world: World) -> torch.device:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon, which it asks every optimizer about, without torch's compiler.
 
-    Its functions are handed to torch.compile as the module is imported, and that loads the whole compiler: 1.6 of the
-    6.5 s of CPU time that a rank on a CPU takes to its 20th step. No recipe trains with DeepSpeed's Muon.
+    Its functions are handed to torch.compile as the module is imported, and that loads the whole compiler: 1.1 of the
+    5.6 s of CPU time from a command to its first step (tests/benchmarks/first_step.py). No recipe trains with
+    DeepSpeed's Muon.
     """
     as_it_was = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
