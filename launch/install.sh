@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Puts the project and what it needs into an environment, once. Sourced by quickstart.sh and test.sh:
+# Puts the project and what it needs into an environment, once. Sourced by quickstart.sh, test.sh and .ci/run:
 #
 #   install_project EXTRA      EXTRA is demo or dev, see pyproject.toml
 #

@@ -59,7 +59,7 @@ stage "3/7  shards: uint16 ids, memory-mapped, fingerprinted"
 python -m data_prep.build_shards --mixture "$mixture" --output-dir "$run_dir/dataset"
 python -m data_prep.verify "$run_dir/dataset"
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+gpus=$(python launch/count_gpus.py)
 ranks=$((gpus > 0 ? gpus : 2))
 windows=$(((6 + ranks - 1) / ranks)) # of each rank: 6 in all, or a few more where 6 does not divide
 train() {

@@ -48,7 +48,7 @@ SIGNAL_RANKS = """cd /proc
 [ $1 != 9 ] || kill -9 $(grep -lzxsE -e "--master_port=($0)" [0-9]*/cmdline | cut -d/ -f1) 2> /dev/null
 for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
 grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
-COUNT_GPUS = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
+COUNT_GPUS = (sys.executable, str(Path(__file__).with_name("count_gpus.py")))
 SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 SPREAD_S = 0.5  # who signals every process of a job may come to the launcher first, and to this one last

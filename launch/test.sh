@@ -18,5 +18,5 @@ if command -v shellcheck > /dev/null; then
 else
   echo "skipped: shellcheck is not installed (Debian package shellcheck)"
 fi
-# files side by side, one a core up to 8: many tests wait for processes to start and to end
-exec python -m pytest -rs -n "$(($(nproc) < 8 ? $(nproc) : 8))" --dist loadfile "$@"
+# side by side, one more than there are cores, up to 8: many tests wait for processes to start and to end
+exec python -m pytest -rs -n "$(($(nproc) < 8 ? $(nproc) + 1 : 8))" --dist loadfile "$@"

@@ -3,6 +3,8 @@
 What it is configured with comes from pretrain/engine_config.py.
 """
 
+import contextlib
+import importlib
 import logging
 import math
 import os
@@ -32,6 +34,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 
 SAVE_FAILED = 1000  # beside the numbers of signals, why a run is to end: the writer will say more
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -44,6 +47,7 @@ def start_process_group(world: World) -> torch.device:
     # DeepSpeed would ask a compiler about each of its extensions, for a second, and compile one on a CPU, for a minute,
     # or hang on the lock of a killed build. None is needed.
     deepspeed.ops.__compatible_ops__ = {}
+    import_muon_uncompiled()
     set_rendezvous(world)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -54,6 +58,22 @@ def start_process_group(world: World) -> torch.device:
         why = f"another rank failed before all had met, or cannot reach this one ({one_line(error)})"
         raise SystemExit(f"error: rank {world.rank} ({socket.gethostname()}): {why}") from None
     return torch.device(accelerator.current_device_name())
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which it asks every optimizer about, without torch's compiler.
+
+    Its functions are handed to torch.compile as the module is imported, and that loads the whole compiler: 1.1 of the
+    5.6 s of CPU time from a command to its first step (tests/benchmarks/first_step.py). No recipe trains with
+    DeepSpeed's Muon.
+    """
+    as_it_was = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        with contextlib.suppress(ImportError):  # as DeepSpeed itself does without it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = as_it_was
 
 
 def leave_process_group() -> None:

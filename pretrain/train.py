@@ -6,6 +6,7 @@ The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec
 `python -m`. The same command with the same run directory continues the run, or says that it is finished.
 """
 
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ if __name__ == "__main__":
     from pretrain.first_checks import refuse_early
 
     refuse_early(sys.argv[1:])
+    # What is imported stays to the end: to search it for garbage over and over takes 0.9 of 3.9 s of CPU time.
+    gc.disable()
 
 import contextlib
 import copy
@@ -82,6 +85,10 @@ from pretrain.token_codes import check_same_code, config_of_run, saved_config, w
 from pretrain.validation import validation_batches, windows_to_validate
 from pretrain.watch import Watch
 from pretrain.world import World, world_from_environment
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 Line = dict[str, Any]  # of metrics.jsonl
 

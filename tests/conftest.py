@@ -1,9 +1,11 @@
-"""What several tests share: tiny data sets and recipes, and runs of the real launchers."""
+"""What several tests share: tiny data sets and recipes, runs of the real launchers, and who runs which tests."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,50 @@ os.environ.update(FIXED_THREADS)
 os.environ.pop("ATEN_CPU_CAPABILITY", None)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU by default; set it to run what needs a GPU
 
+# Files of long tests that share nothing dear: each test goes to whichever worker is free. Of all other files one worker
+# takes the whole, so that what a module's fixture makes is made once.
+APART = ("test_cluster.py", "test_launch.py", "test_signals.py", "test_supervise.py", "test_watch.py")
+
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist, if that is there, take the tests in the order of `pytest_collection_modifyitems`."""
+    config.option.loadscopereorder = False
+    gc.disable()  # until all is imported
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: a file is a unit, and each test of APART is one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFileOrTest(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if Path(file).name in APART else file
+
+    return LoadFileOrTest(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a worker of pytest-xdist: the longest tests first, the smallest files last, so that all end together."""
+    if not hasattr(config, "workerinput"):
+        return
+    tests_in = Counter(item.path for item in items)
+
+    def rank(item: pytest.Item) -> tuple[bool, bool, int]:
+        return "slow" not in item.keywords, item.path.name not in APART, -tests_in[item.path]
+
+    items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end: no search for garbage, of which the tests cause many, goes through it."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
@@ -167,5 +211,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_run(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny recipe on real text."""
     home = tmp_path_factory.mktemp("text_run")
-    train(1, write_recipe(home / "recipe.yaml"), text_data, home / "run")
+    from forked_ranks import train_on  # which imports this module
+
+    train_on(1, write_recipe(home / "recipe.yaml"), text_data, home / "run")
     return home / "run"

@@ -1,11 +1,12 @@
 """What the process from which ranks are forked imports once, so that no rank has to."""
 
-import contextlib
+import gc
 
 import conftest  # noqa: F401
 import forked_ranks  # noqa: F401
 
 import pretrain.train  # noqa: F401
+from pretrain.engine import import_muon_uncompiled
 
-with contextlib.suppress(ImportError):  # DeepSpeed's first engine imports it, and torch's compiler with it
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import_muon_uncompiled()  # as every rank does
+gc.freeze()  # what is imported stays in every rank: none is to search it for garbage

@@ -151,6 +151,7 @@ def noisy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections: dict[str, Any] = {"validation": {"every_steps": 95}, "checkpoints": {"every_steps": 10, "keep_last": 20}}
+    sections["batch"] = {"micro_batch_size": 3}  # two micro-steps on one rank, one on two
     return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", **sections)
 
 

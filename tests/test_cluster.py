@@ -247,6 +247,7 @@ class LongRun:
         assert not [process for node in self.nodes for process in node.processes(r"pretrain|deepspeed")]
 
 
+@pytest.mark.slow
 def test_a_node_cut_off_in_mid_run_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:

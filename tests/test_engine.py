@@ -1,5 +1,6 @@
-import gc
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY_VOCAB_SIZE, tiny_recipe_content
+from conftest import TINY_VOCAB_SIZE, tiny_recipe_content, write_recipe
+from forked_ranks import become_a_rank, run_ranks
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
@@ -29,13 +31,11 @@ ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     """This process as a world of one rank; its environment as it was afterwards."""
-    gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     before = dict(os.environ)
     yield start_process_group(ALONE)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
-    gc.unfreeze()
 
 
 def recipe_of(**sections: Any) -> Recipe:
@@ -258,3 +258,23 @@ def test_what_deepspeed_alone_refuses_is_one_line_too(device: torch.device) -> N
         staged_engine({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, device)
     with pytest.raises(UserError, match="the DeepSpeed configuration: "):
         staged_engine({"zero_optimization": {"stage": 2}, "communication_data_type": "float"}, device)
+
+
+COMPILER_MODULES = ("torch._inductor.compiler_bisector", "torch._inductor.codegen.common")
+
+
+def be_a_rank_that_counts_the_compiler_s_modules(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that exits with how many of COMPILER_MODULES its training imported."""
+    become_a_rank(variables, log)
+    from pretrain.train import main
+
+    assert main(arguments) == 0
+    sys.exit(sum(name in sys.modules for name in COMPILER_MODULES))
+
+
+def test_a_rank_that_compiles_nothing_does_not_import_torch_s_compiler(tiny_data: Path, tmp_path: Path) -> None:
+    assert all(importlib.util.find_spec(name) for name in COMPILER_MODULES)  # as long as torch calls them so
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=6 * 32)
+    body = be_a_rank_that_counts_the_compiler_s_modules
+    ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", body=body)
+    assert ended.exit_codes == [0], ended.output

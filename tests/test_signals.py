@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, environment, launch_training, losses, write_recipe
-from forked_ranks import train_on
+from forked_ranks import arguments_of, end_of, logs_of, start_ranks, train_on
 
 STEP = 6 * 32  # tokens
 SIGNALS_AMID_LINES = """
@@ -37,13 +37,18 @@ while thread.is_alive():
 LONG = f"--train_tokens={10**5 * STEP}"
 
 
+def has_three_steps(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.read_bytes().count(b"\n") >= 3
+
+
 def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
     """The training command, once it has taken three steps."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    metrics, end = run_dir / "metrics.jsonl", time.monotonic() + 100
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+    end = time.monotonic() + 100
+    while not has_three_steps(run_dir):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -55,24 +60,45 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "tiny.yaml", checkpoints={"every_steps": 10**6}, validation={"every_steps": 10**6})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def assert_goes_on(called: str, output: str, recipe: Path, data: Path, run_dir: Path) -> None:
+    """That a run was ended well by a signal, and that the same command goes on as if it had not been."""
+    state = json.loads((run_dir / "state.json").read_text())
+    steps = len(losses(run_dir))
+    assert (state["status"], state["saved_step"]) == ("preempted", steps)
+    assert f"{called}: ending after this step" in output
+    assert state["reason"] == f"stopped at step {steps}, as {called} asked"
+    train_on(1, recipe, data, run_dir, LONG, "--stop-at-step", str(steps + 5))
+    unbroken = run_dir.with_name("unbroken")
+    train_on(1, recipe, data, unbroken, LONG, "--stop-at-step", str(steps + 5))
+    assert losses(run_dir) == losses(unbroken)
+
+
+def test_ctrl_c_ends_a_run_after_its_step_and_the_same_command_goes_on_bitwise_equal(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    process = start(launch_training(1, recipe, tiny_data, tmp_path / "run", LONG), tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # launchers repeat them
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert_goes_on("Ctrl-C (SIGINT)", output, recipe, tiny_data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on_bitwise_equal(
     number: signal.Signals, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    process = start(launch_training(1, recipe, tiny_data, tmp_path / "run", LONG), tmp_path / "run")
-    process.send_signal(number)
-    process.send_signal(number)  # launchers repeat them
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
-    steps = len(losses(tmp_path / "run"))
-    assert (state["status"], state["saved_step"]) == ("preempted", steps)
-    called = "Ctrl-C (SIGINT)" if number == signal.SIGINT else number.name
-    assert f"{called}: ending after this step" in output
-    assert state["reason"] == f"stopped at step {steps}, as {called} asked"
-    train_on(1, recipe, tiny_data, tmp_path / "run", LONG, "--stop-at-step", str(steps + 5))
-    train_on(1, recipe, tiny_data, tmp_path / "unbroken", LONG, "--stop-at-step", str(steps + 5))
-    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    run_dir = tmp_path / "run"
+    logs = logs_of(1, run_dir)
+    (rank,) = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs)
+    while not has_three_steps(run_dir):
+        assert rank.is_alive(), logs[0].read_text()
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(rank.pid or 0, number)
+    ended = end_of([rank], logs, timeout_s=60)
+    assert ended.exit_codes == [0], ended.output
+    assert_goes_on(number.name, ended.output, recipe, tiny_data, run_dir)
 
 
 def test_a_signal_to_one_rank_ends_all(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -137,9 +137,13 @@ def test_a_step_that_fails_twice_ends_the_run_and_its_documents_are_named(
     assert shown.stdout.startswith("sample     72: row 0 of step 12, which has 6 rows")
 
 
-@pytest.mark.parametrize("killed", [r"-m deepspeed\.launcher\.launch ", "bin/deepspeed "])
-def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start(
-    killed: str, recipe: Path, tiny_data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("killed", "last_signal"),
+    [(r"-m deepspeed\.launcher\.launch ", signal.SIGTERM), ("bin/deepspeed ", signal.SIGKILL)],
+    ids=["the node's launcher, then SIGTERM to the script", "deepspeed itself, then SIGKILL to the script"],
+)
+def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start_and_nothing_outlives_the_script(
+    killed: str, last_signal: signal.Signals, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     job = start(command(recipe, tiny_data, run_dir, LONG, "--max-restarts=1"), log)
@@ -151,10 +155,15 @@ def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start(
     wait_until(lambda: "restart 1 continues from" in log.read_text(), job, log)
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     wait_until(lambda: standing(run_dir)["starts"] == 2 and steps_of(run_dir) >= 3, job, log)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 0, log.read_text()
-    assert status_of(run_dir) == "preempted"
-    assert not processes_of(run_dir)
+    assert len(processes_of(run_dir, "--local_rank=")) == 2
+    job.send_signal(last_signal)
+    if last_signal == signal.SIGTERM:
+        assert job.wait(60) == 0, log.read_text()
+        assert status_of(run_dir) == "preempted"
+        assert not processes_of(run_dir)
+    else:
+        job.wait()
+        wait_until(lambda: not processes_of(run_dir), None, log, 10)
 
 
 def test_bad_input_is_not_tried_again(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -174,16 +183,6 @@ def test_a_signal_ends_the_wait_for_a_restart(recipe: Path, tiny_data: Path, tmp
     job.send_signal(signal.SIGUSR1)
     assert job.wait(10) == 128 + signal.SIGUSR1
     assert log.read_text().endswith(": ended by SIGUSR1; the same command continues\n")
-
-
-def test_nothing_outlives_a_killed_script(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    job = start(command(recipe, tiny_data, run_dir, LONG, "--max-restarts=1"), log)
-    wait_until(lambda: steps_of(run_dir) >= 3, job, log)
-    assert len(processes_of(run_dir, "--local_rank=")) == 2
-    job.kill()
-    job.wait()
-    wait_until(lambda: not processes_of(run_dir), None, log, 10)
 
 
 def test_a_signal_before_any_rank_is_there_ends_the_start(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -240,6 +239,30 @@ def test_gpus_that_are_gone_or_back_are_counted_anew(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="no GPU is left"):
         found(0)
     assert found(8) == ({"": 8}, {"": 8})
+
+
+@pytest.mark.parametrize(
+    ("version", "imports"),
+    [
+        ("cuda = '12.8'\nhip = None\n", True),
+        ("cuda = None\nhip = '6.4'\n", True),
+        ("__version__ = '3.0'\n", True),
+        (None, True),
+        ("cuda: str | None = None\nhip: str | None = None\n", False),
+    ],
+    ids=["CUDA", "ROCm", "says nothing", "has no version.py", "CPU"],
+)
+def test_gpus_are_asked_of_torch_unless_it_was_built_for_cpus(
+    version: str | None, imports: bool, tmp_path: Path
+) -> None:
+    """By a stand-in for the torch of another machine, which says 3."""
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 3)\n")
+    if version is not None:
+        (torch / "version.py").write_text(version)
+    result = run_command(*supervise.COUNT_GPUS, PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (0, "3\n" if imports else "0\n"), result.stderr
 
 
 @given(

@@ -3,8 +3,8 @@
     python tests/benchmarks/first_step.py [--rounds 3] [--quick]
 
 The quick start's recipe on a small synthetic data set of 65,536 ids: one rank by plain `python`, two by the `deepspeed`
-launcher after the question for GPUs and a port that launch/pretrain.sh puts to torch. Each rank runs pretrain.train
-itself, with the clock read around its parts, and ends after its first step. Files are in the page cache: one run before
+launcher after the count of GPUs with which launch/pretrain.sh begins. Each rank runs pretrain.train itself, with the
+clock read around its parts, and ends after its first step. Files are in the page cache: one run before
 the first measured one is not kept. Wall seconds count what else the machine does at the time; CPU seconds hardly, and
 are those of rank 0 (all threads), but for the launcher and the whole, which are those of all processes.
 """
@@ -14,6 +14,7 @@ import time
 BEGAN = time.time()  # as soon as the interpreter gets here
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 LAUNCH = "launcher, interpreter"
 ALL = "from the command to the end of the first step"
-PROBE = "import torch; torch.cuda.device_count()"
+PROBE = REPOSITORY / "launch" / "count_gpus.py"
 Figures = dict[str, tuple[float, float]]  # wall and CPU seconds by item
 
 
@@ -65,6 +66,7 @@ class Marks:
 def run_as_rank(output: Path, flags: list[str]) -> None:
     """Train one step as pretrain.train does, and write what its parts took; ends the process."""
     marks = Marks()
+    gc.disable()  # as pretrain.train does while it imports
     import torch  # noqa: F401
 
     marks.mark("import torch")
@@ -76,6 +78,8 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     marks.mark("import deepspeed")
     from pretrain import distributed, train
 
+    gc.freeze()
+    gc.enable()
     marks.mark("import the rest")
     marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")
@@ -104,7 +108,7 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
     from pretrain.distributed import free_port
 
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_gpus", str(ranks)]
-    return [[sys.executable, "-c", PROBE], [*launcher, "--master_port", str(free_port()), *own]]
+    return [[sys.executable, str(PROBE)], [*launcher, "--master_port", str(free_port()), *own]]
 
 
 def children_cpu() -> float:
