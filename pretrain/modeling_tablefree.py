@@ -504,7 +504,7 @@ class TableFreeModel(TableFreePreTrainedModel):
             return visible_keys(None, slots_T, keys, documents)
         if room is None and attention_mask.shape[1] != keys:
             raise ValueError(
-                f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be seen, cached ones included"
+                f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be seen, with cached ones"
             )
         if not is_traced() and attention_mask.all():  # the usual case, for which there are faster kernels
             return self.attention_mask_of(hidden_BTD, None, None, past)
