@@ -231,7 +231,7 @@ def sdpa_attention_forward(
     A single token without a mask sees every key.
     """
     if mask is None or isinstance(mask, Tensor):
-        is_causal = mask is None and query_BHTC.shape[2] > 1
+        is_causal = mask is None and bool(query_BHTC.shape[2] > 1)  # in an export the comparison is a symbol
         attended = F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal)
         return attended.transpose(1, 2), None
     from torch.nn.attention.flex_attention import flex_attention  # for training: an export runs on older torch too
@@ -360,7 +360,8 @@ def visible_keys(attention_mask: Tensor | None, slots_T: Tensor, keys: int, docu
 
     `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row is empty.
     """
-    tokens, index_S = len(slots_T), torch.arange(keys, device=slots_T.device)
+    tokens = slots_T.shape[0]  # len() would fix it in an export
+    index_S = torch.arange(keys, device=slots_T.device)
     visible_TS = index_S <= slots_T[:, None]
     if attention_mask is not None:
         return (visible_TS & attention_mask[:, None, None, :].bool()) | (index_S == slots_T[:, None])
