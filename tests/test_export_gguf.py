@@ -26,7 +26,12 @@ from pretrain.export_hf import gpt_neox_parts, main, special_token_ids
 from pretrain.export_ids import HARD_TEXTS, hard_texts
 from pretrain.export_marker import read_marker
 from pretrain.export_tokenizer import as_exported
-from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import (
+    TableFreeConfig,
+    TableFreeForCausalLM,
+    initialise_parameters,
+    name_in_checkpoints,
+)
 
 llama = pytest.importorskip("cyllama.llama.llama_cpp", reason="cyllama, a prebuilt llama.cpp, is not installed")
 llama.disable_logging()
@@ -167,7 +172,8 @@ def small_model(vocab_size: int) -> tuple[dict[str, torch.Tensor], Any]:
     config = TableFreeConfig(vocab_size=vocab_size, d_model=32, num_layers=1, num_heads=2, seq_len=64, code_bits=16)
     model = TableFreeForCausalLM(config)
     initialise_parameters(model, 1)
-    return gpt_neox_parts({name: tensor.detach() for name, tensor in model.named_parameters()}, config)
+    masters = {name_in_checkpoints(name): tensor.detach() for name, tensor in model.named_parameters()}
+    return gpt_neox_parts(masters, config)
 
 
 def write_with_tokenizer(directory: Path, output: Path, vocab_size: int | None = None) -> Tokenizer:
