@@ -10,7 +10,6 @@ unseen, and a row that starts to work must leave that list.
 
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import REPOSITORY, environment, text_dataset
-from matrix.environments import RegistryError, newest_version, prepare_environment
+from matrix.environments import newest_version, prepare_environment, skip_without_registry
 from matrix.reference import FORMS, train_and_export, write_reference
 
 ROWS_PROGRAM = REPOSITORY / "tests" / "matrix" / "rows.py"
@@ -126,13 +125,9 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Future[Outcom
 
 
 def outcomes_of(matrix: dict[str, "Future[Outcomes]"], release: str) -> Outcomes:
-    """What a release made of the rows. Without a registry: skipped, but in continuous integration a failure."""
-    try:
+    """What a release made of the rows."""
+    with skip_without_registry():
         return matrix[release].result()
-    except RegistryError as error:
-        if os.environ.get("CI"):
-            raise
-        return pytest.skip(f"no environment of transformers {release}: {error}")
 
 
 def shortfall_of(row: str, release: str, form: str) -> Shortfall | None:
