@@ -35,6 +35,7 @@ TEXTS = (
     "cafe\u0301, na\u00efve, \u65e5\u672c\u8a9e, \U0001f642\u200d\U0001f642 don't 3.14159",
     "",
 )
+SCORED = ("Fellow-Citizens of the Senate and", " House of Representatives")
 ROW_LENGTHS = (60, 8)
 CARD_NEW_TOKENS = 3
 CARD_PROMPT = "Question: What is the capital of France?\nAnswer:"
@@ -96,6 +97,13 @@ def beam_search(model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_
     return [new for _, new in beams]
 
 
+def log_likelihood(model: TableFreeForCausalLM, ids: list[int], context: int) -> float:
+    """Nats, negative, of the ids after the first `context` ones."""
+    log_probabilities = F.log_softmax(model(torch.tensor([ids])).logits[0, :-1], dim=-1)
+    chosen = log_probabilities.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return chosen[context - 1 :].sum().item()
+
+
 def last_hidden_state(model: TableFreeForCausalLM, ids: Tensor) -> Tensor:
     """What enters the output projection, (B, T, D)."""
     seen: list[Tensor] = []
@@ -152,6 +160,7 @@ def write_reference(run_dir: Path, home: Path) -> dict[str, Any]:
         continued = [greedy(model, prompt, NEW_TOKENS, eos_id) for prompt in prompts]
         beams = beam_search(model, prompts[0], NEW_TOKENS // 2, eos_id)
         hidden = last_hidden_state(model, ids)
+        nats = log_likelihood(model, encode(SCORED[0] + SCORED[1]), len(encode(SCORED[0])))
         by_the_card = encode(CARD_PROMPT) + greedy(model, encode(CARD_PROMPT), CARD_NEW_TOKENS, eos_id)[0]
     reference = {
         "ids": ids.tolist(),
@@ -168,6 +177,7 @@ def write_reference(run_dir: Path, home: Path) -> dict[str, Any]:
         "beams": beams,
         "texts": {text: encode(text) for text in TEXTS},
         "printed_by_the_card": tokenizer.decode(by_the_card, skip_special_tokens=False) + "\n",
+        "scored": {"context": SCORED[0], "continuation": SCORED[1], "log_likelihood": nats},
         **training_figures(model, rows),
         **first_gradient(model, ids),
     }
