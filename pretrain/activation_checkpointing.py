@@ -43,4 +43,4 @@ def apply_activation_checkpointing(model: TableFreeForCausalLM, mode: str, every
     """Recompute every n-th block in the given mode."""
     if mode != "none":
         run = run_keeping_expensive if mode == "selective" else run_keeping_input
-        model.block_runners = dict.fromkeys(range(0, len(model.layers), every_n_layers), run)
+        model.model.block_runners = dict.fromkeys(range(0, len(model.model.layers), every_n_layers), run)

@@ -33,7 +33,7 @@ from torch import Tensor
 from data_prep.errors import UserError, is_passing, naming, os_error_line, refusal
 from data_prep.shards import digest_file
 from pretrain.distributed import World, barrier, gather, together
-from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, checkpoint_parameters
 from pretrain.patience import patiently, read_patiently
 from pretrain.retention import MANIFEST_NAME, OWN_FILE, SIDECAR_NAME, step_name, step_of, steps_in
 
@@ -285,6 +285,6 @@ def load_model(checkpoint: Checkpoint) -> TableFreeForCausalLM:
     """The training class holding the fp32 masters, without DeepSpeed."""
     model = TableFreeForCausalLM(TableFreeConfig.from_dict(checkpoint.manifest["model_config"]))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in checkpoint_parameters(model):
             parameter.copy_(checkpoint.parameter(name))
     return model

@@ -25,9 +25,10 @@ def apply_compile(model: TableFreeForCausalLM) -> None:
     for module in ("_dynamo.variables.higher_order_ops", "_higher_order_ops.wrap"):
         logging.getLogger(f"torch.{module}").setLevel(logging.ERROR)
     compiled = functools.cache(functools.partial(torch.compile, dynamic=False, fullgraph=True))
-    for index in range(len(model.layers)):
-        model.block_runners[index] = compiled(model.block_runners.get(index, run_block))
-    model.compiled_blocks = True
+    decoder = model.model
+    for index in range(len(decoder.layers)):
+        decoder.block_runners[index] = compiled(decoder.block_runners.get(index, run_block))
+    decoder.compiled_blocks = True
 
 
 def compiled_graphs() -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.modeling_tablefree import TableFreeModel
 
 FLEX_BLOCK = 128  # tokens to a side of the blocks that flex_attention computes or skips
 FLEX_MIN_HEAD_DIM = 16
@@ -42,7 +42,7 @@ def block_mask(positions_BT: Tensor) -> BlockMask:
     return create_block_mask(visible, windows, None, tokens, tokens, device=positions_BT.device, BLOCK_SIZE=FLEX_BLOCK)
 
 
-def flex_applies(model: TableFreeForCausalLM, ids_BT: Tensor) -> bool:
+def flex_applies(model: TableFreeModel, ids_BT: Tensor) -> bool:
     """Whether this forward pass runs compiled blocks on a GPU, in a shape of flex_attention's kernels.
 
     Outside of a compiled block flex_attention would hold all scores; SDPA with a boolean mask is better there.
@@ -52,7 +52,7 @@ def flex_applies(model: TableFreeForCausalLM, ids_BT: Tensor) -> bool:
     return compiled and ids_BT.is_cuda and ids_BT.shape[1] % FLEX_BLOCK == 0 and head_dim >= FLEX_MIN_HEAD_DIM
 
 
-def hidden_states_by_document(model: TableFreeForCausalLM, ids_BT: Tensor, eos_id: int) -> Tensor:
+def hidden_states_by_document(model: TableFreeModel, ids_BT: Tensor, eos_id: int) -> Tensor:
     """Final hidden states (B, T, D) of windows in which no token sees another document."""
     positions_BT = document_positions(ids_BT, eos_id)
     mask = block_mask(positions_BT) if flex_applies(model, ids_BT) else boolean_mask(positions_BT)

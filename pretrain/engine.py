@@ -24,7 +24,7 @@ from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.config import Recipe
 from pretrain.distributed import World, gather, set_rendezvous
 from pretrain.loss import LanguageModelLoss
-from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 from pretrain.optim import build_optimizer
 from pretrain.timing import PAUSE, PHASES, StepClock, peak_memory_bytes
 
@@ -214,8 +214,8 @@ class Engine:
         return float(sums[0] / sums[1])
 
     def parameter_shapes(self) -> dict[str, list[int]]:
-        """Every trained parameter's name, as in the model, and shape."""
-        return {name: list(parameter.shape) for name, parameter in self.deepspeed.module.model.named_parameters()}
+        """Every trained parameter's name, as in checkpoints, and shape."""
+        return {name: list(parameter.shape) for name, parameter in checkpoint_parameters(self.deepspeed.module.model)}
 
     # What follows knows DeepSpeed's internals. Under ZeRO the optimizer steps one flat fp32 partition for each of its
     # groups; each parameter's `_hp_mapping` says which part of it this rank owns, and where in the partition it lies.
@@ -250,10 +250,10 @@ class Engine:
 
     def _owned(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """Name, first element and fp32 views of the part of each parameter that this rank owns."""
-        for name, parameter in self.deepspeed.module.model.named_parameters():
+        for name, parameter in checkpoint_parameters(self.deepspeed.module.model):
             flat, first, start, count = parameter, 0, 0, parameter.numel()
             if self.deepspeed.zero_optimization():
-                mapping = parameter._hp_mapping
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is None:
                     continue
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]

@@ -31,7 +31,14 @@ from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import figures_of, run_of
 from pretrain.export_marker import refuse_to_replace, write_marker
 from pretrain.export_tokenizer import copy_tokenizer, refuse_another_tokenizer
-from pretrain.modeling_tablefree import LAYER_NORM_EPS, ROTARY_BASE, TableFreeConfig, TokenCode
+from pretrain.modeling_tablefree import (
+    LAYER_NORM_EPS,
+    MODELING_VERSION,
+    ROTARY_BASE,
+    TableFreeConfig,
+    TokenCode,
+    name_in_model,
+)
 from pretrain.starts import for_card, read_starts
 from pretrain.templates import render
 from pretrain.token_codes import aliased_ids
@@ -65,9 +72,14 @@ def gpt_neox_name(name: str) -> str:
 def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
     """Weights and config of the model as trained."""
     config.architectures = ["TableFreeForCausalLM"]
-    classes = {"AutoConfig": "TableFreeConfig", "AutoModelForCausalLM": "TableFreeForCausalLM"}
+    config.modeling_version = MODELING_VERSION
+    classes = {
+        "AutoConfig": "TableFreeConfig",
+        "AutoModel": "TableFreeModel",
+        "AutoModelForCausalLM": "TableFreeForCausalLM",
+    }
     config.auto_map = {auto: f"{MODELING_FILE.stem}.{own}" for auto, own in classes.items()}
-    return masters, config
+    return {name_in_model(name): parameter for name, parameter in masters.items()}, config
 
 
 def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:

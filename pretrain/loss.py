@@ -146,17 +146,17 @@ class LanguageModelLoss(nn.Module):
     def hidden_states(self, inputs_BT: Tensor) -> Tensor:
         """Final hidden states, (B, T, D); with an `eos_id`, no token sees another document of its window."""
         if self.eos_id is None:
-            return self.model.hidden_states(inputs_BT)
-        return hidden_states_by_document(self.model, inputs_BT, self.eos_id)
+            return self.model.model.hidden_states(inputs_BT)
+        return hidden_states_by_document(self.model.model, inputs_BT, self.eos_id)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all targets; every target counts the same."""
         hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
-        return self.loss_head(hidden_ND, self.model.output_projection.weight, targets_BT.flatten())
+        return self.loss_head(hidden_ND, self.model.lm_head.weight, targets_BT.flatten())
 
     @torch.no_grad()
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target in nats, fp32, shape (B, T)."""
         hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
-        nats_N = token_nats(hidden_ND, self.model.output_projection.weight, targets_BT.flatten())
+        nats_N = token_nats(hidden_ND, self.model.lm_head.weight, targets_BT.flatten())
         return nats_N.view(targets_BT.shape)

@@ -1,28 +1,35 @@
 """The decoder without an input embedding table: token codes, blocks, output projection.
 
-This one file is what trains and what an export ships; it needs torch and transformers, nothing else.
+This one file is what trains and what an export ships; it needs torch and transformers (4.57 or newer), nothing else.
 Each token id enters as its own bits (paper: arXiv 2605.09751), so the input has no trainable parameter:
 
     binary_code   the K bits of the id, least significant first, repeated d_model / K times
     affine_code   A * bits xor b over GF(2), with A invertible, repeated likewise
     learned       a trainable table, the baseline
 
-The block is GPT-NeoX's with sequential residual and rotary positions over the whole head.
+The block is GPT-NeoX's with sequential residual and rotary positions over the whole head. `TableFreeModel` is the
+decoder without its output projection, `TableFreeForCausalLM` the whole; both are laid out as tools expect a decoder of
+transformers to be. What they cannot do they refuse in a sentence: nothing that would change a result is ignored.
 
 Tensor legend: B batch, T tokens, S keys (cached ones included), H heads, C channels of a head,
 K code bits, D model width, V vocabulary.
 """
 
 import hashlib
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 INPUT_EMBEDDINGS = ("binary_code", "affine_code", "learned")
 ROTARY_BASE = 10_000.0
@@ -33,6 +40,31 @@ DEFAULTS: dict[str, Any] = {
     "input_embedding": "binary_code", "code_bits": None, "affine_rows": None, "affine_offset": None,
     "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False,
 }  # fmt: skip
+
+# Of what this file reads in a config; an export's config.json states the one that it was written for.
+# 2: the parameters of an export are named as in TableFreeForCausalLM, where before they were named as in checkpoints.
+MODELING_VERSION = 2
+# Words by which a configuration names what a decoder computes. A key with one of them that is not known here would
+# change the model, as far as anyone can tell; other unknown keys (who made it, with which tool) are carried along.
+WORDS_OF_A_MODEL = frozenset({
+    "act", "activation", "alpha", "attn", "attention", "base", "bias", "code", "dropout", "embed", "embedding",
+    "embeddings", "eps", "expert", "experts", "head", "heads", "hidden", "intermediate", "kv", "layer", "layers", "mlp",
+    "moe", "multiplier", "norm", "parallel", "position", "positions", "pos", "residual", "rope", "rotary", "scale",
+    "scaling", "sliding", "softcap", "softcapping", "theta", "tie", "vocab", "width", "window",
+})  # fmt: skip
+
+# What `forward` takes beyond its named arguments: for the loss, and for attention functions other than our own.
+LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
+ATTENTION_ARGUMENTS = frozenset(
+    {"attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options"}
+)
+OWN_ATTENTION = ("sdpa", "eager")
+# Until transformers 5.3 a static cache had to be told where to write, and wrote to its beginning if it was not.
+CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# What an output calls its cache: since 5.24 `cache`, with the old name for those who ask.
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+logger = logging.get_logger(__name__)
 
 
 def bits_needed(vocab_size: int) -> int:
@@ -63,19 +95,72 @@ def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
 
 
 class TableFreeConfig(PretrainedConfig):
-    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold A and b."""
+    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold A and b.
+
+    Raises ValueError, in one sentence, for a config that this file cannot compute as it is meant.
+    """
 
     model_type = "tablefree"
-    attribute_map = {  # noqa: RUF012  (transformers declares it so)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers declares it so)
+    attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
         "max_position_embeddings": "seq_len",
     }  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
+        kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
+        refuse_other_models(kwargs)
         values = {**DEFAULTS, **kwargs}
         values["code_bits"] = values["code_bits"] or bits_needed(values["vocab_size"])
+        refuse_what_does_not_fit(values)
         self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
         super().__init__(**values)
+
+
+def refuse_other_models(keys: dict[str, Any]) -> None:
+    """Raise ValueError for a config of a later modelling file, or with a key that asks for another architecture."""
+    version = keys.get("modeling_version", MODELING_VERSION)
+    if version > MODELING_VERSION:
+        raise ValueError(
+            f"config.json: modeling_version {version} is newer than this modeling_tablefree.py ({MODELING_VERSION}); "
+            f"take the modeling_tablefree.py of the same export"
+        )
+    if keys.get("tie_word_embeddings"):
+        raise ValueError("config.json: tie_word_embeddings is true; this decoder's output projection is its own: false")
+    known = {*DEFAULTS, *PretrainedConfig().to_dict(), "modeling_version", "output_attentions"}
+    for key, value in keys.items():
+        asks_for_something = value is not None and not key.startswith("_") and not key.endswith("_implementation")
+        if asks_for_something and key not in known and not WORDS_OF_A_MODEL.isdisjoint(key.split("_")):
+            raise ValueError(
+                f"config.json: {key} is unknown to this modeling_tablefree.py and by its name changes the model; take "
+                f"the modeling_tablefree.py that was written for it, or remove the key"
+            )
+
+
+def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
+    """Raise ValueError for sizes that do not go together."""
+    kind, width, heads = values["input_embedding"], values["d_model"], values["num_heads"]
+    if kind not in INPUT_EMBEDDINGS:
+        raise ValueError(f"config.json: input_embedding {kind!r} is none of {', '.join(INPUT_EMBEDDINGS)}")
+    if width % heads or width // heads % 2:
+        raise ValueError(f"config.json: d_model {width} is no even number of channels for each of {heads} heads")
+    if kind == "learned":
+        return
+    code_bits, vocab_size = values["code_bits"], values["vocab_size"]
+    if code_bits < bits_needed(vocab_size):
+        raise ValueError(f"config.json: code_bits {code_bits} tell fewer than vocab_size {vocab_size} ids apart")
+    if width % code_bits:
+        raise ValueError(f"config.json: a code of code_bits {code_bits} does not fill d_model {width} evenly")
+    if kind == "affine_code":
+        rows, offset = values["affine_rows"], values["affine_offset"]
+        fits = rows is not None and offset is not None and len(rows) == code_bits and gf2_rank(rows) == code_bits
+        if not fits or not all(0 <= value < 1 << code_bits for value in [*rows, offset]):
+            raise ValueError(f"config.json: affine_rows and affine_offset are no invertible code of {code_bits} bits")
+
+
+def is_traced() -> bool:
+    """Whether this runs to be compiled or exported: values are unknown then, and no tensor made now may be kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class TokenCode(nn.Module):
@@ -84,34 +169,44 @@ class TokenCode(nn.Module):
     (A non-persistent buffer would come back as uninitialised memory from `from_pretrained`.)
     """
 
-    def __init__(self, config: TableFreeConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._constants: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "num_embeddings", "embedding_dim"):  # what tools ask of an nn.Embedding
+            raise AttributeError(
+                f"the input of this model is a fixed code of the token ids, without a table: there is no {name} to "
+                f"train, tie, resize or replace"
+            )
+        return super().__getattr__(name)
+
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the device."""
-        if device not in self._constants:
-            shifts = torch.arange(self.config.code_bits, device=device)
-            matrix = offset = None
-            if self.config.input_embedding == "affine_code":
-                rows = torch.tensor(self.config.affine_rows, device=device)
-                matrix = ((rows[:, None] >> shifts) & 1).T.float()
-                offset = (torch.tensor(self.config.affine_offset, device=device) >> shifts) & 1
+        if device in self._constants:
+            return self._constants[device]
+        shifts = torch.arange(self.config.code_bits, device=device)
+        matrix = offset = None
+        if self.config.input_embedding == "affine_code":
+            rows = torch.tensor(self.config.affine_rows, device=device)
+            matrix = (torch.bitwise_right_shift(rows[:, None], shifts) & 1).T.float()
+            offset = torch.bitwise_right_shift(torch.tensor(self.config.affine_offset, device=device), shifts) & 1
+        if not is_traced():
             self._constants[device] = (shifts, matrix, offset)
-        return self._constants[device]
+        return shifts, matrix, offset
 
-    def code(self, ids_BT: Tensor) -> Tensor:
-        """The code of each id as 0 and 1, shape (B, T, K), int64."""
-        shifts, matrix, offset = self.constants(ids_BT.device)
-        code_BTK = (ids_BT[..., None].long() >> shifts) & 1
+    def code(self, ids: Tensor) -> Tensor:
+        """The code of each id as 0 and 1, shape (..., K), int64."""
+        shifts, matrix, offset = self.constants(ids.device)
+        code = torch.bitwise_right_shift(ids[..., None].long(), shifts) & 1  # ONNX has no function for >> on int64
         if matrix is not None and offset is not None:
-            code_BTK = (code_BTK.float() @ matrix).long() & 1 ^ offset
-        return code_BTK
+            code = (code.float() @ matrix).long() & 1 ^ offset
+        return code
 
-    def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """Shape (B, T, D): the code repeated d_model / K times."""
-        return self.code(ids_BT).to(dtype).repeat(1, 1, self.config.d_model // self.config.code_bits)
+    def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Shape (..., D): the code repeated d_model / K times; in torch's default dtype if none is given."""
+        return self.code(ids).to(dtype or torch.get_default_dtype()).tile(self.config.d_model // self.config.code_bits)
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,13 +223,59 @@ def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHTC * cos + torch.cat((second, first), dim=-1) * sin
 
 
-def attend(query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Any) -> Tensor:
-    """Softmax attention, (B, H, T, C). A mask is boolean, (B, 1, T, S), or flex_attention's; None is causal."""
+def sdpa_attention_forward(
+    module: nn.Module, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Softmax attention, (B, T, H, C). A mask is (B, 1, T, S) or flex_attention's; None is causal.
+
+    A single token without a mask sees every key.
+    """
     if mask is None or isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=mask is None)
+        is_causal = mask is None and query_BHTC.shape[2] > 1
+        attended = F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal)
+        return attended.transpose(1, 2), None
     from torch.nn.attention.flex_attention import flex_attention  # for training: an export runs on older torch too
 
-    return flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask)
+    return flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask).transpose(1, 2), None
+
+
+def eager_attention_forward(
+    module: nn.Module, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, spelled out, with the weights (B, H, T, S) beside it."""
+    scores = query_BHTC @ key_BHSC.transpose(2, 3) * scaling
+    tokens, keys = scores.shape[2:]
+    if mask is None and tokens > 1:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value_BHSC.dtype)
+    return (weights @ value_BHSC).transpose(1, 2), weights
+
+
+def attention_function(name: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What computes attention under a name of `config._attn_implementation`; KeyError if nothing does."""
+    if name is None or name == "sdpa":
+        return sdpa_attention_forward
+    if name == "eager":
+        return eager_attention_forward
+    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    return ALL_ATTENTION_FUNCTIONS[name]  # transformers 4
+
+
+class Past(NamedTuple):
+    """A KV cache, and the places in it where the tokens of a pass go, (T,)."""
+
+    cache: Cache
+    slots_T: Tensor  # noqa: N815
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keep keys and values of a layer; gives all that it then has."""
+        told = [{"cache_position": self.slots_T}] if CACHE_IS_TOLD_WHERE else []
+        return self.cache.update(key, value, layer, *told)
 
 
 class Attention(nn.Module):
@@ -142,22 +283,31 @@ class Attention(nn.Module):
 
     def __init__(self, config: TableFreeConfig, layer_index: int) -> None:
         super().__init__()
-        self.layer_index = layer_index
+        self.config = config
         self.num_heads = config.num_heads
+        # Attention functions of transformers and of servers look for these.
+        self.layer_idx = layer_index
+        self.head_dim = config.d_model // config.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
         self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
-    ) -> Tensor:
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, past: Past | None,
+        attentions: list[Tensor | None] | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         batch, tokens, width = hidden_BTD.shape
         grouped = self.query_key_value(hidden_BTD).view(batch, tokens, self.num_heads, -1)
         query, key, value = grouped.transpose(1, 2).chunk(3, dim=-1)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_index)
-        attended = attend(query, key, value, mask)
-        return self.output(attended.transpose(1, 2).reshape(batch, tokens, width))
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx)
+        attend = attention_function(self.config._attn_implementation)
+        attended, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        if attentions is not None:
+            attentions.append(weights)
+        return self.output(attended.reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
@@ -172,7 +322,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(hidden_BTD)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Pre-LayerNorm attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: TableFreeConfig, layer_index: int) -> None:
@@ -183,105 +333,367 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, cache: DynamicCache | None
+        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, past: Past | None = None, **kwargs: Any
     ) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, past, **kwargs)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
 
 
-def run_block(block: Block, *inputs: Any) -> Tensor:
+def run_block(block: Block, *inputs: Any, **kwargs: Any) -> Tensor:
     """Run a block as it is, keeping everything for the backward pass."""
-    return block(*inputs)
+    return block(*inputs, **kwargs)
 
 
-def attention_mask_of(attention_mask: Any, tokens: int, cached: int, device: torch.device) -> Any:
-    """What `attend` takes: None where plain causal attention does, else which keys each query may see.
-
-    `attention_mask` is that already if it has four dimensions; with two, (B, S), it marks padded keys with 0.
-    """
-    if attention_mask is None and cached == 0:
+def same_document(position_ids: Tensor | None) -> Tensor | None:
+    """Which tokens are of one document, (B, T, T), where positions start anew within a row; None where none do."""
+    if position_ids is None:
         return None
-    if attention_mask is not None and len(attention_mask.shape) == 4:
-        return attention_mask
-    keys = torch.arange(cached + tokens, device=device)
-    visible_TS = keys <= keys[cached:, None]
-    if attention_mask is None:
-        return visible_TS[None, None]
-    own_TS = keys == keys[cached:, None]  # a padded query sees itself, so that no row is empty
-    return (visible_TS & attention_mask[:, None, None, :].bool()) | own_TS
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not is_traced() and not breaks.any():
+        return None
+    document_BT = F.pad(breaks.long().cumsum(dim=1), (1, 0))
+    return document_BT[:, :, None] == document_BT[:, None, :]
 
 
-class TableFreeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The decoder with its untied output projection; generates with or without a KV cache."""
+def visible_keys(attention_mask: Tensor | None, slots_T: Tensor, keys: int, documents: Tensor | None) -> Tensor | None:
+    """Which of S keys each query may see, boolean, (B, 1, T, S); None where `sdpa_attention_forward` needs no mask.
+
+    `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row is empty.
+    """
+    tokens, index_S = len(slots_T), torch.arange(keys, device=slots_T.device)
+    visible_TS = index_S <= slots_T[:, None]
+    if attention_mask is not None:
+        return (visible_TS & attention_mask[:, None, None, :].bool()) | (index_S == slots_T[:, None])
+    if documents is not None:
+        return (visible_TS & F.pad(documents, (0, keys - tokens)))[:, None]
+    return None if tokens == keys else visible_TS[None, None]
+
+
+def attention_arguments(arguments: dict[str, Any], implementation: str | None) -> dict[str, Any]:
+    """Those of `forward`'s further arguments that an attention function takes; ValueError for what nothing here takes.
+
+    What is not known here may carry state: transformers 5.24 renamed the KV cache to `cache`, and a class that took no
+    notice had each new token see itself alone.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in given.items():
+        if value is False and name.startswith("output_"):
+            continue
+        if name not in ATTENTION_ARGUMENTS:
+            raise ValueError(
+                f"forward() got {name}, which this modeling_tablefree.py does not know and so must not ignore; leave "
+                f"it out, or take a newer modeling_tablefree.py or an older transformers"
+            )
+        if implementation in (None, *OWN_ATTENTION):
+            raise ValueError(f"forward() got {name}, which attn_implementation {implementation!r} does not take")
+    return {name: value for name, value in given.items() if name in ATTENTION_ARGUMENTS}
+
+
+def the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The KV cache, under whichever of its two names it came: `past_key_values` before transformers 5.24."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("forward() got two KV caches, past_key_values and cache; give one")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, Cache):
+        raise ValueError(f"forward() got a KV cache of type {type(given).__name__}; it takes a transformers.Cache")
+    return given
+
+
+def static_length(cache: Cache) -> int | None:
+    """For how many tokens a static cache has room; None for one that grows."""
+    return getattr(cache.layers[0], "max_cache_len", None) if cache.layers else None
+
+
+def as_asked(output: Any, config: PretrainedConfig, return_dict: bool | None) -> Any:
+    """An output, or its fields as a tuple."""
+    as_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return output if as_dict else output.to_tuple()
+
+
+class TableFreePreTrainedModel(PreTrainedModel):
+    """What the two classes have in common: what transformers may do with them, and their input."""
 
     config_class = TableFreeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (transformers declares it so)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_static_cache = False
-    _can_compile_fullgraph = False  # no static cache
-    accepts_loss_kwargs = False  # the loss is a mean: a trainer that accumulates gradients divides it itself
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # not tried on the devices where `generate` would then compile on its own
+
+
+class TableFreeModel(TableFreePreTrainedModel):
+    """The decoder without its output projection: ids or embeddings in, normalised hidden states out."""
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
         learned = config.input_embedding == "learned"
-        self.input_embedding = nn.Embedding(config.vocab_size, config.d_model) if learned else TokenCode(config)
+        self.input_embedding: nn.Module = TokenCode(config)
+        if learned:
+            self.input_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.output_projection = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.block_runners: dict[int, Callable[..., Tensor]] = {}  # how training runs a block: recomputed, compiled
         self.compiled_blocks = False  # see pretrain/compilation.py
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
-        """The trainable table of the baseline; the fixed codes have none."""
-        return self.input_embedding if isinstance(self.input_embedding, nn.Embedding) else None
+    def get_input_embeddings(self) -> nn.Module:
+        """The trainable table of the baseline, or the fixed code, which maps ids to the width but has no weight."""
+        return self.input_embedding
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.output_projection
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the table of the baseline; a code stays as it is, which is said."""
+        if isinstance(self.input_embedding, TokenCode) and not isinstance(value, TokenCode):
+            # Servers put an embedding of their own in place of any input that they find; there is nothing to fill it.
+            logger.warning_once("The input of this model is a fixed code of the token ids; it is kept, no table is set")
+            return
+        self.input_embedding = value
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Ids to the first residual stream, (B, T, D)."""
         if isinstance(self.input_embedding, TokenCode):
-            return self.input_embedding(ids_BT, self.output_projection.weight.dtype)
+            return self.input_embedding(ids_BT, self.final_norm.weight.dtype)
         return self.input_embedding(ids_BT)
 
-    def hidden_states(
-        self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None, cache: DynamicCache | None = None
-    ) -> Tensor:
-        """Everything but the output projection: normalised hidden states (B, T, D)."""
-        cached = 0 if cache is None else cache.get_seq_length()
-        if positions_BT is None:
-            positions_BT = torch.arange(cached, cached + ids_BT.shape[1], device=ids_BT.device)[None]
-        hidden_BTD = self.embed(ids_BT)
-        head_dim = self.config.d_model // self.config.num_heads
-        rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
-        mask = attention_mask_of(mask, ids_BT.shape[1], cached, ids_BT.device)
+    def decode(
+        self, hidden_BTD: Tensor, positions_BT: Tensor, mask: Any, past: Past | None = None,
+        states: list[Tensor] | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """From the first residual stream to normalised hidden states, (B, T, D); `states` takes what each block got."""
+        rotation = rotary_angles(positions_BT, self.config.d_model // self.config.num_heads, hidden_BTD.dtype)
         runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
-            hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, cache)
+            if states is not None:
+                states.append(hidden_BTD)
+            hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, past, **kwargs)
         return self.final_norm(hidden_BTD)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None, use_cache: bool | None = None,
-        labels: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Logits (B, T, V), or of the last `logits_to_keep` positions; with `labels`, the mean loss too.
+    def hidden_states(self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None) -> Tensor:
+        """What training takes: normalised hidden states (B, T, D), with a mask as `sdpa_attention_forward` wants it."""
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        return self.decode(self.embed(ids_BT), positions_BT, mask)
 
-        Labels are the input ids themselves (the shift happens here); -100 is no target. Raises ValueError for what
-        this class does not give: embeddings as input, hidden states or attentions as output.
+    def attention_mask_of(
+        self, hidden_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, past: Past | None
+    ) -> Any:
+        """What the configured attention function takes for `attention_mask`; one of four dimensions is that already."""
+        if attention_mask is not None and len(attention_mask.shape) == 4:
+            return attention_mask
+        tokens, device = hidden_BTD.shape[1], hidden_BTD.device
+        slots_T = torch.arange(tokens, device=device) if past is None else past.slots_T
+        if self.config._attn_implementation not in (None, *OWN_ATTENTION):
+            wanted = inspect.signature(create_causal_mask).parameters  # its arguments have been renamed and dropped
+            cache = None if past is None else past.cache
+            values = {
+                "config": self.config, "input_embeds": hidden_BTD, "inputs_embeds": hidden_BTD, "cache": cache,
+                "past_key_values": cache, "cache_position": slots_T, "attention_mask": attention_mask,
+                "position_ids": position_ids,
+            }  # fmt: skip
+            return create_causal_mask(**{name: value for name, value in values.items() if name in wanted})
+        room = None if past is None else static_length(past.cache)
+        seen = 0 if past is None else past.cache.get_seq_length()
+        keys = room or tokens + seen
+        if attention_mask is None:
+            documents = same_document(position_ids) if isinstance(seen, int) and seen == 0 else None
+            if documents is None and tokens == 1 and room is None:
+                return None  # it sees all there is
+            return visible_keys(None, slots_T, keys, documents)
+        if room is None and attention_mask.shape[1] != keys:
+            raise ValueError(
+                f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be seen, with cached ones"
+            )
+        if not is_traced() and attention_mask.all():  # the usual case, for which there are faster kernels
+            return self.attention_mask_of(hidden_BTD, None, None, past)
+        return visible_keys(F.pad(attention_mask, (0, keys - attention_mask.shape[1])), slots_T, keys, None)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool | None = None, output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, cache: Cache | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
+        """Normalised hidden states (B, T, D), of ids (B, T) or of embeddings (B, T, D).
+
+        `attention_mask` marks padding with 0, (B, S), or says for each query what it sees, (B, 1, T, S). Without one,
+        positions that start anew within a row keep its documents apart. A KV cache comes as `past_key_values` or as
+        `cache`; there will be one if `use_cache` or, in evaluation mode, the config says so. Raises ValueError for
+        whatever else it is given.
         """
-        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise ValueError(f"{type(self).__name__} does not support {name}")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        hidden_BTD = self.hidden_states(input_ids, position_ids, attention_mask, past_key_values)
-        logits_BTV = self.output_projection(hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward() takes input_ids or inputs_embeds, one of the two")
+        config, cache = self.config, the_cache(past_key_values, cache)
+        implementation = config._attn_implementation
+        cache_position = kwargs.pop("cache_position", None)
+        arguments = attention_arguments(kwargs, implementation)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_attentions and implementation != "eager":
+            raise ValueError("output_attentions needs model.set_attn_implementation('eager'): no other keeps weights")
+        recomputes = self.training and any(layer.gradient_checkpointing for layer in self.layers)
+        if recomputes and (use_cache or cache is not None):
+            logger.warning_once("With gradient checkpointing there is no KV cache: each block runs twice")
+            use_cache, cache = False, None
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = DynamicCache()
+
+        if input_ids is not None:
+            hidden_BTD = self.embed(input_ids)
+        elif inputs_embeds is not None:
+            hidden_BTD = inputs_embeds.to(self.final_norm.weight.dtype)
+        if recomputes and torch.is_grad_enabled() and not hidden_BTD.requires_grad:
+            hidden_BTD = hidden_BTD.detach().requires_grad_()  # what recomputes by re-entering autograd needs an input
+        slots_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        past = None
+        if cache is not None:
+            is_told = cache_position is not None and static_length(cache) is not None
+            past = Past(cache, cache_position if is_told else slots_T + cache.get_seq_length())
+            slots_T = past.slots_T
+        positions_BT = slots_T[None] if position_ids is None else position_ids
+        mask = self.attention_mask_of(hidden_BTD, attention_mask, position_ids, past)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        if output_attentions:
+            arguments["attentions"] = []
+        if implementation not in (None, *OWN_ATTENTION):
+            arguments["position_ids"] = position_ids  # by which some tell documents apart
+        hidden_BTD = self.decode(hidden_BTD, positions_BT, mask, past, states, **arguments)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_BTD,
+            hidden_states=None if states is None else (*states, hidden_BTD),
+            attentions=tuple(arguments["attentions"]) if output_attentions else None,
+            **{CACHE_FIELD: cache},
+        )
+        return as_asked(output, config, return_dict)
+
+
+def name_in_checkpoints(name: str) -> str:
+    """A parameter of TableFreeForCausalLM, as checkpoints name it, and exports before MODELING_VERSION 2 did."""
+    return name.removeprefix("model.").replace("lm_head.", "output_projection.")
+
+
+def name_in_model(name: str) -> str:
+    """The parameter of TableFreeForCausalLM that checkpoints have under a name."""
+    return name.replace("output_projection.", "lm_head.") if name.startswith("output_projection.") else f"model.{name}"
+
+
+class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
+    """The decoder with its untied output projection; generates with or without a KV cache."""
+
+    def __init__(self, config: TableFreeConfig) -> None:
+        super().__init__(config)
+        self.model = TableFreeModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As for any model of transformers; also from exports whose parameters have the names of checkpoints."""
+        if not hasattr(PreTrainedModel, "_get_key_renaming_mapping"):  # transformers 5 adds `model.` by itself
+            kwargs["key_mapping"] = {r"^output_projection\.": "lm_head."} | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        renamings = getattr(model, "_weight_conversions", None) or []
+        kept = [renaming for renaming in renamings if "output_projection" not in str(renaming.source_patterns)]
+        if len(kept) < len(renamings):
+            model._weight_conversions = kept or None  # by which `save_pretrained` would give the old name back
+        return loaded
+
+    def _get_key_renaming_mapping(self, checkpoint_keys: list[str], *args: Any, **kwargs: Any) -> dict[str, str]:
+        """transformers 4 asks this for names in a file -> names of the model."""
+        if "output_projection.weight" in checkpoint_keys:
+            return {key: name_in_model(key) for key in checkpoint_keys}
+        return super()._get_key_renaming_mapping(checkpoint_keys, *args, **kwargs)  # type: ignore[misc]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As for any module; peft's prompt tuning asks for its embedding of ids by this name before it guesses."""
+        return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Grow or shrink the output projection, and the table of the baseline; gives what embeds the ids.
+
+        Raises ValueError if the ids would be more than the code's bits tell apart.
+        """
+        if self.config.input_embedding == "learned":
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        multiple = pad_to_multiple_of or 1
+        size = -(-(new_num_tokens or self.config.vocab_size) // multiple) * multiple
+        code_bits = self.config.code_bits
+        if size > 1 << code_bits:
+            raise ValueError(f"{size} ids are more than {code_bits} bits tell apart: {1 << code_bits} at most")
+        self.lm_head = self._get_resized_lm_head(self.lm_head, size, mean_resizing=mean_resizing)
+        self.config.vocab_size = size
+        ones = TokenCode(self.config).code(torch.arange(size)).sum(dim=-1)
+        alike = ((ones == 0) | (ones == code_bits)).nonzero().flatten().tolist()
+        if len(alike) == 2:  # LayerNorm takes away what all channels share
+            logger.warning(f"Ids {alike[0]} and {alike[1]} are one input to this model now: their codes are constant")
+        return self.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, past_key_values: Cache | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None, cache: Cache | None = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
+        """Logits (B, T, V), or of the last `logits_to_keep` positions, or of those that a tensor lists.
+
+        Labels are the input ids themselves (the shift happens here), or `shift_labels` are what comes next; -100 is no
+        target. With them the loss is there too: the mean over targets, or their sum over `num_items_in_batch`. All else
+        is as for TableFreeModel.
+        """
+        loss_arguments = {name: kwargs.pop(name, None) for name in LOSS_ARGUMENTS}
+        wants_loss = labels is not None or loss_arguments["shift_labels"] is not None
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if wants_loss and not keeps_all:
+            raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
+        output = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values, use_cache=use_cache, return_dict=True, cache=cache, **kwargs,
+        )  # fmt: skip
+        hidden_BTD = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden_BTD = hidden_BTD[:, logits_to_keep]
+        elif not keeps_all:
+            hidden_BTD = hidden_BTD[:, -logits_to_keep:]
+        logits_BTV = self.lm_head(hidden_BTD)
         loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        if wants_loss:
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits_BTV, hidden_states=output.hidden_states, attentions=output.attentions,
+            **{CACHE_FIELD: output.get(CACHE_FIELD)},
+        )  # fmt: skip
+        return as_asked(result, self.config, return_dict)
+
+
+def checkpoint_parameters(model: TableFreeForCausalLM) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter, under its name in checkpoints."""
+    for name, parameter in model.named_parameters():
+        yield name_in_checkpoints(name), parameter
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
@@ -298,7 +710,7 @@ def initialise_parameters(model: TableFreeForCausalLM, seed: int) -> None:
     biases 0; LayerNorm weights 1.
     """
     residual_scale = 1.0 / math.sqrt(2 * model.config.num_layers)
-    for name, parameter in model.named_parameters():
+    for name, parameter in checkpoint_parameters(model):
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue

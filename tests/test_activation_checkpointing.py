@@ -53,7 +53,7 @@ def kernels(mode: str, every_n_layers: int = 1) -> Counter[str]:
     """How often each kernel runs in a forward and backward pass of the decoder without its loss head."""
     model = build(mode, every_n_layers)
     with CountOperators() as counter:
-        model.hidden_states(some_ids()).sum().backward()
+        model.model.hidden_states(some_ids()).sum().backward()
     return counter.counts
 
 
@@ -99,7 +99,7 @@ def test_selective_runs_only_what_is_cheap_again(every_n_layers: int, recomputed
 def test_every_block_is_entered_once_and_each_recomputed_one_twice(mode: str) -> None:
     model = build(mode, every_n_layers=2)
     entered: Counter[int] = Counter()
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: entered.update([index]))
     loss_of(model).backward()
     again = 1 if mode == "none" else 2
@@ -125,7 +125,7 @@ def peak_megabytes(mode):
     recipe = ModelRecipe(vocab_size=64, d_model=64, num_layers=12, num_heads=2, seq_len=512, input_embedding="learned")
     model = TableFreeForCausalLM(model_config(recipe))
     apply_activation_checkpointing(model, mode, 1)
-    model.hidden_states(torch.zeros(4, 512, dtype=torch.int64)).sum().backward()
+    model.model.hidden_states(torch.zeros(4, 512, dtype=torch.int64)).sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import ModelRecipe, model_config
 from pretrain.distributed import World
-from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
 from pretrain.retention import prune
 from pretrain.saving import save_checkpoint, write_fragments
 
@@ -148,8 +148,8 @@ def test_a_model_s_masters_come_back_as_the_training_class(tmp_path: Path) -> No
     )
     model = TableFreeForCausalLM(model_config(recipe))
     initialise_parameters(model, 1)
-    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
-    flat = {name: value.detach().flatten() for name, value in model.named_parameters()}
+    shapes = {name: list(value.shape) for name, value in checkpoint_parameters(model)}
+    flat = {name: value.detach().flatten() for name, value in checkpoint_parameters(model)}
     fragments = [Fragment(name=n, start=0, states=dict.fromkeys(STATES, v)) for n, v in flat.items()]
     for fragment in fragments:
         fragment.states.update({state: values.clone() for state, values in fragment.states.items()})

@@ -77,7 +77,7 @@ def test_a_query_sees_the_keys_of_its_own_document_up_to_itself(ids: list[int]) 
 @example(ids=[5, EOS, EOS, EOS, 6, 7])
 @example(ids=[1, 2, 3])
 def test_hidden_states_of_a_window_are_those_of_its_documents_alone(mode: str, ids: list[int]) -> None:
-    model = small_model(mode)
+    model = small_model(mode).model
     window = hidden_states_by_document(model, torch.tensor([ids]), EOS)[0]
     alone = [model.hidden_states(torch.tensor([piece]))[0] for piece in pieces(ids)]
     torch.testing.assert_close(window, torch.cat(alone), rtol=1e-5, atol=1e-5)
@@ -85,14 +85,14 @@ def test_hidden_states_of_a_window_are_those_of_its_documents_alone(mode: str, i
 
 def test_windows_of_a_batch_have_boundaries_of_their_own() -> None:
     rows = [[1, 2, EOS, 3, 4, 5], [1, EOS, EOS, 3, 4, 5], [1, 2, 3, 4, 5, 6]]
-    together = hidden_states_by_document(small_model(), torch.tensor(rows), EOS)
+    together = hidden_states_by_document(small_model().model, torch.tensor(rows), EOS)
     for row, hidden in zip(rows, together, strict=True):
-        torch.testing.assert_close(hidden, hidden_states_by_document(small_model(), torch.tensor([row]), EOS)[0])
+        torch.testing.assert_close(hidden, hidden_states_by_document(small_model().model, torch.tensor([row]), EOS)[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_gradient_flows_from_one_document_into_another(mode: str) -> None:
-    model = small_model(mode)
+    model = small_model(mode).model
     documents = [[1, 2, 3], [4, 5], [6, 7, 8]]  # each of ids of its own, so that a row of the table tells whose it is
     ids = torch.tensor([[token for document in documents for token in [*document, EOS]]])
     first = 0
@@ -140,7 +140,7 @@ def test_flex_attention_sees_what_the_boolean_mask_shows() -> None:
     positions = document_positions(ids_with_ends(2, 256, seed=1), EOS)
     mask, visible = block_mask(positions), boolean_mask(positions)
     ids = ids_with_ends(2, 256, seed=1)
-    states = [small_model().hidden_states(ids, positions, either) for either in (mask, visible)]
+    states = [small_model().model.hidden_states(ids, positions, either) for either in (mask, visible)]
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
 
 

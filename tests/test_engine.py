@@ -19,7 +19,7 @@ from pretrain.config import Recipe, build_recipe
 from pretrain.distributed import World
 from pretrain.engine import Engine, start_process_group
 from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.modeling_tablefree import TableFreeForCausalLM
+from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
 
@@ -110,7 +110,7 @@ def test_bf16_trains_bf16_weights_with_fp32_masters_accumulation_and_moments(dev
     assert {p.dtype for p in engine.deepspeed.module.parameters()} == {torch.bfloat16}
     fragments, _ = engine.read_state()
     assert {values.dtype for fragment in fragments for values in fragment.states.values()} == {torch.float32}
-    weights = {name: p.detach().flatten() for name, p in engine.deepspeed.module.model.named_parameters()}
+    weights = {name: p.detach().flatten() for name, p in checkpoint_parameters(engine.deepspeed.module.model)}
     for fragment in fragments:
         master = fragment.states["master"]
         assert torch.equal(master.bfloat16(), weights[fragment.name])
@@ -169,7 +169,7 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
         assert flat.dtype == torch.float32, moved.format("the optimizer no longer steps fp32 masters")
         assert {"step", "exp_avg", "exp_avg_sq"} <= set(state), moved.format(f"the moments are {sorted(state)}")
         assert state["exp_avg"].shape == flat.shape, moved.format("a moment is no longer shaped as its partition")
-    weights = dict(engine.deepspeed.module.model.named_parameters())
+    weights = dict(checkpoint_parameters(engine.deepspeed.module.model))
     try:
         fragments, _ = engine.read_state()
     except (AttributeError, KeyError, IndexError, RuntimeError) as error:
@@ -193,7 +193,7 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Masters, moments and the weights that the next forward pass takes, copied."""
     fragments, _ = engine.read_state()
-    weights = {name: p.detach().clone() for name, p in engine.deepspeed.module.model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in checkpoint_parameters(engine.deepspeed.module.model)}
     return weights | {f"{f.name}/{state}": values.clone() for f in fragments for state, values in f.states.items()}
 
 

@@ -30,6 +30,7 @@ from data_prep.shards import Tokens
 from pretrain.checkpoint import load_for_reading
 from pretrain.config import Recipe, build_recipe
 from pretrain.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.modeling_tablefree import checkpoint_parameters
 from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
 from pretrain.world import World, world_from_environment
@@ -168,7 +169,7 @@ def plain_torch(clipping: float, dtype: torch.dtype = torch.float32) -> list[Ste
         with torch.no_grad():
             for master, weight in pairs:
                 weight.copy_(master)
-        after = {name: parameter.detach().clone() for name, parameter in masters.named_parameters()}
+        after = {name: parameter.detach().clone() for name, parameter in checkpoint_parameters(masters)}
         steps.append(Step(loss=loss.item(), norm=norm.item(), masters=after))
     return steps
 
@@ -214,7 +215,7 @@ def try_case(case: Case, world: World) -> Found:
         found.norm = max(found.norm, abs(figures.gradient_norm / plain.norm - 1))
         fragments, taken = engine.read_state()
         assert taken == step + 1
-        weights = {name: p.detach().flatten() for name, p in engine.deepspeed.module.model.named_parameters()}
+        weights = {name: p.detach().flatten() for name, p in checkpoint_parameters(engine.deepspeed.module.model)}
         found.squares = 0.0
         for fragment in fragments:
             master = fragment.states["master"]

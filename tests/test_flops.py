@@ -15,10 +15,10 @@ def counted_by_torch(model: ModelRecipe) -> dict[str, int]:
     with torch.device("meta"):
         built = TableFreeForCausalLM(model_config(model))
     parts = {
-        "input_embedding": built.input_embedding,
-        "blocks": built.layers,
-        "final_norm": built.final_norm,
-        "output_projection": built.output_projection,
+        "input_embedding": built.model.input_embedding,
+        "blocks": built.model.layers,
+        "final_norm": built.model.final_norm,
+        "output_projection": built.lm_head,
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert sum(counts.values()) == sum(p.numel() for p in built.parameters())

@@ -18,6 +18,7 @@ from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     TokenCode,
     bits_needed,
+    checkpoint_parameters,
     draw_affine_code,
     gf2_rank,
     initialise_parameters,
@@ -131,7 +132,7 @@ def test_bits_needed_is_the_ceiling_of_the_binary_logarithm(vocab_size: int) -> 
 @pytest.mark.parametrize("input_embedding", ["binary_code", "affine_code"])
 def test_a_fixed_code_has_neither_parameter_nor_buffer(input_embedding: str) -> None:
     model = TableFreeForCausalLM(small_config(input_embedding))
-    assert list(model.input_embedding.parameters()) == list(model.input_embedding.buffers()) == []
+    assert list(model.model.input_embedding.parameters()) == list(model.model.input_embedding.buffers()) == []
     assert not [name for name in model.state_dict() if "input_embedding" in name]
     assert list(model.buffers()) == []  # a non-persistent one would load as uninitialised memory
 
@@ -146,7 +147,7 @@ def layer_norm(x: Floats, weight: Floats, bias: Floats) -> Floats:
 def numpy_logits(model: TableFreeForCausalLM, ids: npt.NDArray[np.int64]) -> Floats:
     """The decoder of design.md section 1, one sequence, written out from the paper's description in NumPy."""
     c = model.config
-    p = {name: value.detach().double().numpy() for name, value in model.named_parameters()}
+    p = {name: value.detach().double().numpy() for name, value in checkpoint_parameters(model)}
     if c.input_embedding == "learned":
         x = p["input_embedding.weight"][ids]
     else:
@@ -223,8 +224,8 @@ def as_gpt_neox(model: TableFreeForCausalLM) -> GPTNeoXForCausalLM:
         "final_norm": "gpt_neox.final_layer_norm",
         "output_projection": head,
     }
-    weights = {"gpt_neox.embed_in.weight": model.embed(torch.arange(c.vocab_size)[None])[0].detach()}
-    for name, value in model.named_parameters():
+    weights = {"gpt_neox.embed_in.weight": model.model.embed(torch.arange(c.vocab_size)[None])[0].detach()}
+    for name, value in checkpoint_parameters(model):
         if not name.startswith("input_embedding"):
             for ours, theirs in stock_names.items():
                 name = name.replace(ours, theirs)
@@ -333,7 +334,7 @@ def test_left_padding_changes_no_logits_of_the_real_tokens() -> None:
 def initialised(input_embedding: str, seed: int = 1) -> dict[str, Tensor]:
     model = TableFreeForCausalLM(small_config(input_embedding))
     initialise_parameters(model, seed)
-    return {name: value.detach() for name, value in model.named_parameters()}
+    return {name: value.detach() for name, value in checkpoint_parameters(model)}
 
 
 def test_shared_weights_of_the_three_inputs_start_bitwise_equal() -> None:

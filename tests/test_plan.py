@@ -212,9 +212,9 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     ids_BT = torch.zeros(recipe.batch.micro_batch_size, recipe.model.seq_len, dtype=torch.long)
-    model.hidden_states(ids_BT)  # what the first pass caches is no activation
+    model.model.hidden_states(ids_BT)  # what the first pass caches is no activation
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        hidden_BTD = model.hidden_states(ids_BT)
+        hidden_BTD = model.model.hidden_states(ids_BT)
     alive, nodes = 0, list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
     while nodes:
         node = nodes.pop()

@@ -35,7 +35,7 @@ def test_the_paper_recipes_are_shipped() -> None:
 def test_every_shipped_recipe_loads_and_builds(name: str) -> None:
     recipe = load_shipped(name)
     model = model_without_memory(name)
-    assert len(model.layers) == recipe.model.num_layers
+    assert len(model.model.layers) == recipe.model.num_layers
     assert recipe.total_steps > 0
     assert recipe.global_batch_size % recipe.batch.micro_batch_size == 0
 
@@ -56,7 +56,7 @@ def test_models_have_the_number_of_parameters_that_their_recipe_says(
     model = model_without_memory(name)
     assert f"{trainable:,}" in (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
     assert count(model) == trainable
-    assert count(model.input_embedding) == in_the_input
+    assert count(model.model.input_embedding) == in_the_input
 
 
 def test_the_three_paper_recipes_differ_in_one_key() -> None:

@@ -22,6 +22,7 @@ from conftest import counting_dataset, write_recipe
 from forked_ranks import become_a_rank, fork_server, variables_of
 
 from pretrain.checkpoint import Checkpoint, newest_good
+from pretrain.modeling_tablefree import checkpoint_parameters
 from pretrain.world import World, world_from_environment
 
 RANKS = (1, 2, 3, 4)
@@ -87,7 +88,7 @@ class NotingLoader:
 def look_at_groups(engine: Any, found: Found) -> None:
     """Note which parameter groups this rank's parts are in, and how many steps each group has taken."""
     groups = engine.optimizer.param_groups
-    for name, parameter in engine.deepspeed.module.model.named_parameters():
+    for name, parameter in checkpoint_parameters(engine.deepspeed.module.model):
         if not engine.deepspeed.zero_optimization():
             (group,) = (group for group in groups if any(one is parameter for one in group["params"]))
             found.decays[name], found.elements[name] = group["weight_decay"], parameter.numel()
@@ -112,7 +113,7 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
     found, first_step = Found(), train.restore(run, engine, bad_steps, world)
     look_at_groups(engine, found)
     if checkpoint := newest_good(leg.run_dir, world)[0]:
-        for name, weight in engine.deepspeed.module.model.named_parameters():
+        for name, weight in checkpoint_parameters(engine.deepspeed.module.model):
             if not torch.equal(weight, checkpoint.parameter(name).to(weight.dtype)):
                 found.weights_differ.append(name)
     for step in range(first_step, max(leg.saves) + 1):

@@ -62,7 +62,7 @@ def bare_step(recipe: Recipe, *, naive_loss: bool) -> Step:
             wide = torch.from_numpy(ids.astype("int64"))
             inputs, targets = wide[:, :-1], wide[:, 1:]
             if naive_loss:
-                logits = module.model.output_projection(module.model.hidden_states(inputs))
+                logits = module.model.lm_head(module.model.model.hidden_states(inputs))
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             else:
                 loss = module(inputs, targets)
