@@ -24,13 +24,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import TOKENIZER_NAME, replace_directory
+from data_prep.errors import CommandParser, UserError, exit_code, one_line
+from data_prep.shards import TOKENIZER_NAME, ShardReader, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.evaluate import figures_of, run_of
+from pretrain.export_ids import check_ids, hard_texts, texts_of_every_source
 from pretrain.export_marker import refuse_to_replace, write_marker
-from pretrain.export_tokenizer import copy_tokenizer, refuse_another_tokenizer
+from pretrain.export_tokenizer import ExportedTokenizer, copy_tokenizer, refuse_another_tokenizer
 from pretrain.modeling_tablefree import (
     LAYER_NORM_EPS,
     MODELING_VERSION,
@@ -107,14 +108,9 @@ def config_json(config: PretrainedConfig, architecture: str, dtype: str, special
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def special_token_ids(tokenizer: Path, eos_id: int) -> dict[str, int]:
+def special_token_ids(roles: dict[str, int], eos_id: int) -> dict[str, int]:
     """The ids of begin, end and padding as a tokenizer names them; the end-of-document id where it names none."""
-    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
-    added = json.loads((tokenizer / "tokenizer.json").read_bytes()).get("added_tokens", [])
-    ids = {token["content"]: token["id"] for token in added}
-    names = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
-    contents = {kind: name.get("content") if isinstance(name, dict) else name for kind, name in names.items()}
-    return {f"{kind}_token_id": ids.get(content, eos_id) for kind, content in contents.items()}
+    return {f"{kind}_token_id": roles.get(f"{kind}_token", eos_id) for kind in ("bos", "eos", "pad")}
 
 
 def save_weights(weights: Weights, path: Path) -> None:
@@ -124,26 +120,29 @@ def save_weights(weights: Weights, path: Path) -> None:
     path.chmod(stat.S_IMODE(sibling.stat().st_mode))
 
 
-def tokens_of(tokenizer: Path, ids: Sequence[int] | None) -> dict[int, str]:
+def tokens_of(tokenizer: Tokenizer, ids: Sequence[int] | None) -> dict[int, str]:
     """Ids and the texts they stand for, quoted."""
-    known = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    return {token_id: repr(known.decode([token_id], skip_special_tokens=False)) for token_id in ids or ()}
+    return {token_id: repr(tokenizer.decode([token_id], skip_special_tokens=False)) for token_id in ids or ()}
 
 
-def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str) -> None:
+def write_export(
+    run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str
+) -> ExportedTokenizer:
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     weights, exported_config = ARCHITECTURES[architecture](masters, config)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
-    copy_tokenizer(run_dir / TOKENIZER_NAME, directory, config.seq_len)
-    special_ids = special_token_ids(directory, checkpoint.manifest["data"]["eos_id"])
+    tokenizer = copy_tokenizer(
+        run_dir / TOKENIZER_NAME, directory, config.seq_len, names_unknown=architecture == "gpt_neox"
+    )
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     save_weights(weights, directory / "model.safetensors")
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
-        one_input=tokens_of(directory, aliased_ids(config.to_dict())),
+        one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
@@ -152,6 +151,23 @@ def write_export(run_dir: Path, checkpoint: Checkpoint, directory: Path, archite
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
     write_marker(directory, checkpoint, architecture, dtype)
+    return tokenizer
+
+
+def check_tokenizer(export: Path, tokenizer: ExportedTokenizer, checkpoint: Checkpoint, place: Path) -> str:
+    """What AutoTokenizer gives with an export must be the data's ids; returns of what that was seen."""
+    check_ids(export, tokenizer.reference, hard_texts(tokenizer.reference), place)
+    data_dir = Path(checkpoint.manifest["data_dir"])
+    try:
+        reader = ShardReader(data_dir)
+        if reader.manifest.fingerprint != checkpoint.manifest["fingerprint"]:
+            raise UserError(f"{data_dir}: is another data set by now")
+        texts = list(texts_of_every_source(reader, tokenizer.reference))
+    except (UserError, OSError) as error:  # an export needs no data set: it may be made where there is none
+        return f"AutoTokenizer gives the data's ids for hard texts; no documents were compared ({one_line(error)})"
+    compared = check_ids(export, tokenizer.reference, texts, place)
+    sources = len(reader.manifest.sources)
+    return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents of {sources} sources"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,12 +194,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = flags.output_dir
     refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
 
+    about_tokenizer: list[str] = []
+
     def write(staged: Path) -> None:
-        write_export(run_dir, checkpoint, staged, flags.architecture, flags.dtype)
+        tokenizer = write_export(run_dir, checkpoint, staged, flags.architecture, flags.dtype)
+        about_tokenizer.extend(tokenizer.left_out)
+        about_tokenizer.append(check_tokenizer(staged, tokenizer, checkpoint, output))
         refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)  # that took a while
 
     replace_directory(output, write)
     print(f"{output}: {flags.architecture} in {flags.dtype}, from {checkpoint.path}")
+    for line in about_tokenizer:
+        print(f"tokenizer: {line}")
 
 
 if __name__ == "__main__":

@@ -1,56 +1,110 @@
 """The tokenizer of an export: to a text it gives the ids that the data set holds for that text, and nothing more.
 
 A published tokenizer may add tokens around each text (a template `<s> $A </s>`, or flags that make its class add them),
-cut texts short, pad them, drop merges at random, or ask for a class that builds another tokenizer than its file says.
-The shards have none of that, so the model has never seen it; after `</s>` it would take a prompt for finished.
+cut texts short, pad them, drop merges at random, or ask for a class that builds another tokenizer than its file says:
+from transformers 5.0 on, classes with a name of their own make normaliser and pre-tokenizer anew. The shards have none
+of that, so the model has never seen it; after `</s>` it would take a prompt for finished. So an export's
+`tokenizer_config.json` holds what is listed here and leaves everything else to `tokenizer.json`.
+
+One thing differs from the data, on purpose: there, text that spells a special token is text; in an export special
+tokens are special, as whoever fine-tunes or chats writes them into texts (`text + tokenizer.eos_token`).
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
-from data_prep.errors import UserError, parse_json
-from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
+from data_prep.errors import UserError, explained, parse_json
+from data_prep.shards import read_tokenizer, sha256_of_files
 
 ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
-OF_A_CLASS = ("auto_map", "add_bos_token", "add_eos_token", "tokenizer_file", "vocab_file", "merges_file")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
-LONG = 1 << 30
-PROBE_TOKENS = 2_000  # of the vocabulary, evenly spread
+DEFINITION_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+ROLES_NAME = "special_tokens_map.json"  # of transformers 4; its content moves into tokenizer_config.json
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # as transformers 4 and 5 call them
+# No id hangs on these
+OF_DECODING = ("chat_template", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
+# What no reader of tokenizer.json needs: who saved it and where, what it says itself, and what is written anew here.
+SAID_ELSEWHERE = {
+    "tokenizer_class", "model_max_length", "split_special_tokens", "model_input_names", "added_tokens_decoder",
+    "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file", "auto_map", "backend",
+    "is_local", "local_files_only", "add_prefix_space", "add_bos_token", "add_eos_token", "errors", "use_fast",
+    "legacy", "from_slow", "max_length",
+}  # fmt: skip
+# A decoder has no token types: transformers 4's `model.generate(**tokenizer(text))` refuses them.
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+
+COPY_IT = "copy the tokenizer of the run's data set there"
 
 Json = dict[str, Any]
 
 
-def copy_tokenizer(source: Path, destination: Path, seq_len: int) -> None:
-    """Write a run's tokenizer into an export, told how long a text the model takes.
+@dataclass(frozen=True, kw_only=True)
+class ExportedTokenizer:
+    """A tokenizer's files as an export holds them."""
 
-    Raises UserError if files are missing or damaged, or if the copy gives other ids than the data set's tokenizer.
+    files: dict[str, bytes]
+    reference: Tokenizer  # as data preparation uses it
+    roles: dict[str, int]  # the id of each role that a token has, such as eos_token
+    left_out: tuple[str, ...]  # what of the source's files is not in these, a line each
+
+
+def copy_tokenizer(source: Path, destination: Path, seq_len: int, *, names_unknown: bool = False) -> ExportedTokenizer:
+    """Write a run's tokenizer into an export, told how long a text the model takes; see `as_exported`.
+
+    Raises UserError if files are missing or damaged.
     """
-    files = read_tokenizer(source)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    exported = as_exported(read_tokenizer(source), source, seq_len, names_unknown=names_unknown)
+    for name, held in exported.files.items():
+        (destination / name).write_bytes(held)
+    return exported
+
+
+def as_exported(
+    files: dict[str, bytes], source: Path, seq_len: int, *, names_unknown: bool = False
+) -> ExportedTokenizer:
+    """A tokenizer's files, by name, as an export holds them. `source` is where they were read, for what is said.
+
+    With `names_unknown` the token that ends documents is named as the one of unknown text too, where there is none:
+    CTranslate2 loads no vocabulary without. No text gives it all the same, if the tokenizer knows every byte.
+    """
+    for name in (DEFINITION_NAME, CONFIG_NAME):
         if name not in files:
             raise UserError(f"{source / name}: missing; copy the tokenizer of the run's data set to {source}")
-    advice = "copy the tokenizer of the run's data set there"
-    content = {
-        name: parse_json(held, str(source / name), advice) for name, held in files.items() if "json" in name[-4:]
-    }
-    for name, value in content.items():
-        if not isinstance(value, dict):
-            raise UserError(f"{source / name}: a JSON {type(value).__name__}, expected an object; {advice}")
-    definition = adding_nothing(content["tokenizer.json"])
-    if definition != content["tokenizer.json"]:
-        files["tokenizer.json"] = json.dumps(definition, ensure_ascii=False).encode()
-    has_template = CHAT_TEMPLATE_NAME in files or "chat_template" in content["tokenizer_config.json"]
-    config = plain_config(content["tokenizer_config.json"], has_template) | {"model_max_length": seq_len}
-    files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    if "special_tokens_map.json" in files and content["special_tokens_map.json"].pop("auto_map", None):
-        files["special_tokens_map.json"] = json.dumps(content["special_tokens_map.json"], indent=2).encode()
-    for name, held in files.items():
-        (destination / name).write_bytes(held)
-    check_ids(as_in_the_data(read_tokenizer(source)["tokenizer.json"]), destination)
+    definition = read_object(files, DEFINITION_NAME, source)
+    adding_nothing = without_additions(definition)
+    if adding_nothing != definition:
+        files = files | {DEFINITION_NAME: json.dumps(adding_nothing, ensure_ascii=False).encode()}
+    reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
+    told = merged_config(files, source)
+    config, left_out = plain_config(told, reference)
+    if names_unknown and "eos_token" in config:
+        config.setdefault("unk_token", config["eos_token"])
+    config |= {"model_max_length": seq_len}
+    files = files | {CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+    files.pop(ROLES_NAME, None)
+    roles = {role: id_ for role in ROLES if (id_ := reference.token_to_id(config.get(role) or "")) is not None}
+    return ExportedTokenizer(files=files, reference=reference, roles=roles, left_out=tuple(left_out))
+
+
+def read_object(files: dict[str, bytes], name: str, source: Path) -> Json:
+    """The JSON object in one of a tokenizer's files; an empty one if there is no such file."""
+    value = parse_json(files.get(name, b"{}"), str(source / name), COPY_IT)
+    if not isinstance(value, dict):
+        raise UserError(f"{source / name}: a JSON {type(value).__name__}, expected an object; {COPY_IT}")
+    return value
+
+
+def merged_config(files: dict[str, bytes], source: Path) -> Json:
+    """`tokenizer_config.json`, and what only `special_tokens_map.json` says, as data preparation reads the two."""
+    told = {key: value for key, value in read_object(files, CONFIG_NAME, source).items() if value is not None}
+    return read_object(files, ROLES_NAME, source) | told
 
 
 def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
@@ -59,15 +113,15 @@ def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
     What is missing is left to `copy_tokenizer`, which names it.
     """
     files = read_tokenizer(source)
-    if not expected or not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+    if not expected or not {DEFINITION_NAME, CONFIG_NAME} <= files.keys():
         return
     found = sha256_of_files(files)
     if found != expected:
         problem = f"is not the tokenizer of the checkpoint (sha256 {found[:12]}, not {expected[:12]})"
-        raise UserError(f"{source}: {problem}: its files were changed; copy the tokenizer of the run's data set there")
+        raise UserError(f"{source}: {problem}: its files were changed; {COPY_IT}")
 
 
-def adding_nothing(definition: Json) -> Json:
+def without_additions(definition: Json) -> Json:
     """A `tokenizer.json` without what adds to a text, cuts it, pads it, or merges at random."""
     model = definition.get("model") or {}
     changed = definition | {
@@ -90,40 +144,57 @@ def _kept(processor: Json | None) -> Json | None:
     return processor | {"processors": parts} if parts else None
 
 
-def plain_config(config: Json, has_chat_template: bool) -> Json:
-    """A `tokenizer_config.json` that leaves everything to tokenizer.json, and asks for no code of its own.
+def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:
+    """A `tokenizer_config.json` that leaves everything to tokenizer.json, and what was left out of it that is said.
 
-    In the data, text that spells a special token is text. So it is here, unless the configuration says otherwise, or a
-    chat template needs such tokens.
+    A role whose token is none of tokenizer.json is left out: transformers would add the token, with an id that the
+    model has no output for. So is a further special token that is no added token there: it would be cut out of texts
+    in which the data has it as text.
     """
-    plain = {key: value for key, value in config.items() if key not in OF_A_CLASS} | {"tokenizer_class": PLAIN_CLASS}
-    if not has_chat_template:
-        plain.setdefault("split_special_tokens", True)
-    return plain
+    plain: Json = {"tokenizer_class": PLAIN_CLASS, "model_input_names": MODEL_INPUTS}
+    plain |= {key: told[key] for key in OF_DECODING if key in told}
+    if getattr(reference.pre_tokenizer, "add_prefix_space", False):
+        plain["add_prefix_space"] = True  # transformers 4 takes it from here, whatever tokenizer.json says
+    left_out = []
+    for role in ROLES:
+        token = content_of(told.get(role))
+        if token is not None and reference.token_to_id(token) is not None:
+            plain[role] = token
+        elif token is not None:
+            left_out.append(f"{role} {token!r} is no token of {DEFINITION_NAME}")
+    added = {token.content for token in reference.get_added_tokens_decoder().values()}
+    more = list(dict.fromkeys(more_tokens(told)))
+    foreign = [token for token in more if token not in added]
+    left_out += [f"special token {token!r} is no added token of {DEFINITION_NAME}" for token in foreign]
+    if own := [token for token in more if token in added]:
+        plain[MORE_TOKENS[0]] = own
+    known = {*plain, *ROLES, *MORE_TOKENS, *SAID_ELSEWHERE}
+    left_out += [f"{key} is not carried over" for key in sorted(told.keys() - known) if told[key] not in (None, False)]
+    return plain, left_out
 
 
-def as_in_the_data(definition: bytes) -> Tokenizer:
-    """The tokenizer as data preparation uses it."""
-    tokenizer = Tokenizer.from_buffer(definition)
+def content_of(token: Any) -> str | None:
+    """The text of a token as configurations write one: a string, or an object with its flags."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def more_tokens(told: Json) -> Iterable[str]:
+    """The special tokens without one of the ROLES; newer files give some of them names of their own."""
+    for key in MORE_TOKENS:
+        value = told.get(key) or []
+        for token in value.values() if isinstance(value, dict) and "content" not in value else value:
+            if (content := content_of(token)) is not None:
+                yield content
+
+
+def as_in_the_data(definition: bytes, where: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json` as data preparation uses it. Raises UserError if it is none."""
+    with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):  # the library raises nothing more exact
+        tokenizer = Tokenizer.from_buffer(definition)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
     return tokenizer
-
-
-def check_ids(expected: Tokenizer, export: Path) -> None:
-    """AutoTokenizer, without code from elsewhere, must give the data's ids, over much of the vocabulary."""
-    exported = AutoTokenizer.from_pretrained(export, local_files_only=True, trust_remote_code=False)
-    exported.model_max_length = LONG  # of no concern here, but transformers would warn of long texts
-    size = expected.get_vocab_size()
-    some = range(0, size, max(1, size // PROBE_TOKENS))
-    words = expected.decode(list(some), skip_special_tokens=True)
-    for text in ("Fellow citizens", words, "  two  spaces\n\nand a line, e\u0301 \u65e5\u672c \U0001f642"):
-        ids = expected.encode(text, add_special_tokens=False).ids
-        if exported.encode(text, split_special_tokens=True) != ids:
-            problem = "transformers would give other ids with the exported tokenizer than the data set holds"
-            raise UserError(
-                f"{export.name}: {problem}, as for {text[:40]!r}; use transformers 4.57 or newer, or report it"
-            )

@@ -22,7 +22,7 @@ from data_prep.shards import digest_file, write_durably
 from pretrain.checkpoint import Fragment, load_for_reading, load_model
 from pretrain.config import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World
-from pretrain.export_hf import main, special_token_ids
+from pretrain.export_hf import main
 from pretrain.export_marker import MARKER_NAME
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
@@ -175,9 +175,10 @@ def test_the_cards_loading_example_runs_word_for_word(form: str, exports: dict[s
 def test_the_tokenizer_comes_along(exports: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exports["gpt_neox"])
     text = "Fellow citizens — 1,024 souls <|endoftext|>\n\tend"
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, split_special_tokens=True)
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -260,16 +261,6 @@ def test_what_the_class_does_not_give_is_refused(exports: dict[str, Path]) -> No
     for name in ("output_attentions", "past_hidden_states", "is_causal", "cu_seq_lens_q"):
         with pytest.raises(ValueError, match=name):
             model(some_ids(), **{name: True})
-
-
-def test_special_ids_are_those_of_the_tokenizer(tmp_path: Path) -> None:
-    added = [{"id": i, "content": name} for i, name in ((7, "<pad>"), (8, "<s>"), (9, "</s>"))]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    assert special_token_ids(tmp_path, 9) == {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": "<pad>"}))
-    assert special_token_ids(tmp_path, 9)["pad_token_id"] == 7
 
 
 # What an export may replace

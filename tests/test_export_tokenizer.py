@@ -2,117 +2,93 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from prep_helpers import build, source, speeches, write_mixture, write_parquet
+from kinds_of_tokenizers import IDS_NAME, KINDS, Kind, differences, write_tokenizer
+from prep_helpers import NASTY_TEXTS, build, source, speeches, write_mixture, write_parquet
 from test_export_hf import save_untrained_run
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from data_prep.encode import load_tokenizer
 from data_prep.errors import UserError
 from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_tokenizer
 from pretrain.checkpoint import load_for_reading
-from pretrain.export_tokenizer import copy_tokenizer
+from pretrain.export_hf import main, special_token_ids
+from pretrain.export_ids import HARD_TEXTS, OF_A_SOURCE, SAMPLED_TOKENS, check_ids, hard_texts, texts_of_every_source
+from pretrain.export_tokenizer import as_exported, copy_tokenizer
 from pretrain.staging import staged
 from pretrain.templates import render
 from pretrain.train import about_data
 
 pytest_plugins = ("prep_fixtures",)
 
-Change = Callable[[Tokenizer], None]
-
-
-def add_template(tokenizer: Tokenizer) -> None:
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-
-
-def add_sequence(tokenizer: Tokenizer) -> None:
-    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-
-
-def add_roberta(tokenizer: Tokenizer) -> None:
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
-
-
-def add_limits(tokenizer: Tokenizer) -> None:
-    tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=64, pad_id=2, pad_token="</s>")
-
-
-def add_dropout(tokenizer: Tokenizer) -> None:
-    tokenizer.model.dropout = 0.5
-
-
-def change_nothing(tokenizer: Tokenizer) -> None:
-    assert tokenizer.post_processor is None
-
-
-KINDS: dict[str, tuple[Change, dict[str, Any]]] = {
-    "template": (add_template, {}),
-    "a template within a sequence": (add_sequence, {}),
-    "roberta": (add_roberta, {}),
-    "truncation and padding": (add_limits, {}),
-    "dropout": (add_dropout, {}),
-    "flags of a class": (change_nothing, {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
-    "flags of a plain class": (change_nothing, {"add_bos_token": True, "add_eos_token": True}),
-    "a class that builds its own": (change_nothing, {"tokenizer_class": "GPTNeoXTokenizerFast"}),
-    "code of its own": (change_nothing, {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}),
+CONFIGS = {  # of which AutoTokenizer takes the class into account
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "tablefree": {"model_type": "tablefree", "auto_map": {"AutoConfig": "modeling_tablefree.TableFreeConfig"}},
 }
 
-
-def write_tokenizer(directory: Path, change: Change, config: dict[str, Any]) -> Path:
-    """A byte-level BPE as others publish it, with begin and end tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special: list[Any] = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(speeches(3), trainer)
-    change(tokenizer)
-    directory.mkdir()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(names | config))
-    return directory
+SPELLED = "<s> begin and </s> end"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_gives_the_ids_of_the_shards(kind: str, tmp_path: Path, texts: list[str]) -> None:
-    change, config = KINDS[kind]
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", change, config)
-    write_parquet(tmp_path / "a.parquet", [*texts, "<s> begin and </s> end"])
-    build(write_mixture(tmp_path, tokenizer, [source("a", "a.parquet")]), tmp_path / "dataset")
+def test_an_export_gives_the_ids_of_the_data(kind: str, tmp_path: Path) -> None:
+    source = write_tokenizer(tmp_path / "tokenizer", KINDS[kind], speeches(3))
+    in_the_data = load_tokenizer(source)
+    for form, config in CONFIGS.items():
+        export = tmp_path / form
+        export.mkdir()
+        (export / "config.json").write_text(json.dumps(config))
+        exported = copy_tokenizer(source, export, 32, names_unknown=form == "gpt_neox")
+        asked = [*hard_texts(exported.reference), *speeches(4)[3:], *NASTY_TEXTS, SPELLED]
+        ids = [[text, in_the_data.reference.encode(text, add_special_tokens=False).ids] for text in asked]
+        about = {"ids": ids, "roles": exported.roles, "size": in_the_data.vocab_size}
+        (export / IDS_NAME).write_text(json.dumps(about))
+        assert differences(export) == []
+        assert exported.roles["eos_token"] == in_the_data.eos_id
+        plain = Tokenizer.from_file(str(export / "tokenizer.json"))  # as engines other than transformers read it
+        plain.encode_special_tokens = True
+        assert all(plain.encode(text).ids == expected for text, expected in ids)
+        assert "auto_map" not in (export / "tokenizer_config.json").read_text()
+        assert AutoTokenizer.from_pretrained(export, trust_remote_code=False).model_max_length == 32
+
+
+def test_an_export_gives_the_ids_that_the_shards_hold(tmp_path: Path, texts: list[str]) -> None:
+    source_dir = write_tokenizer(tmp_path / "tokenizer", KINDS["digits of gpt2"], speeches(3))
+    documents = [*texts, SPELLED]
+    write_parquet(tmp_path / "a.parquet", documents)
+    build(write_mixture(tmp_path, source_dir, [source("a", "a.parquet")]), tmp_path / "dataset")
     (tmp_path / "export").mkdir()
     copy_tokenizer(tmp_path / "dataset" / "tokenizer", tmp_path / "export", 32)
     exported = AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=False)
-    assert exported.model_max_length == 32
-    plain = Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
-    plain.encode_special_tokens = True
     reader, seen = ShardReader(tmp_path / "dataset"), 0
     for shard in reader.manifest.shards:
         for number in range(shard.documents):
             place, (_, row) = reader.document(shard, number)
             ids = reader.tokens(shard)[place.start : place.stop - 1].tolist()
-            text = [*texts, "<s> begin and </s> end"][row]
-            assert exported.encode(text) == ids
-            assert plain.encode(text).ids == ids
+            assert exported.encode(documents[row], split_special_tokens=True) == ids
             seen += 1
-    assert seen == len(texts) + 1
-    assert "auto_map" not in (tmp_path / "export" / "tokenizer_config.json").read_text()
+    assert seen == len(documents)
 
 
-def test_a_chat_template_comes_along_and_keeps_its_special_tokens(tmp_path: Path, texts: list[str]) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", add_template, {})
-    (tokenizer / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+def test_special_tokens_are_special_in_an_export(tokenizer_dir: Path, tmp_path: Path) -> None:
+    copy_tokenizer(tokenizer_dir, tmp_path, 32)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    ids = exported(f"Fellow citizens{exported.eos_token}")["input_ids"]  # as trl marks the end of each text
+    assert ids == [*exported("Fellow citizens")["input_ids"], exported.eos_token_id]
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_comes_along_and_keeps_its_special_tokens(place: str, tmp_path: Path, texts: list[str]) -> None:
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    in_config = place == "tokenizer_config.json"
+    kind = Kind(
+        change=KINDS["template"].change,
+        config={"chat_template": template} if in_config else {},
+        files={} if in_config else {place: template},
+    )
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", kind, speeches(3))
     write_parquet(tmp_path / "a.parquet", texts)
     build(write_mixture(tmp_path, tokenizer, [source("a", "a.parquet")]), tmp_path / "dataset")
     (tmp_path / "export").mkdir()
@@ -122,26 +98,90 @@ def test_a_chat_template_comes_along_and_keeps_its_special_tokens(tmp_path: Path
     assert ids == [1, *exported.encode("Congress"), 2]
 
 
-def test_a_plain_tokenizer_is_exported_as_it_is(tokenizer_dir: Path, tmp_path: Path) -> None:
-    copy_tokenizer(tokenizer_dir, tmp_path, 32)
+def test_of_our_own_tokenizer_only_the_configuration_changes(tokenizer_dir: Path, tmp_path: Path) -> None:
+    exported = copy_tokenizer(tokenizer_dir, tmp_path, 32)
+    assert exported.left_out == ()
     assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
     config = json.loads((tokenizer_dir / "tokenizer_config.json").read_bytes())
-    assert json.loads((tmp_path / "tokenizer_config.json").read_bytes()) == config | {"model_max_length": 32}
+    assert config.pop("split_special_tokens") is True
+    new = {"model_max_length": 32, "model_input_names": ["input_ids", "attention_mask"]}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_bytes()) == config | new
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_not_exported(tmp_path: Path) -> None:
-    def add_word(tokenizer: Tokenizer) -> None:
-        tokenizer.normalizer = normalizers.Replace("citizens", "people")
+def test_what_is_exported_is_exported_the_same_again(tmp_path: Path) -> None:
+    for kind in KINDS:
+        tokenizer = write_tokenizer(tmp_path / kind, KINDS[kind], speeches(2))
+        once = as_exported(read_tokenizer(tokenizer), tokenizer, 32, names_unknown=True)
+        again = as_exported(once.files, tokenizer, 32, names_unknown=True)
+        assert (again.files, again.left_out) == (once.files, ())
 
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", add_word, {})
-    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
-    word = vars(AddedToken("Fellow")) if hasattr(AddedToken("Fellow"), "__dict__") else {"content": "Fellow"}
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
-    config["added_tokens_decoder"] = {"400": word | {"content": "Fellow"} | flags}  # not in tokenizer.json
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+
+def test_the_end_token_is_named_as_unknown_where_asked_and_none_is_named(tmp_path: Path) -> None:
+    for kind, unknown in (("plain", "</s>"), ("unknown is a word", "\u0120the")):
+        tokenizer = write_tokenizer(tmp_path / kind, KINDS[kind], speeches(2))
+        files = read_tokenizer(tokenizer)
+        assert as_exported(files, tokenizer, 32, names_unknown=True).roles["unk_token"] == Tokenizer.from_file(
+            str(tokenizer / "tokenizer.json")
+        ).token_to_id(unknown)
+    assert "unk_token" not in as_exported(read_tokenizer(tmp_path / "plain"), tmp_path, 32).roles
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("padding that is no token", "pad_token '<pad>' is no token of tokenizer.json"),
+        ("more special, not added", "special token '<none>' is no added token of tokenizer.json"),
+        ("bert", "do_lower_case is not carried over"),
+    ],
+)
+def test_what_is_left_out_is_said(kind: str, said: str, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", KINDS[kind], speeches(2))
+    assert said in as_exported(read_tokenizer(tokenizer), tokenizer, 32).left_out
+
+
+def test_padding_told_elsewhere_is_the_model_s_padding(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", KINDS["padding told elsewhere"], speeches(2))
+    roles = as_exported(read_tokenizer(tokenizer), tokenizer, 32).roles
+    assert special_token_ids(roles, 2) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": roles["pad_token"]}
+    assert roles["pad_token"] > 2
+    assert special_token_ids({"eos_token": 9}, 9) == {"bos_token_id": 9, "eos_token_id": 9, "pad_token_id": 9}
+
+
+def test_other_ids_are_found(tmp_path: Path) -> None:
+    """A class that builds its own pre-tokenizer, as exports of early versions name it."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", KINDS["digits of gpt2"], speeches(3))
     (tmp_path / "export").mkdir()
-    with pytest.raises(UserError, match="would give other ids"):
-        copy_tokenizer(tokenizer, tmp_path / "export", 32)
+    (tmp_path / "export" / "config.json").write_text(json.dumps(CONFIGS["gpt_neox"]))
+    exported = copy_tokenizer(tokenizer, tmp_path / "export", 32)
+    assert check_ids(tmp_path / "export", exported.reference, HARD_TEXTS, tmp_path) == len(HARD_TEXTS)
+    config = tmp_path / "export" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("PreTrainedTokenizerFast", "GPT2Tokenizer"))
+    with pytest.raises(UserError, match=r"mine: transformers .* would give other ids .* than the data set holds"):
+        check_ids(tmp_path / "export", exported.reference, HARD_TEXTS, Path("mine"))
+    (tmp_path / "export" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"mine: transformers .* can't load the exported tokenizer"):
+        check_ids(tmp_path / "export", exported.reference, HARD_TEXTS, Path("mine"))
+
+
+def test_documents_of_every_source_are_compared(dataset: Path) -> None:
+    reader = ShardReader(dataset)
+    tokenizer = load_tokenizer(dataset / "tokenizer").reference
+    texts = list(texts_of_every_source(reader, tokenizer))
+    assert len(texts) == 2 * OF_A_SOURCE  # of two sources
+    held = {tokenizer.decode(ids, skip_special_tokens=False) for ids in documents_of(reader)}
+    assert set(texts) <= held
+    assert len(set(texts)) > OF_A_SOURCE
+
+
+def documents_of(reader: ShardReader) -> list[list[int]]:
+    """The ids of all documents, of long ones as many as are compared."""
+    found = []
+    for shard in reader.manifest.shards:
+        for number in range(shard.documents):
+            place, _ = reader.document(shard, number)
+            ids = reader.tokens(shard)[place.start : place.stop - 1].tolist()
+            found.append(ids[:SAMPLED_TOKENS])
+    return found
 
 
 @pytest.fixture
@@ -220,3 +260,14 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
     said = "2.1% of tokens are unk; 34 of 400 sampled documents do not decode to their text"
     assert f"The tokenizer loses text: {said}." in card
     assert "between tokenizers that keep all text" in card
+
+
+def test_the_export_says_of_what_the_ids_were_seen(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--run-dir", str(text_run), "--output-dir", str(tmp_path / "a")])
+    said = capsys.readouterr().out
+    assert f"gives the data's ids for hard texts and {OF_A_SOURCE} documents of 1 sources" in said
+    save_untrained_run(tmp_path / "alone", text_run / "tokenizer", "learned")  # whose data set is nowhere
+    main(["--run-dir", str(tmp_path / "alone"), "--output-dir", str(tmp_path / "b")])
+    assert "ids for hard texts; no documents were compared" in capsys.readouterr().out
