@@ -28,6 +28,7 @@ from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
+from pretrain.engines import engines_of
 from pretrain.evaluate import figures_of, run_of
 from pretrain.export_ids import check_ids, hard_texts, texts_of_every_source
 from pretrain.export_marker import refuse_to_replace, write_marker
@@ -142,7 +143,7 @@ def write_export(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
-        one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
+        one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())), engines=engines_of(architecture),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Exports under the releases of transformers that people have: matrix/rows.py says what is tried.
 
-    python tests/test_matrix.py --record      runs it, and writes the table of pretrain/README.md
+    python tests/test_matrix.py --record      runs it, writes the table of pretrain/README.md and pretrain/engines.yaml
 
 Each release has an environment of its own (matrix/environments.py), made by pip once and kept; the newest is asked of
 the registry each time, so a release that breaks something turns these tests red on the day that it comes. A row is
@@ -22,7 +22,10 @@ from typing import NamedTuple
 import pytest
 from conftest import REPOSITORY, environment, text_dataset
 from matrix.environments import newest_version, prepare_environment, skip_without_registry
+from matrix.recorded import replace_records
 from matrix.reference import FORMS, train_and_export, write_reference
+
+from pretrain.engines import EngineRecord, engines_of
 
 ROWS_PROGRAM = REPOSITORY / "tests" / "matrix" / "rows.py"
 README = REPOSITORY / "pretrain" / "README.md"
@@ -199,8 +202,29 @@ def test_the_readme_holds_the_table() -> None:
     assert recorded == table(newest[1]), "the table is another: python tests/test_matrix.py --record"
 
 
+def test_cards_say_of_every_release_what_the_table_says() -> None:
+    newest = recorded_table().rpartition("written: ")[2].removesuffix(".")
+    for form in FORMS:
+        said = {record.version: record.error for record in engines_of(form) if record.engine == "transformers"}
+        assert said == {
+            newest if release == NEWEST else release: "; ".join(row for row in ROWS if shortfall_of(row, release, form))
+            or None
+            for release in RELEASES
+        }
+
+
+def engine_record(outcomes: Outcomes, form: str) -> EngineRecord:
+    """What cards say of a release."""
+    not_right = [row for row, error in outcomes.forms[form].items() if error]
+    return EngineRecord(
+        engine="transformers", version=outcomes.version, form=form, by="tests/test_matrix.py",
+        tried=f"{len(ROWS)} uses: logits, caches, beams, padding, assistants, tokenizer, training, saving",
+        error="; ".join(not_right) or None,
+    )  # fmt: skip
+
+
 def record() -> None:
-    """Run the matrix; where it is as expected, write the table."""
+    """Run the matrix; where it is as expected, write the table and what cards say."""
     with TemporaryDirectory() as directory:
         outcomes = {release: future.result() for release, future in run_matrix(Path(directory)).items()}
     wrong = 0
@@ -213,6 +237,7 @@ def record() -> None:
                     print(f"{version}, {form}: {row}: {error or 'works now, though it is in SHORTFALLS'}")
     if wrong:
         sys.exit(f"{wrong} cells are not as expected; nothing recorded")
+    replace_records([engine_record(result, form) for result in outcomes.values() for form in FORMS])
     before, _, rest = README.read_text(encoding="utf-8").partition(TABLE_BEGINS)
     _, _, after = rest.partition(TABLE_ENDS)
     written = f"{TABLE_BEGINS}\n\n{table(outcomes[NEWEST].version)}\n\n{TABLE_ENDS}"

@@ -21,11 +21,12 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from conftest import environment, text_dataset
 from matrix.environments import prepare_environment
-from matrix.recorded import Record, replace_records
+from matrix.recorded import replace_records
 from matrix.reference import FORMS, train_and_export, write_reference
 from test_matrix import ADDRESSES, CHARACTERS
 
 from data_prep.errors import UserError, exit_code
+from pretrain.engines import EngineRecord
 
 CHECKS = TESTS / "matrix" / "engine_checks.py"
 TIMEOUT_S = 300
@@ -48,7 +49,7 @@ NEEDS = {
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
 
 
-def check(engine: str, home: Path) -> list[Record]:
+def check(engine: str, home: Path) -> list[EngineRecord]:
     """Run both forms in an engine. Raises RegistryError if it can't be had."""
     python = prepare_environment(NEEDS[engine])
     written = home / f"{engine}.json"
@@ -63,7 +64,7 @@ def check(engine: str, home: Path) -> list[Record]:
     version = subprocess.run([str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True)
     outcomes = json.loads(written.read_bytes())
     return [
-        Record(
+        EngineRecord(
             engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine], error=outcomes[form],
             by="tests/benchmarks/engines.py",
         )
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for engine in flags.only.split(","):
             records = check(engine, home)
             for record in records:
-                print(f"{record.engine} {record.version}, {record.form}: {record.result}", flush=True)
+                print(f"{record.engine} {record.version}, {record.form}: {record.error or 'as trained'}", flush=True)
             if flags.record:
                 replace_records(records)
 

@@ -131,7 +131,7 @@ def memory_of_this_process() -> dict[str, int]:
 
 
 def load_and_measure(directory: Path, warm_up: Path) -> None:
-    """Print what `from_pretrained` adds to this process at its highest; all imports are made by a small model before."""
+    """Print what `from_pretrained` adds to this process at its highest; a small model makes all imports before."""
     logging.set_verbosity_error()
     AutoModelForCausalLM.from_pretrained(warm_up, trust_remote_code=True)
     gc.collect()

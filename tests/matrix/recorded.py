@@ -1,44 +1,28 @@
-"""pretrain/engines.yaml: what exports were run in, for their cards. Written by what ran them, never by hand."""
+"""Writes pretrain/engines.yaml, what exports were run in, for those who ran them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from conftest import REPOSITORY
 
-FILE = REPOSITORY / "pretrain" / "engines.yaml"
+from pretrain.engines import ENGINES_FILE, EngineRecord, read_engine_records
+
 HEADER = """\
-# What exports were run in; each export's card shows the rows of its form. Nothing here is written by hand:
+# What exports were run in; the card of an export shows the rows of its form. Not written by hand:
 #   python tests/test_matrix.py --record           transformers
 #   python tests/benchmarks/engines.py --record    the others
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One form of a small trained export in one release of an engine."""
-
-    engine: str
-    version: str
-    form: str
-    tried: str
-    error: str | None  # None where all was as the training class has it
-    by: str  # the program that ran it
-
-    @property
-    def result(self) -> str:
-        """In words, as the card has it."""
-        return "as trained" if self.error is None else f"not: {self.error}"
+def place(record: EngineRecord) -> tuple[bool, str]:
+    """Where a record stands: transformers first, then by name."""
+    return record.engine != "transformers", record.engine.lower()
 
 
-def read_records(path: Path = FILE) -> list[Record]:
-    """All records, in order."""
-    return [Record(**content) for content in yaml.safe_load(path.read_text(encoding="utf-8")) or []]
-
-
-def replace_records(new: Sequence[Record], path: Path = FILE) -> None:
-    """Put new records in the place of those of the same engines that the same program wrote."""
-    kept = [old for old in read_records(path) if (old.engine, old.by) not in {(r.engine, r.by) for r in new}]
-    content = [asdict(record) for record in sorted([*kept, *new], key=lambda r: (r.engine != "transformers", r.engine))]
+def replace_records(new: Sequence[EngineRecord], path: Path = ENGINES_FILE) -> None:
+    """Put new records in the place of all that the file has of the same engines."""
+    engines = {record.engine for record in new}
+    kept = [old for old in read_engine_records(path) if old.engine not in engines]
+    content = [asdict(record) for record in sorted([*kept, *new], key=place)]
     path.write_text(HEADER + yaml.safe_dump(content, sort_keys=False, width=1000), encoding="utf-8")
