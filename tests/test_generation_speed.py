@@ -1,4 +1,4 @@
-"""The benchmark of generation: that it runs, and what it finds of memory. Speeds need a machine that does nothing else."""
+"""The benchmark of generation: that it runs, and what it finds of memory. Speeds are for a machine that rests."""
 
 import re
 import sys
