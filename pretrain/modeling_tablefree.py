@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 INPUT_EMBEDDINGS = ("binary_code", "affine_code", "learned")
@@ -231,7 +230,7 @@ def sdpa_attention_forward(
     A single token without a mask sees every key.
     """
     if mask is None or isinstance(mask, Tensor):
-        is_causal = mask is None and query_BHTC.shape[2] > 1
+        is_causal = mask is None and bool(query_BHTC.shape[2] > 1)  # in an export the comparison is a symbol
         attended = F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal)
         return attended.transpose(1, 2), None
     from torch.nn.attention.flex_attention import flex_attention  # for training: an export runs on older torch too
@@ -255,15 +254,12 @@ def eager_attention_forward(
     return (weights @ value_BHSC).transpose(1, 2), weights
 
 
-def attention_function(name: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What computes attention under a name of `config._attn_implementation`; KeyError if nothing does."""
-    if name is None or name == "sdpa":
-        return sdpa_attention_forward
-    if name == "eager":
-        return eager_attention_forward
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    return ALL_ATTENTION_FUNCTIONS[name]  # transformers 4
+# All that is registered with transformers, and our own two in place of its. `set_attn_implementation` of transformers 5
+# works for a file that says `ALL_ATTENTION_FUNCTIONS.get_interface(`, which transformers 4 does not have; vLLM reads in
+# the source of `Attention.forward` that it looks its function up here.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
+ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 
 
 class Past(NamedTuple):
@@ -303,7 +299,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
-        attend = attention_function(self.config._attn_implementation)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         attended, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
         if attentions is not None:
             attentions.append(weights)
@@ -360,7 +356,8 @@ def visible_keys(attention_mask: Tensor | None, slots_T: Tensor, keys: int, docu
 
     `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row is empty.
     """
-    tokens, index_S = len(slots_T), torch.arange(keys, device=slots_T.device)
+    tokens = slots_T.shape[0]  # len() would fix it in an export
+    index_S = torch.arange(keys, device=slots_T.device)
     visible_TS = index_S <= slots_T[:, None]
     if attention_mask is not None:
         return (visible_TS & attention_mask[:, None, None, :].bool()) | (index_S == slots_T[:, None])
@@ -384,7 +381,7 @@ def attention_arguments(arguments: dict[str, Any], implementation: str | None) -
                 f"forward() got {name}, which this modeling_tablefree.py does not know and so must not ignore; leave "
                 f"it out, or take a newer modeling_tablefree.py or an older transformers"
             )
-        if implementation in (None, *OWN_ATTENTION):
+        if implementation in OWN_ATTENTION:
             raise ValueError(f"forward() got {name}, which attn_implementation {implementation!r} does not take")
     return {name: value for name, value in given.items() if name in ATTENTION_ARGUMENTS}
 
@@ -485,7 +482,7 @@ class TableFreeModel(TableFreePreTrainedModel):
             return attention_mask
         tokens, device = hidden_BTD.shape[1], hidden_BTD.device
         slots_T = torch.arange(tokens, device=device) if past is None else past.slots_T
-        if self.config._attn_implementation not in (None, *OWN_ATTENTION):
+        if self.config._attn_implementation not in OWN_ATTENTION:
             wanted = inspect.signature(create_causal_mask).parameters  # its arguments have been renamed and dropped
             cache = None if past is None else past.cache
             values = {
@@ -561,7 +558,7 @@ class TableFreeModel(TableFreePreTrainedModel):
         states: list[Tensor] | None = [] if output_hidden_states else None
         if output_attentions:
             arguments["attentions"] = []
-        if implementation not in (None, *OWN_ATTENTION):
+        if implementation not in OWN_ATTENTION:
             arguments["position_ids"] = position_ids  # by which some tell documents apart
         hidden_BTD = self.decode(hidden_BTD, positions_BT, mask, past, states, **arguments)
         output = BaseModelOutputWithPast(
