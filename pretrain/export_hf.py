@@ -1,15 +1,18 @@
-"""Export a run to Hugging Face format, from the fp32 masters of a checkpoint, without DeepSpeed.
+"""Export a run to Hugging Face format or GGUF, from the fp32 masters of a checkpoint, without DeepSpeed.
 
-    python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox] [--dtype ...]
-        [--step N] [--overwrite]
+    python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox|gguf]
+        [--dtype ...] [--step N] [--overwrite]
 
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
+    gguf        the same as one file for llama.cpp and the engines built on it
 
-Both give the same logits. An export is a function of the checkpoint and its evaluation: made twice, its files are
-equal bit for bit. What it may replace is in pretrain/export_marker.py.
+All give the same logits, those engines to 0.004. An export is a function of the checkpoint and its evaluation: made
+twice, its files are equal bit for bit. What it may replace is in pretrain/export_marker.py.
 """
 
+import argparse
+import itertools
 import json
 import shutil
 import stat
@@ -25,14 +28,16 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
 from data_prep.errors import CommandParser, UserError, exit_code, one_line
-from data_prep.shards import TOKENIZER_NAME, ShardReader, replace_directory
+from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.engines import engines_of
 from pretrain.evaluate import figures_of, run_of
+from pretrain.export_gguf import DTYPES as GGUF_DTYPES
+from pretrain.export_gguf import Vocabulary, gguf_name, require_gguf, write_gguf
 from pretrain.export_ids import check_ids, hard_texts, texts_of_every_source
 from pretrain.export_marker import refuse_to_replace, write_marker
-from pretrain.export_tokenizer import ExportedTokenizer, copy_tokenizer, refuse_another_tokenizer
+from pretrain.export_tokenizer import DEFINITION_NAME, ExportedTokenizer, as_exported, refuse_another_tokenizer
 from pretrain.modeling_tablefree import (
     LAYER_NORM_EPS,
     MODELING_VERSION,
@@ -84,7 +89,7 @@ def tablefree_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights,
     return {name_in_model(name): parameter for name, parameter in masters.items()}, config
 
 
-def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, PretrainedConfig]:
+def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, GPTNeoXConfig]:
     """Weights and config of a stock GPT-NeoX that computes the same."""
     weights = {gpt_neox_name(name): parameter for name, parameter in masters.items()}
     if config.input_embedding != "learned":  # the codes of all ids, (V, D), stand in for a trained table
@@ -100,6 +105,11 @@ def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> tuple[Weights, 
 
 
 ARCHITECTURES = {"tablefree": tablefree_parts, "gpt_neox": gpt_neox_parts}
+DTYPES = {
+    "tablefree": ("float32", "bfloat16"),
+    "gpt_neox": ("float32", "bfloat16"),
+    "gguf": GGUF_DTYPES,
+}  # the default first
 
 
 def config_json(config: PretrainedConfig, architecture: str, dtype: str, special_ids: dict[str, int]) -> str:
@@ -114,11 +124,13 @@ def special_token_ids(roles: dict[str, int], eos_id: int) -> dict[str, int]:
     return {f"{kind}_token_id": roles.get(f"{kind}_token", eos_id) for kind in ("bos", "eos", "pad")}
 
 
-def save_weights(weights: Weights, path: Path) -> None:
-    """A safetensors file with the mode of those beside it: the library makes its own readable by nobody else."""
-    save_file(weights, path, metadata={"format": "pt"})
-    sibling = path.with_name("tokenizer_config.json")
-    path.chmod(stat.S_IMODE(sibling.stat().st_mode))
+def write_model(directory: Path, weights: Weights, config_text: str, dtype: str) -> None:
+    """Weights and configuration. safetensors makes a file that nobody else may read: it gets the mode of the others."""
+    (directory / "config.json").write_text(config_text, encoding="utf-8")
+    path = directory / "model.safetensors"
+    converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
+    save_file(converted, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE((directory / "config.json").stat().st_mode))
 
 
 def tokens_of(tokenizer: Tokenizer, ids: Sequence[int] | None) -> dict[int, str]:
@@ -132,23 +144,31 @@ def write_export(
     """All files of the export."""
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
-    weights, exported_config = ARCHITECTURES[architecture](masters, config)
-    weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
-    tokenizer = copy_tokenizer(
-        run_dir / TOKENIZER_NAME, directory, config.seq_len, names_unknown=architecture == "gpt_neox"
-    )
-    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
-    save_weights(weights, directory / "model.safetensors")
+    source = run_dir / TOKENIZER_NAME
+    tokenizer = as_exported(read_tokenizer(source), source, config.seq_len, names_unknown=architecture == "gpt_neox")
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
-        one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())), engines=engines_of(architecture),
+        one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
+        gguf_name=gguf_name(dtype),
+        engines=engines_of(architecture),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
-    (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
-    config_text = config_json(exported_config, architecture, dtype, special_ids)
-    (directory / "config.json").write_text(config_text, encoding="utf-8")
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
+    if architecture == "gguf":
+        weights, stock = gpt_neox_parts(masters, config)
+        vocabulary = Vocabulary(
+            definition=json.loads(tokenizer.files[DEFINITION_NAME]),
+            tokenizer=tokenizer.reference,
+            special_ids=special_ids,
+        )
+        write_gguf(directory / gguf_name(dtype), weights, stock, vocabulary, dtype)
+    else:
+        weights, exported_config = ARCHITECTURES[architecture](masters, config)
+        tokenizer.write_to(directory)
+        write_model(directory, weights, config_json(exported_config, architecture, dtype, special_ids), dtype)
+        (directory / "generation_config.json").write_text(json.dumps(special_ids, indent=2) + "\n", encoding="utf-8")
     if architecture == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
     write_marker(directory, checkpoint, architecture, dtype)
@@ -171,22 +191,38 @@ def check_tokenizer(export: Path, tokenizer: ExportedTokenizer, checkpoint: Chec
     return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents of {sources} sources"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises UserError for flags that don't go together."""
     about = "Export a checkpoint of a run, the newest good one unless --step names another, to Hugging Face format."
     parser = CommandParser(prog="python -m pretrain.export_hf", description=about)
     run_help = "directory of a run of pretrain.train, or of one of its checkpoints"
-    parser.add_argument("--run-dir", required=True, type=Path, help=run_help)
+    parser.add_argument("--run-dir", type=Path, help=run_help)
     output_help = "where the export goes; an export of the same run that is there is replaced, nothing else"
-    parser.add_argument("--output-dir", required=True, type=Path, help=output_help)
+    parser.add_argument("--output-dir", type=Path, help=output_help)
     parser.add_argument("--step", type=int, metavar="N", help="export the checkpoint after N steps")
     overwrite = "replace an export of another run, or one whose files were edited"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table"
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="tablefree", help=forms)
-    weights = "of the weights (default: float32)"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=weights)
+    forms = "tablefree: as trained, with remote code (default); gpt_neox: loads anywhere, codes as a table; gguf: the "
+    forms += "same for llama.cpp, as one file"
+    parser.add_argument("--architecture", choices=DTYPES, default="tablefree", help=forms)
+    weights = "of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0"
+    parser.add_argument("--dtype", choices=dict.fromkeys(itertools.chain(*DTYPES.values())), help=weights)
     flags = parser.parse_args(arguments)
+    for name in ("run_dir", "output_dir"):
+        if getattr(flags, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is missing")
+    possible = DTYPES[flags.architecture]
+    if flags.dtype not in (None, *possible):
+        raise UserError(f"--dtype {flags.dtype}: --architecture {flags.architecture} takes {' or '.join(possible)}")
+    flags.dtype = flags.dtype or possible[0]
+    if flags.architecture == "gguf":
+        require_gguf()
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    flags = parse_arguments(arguments)
     checkpoint = load_for_reading(flags.run_dir, flags.step)
     run_dir = run_of(checkpoint, flags.run_dir)
     if run_dir is None:
@@ -194,13 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refuse_another_tokenizer(run_dir / TOKENIZER_NAME, checkpoint.manifest["data"].get("tokenizer_sha256"))
     output = flags.output_dir
     refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
-
     about_tokenizer: list[str] = []
 
     def write(staged: Path) -> None:
         tokenizer = write_export(run_dir, checkpoint, staged, flags.architecture, flags.dtype)
         about_tokenizer.extend(tokenizer.left_out)
-        about_tokenizer.append(check_tokenizer(staged, tokenizer, checkpoint, output))
+        if flags.architecture in ARCHITECTURES:
+            about_tokenizer.append(check_tokenizer(staged, tokenizer, checkpoint, output))
         refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)  # that took a while
 
     replace_directory(output, write)

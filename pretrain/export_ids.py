@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, explained
 from data_prep.shards import ShardReader
 
-LONG = 1 << 30  # tokens
 SAMPLED_DOCUMENTS = 512  # of all sources together, but at least one of each; 2 seconds for a million tokens
 OF_A_SOURCE = 16
 SAMPLED_TOKENS = 2_000  # of a document, from its beginning
@@ -65,16 +64,20 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
     called. Special tokens in a text are text here, as in the data. Raises UserError for the first text with other ids.
     """
     from transformers import AutoTokenizer, __version__
+    from transformers.utils import logging
 
-    problem = f"{place}: transformers {__version__} can't load the exported tokenizer"
-    with explained(Exception, problem, ADVICE):
-        exported: Any = AutoTokenizer.from_pretrained(export, local_files_only=True, trust_remote_code=False)
-    exported.model_max_length = LONG  # of no concern here, but transformers would warn of long texts
-    asked = 0
-    for text in texts:
-        asked += 1
-        ids = expected.encode(text, add_special_tokens=False).ids
-        if exported.encode(text, split_special_tokens=True) != ids:
-            problem = "would give other ids with the exported tokenizer than the data set holds"
-            raise UserError(f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}")
-    return asked
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of long texts, and of a class whose code is not to be run
+    try:
+        with explained(Exception, f"{place}: transformers {__version__} can't load the exported tokenizer", ADVICE):
+            exported: Any = AutoTokenizer.from_pretrained(export, local_files_only=True, trust_remote_code=False)
+        asked = 0
+        for text in texts:
+            asked += 1
+            ids = expected.encode(text, add_special_tokens=False).ids
+            if exported.encode(text, split_special_tokens=True) != ids:
+                problem = "would give other ids with the exported tokenizer than the data set holds"
+                raise UserError(f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}")
+        return asked
+    finally:
+        logging.set_verbosity(verbosity)

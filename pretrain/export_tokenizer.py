@@ -54,25 +54,20 @@ class ExportedTokenizer:
     roles: dict[str, int]  # the id of each role that a token has, such as eos_token
     left_out: tuple[str, ...]  # what of the source's files is not in these, a line each
 
-
-def copy_tokenizer(source: Path, destination: Path, seq_len: int, *, names_unknown: bool = False) -> ExportedTokenizer:
-    """Write a run's tokenizer into an export, told how long a text the model takes; see `as_exported`.
-
-    Raises UserError if files are missing or damaged.
-    """
-    exported = as_exported(read_tokenizer(source), source, seq_len, names_unknown=names_unknown)
-    for name, held in exported.files.items():
-        (destination / name).write_bytes(held)
-    return exported
+    def write_to(self, directory: Path) -> None:
+        """Put the files into an export."""
+        for name, held in self.files.items():
+            (directory / name).write_bytes(held)
 
 
 def as_exported(
     files: dict[str, bytes], source: Path, seq_len: int, *, names_unknown: bool = False
 ) -> ExportedTokenizer:
-    """A tokenizer's files, by name, as an export holds them. `source` is where they were read, for what is said.
+    """A tokenizer's files, by name, as an export holds them, told how long a text the model takes.
 
-    With `names_unknown` the token that ends documents is named as the one of unknown text too, where there is none:
-    CTranslate2 loads no vocabulary without. No text gives it all the same, if the tokenizer knows every byte.
+    `source` is where they were read. With `names_unknown` the token that ends documents is named as the one of unknown
+    text too, where there is none: CTranslate2 loads no vocabulary without. No text gives it all the same, if the
+    tokenizer knows every byte. Raises UserError if files are missing or damaged.
     """
     for name in (DEFINITION_NAME, CONFIG_NAME):
         if name not in files:
@@ -110,7 +105,7 @@ def merged_config(files: dict[str, bytes], source: Path) -> Json:
 def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
     """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells, if it tells one.
 
-    What is missing is left to `copy_tokenizer`, which names it.
+    What is missing is left to `as_exported`, which names it.
     """
     files = read_tokenizer(source)
     if not expected or not {DEFINITION_NAME, CONFIG_NAME} <= files.keys():

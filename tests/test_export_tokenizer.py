@@ -17,7 +17,7 @@ from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_
 from pretrain.checkpoint import load_for_reading
 from pretrain.export_hf import main, special_token_ids
 from pretrain.export_ids import HARD_TEXTS, OF_A_SOURCE, SAMPLED_TOKENS, check_ids, hard_texts, texts_of_every_source
-from pretrain.export_tokenizer import as_exported, copy_tokenizer
+from pretrain.export_tokenizer import ExportedTokenizer, as_exported
 from pretrain.staging import staged
 from pretrain.templates import render
 from pretrain.train import about_data
@@ -28,6 +28,13 @@ CONFIGS = {  # of which AutoTokenizer takes the class into account
     "gpt_neox": {"model_type": "gpt_neox"},
     "tablefree": {"model_type": "tablefree", "auto_map": {"AutoConfig": "modeling_tablefree.TableFreeConfig"}},
 }
+
+
+def copy_tokenizer(source: Path, export: Path, seq_len: int, *, names_unknown: bool = False) -> ExportedTokenizer:
+    exported = as_exported(read_tokenizer(source), source, seq_len, names_unknown=names_unknown)
+    exported.write_to(export)
+    return exported
+
 
 SPELLED = "<s> begin and </s> end"
 
