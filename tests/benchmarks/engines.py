@@ -1,0 +1,96 @@
+"""Exports in other people's engines, and the record of it that each export's card shows.
+
+    python tests/benchmarks/engines.py [--record] [--only peft,trl]
+
+Installs each engine into an environment of its own (kept in the user's cache directory; torch is shared with this
+one), runs both forms of a small trained export in it, and compares with the training class; what is tried is in
+tests/matrix/engine_checks.py. --record writes the results into pretrain/engines.yaml, from which cards are made;
+those of transformers itself come from tests/test_matrix.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from conftest import environment, text_dataset
+from matrix.environments import prepare_environment
+from matrix.recorded import replace_records
+from matrix.reference import FORMS, train_and_export, write_reference
+from test_matrix import ADDRESSES, CHARACTERS
+
+from data_prep.errors import UserError, exit_code
+from pretrain.engines import EngineRecord
+
+CHECKS = TESTS / "matrix" / "engine_checks.py"
+TIMEOUT_S = 300
+TRIED = {
+    "peft": "LoRA: trained, saved, loaded, merged, generating",
+    "trl": "SFTTrainer, six steps, the end token taught",
+    "lm-eval": "log-likelihood of a continuation",
+    "torchao": "weights in 8 bits",
+    "onnxruntime": "logits of `torch.onnx.export(dynamo=True)`",
+    "ctranslate2": "converted, greedy text",
+}
+NEEDS = {
+    "peft": ["peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0"],
+    "trl": ["trl==1.16.0", "transformers==5.24.0"],
+    "lm-eval": ["lm-eval[hf]==0.4.13", "transformers==5.24.0"],
+    "torchao": ["torchao==0.18.0", "accelerate==1.15.0", "transformers==5.24.0"],
+    "onnxruntime": ["onnxruntime", "onnx", "onnxscript", "accelerate==1.15.0", "transformers==5.24.0"],
+    "ctranslate2": ["ctranslate2==4.8.5", "accelerate==1.15.0", "transformers==4.57.6"],
+}
+VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
+
+
+def check(engine: str, home: Path) -> list[EngineRecord]:
+    """Run both forms in an engine. Raises RegistryError if it can't be had."""
+    python = prepare_environment(NEEDS[engine])
+    written = home / f"{engine}.json"
+    env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
+    del env["PYTHONPATH"]
+    result = subprocess.run(
+        [str(python), str(CHECKS), str(home), engine, str(written)],
+        cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    if result.returncode != 0:
+        raise UserError(f"{engine}: no result\n{result.stderr}")
+    version = subprocess.run([str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True)
+    outcomes = json.loads(written.read_bytes())
+    return [
+        EngineRecord(
+            engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine], error=outcomes[form],
+            by="tests/benchmarks/engines.py",
+        )
+        for form in FORMS
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write pretrain/engines.yaml")
+    parser.add_argument("--only", default=",".join(TRIED), help="some of the engines")
+    flags = parser.parse_args(arguments)
+    unknown = set(flags.only.split(",")) - TRIED.keys()
+    if unknown:
+        raise UserError(f"--only {flags.only}: no engine {min(unknown)}; there are {', '.join(TRIED)}")
+    with TemporaryDirectory() as directory:
+        home = Path(directory)
+        write_reference(train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home), home)
+        for engine in flags.only.split(","):
+            records = check(engine, home)
+            for record in records:
+                print(f"{record.engine} {record.version}, {record.form}: {record.error or 'as trained'}", flush=True)
+            if flags.record:
+                replace_records(records)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

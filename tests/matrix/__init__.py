@@ -1,0 +1,1 @@
+"""Exports under other releases of transformers than the one that the tests run with; see tests/test_matrix.py."""
