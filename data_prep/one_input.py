@@ -1,8 +1,8 @@
 """Two ids that the training's default code would make one input: said when a data set is built, and when it is shown.
 
 The code of an id is its own bits, and the decoder's LayerNorm takes away what all channels share: so the code of
-zeros alone and that of ones alone are one input (see pretrain/token_codes.py). These are the ids 0 and V - 1 where V is
-a power of two. That harms a data set in which both occur.
+zeros alone and that of ones alone are one input (see pretrain/model/token_codes.py). These are the ids 0 and V - 1
+where V is a power of two. That harms a data set in which both occur.
 """
 
 from data_prep.reference import Reference

@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
-from pretrain.checkpoint import load_for_reading
-from pretrain.records import read_lines
-from pretrain.run_directory import METRICS_NAME
+from pretrain.checkpoint.reader import load_for_reading
+from pretrain.metrics.records import read_lines
+from pretrain.run.directory import METRICS_NAME
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60

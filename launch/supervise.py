@@ -37,9 +37,14 @@ from data_prep.errors import (
     unheard,
 )
 from data_prep.shards import lock, write_durably
-from pretrain.config import Recipe, load_recipe
-from pretrain.digests import lengths_that_differ
-from pretrain.first_checks import check_arguments, check_recipe_and_engine, engine_flags_by_default, ranks_by_default
+from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.data.digests import lengths_that_differ
+from pretrain.run.first_checks import (
+    check_arguments,
+    check_recipe_and_engine,
+    engine_flags_by_default,
+    ranks_by_default,
+)
 
 GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
 # sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints who got it.
@@ -49,7 +54,7 @@ SIGNAL_RANKS = """cd /proc
 for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
 grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
 COUNT_GPUS = (sys.executable, str(Path(__file__).with_name("count_gpus.py")))
-SAME_SIGNAL_S = 2.0  # as pretrain/signals.py has it: signals are often sent more than once
+SAME_SIGNAL_S = 2.0  # as pretrain/run/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 SPREAD_S = 0.5  # who signals every process of a job may come to the launcher first, and to this one last
 LONGEST_BACK_OFF_S = 300.0

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, exit_code, parse_json
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
-from pretrain.checkpoint import Checkpoint, checkpoints_dir, is_checkpoint, load_for_reading, load_model
-from pretrain.digests import check_shards
-from pretrain.distributed import keep_freed_memory
-from pretrain.loader import ValidationWindows
-from pretrain.loss import LanguageModelLoss
-from pretrain.retention import step_name
-from pretrain.templates import render
+from pretrain.checkpoint.reader import Checkpoint, checkpoints_dir, is_checkpoint, load_for_reading, load_model
+from pretrain.checkpoint.retention import step_name
+from pretrain.data.digests import check_shards
+from pretrain.data.loader import ValidationWindows
+from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.model.loss import LanguageModelLoss
+from pretrain.view.templates import render
 
 EVALUATION_NAME = "evaluation.json"
 EVALUATIONS_NAME = "evaluations"

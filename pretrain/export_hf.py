@@ -8,7 +8,7 @@
     gguf        the same as one file for llama.cpp and the engines built on it
 
 All give the same logits, those engines to 0.004. An export is a function of the checkpoint and its evaluation: made
-twice, its files are equal bit for bit. What it may replace is in pretrain/export_marker.py.
+twice, its files are equal bit for bit. What it may replace is in pretrain/hf/marker.py.
 """
 
 import argparse
@@ -30,14 +30,15 @@ from transformers import GPTNeoXConfig, PretrainedConfig
 from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
-from pretrain.checkpoint import Checkpoint, load_for_reading
-from pretrain.engines import engines_of
+from pretrain.checkpoint.reader import Checkpoint, load_for_reading
 from pretrain.evaluate import figures_of, run_of
-from pretrain.export_gguf import DTYPES as GGUF_DTYPES
-from pretrain.export_gguf import Vocabulary, gguf_name, require_gguf, write_gguf
-from pretrain.export_ids import check_ids, hard_texts, texts_of_every_source
-from pretrain.export_marker import refuse_to_replace, write_marker
-from pretrain.export_tokenizer import DEFINITION_NAME, ExportedTokenizer, as_exported, refuse_another_tokenizer
+from pretrain.hf.engines import engines_of
+from pretrain.hf.gguf import DTYPES as GGUF_DTYPES
+from pretrain.hf.gguf import Vocabulary, gguf_name, require_gguf, write_gguf
+from pretrain.hf.ids import check_ids, hard_texts, texts_of_every_source
+from pretrain.hf.marker import refuse_to_replace, write_marker
+from pretrain.hf.tokenizer import DEFINITION_NAME, ExportedTokenizer, as_exported, refuse_another_tokenizer
+from pretrain.model.token_codes import aliased_ids
 from pretrain.modeling_tablefree import (
     LAYER_NORM_EPS,
     MODELING_VERSION,
@@ -46,9 +47,8 @@ from pretrain.modeling_tablefree import (
     TokenCode,
     name_in_model,
 )
-from pretrain.starts import for_card, read_starts
-from pretrain.templates import render
-from pretrain.token_codes import aliased_ids
+from pretrain.run.starts import for_card, read_starts
+from pretrain.view.templates import render
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
 WHOLE_HEAD_ROTARY: dict[str, Any] = {"rotary_pct": 1.0, "rotary_emb_base": ROTARY_BASE}

@@ -434,7 +434,7 @@ class TableFreeModel(TableFreePreTrainedModel):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.block_runners: dict[int, Callable[..., Tensor]] = {}  # how training runs a block: recomputed, compiled
-        self.compiled_blocks = False  # see pretrain/compilation.py
+        self.compiled_blocks = False  # training code may compile them
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -5,8 +5,8 @@
 
 A step of n ranks, each with A micro-batches:
 
-    compute       tokens/n x FLOPs a token / (MFU x peak FLOP/s), FLOPs as pretrain/flops.py counts them; with full
-                  checkpointing the blocks' forward pass once more; or what --calibrate measured
+    compute       tokens/n x FLOPs a token / (MFU x peak FLOP/s), FLOPs as pretrain/costs/flops.py counts them; with
+                  full checkpointing the blocks' forward pass once more; or what --calibrate measured
     update        46 bytes of memory traffic for each of the P/n parameters that a rank owns, over its bandwidth
     communicate   A x (n-1)/n x 2 c P + (n-1)/n x e P bytes over the interconnect: DeepSpeed 0.19's ZeRO-2 reduces the
                   gradients, c bytes each, in every micro-step (stage 1: once), by an all-reduce (2 c P), or
@@ -32,12 +32,12 @@ from typing import Any
 
 from data_prep.errors import CommandParser, UserError, exit_code, nearest
 from data_prep.shards import ShardReader
-from pretrain import memory
-from pretrain.config import Recipe, load_recipe
-from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.flops import DEVICES, FORMULA, LINKS, Costs, Device, count_parameters, find_device, flops_per_token
-from pretrain.templates import render
-from pretrain.token_codes import about_one_input
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.costs import memory
+from pretrain.costs.flops import DEVICES, FORMULA, LINKS, Costs, Device, count_parameters, find_device, flops_per_token
+from pretrain.model.token_codes import about_one_input
+from pretrain.view.templates import render
 
 ASSUMED_MFU = 0.35  # peers publish 0.38 to 0.57 for models of this size; below all of them, since nothing is measured
 UPDATE_BYTES = 46  # norm 4, clipping 8, AdamW 16 read and 12 written, low-precision copy 6
@@ -173,7 +173,7 @@ def costs_of(sizes: memory.Sizes, flags: Namespace, device: Device | None) -> tu
     if device and sizes.offloads:
         return None, "host and bus decide how fast an offloaded optimizer is; time some steps of the run"
     if flags.calibrate or device is None:
-        from pretrain.calibrate import calibrate
+        from pretrain.engine.calibrate import calibrate
 
         return calibrate(recipe, device, low_precision=low_precision, ranks=flags.gpus), "computing measured here"
     if not low_precision and flags.mfu is None:

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from data_prep.errors import CommandParser, UserError, exit_code, explained, one_line, parse_json, printable
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
-from pretrain.config import Recipe, load_recipe
-from pretrain.digests import check_shards
-from pretrain.loader import TrainingLoader
+from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.data.digests import check_shards
+from pretrain.data.loader import TrainingLoader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ if not __package__:  # run by path: let `import pretrain` find the package, and 
 
 # What arithmetic refuses is refused before the imports below, which take from seconds to most of a minute.
 if __name__ == "__main__":
-    from pretrain.first_checks import refuse_early
+    from pretrain.run.first_checks import refuse_early
 
     refuse_early(sys.argv[1:])
     # What is imported stays to the end: to search it for garbage over and over takes 0.9 of 3.9 s of CPU time.
@@ -41,17 +41,16 @@ from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
 from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
-from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.bad_steps import BadSteps, describe_rows, finite
-from pretrain.branch import copy_branch, open_origin
-from pretrain.checkpoint import Checkpoint, checkpoints_dir, naming_the_disk, newest_good, saved_steps
-from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.command_line import build_parser
-from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
-from pretrain.config import Recipe, model_config, recipe_to_dict
-from pretrain.data_check import DataCheck
-from pretrain.digests import lengths_that_differ
-from pretrain.distributed import (
+from pretrain.checkpoint.reader import Checkpoint, checkpoints_dir, naming_the_disk, newest_good, saved_steps
+from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.recipe import Recipe, model_config, recipe_to_dict
+from pretrain.costs.memory import check_it_fits
+from pretrain.data.data_check import DataCheck
+from pretrain.data.digests import lengths_that_differ
+from pretrain.data.loader import Prefetch, TrainingLoader, ValidationWindows
+from pretrain.data.staging import staged
+from pretrain.data.validation import validation_batches, windows_to_validate
+from pretrain.distributed.ranks import (
     check_kernels,
     exit_with,
     gather,
@@ -60,15 +59,18 @@ from pretrain.distributed import (
     set_up_rank,
     together,
 )
-from pretrain.dry_run import describe
-from pretrain.engine import SAVE_FAILED, Engine, StepFigures, leave_process_group, start_process_group
-from pretrain.first_checks import check_arguments, describe_default_start
-from pretrain.loader import Prefetch, TrainingLoader, ValidationWindows
-from pretrain.memory import check_it_fits
+from pretrain.distributed.world import World, world_from_environment
+from pretrain.engine.engine import SAVE_FAILED, Engine, StepFigures, leave_process_group, start_process_group
+from pretrain.engine.optim import learning_rate
+from pretrain.engine.timing import PAUSE, StepProfiler
+from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs
+from pretrain.model.token_codes import check_same_code, config_of_run, saved_config, warnings
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
-from pretrain.optim import learning_rate
-from pretrain.progress import Progress, epochs_lines, say
-from pretrain.run_directory import (
+from pretrain.run.bad_steps import BadSteps, describe_rows, finite
+from pretrain.run.branch import copy_branch, open_origin
+from pretrain.run.command_line import build_parser
+from pretrain.run.directory import (
     MetricsFile,
     check_same_run,
     describe_run,
@@ -77,14 +79,12 @@ from pretrain.run_directory import (
     refuse_another_run,
     write_state,
 )
-from pretrain.signals import end_on_signals
-from pretrain.staging import staged
-from pretrain.starts import record_start
-from pretrain.timing import PAUSE, StepProfiler
-from pretrain.token_codes import check_same_code, config_of_run, saved_config, warnings
-from pretrain.validation import validation_batches, windows_to_validate
-from pretrain.watch import Watch
-from pretrain.world import World, world_from_environment
+from pretrain.run.first_checks import check_arguments, describe_default_start
+from pretrain.run.signals import end_on_signals
+from pretrain.run.starts import record_start
+from pretrain.run.watch import Watch
+from pretrain.view.dry_run import describe
+from pretrain.view.progress import Progress, epochs_lines, say
 
 if __name__ == "__main__":
     gc.freeze()

@@ -160,7 +160,7 @@ def launch_training(ranks: int, recipe: Path | str, data: Path, run_dir: Path, *
 
 def free_port() -> int:
     """A TCP port nobody listens on."""
-    from pretrain.distributed import free_port
+    from pretrain.distributed.ranks import free_port
 
     return free_port()
 

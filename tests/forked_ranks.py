@@ -54,7 +54,7 @@ def variables_of(ranks: int) -> list[dict[str, str]]:
 def become_a_rank(variables: dict[str, str], log: Path) -> None:
     """What comes first in the body of a forked rank: a launcher's variables, and output to a file."""
     assert "preloaded" in sys.modules  # an import that fails there is not said
-    from pretrain import distributed
+    from pretrain.distributed import ranks as distributed
 
     distributed.LET_RANK_0_SPEAK_S = 0.5  # no launcher ends the other ranks here: they would just wait
     os.environ.update(variables)

@@ -9,9 +9,9 @@ from conftest import run_command
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.config import ModelRecipe, model_config
-from pretrain.loss import LanguageModelLoss
+from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 
 NUM_LAYERS = 4
@@ -116,8 +116,8 @@ def test_evaluation_recomputes_nothing() -> None:
 PEAK_MEMORY = """
 import json, multiprocessing, resource, sys
 import torch
-from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.config import ModelRecipe, model_config
+from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 def peak_megabytes(mode):

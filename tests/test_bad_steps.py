@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps, no_number
-from pretrain.checkpoint import Checkpoint, load_for_reading, saved_steps
-from pretrain.config import BadStepsRecipe
-from pretrain.distributed import World
+from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
+from pretrain.config.recipe import BadStepsRecipe
+from pretrain.distributed.ranks import World
+from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps, no_number
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STEPS = 190
@@ -247,7 +247,7 @@ def test_stop_ends_the_run_with_one_line_and_the_same_command_goes_on_with_skip(
 
 def be_a_poisoned_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank where some steps' gradients, on the last rank alone, are no numbers."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     steps, calls, honest = set(map(int, variables["POISONED"].split())), iter(range(10**6)), Engine.train_step
 
@@ -317,7 +317,7 @@ def test_while_steps_are_bad_no_checkpoint_of_before_is_dropped(tiny_data: Path,
 
 def be_a_rank_whose_weights_are_spoilt(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank in which one weight is no number any more after so many steps, as a failing device does."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     after, calls, honest = int(variables["SPOILT_AFTER"]), iter(range(1, 10**6)), Engine.train_step
 

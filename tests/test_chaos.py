@@ -16,8 +16,8 @@ from conftest import run_command
 from safetensors.torch import load_file
 
 from data_prep.shards import digest_file
-from pretrain.checkpoint import Checkpoint, Fragment, saved_steps, sidecar_of
-from pretrain.saving import write_fragments
+from pretrain.checkpoint.reader import Checkpoint, Fragment, saved_steps, sidecar_of
+from pretrain.checkpoint.saving import write_fragments
 
 RUNNER = "tests/benchmarks/chaos.py"
 

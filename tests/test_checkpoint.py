@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file
-from pretrain.checkpoint import (
+from pretrain.checkpoint.reader import (
     FORMAT,
     FORMAT_VERSION,
     UNREADABLE,
@@ -30,11 +30,11 @@ from pretrain.checkpoint import (
     saved_steps,
     sidecar_of,
 )
-from pretrain.config import ModelRecipe, model_config
-from pretrain.distributed import World
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.saving import save_checkpoint, write_fragments
+from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.distributed.ranks import World
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
-from pretrain.retention import prune
-from pretrain.saving import save_checkpoint, write_fragments
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -15,12 +15,12 @@ from conftest import free_port, run_command
 from forked_ranks import fork_server
 
 from data_prep.errors import UserError
-from pretrain.checkpoint import Checkpoint, Fragment, newest_good, saved_steps
-from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.config import CheckpointsRecipe
-from pretrain.distributed import World
-from pretrain.run_directory import read_state, write_state
-from pretrain.timing import StepClock
+from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_steps
+from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.recipe import CheckpointsRecipe
+from pretrain.distributed.ranks import World
+from pretrain.engine.timing import StepClock
+from pretrain.run.directory import read_state, write_state
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)

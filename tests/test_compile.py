@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.compilation import apply_compile, check_compiler, compiled_graphs
-from pretrain.config import ModelRecipe, model_config
-from pretrain.documents import block_mask, document_positions
-from pretrain.loss import LanguageModelLoss
+from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs
+from pretrain.model.documents import block_mask, document_positions
+from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters, run_block
 
 EOS, SEQ_LEN, STEPS = 0, 16, 3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.config import (
+from pretrain.config.recipe import (
     MAY_CHANGE_ON_RESUME,
     Recipe,
     apply_overrides,
@@ -23,7 +23,7 @@ from pretrain.config import (
     recipe_to_yaml,
     refuse_changes,
 )
-from pretrain.recipe_names import ELSEWHERE, OURS
+from pretrain.config.recipe_names import ELSEWHERE, OURS
 
 
 def tiny(**sections: Any) -> Recipe:

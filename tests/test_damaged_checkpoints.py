@@ -26,10 +26,18 @@ from forked_ranks import fork_server, run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file
-from pretrain.checkpoint import Checkpoint, Fragment, checkpoints_dir, newest_good, pointer_to, saved_steps, sidecar_of
-from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.config import CheckpointsRecipe
-from pretrain.distributed import World
+from pretrain.checkpoint.reader import (
+    Checkpoint,
+    Fragment,
+    checkpoints_dir,
+    newest_good,
+    pointer_to,
+    saved_steps,
+    sidecar_of,
+)
+from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.recipe import CheckpointsRecipe
+from pretrain.distributed.ranks import World
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 SAMPLES = 600

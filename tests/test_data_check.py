@@ -10,10 +10,10 @@ from conftest import counting_dataset, losses, write_recipe
 from forked_ranks import run_ranks, train_on
 
 from data_prep.shards import SHARD_HEADER_BYTES, ShardReader, digest_file
-from pretrain.config import load_recipe
-from pretrain.data_check import CHECKED_NAME, largest_first
-from pretrain.digests import check_shards
-from pretrain.run_directory import read_state
+from pretrain.config.recipe import load_recipe
+from pretrain.data.data_check import CHECKED_NAME, largest_first
+from pretrain.data.digests import check_shards
+from pretrain.run.directory import read_state
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from conftest import run_command, write_recipe
 
 from data_prep.errors import UserError
-from pretrain.distributed import free_port, own_address
-from pretrain.world import world_from_environment
+from pretrain.distributed.ranks import free_port, own_address
+from pretrain.distributed.world import world_from_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 

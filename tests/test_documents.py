@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_prep.shards import ShardReader
-from pretrain.activation_checkpointing import apply_activation_checkpointing
-from pretrain.checkpoint import load_for_reading, load_model
-from pretrain.config import ModelRecipe, model_config
-from pretrain.documents import block_mask, boolean_mask, document_positions, hidden_states_by_document
+from pretrain.checkpoint.reader import load_for_reading, load_model
+from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.evaluate import evaluate
-from pretrain.loss import LanguageModelLoss
+from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.documents import block_mask, boolean_mask, document_positions, hidden_states_by_document
+from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 EOS = 0

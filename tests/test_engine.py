@@ -16,13 +16,13 @@ from forked_ranks import become_a_rank, run_ranks
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
-from pretrain.checkpoint import load_for_reading
-from pretrain.config import Recipe, build_recipe
-from pretrain.distributed import World
-from pretrain.engine import Engine, start_process_group
-from pretrain.engine_config import load_engine_config, merge_config
+from pretrain.checkpoint.reader import load_for_reading
+from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.distributed.ranks import World
+from pretrain.engine.engine import Engine, start_process_group
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
-from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -160,8 +160,8 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     moved = (
         f"DeepSpeed {deepspeed.__version__} moved what checkpoints are made of: {{}}. Checkpoints would be wrong or "
         f"impossible. Read the new release's runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py and "
-        f"utils/mixed_precision_linkage.py, mend Engine._owned, read_state and write_state in pretrain/engine.py, or "
-        f"keep DeepSpeed below it in pyproject.toml"
+        f"utils/mixed_precision_linkage.py, mend Engine._owned, read_state and write_state in "
+        f"pretrain/engine/engine.py, or keep DeepSpeed below it in pyproject.toml"
     )
     flats = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     for flat in flats:

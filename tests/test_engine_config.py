@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.config import Recipe, build_recipe, refuse_changes
-from pretrain.engine_config import (
+from pretrain.config.engine_config import (
     DS_CONFIGS_DIR,
     DTYPE,
     ENGINE_MAY_CHANGE_ON_RESUME,
@@ -26,6 +25,7 @@ from pretrain.engine_config import (
     load_engine_config,
     merge_config,
 )
+from pretrain.config.recipe import Recipe, build_recipe, refuse_changes
 
 
 def recipe_of(**sections: Any) -> Recipe:

@@ -27,13 +27,13 @@ from conftest import tiny_recipe_content
 from forked_ranks import become_a_rank, fork_server, variables_of
 
 from data_prep.shards import Tokens
-from pretrain.checkpoint import load_for_reading
-from pretrain.config import Recipe, build_recipe
-from pretrain.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.checkpoint.reader import load_for_reading
+from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.config.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.saving import save_checkpoint
 from pretrain.train import build_model
-from pretrain.world import World, world_from_environment
 
 RANKS = (2, 1, 3)  # what 2 ranks save, 2, 1 and 3 resume
 WINDOWS = 18  # a step's: 1, 2 and 3 ranks divide it, with 1 and with 3 micro-batches each
@@ -198,7 +198,7 @@ def digest(tensors: Iterator[torch.Tensor]) -> str:
 
 def try_case(case: Case, world: World) -> Found:
     """Train with this configuration beside what plain torch did."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     recipe = recipe_of(case, world.world_size)
     merged = merge_config(recipe, case.engine, world.world_size)
@@ -236,7 +236,7 @@ def try_case(case: Case, world: World) -> Found:
 def be_a_rank(tried: list[Case], variables: dict[str, str], result: Path) -> None:
     """Body of a forked rank: every case in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine import start_process_group
+    from pretrain.engine.engine import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

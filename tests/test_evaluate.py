@@ -18,7 +18,7 @@ from conftest import counting_dataset, run_command
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader, load_manifest
-from pretrain.checkpoint import load_for_reading, load_model, newest_good
+from pretrain.checkpoint.reader import load_for_reading, load_model, newest_good
 from pretrain.evaluate import evaluate, figures_of, main, open_data, score, tokenizer_of
 
 

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file, write_durably
-from pretrain.checkpoint import Fragment, load_for_reading, load_model
-from pretrain.config import build_recipe, model_config, recipe_to_dict
-from pretrain.distributed import World
+from pretrain.checkpoint.reader import Fragment, load_for_reading, load_model
+from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
+from pretrain.distributed.ranks import World
 from pretrain.export_hf import main
-from pretrain.export_marker import MARKER_NAME
+from pretrain.hf.marker import MARKER_NAME
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     TokenCode,
@@ -31,7 +32,6 @@ from pretrain.modeling_tablefree import (
     initialise_parameters,
     name_in_model,
 )
-from pretrain.saving import save_checkpoint
 
 FORMS = ("tablefree", "gpt_neox")
 INPUTS = ("binary_code", "affine_code", "learned")

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 from data_prep.encode import load_tokenizer
 from data_prep.errors import UserError
 from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_tokenizer
-from pretrain.checkpoint import load_for_reading
+from pretrain.checkpoint.reader import load_for_reading
+from pretrain.data.staging import staged
 from pretrain.export_hf import main, special_token_ids
-from pretrain.export_ids import HARD_TEXTS, OF_A_SOURCE, SAMPLED_TOKENS, check_ids, hard_texts, texts_of_every_source
-from pretrain.export_tokenizer import ExportedTokenizer, as_exported
-from pretrain.staging import staged
-from pretrain.templates import render
+from pretrain.hf.ids import HARD_TEXTS, OF_A_SOURCE, SAMPLED_TOKENS, check_ids, hard_texts, texts_of_every_source
+from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
 from pretrain.train import about_data
+from pretrain.view.templates import render
 
 pytest_plugins = ("prep_fixtures",)
 

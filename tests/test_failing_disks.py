@@ -16,13 +16,15 @@ from forked_ranks import Ended, be_a_rank, run_ranks, train_on
 
 from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_code, explained, naming
 from data_prep.shards import write_durably
-from pretrain import checkpoint, patience, run_directory
-from pretrain.checkpoint import Fragment, load_for_reading, newest_good, saved_steps
-from pretrain.distributed import World, together
-from pretrain.patience import patiently
-from pretrain.records import read_lines
-from pretrain.run_directory import MetricsFile, flush_metrics, read_state
-from pretrain.saving import save_checkpoint
+from pretrain.checkpoint import patience
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.patience import patiently
+from pretrain.checkpoint.reader import Fragment, load_for_reading, newest_good, saved_steps
+from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.distributed.ranks import World, together
+from pretrain.metrics.records import read_lines
+from pretrain.run import directory as run_directory
+from pretrain.run.directory import MetricsFile, flush_metrics, read_state
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -15,14 +15,14 @@ from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from launch import supervise
 from launch.supervise import HERE, Supervisor
-from pretrain.config import load_recipe
-from pretrain.first_checks import (
+from pretrain.config.recipe import load_recipe
+from pretrain.plan import plan
+from pretrain.run.first_checks import (
     check_arguments,
     describe_default_start,
     engine_flags_by_default,
     ranks_by_default,
 )
-from pretrain.plan import plan
 
 # Runs the training command's module as a program, once for each list of arguments: what it said, how it ended, and
 # whether torch was imported meanwhile.
@@ -91,7 +91,7 @@ def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(tiny_data: 
 def test_of_several_ranks_on_one_machine_each_knows_and_on_several_machines_they_meet_first(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from pretrain.first_checks import refuse_early
+    from pretrain.run.first_checks import refuse_early
 
     arguments = asked(write_recipe(tmp_path / "r.yaml"), tiny_data, tmp_path / "run", "--batch.micro_batch_size=2")
     for name in ("RANK", "LOCAL_RANK"):

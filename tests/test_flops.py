@@ -6,8 +6,8 @@ from conftest import overrides_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import RECIPES_DIR, ModelRecipe, load_recipe, model_config
-from pretrain.flops import DEVICES, Device, count_parameters, find_device, flops_per_token
+from pretrain.config.recipe import RECIPES_DIR, ModelRecipe, load_recipe, model_config
+from pretrain.costs.flops import DEVICES, Device, count_parameters, find_device, flops_per_token
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 

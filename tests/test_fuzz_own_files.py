@@ -25,14 +25,14 @@ from data_prep.errors import UserError, exit_code, parse_yaml
 from data_prep.mixture import Plan, load_mixture, make_plan
 from data_prep.shards import ShardReader, load_manifest
 from pretrain import trace
-from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import checkpoints_dir, load_for_reading, load_model, saved_steps
-from pretrain.config import build_recipe, load_recipe
-from pretrain.distributed import World
-from pretrain.engine_config import load_engine_config
+from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
+from pretrain.config.engine_config import load_engine_config
+from pretrain.config.recipe import build_recipe, load_recipe
+from pretrain.distributed.ranks import World
 from pretrain.evaluate import figures_of, open_data
-from pretrain.run_directory import MetricsFile, note_failure, read_state
-from pretrain.templates import render
+from pretrain.run.bad_steps import BadSteps
+from pretrain.run.directory import MetricsFile, note_failure, read_state
+from pretrain.view.templates import render
 
 pytest_plugins = ("prep_fixtures",)
 

@@ -9,8 +9,24 @@ import pytest
 from conftest import REPOSITORY
 
 SOURCES = sorted(path for folder in ("data_prep", "pretrain", "launch") for path in (REPOSITORY / folder).rglob("*.py"))
-DATA_PREP = [path for path in SOURCES if path.parts[-2] == "data_prep"]
-PRETRAIN = [path for path in SOURCES if path.parts[-2] == "pretrain"]
+DATA_PREP = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "data_prep")]
+PRETRAIN = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "pretrain")]
+# The wings of pretrain/ from the ground up: a module imports from its own floor and from those below it.
+FLOORS = (
+    {"config", "distributed"},
+    {"data", "checkpoint", "costs"},
+    {"model", "metrics"},
+    {"engine", "view"},
+    {"hf", "run"},
+)
+# What still imports upwards, from before there were wings; see that it grows shorter.
+UPWARDS = {
+    ("checkpoint.writer", "run.directory"),
+    ("data.data_check", "view.progress"),
+    ("engine.engine", "run.bad_steps"),
+    ("export_hf", "evaluate"),
+    ("run.bad_steps", "trace"),
+}
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci",
     "pretrain", "data_prep", "ds_configs", "launch", "tests", "findings",
@@ -50,7 +66,9 @@ def test_imports_sees_through_every_way_of_importing(tmp_path: Path) -> None:
 
 def test_there_is_something_to_look_at() -> None:
     assert REPOSITORY / "data_prep" / "shards.py" in DATA_PREP
-    assert REPOSITORY / "pretrain" / "engine.py" in PRETRAIN
+    assert REPOSITORY / "pretrain" / "engine" / "engine.py" in PRETRAIN
+    wings = {path.parent.name for path in (REPOSITORY / "pretrain").glob("*/__init__.py")}
+    assert wings == set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("path", DATA_PREP, ids=relative)
@@ -72,7 +90,25 @@ def test_pretrain_takes_only_the_shard_format_and_the_errors_from_data_prep(path
 
 
 def test_only_engine_py_imports_deepspeed() -> None:
-    assert [relative(path) for path in SOURCES if "deepspeed" in packages(path)] == ["pretrain/engine.py"]
+    assert [relative(path) for path in SOURCES if "deepspeed" in packages(path)] == ["pretrain/engine/engine.py"]
+
+
+def test_imports_of_wings_go_down() -> None:
+    """Commands, on the roof, import wings and the modelling file; nothing imports a command."""
+    module_of = {relative(path).removesuffix(".py").replace("/", "."): path for path in PRETRAIN}
+    floor_of = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+    roof = len(FLOORS)
+
+    def floor(module: str) -> int:
+        first = module.split(".")[1]
+        return -1 if first == "modeling_tablefree" else floor_of.get(first, roof)
+
+    upwards = set()
+    for module, path in module_of.items():
+        for used in imports(path) & (module_of.keys() - {"pretrain.__init__"}):
+            if floor(used) == roof or floor(used) > floor(module):
+                upwards.add((module.removeprefix("pretrain."), used.removeprefix("pretrain.")))
+    assert upwards == UPWARDS
 
 
 def test_the_modelling_file_is_self_contained() -> None:

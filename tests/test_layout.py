@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.files import replace_directory, write_durably
 from data_prep.shards import ShardReader, ShardWriter, load_manifest
 from data_prep.unit_shards import _seal, read_record
-from pretrain.staging import staged
+from pretrain.data.staging import staged
 
 pytest_plugins = ("prep_fixtures",)
 

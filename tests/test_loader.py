@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain import train
-from pretrain.distributed import World
-from pretrain.engine import Engine
-from pretrain.loader import READ_AHEAD_WINDOWS, Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
+from pretrain.data.loader import READ_AHEAD_WINDOWS, Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
+from pretrain.distributed.ranks import World
+from pretrain.engine.engine import Engine
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards
 
@@ -119,7 +119,7 @@ import hashlib, sys
 from pathlib import Path
 import numpy as np
 from data_prep.shards import ShardReader
-from pretrain.loader import TrainingLoader
+from pretrain.data.loader import TrainingLoader
 loader = TrainingLoader(ShardReader(Path(sys.argv[1])), seq_len=32, seed=3)
 print(hashlib.sha256(loader.samples(np.arange(5000, 5400)).tobytes()).hexdigest())
 """
@@ -303,7 +303,7 @@ from pathlib import Path
 import numpy as np
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain import loader
+from pretrain.data import loader
 soft, hard = int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 loader.OTHER_OPEN_FILES = 20

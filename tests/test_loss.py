@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import UserError
-from pretrain.config import ModelRecipe, model_config
-from pretrain.loss import LanguageModelLoss, build_loss_head, chunked_head, token_nats, whole_head
-from pretrain.memory import chunk_tokens
+from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.costs.memory import chunk_tokens
+from pretrain.model.loss import LanguageModelLoss, build_loss_head, chunked_head, token_nats, whole_head
 from pretrain.modeling_tablefree import INPUT_EMBEDDINGS, TableFreeForCausalLM, initialise_parameters
 
 CHUNK = 64

@@ -1,6 +1,6 @@
 """Exports under the releases of transformers that people have: matrix/rows.py says what is tried.
 
-    python tests/test_matrix.py --record      runs it, writes the table of pretrain/README.md and pretrain/engines.yaml
+    python tests/test_matrix.py --record      writes the tables of pretrain/README.md, pretrain/hf/engines.yaml
 
 Each release has an environment of its own (matrix/environments.py), made by pip once and kept; the newest is asked of
 the registry each time, so a release that breaks something turns these tests red on the day that it comes. A row is
@@ -25,7 +25,7 @@ from matrix.environments import newest_version, prepare_environment, skip_withou
 from matrix.recorded import replace_records
 from matrix.reference import FORMS, train_and_export, write_reference
 
-from pretrain.engines import EngineRecord, engines_of
+from pretrain.hf.engines import EngineRecord, engines_of
 
 ROWS_PROGRAM = REPOSITORY / "tests" / "matrix" / "rows.py"
 README = REPOSITORY / "pretrain" / "README.md"

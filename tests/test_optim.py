@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import ModelRecipe, OptimizerRecipe, ScheduleRecipe, model_config
-from pretrain.loss import LanguageModelLoss
+from pretrain.config.recipe import ModelRecipe, OptimizerRecipe, ScheduleRecipe, model_config
+from pretrain.engine.optim import build_optimizer, learning_rate
+from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
-from pretrain.optim import build_optimizer, learning_rate
 
 schedules = st.builds(ScheduleRecipe, warmup_fraction=st.floats(0, 0.99), final_fraction=st.floats(0, 1))
 

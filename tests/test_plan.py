@@ -12,11 +12,10 @@ import torch
 from conftest import REPOSITORY, counting_dataset, overrides_of
 
 from data_prep.errors import UserError
-from pretrain.calibrate import calibrate
-from pretrain.config import RECIPES_DIR, Recipe, load_recipe
-from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.flops import DEVICES, LINKS, Costs
-from pretrain.memory import (
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import RECIPES_DIR, Recipe, load_recipe
+from pretrain.costs.flops import DEVICES, LINKS, Costs
+from pretrain.costs.memory import (
     MODES,
     Sizes,
     activation_bytes,
@@ -29,6 +28,7 @@ from pretrain.memory import (
     whole_parameters,
     with_micro_batch,
 )
+from pretrain.engine.calibrate import calibrate
 from pretrain.plan import parse_interconnect, plan, scale_to, step_seconds
 
 PAPER = load_recipe("paper_binary_code")

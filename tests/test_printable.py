@@ -15,9 +15,9 @@ from data_prep import show, verify
 from data_prep.errors import UserError, exit_code, printable
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.bad_steps import describe_rows
-from pretrain.config import load_recipe
-from pretrain.loader import TrainingLoader
+from pretrain.config.recipe import load_recipe
+from pretrain.data.loader import TrainingLoader
+from pretrain.run.bad_steps import describe_rows
 
 pytest_plugins = ("prep_fixtures",)
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, overrides_of
 
-from pretrain.config import RECIPES_DIR, Recipe, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
+from pretrain.config.recipe import RECIPES_DIR, Recipe, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))

@@ -10,8 +10,8 @@ from conftest import write_recipe
 from forked_ranks import run_ranks, train_on
 
 from data_prep.errors import UserError
-from pretrain.records import cut_damaged_end, cut_to_step, read_lines
-from pretrain.run_directory import MetricsFile
+from pretrain.metrics.records import cut_damaged_end, cut_to_step, read_lines
+from pretrain.run.directory import MetricsFile
 
 DAMAGE = [
     b"\0" * 300,

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import Checkpoint, Fragment, checkpoints_dir, newest_good, saved_steps
-from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.config import CheckpointsRecipe
-from pretrain.distributed import World
-from pretrain.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of, sweep
-from pretrain.saving import save_checkpoint
+from pretrain.checkpoint.reader import Checkpoint, Fragment, checkpoints_dir, newest_good, saved_steps
+from pretrain.checkpoint.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of, sweep
+from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.recipe import CheckpointsRecipe
+from pretrain.distributed.ranks import World
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 ABOUT = {"optimizer_step": 1, "parameters": {"a": [4]}}

@@ -13,11 +13,10 @@ from forked_ranks import arguments_of, run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import lock
-from pretrain.config import Recipe, build_recipe, recipe_to_yaml
-from pretrain.first_checks import check_arguments
-from pretrain.records import read_lines
-from pretrain.run_claim import WRITTEN
-from pretrain.run_directory import (
+from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
+from pretrain.metrics.records import read_lines
+from pretrain.run.claim import WRITTEN
+from pretrain.run.directory import (
     METRICS_NAME,
     MetricsFile,
     check_same_run,
@@ -25,6 +24,7 @@ from pretrain.run_directory import (
     read_state,
     write_state,
 )
+from pretrain.run.first_checks import check_arguments
 
 HOLD = """
 import time

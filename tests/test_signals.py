@@ -17,9 +17,9 @@ STEP = 6 * 32  # tokens
 SIGNALS_AMID_LINES = """
 import os, signal, threading, time
 from types import SimpleNamespace
-from pretrain.distributed import World
-from pretrain.progress import say
-from pretrain.signals import end_on_signals
+from pretrain.distributed.ranks import World
+from pretrain.view.progress import say
+from pretrain.run.signals import end_on_signals
 
 def send():
     while time.monotonic() < end:

@@ -12,10 +12,10 @@ from forked_ranks import run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.config import DataRecipe
-from pretrain.data_check import DataCheck
-from pretrain.distributed import World
-from pretrain.staging import staged
+from pretrain.config.recipe import DataRecipe
+from pretrain.data.data_check import DataCheck
+from pretrain.data.staging import staged
+from pretrain.distributed.ranks import World
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -11,12 +11,12 @@ import torch
 from conftest import REPOSITORY, write_recipe
 from forked_ranks import train_on
 
-from pretrain import starts
-from pretrain.branch import copy_branch
-from pretrain.checkpoint import Checkpoint
-from pretrain.distributed import World
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.distributed.ranks import World
 from pretrain.export_hf import main as export
-from pretrain.starts import STARTS_NAME, append_start, changes, for_card, of_steps, read_starts
+from pretrain.run import starts
+from pretrain.run.branch import copy_branch
+from pretrain.run.starts import STARTS_NAME, append_start, changes, for_card, of_steps, read_starts
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 from data_prep.shards import lock
 from launch import supervise
 from launch.supervise import Slots, Supervisor, read_hostfile, standing, trim
-from pretrain.config import build_recipe
+from pretrain.config.recipe import build_recipe
 
 LONG = f"--train_tokens={10**5 * 6 * 32}"
 # Every Python imports it: rank 1 dies as it takes the batch of a step of FAIL_AT, once for each, or always.
@@ -31,7 +31,7 @@ import os
 from pathlib import Path
 
 if os.environ.get("RANK") == "1":
-    from pretrain.loader import Prefetch
+    from pretrain.data.loader import Prefetch
 
     def take_or_die(self, step, take=Prefetch.take):
         died = Path(__file__).with_name(f"died-at-{step}")

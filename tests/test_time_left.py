@@ -8,10 +8,10 @@ from conftest import tiny_recipe_content
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import Recipe, build_recipe
-from pretrain.distributed import World
-from pretrain.progress import Progress
-from pretrain.time_left import TimeLeft, times_due
+from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.distributed.ranks import World
+from pretrain.view.progress import Progress
+from pretrain.view.time_left import TimeLeft, times_due
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 
 from data_prep import shards
 from data_prep.shards import ShardReader
-from pretrain.checkpoint import Checkpoint, pointer_to, sidecar_of
-from pretrain.config import ModelRecipe, model_config
-from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, TokenCode, draw_affine_code
-from pretrain.plan import plan
-from pretrain.token_codes import (
+from pretrain.checkpoint.reader import Checkpoint, pointer_to, sidecar_of
+from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.model.token_codes import (
     about_one_input,
     affine_code,
     aliased_ids,
@@ -30,6 +28,8 @@ from pretrain.token_codes import (
     solve_gf2,
     warnings,
 )
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, TokenCode, draw_affine_code
+from pretrain.plan import plan
 
 V = 512
 NINE_BITS: dict[str, Any] = {"d_model": 36, "num_heads": 2, "code_bits": 9}  # none to spare

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, exit_code
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.config import load_recipe, recipe_to_yaml
-from pretrain.loader import TrainingLoader
+from pretrain.config.recipe import load_recipe, recipe_to_yaml
+from pretrain.data.loader import TrainingLoader
 
 pytest_plugins = ("prep_fixtures",)
 

@@ -35,11 +35,11 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.config import load_recipe
-from pretrain.optim import learning_rate
-from pretrain.run_directory import MetricsFile
+from pretrain.config.recipe import load_recipe
+from pretrain.distributed.world import World, world_from_environment
+from pretrain.engine.optim import learning_rate
+from pretrain.run.directory import MetricsFile
 from pretrain.train import main
-from pretrain.world import World, world_from_environment
 
 STEPS = 20
 TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")

@@ -15,9 +15,9 @@ from forked_ranks import arguments_of, be_a_rank, end_of, logs_of, start_ranks
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from launch.supervise import describe_failure
-from pretrain import loader
-from pretrain.loader import TrainingLoader, ValidationWindows
-from pretrain.run_directory import read_state
+from pretrain.data import loader
+from pretrain.data.loader import TrainingLoader, ValidationWindows
+from pretrain.run.directory import read_state
 
 LONG = f"--train_tokens={10**6 * 6 * 32}"
 
@@ -103,7 +103,7 @@ def be_a_rank_that_loses_its_data(arguments: list[str], variables: dict[str, str
 
 def be_a_rank_killed_by_a_cut_shard(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank; rank 1 is killed as by reading a page that was cut off after the look at its length."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     honest, calls = Engine.train_step, iter(range(10**9))
 

@@ -50,8 +50,8 @@ def has_steps(run_dir: Path, steps: int) -> bool:
 
 def be_a_troubled_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank that at its fourth step does what TROUBLE says, if RANK is TROUBLED."""
-    from pretrain import watch
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
+    from pretrain.run import watch
 
     watch.SILENCE_S = float(variables.get("SILENCE_S", watch.SILENCE_S))
     troubled = variables["RANK"] in variables["TROUBLED"].split()
@@ -96,7 +96,7 @@ def test_when_a_rank_is_killed_the_others_end_even_outside_a_collective(
 
 def be_a_rank_that_may_not_connect(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank that is killed, if it is rank 1, when all have met and it is to connect."""
-    from pretrain import watch
+    from pretrain.run import watch
 
     watch.CONNECT_S = 2.0
     if variables["RANK"] == "1":

@@ -13,9 +13,9 @@ import pytest
 from conftest import write_recipe
 from forked_ranks import arguments_of, be_a_rank, end_of, logs_of, start_ranks
 
-from pretrain import watch_meeting
-from pretrain.distributed import World
-from pretrain.watch_meeting import (
+from pretrain.distributed.ranks import World
+from pretrain.run import watch_meeting
+from pretrain.run.watch_meeting import (
     ANSWER_BYTES,
     EVERY_ADDRESS,
     LOOPBACK,
@@ -222,7 +222,7 @@ def test_it_listens_where_the_ranks_met_and_on_one_machine_on_loopback(monkeypat
 
 def be_a_rank_among_strangers(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank that leaves its port's number, and connects only when strangers have."""
-    from pretrain import watch
+    from pretrain.run import watch
 
     honest_listen, honest_connect = watch.listen, watch.connect
 

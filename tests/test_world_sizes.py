@@ -21,9 +21,9 @@ import torch
 from conftest import counting_dataset, write_recipe
 from forked_ranks import become_a_rank, fork_server, variables_of
 
-from pretrain.checkpoint import Checkpoint, newest_good
+from pretrain.checkpoint.reader import Checkpoint, newest_good
+from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.world import World, world_from_environment
 
 RANKS = (1, 2, 3, 4)
 VOCAB_SIZE = 131
@@ -101,9 +101,9 @@ def look_at_groups(engine: Any, found: Found) -> None:
 def go(leg: Leg, flags: list[str], world: World) -> Found:
     """Load, save, train and save with the parts of the training command."""
     from pretrain import train
-    from pretrain.checkpoint_writer import CheckpointWriter
-    from pretrain.engine import Engine
-    from pretrain.optim import learning_rate
+    from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.engine.engine import Engine
+    from pretrain.engine.optim import learning_rate
 
     run = train.prepare([*flags, "--run-dir", str(leg.run_dir)], world)
     noting = NotingLoader(run.loader)
@@ -131,7 +131,7 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
 def be_a_rank(legs: list[Leg], recipe: Path, data: Path, variables: dict[str, str], result: Path) -> None:
     """Body of a forked rank: every leg in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine import start_process_group
+    from pretrain.engine.engine import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

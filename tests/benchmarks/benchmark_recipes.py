@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 
 from data_prep.errors import parse_yaml
-from pretrain.config import AUTO, RECIPES_DIR, Recipe, load_recipe, shipped_file
-from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.memory import check_it_fits
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import AUTO, RECIPES_DIR, Recipe, load_recipe, shipped_file
+from pretrain.costs.memory import check_it_fits
 
 VOCABULARY = f"--model.vocab_size={65_536}"
 

@@ -45,9 +45,9 @@ from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_
 from conftest import counting_dataset, write_recipe
 
 from data_prep.errors import UserError, exit_code
-from pretrain.checkpoint import POINTER_NAME, Checkpoint, checkpoints_dir, newest_good, saved_steps
-from pretrain.config import Recipe, load_recipe
-from pretrain.flops import count_parameters
+from pretrain.checkpoint.reader import POINTER_NAME, Checkpoint, checkpoints_dir, newest_good, saved_steps
+from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.costs.flops import count_parameters
 
 TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -77,10 +77,10 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     """Medians over rounds: ratios to plain writing and reading, GB/s, the main thread's wait, memory."""
     import torch
 
-    from pretrain.checkpoint import Fragment, newest_good, saved_steps
-    from pretrain.checkpoint_writer import CheckpointWriter
-    from pretrain.config import CheckpointsRecipe
-    from pretrain.distributed import World
+    from pretrain.checkpoint.reader import Fragment, newest_good, saved_steps
+    from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.config.recipe import CheckpointsRecipe
+    from pretrain.distributed.ranks import World
 
     torch.set_num_threads(1)  # copying needs no more
     size = megabytes * 1_000_000 // 12 // 100  # of each of 100 parameters
@@ -142,7 +142,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     import pretrain.modeling_tablefree
 
     marks.mark("import transformers")
-    import pretrain.engine  # noqa: F401
+    import pretrain.engine.engine  # noqa: F401
 
     marks.mark("import deepspeed")
     from pretrain import train

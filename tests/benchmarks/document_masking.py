@@ -17,11 +17,11 @@ from benchmark_recipes import load_for_benchmark
 from torch import Tensor
 
 from data_prep.errors import exit_code
-from pretrain.config import Recipe, model_config
-from pretrain.distributed import set_up_rank
-from pretrain.loss import LanguageModelLoss
+from pretrain.config.recipe import Recipe, model_config
+from pretrain.distributed.ranks import set_up_rank
+from pretrain.distributed.world import world_from_environment
+from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
-from pretrain.world import world_from_environment
 
 EOS_ID = 0
 

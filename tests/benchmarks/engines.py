@@ -4,7 +4,7 @@
 
 Installs each engine into an environment of its own (kept in the user's cache directory; torch is shared with this
 one), runs both forms of a small trained export in it, and compares with the training class; what is tried is in
-tests/matrix/engine_checks.py. --record writes the results into pretrain/engines.yaml, from which cards are made;
+tests/matrix/engine_checks.py. --record writes the results into pretrain/hf/engines.yaml, from which cards are made;
 those of transformers itself come from tests/test_matrix.py.
 """
 
@@ -26,7 +26,7 @@ from matrix.reference import FORMS, train_and_export, write_reference
 from test_matrix import ADDRESSES, CHARACTERS
 
 from data_prep.errors import UserError, exit_code
-from pretrain.engines import EngineRecord
+from pretrain.hf.engines import EngineRecord
 
 CHECKS = TESTS / "matrix" / "engine_checks.py"
 TIMEOUT_S = 300
@@ -75,7 +75,7 @@ def check(engine: str, home: Path) -> list[EngineRecord]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write pretrain/engines.yaml")
+    parser.add_argument("--record", action="store_true", help="write pretrain/hf/engines.yaml")
     parser.add_argument("--only", default=",".join(TRIED), help="some of the engines")
     flags = parser.parse_args(arguments)
     unknown = set(flags.only.split(",")) - TRIED.keys()

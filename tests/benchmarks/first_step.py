@@ -73,10 +73,11 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     import pretrain.modeling_tablefree
 
     marks.mark("import transformers")
-    import pretrain.engine  # noqa: F401
+    import pretrain.engine.engine  # noqa: F401
 
     marks.mark("import deepspeed")
-    from pretrain import distributed, train
+    from pretrain import train
+    from pretrain.distributed import ranks as distributed
 
     gc.freeze()
     gc.enable()
@@ -105,7 +106,7 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
     own = [__file__, "--as-rank", str(marks), *flags]
     if ranks == 1:
         return [[sys.executable, *own]]
-    from pretrain.distributed import free_port
+    from pretrain.distributed.ranks import free_port
 
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_gpus", str(ranks)]
     return [[sys.executable, str(PROBE)], [*launcher, "--master_port", str(free_port()), *own]]

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from data_prep.errors import UserError, exit_code
-from pretrain.config import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 

@@ -6,7 +6,7 @@ One command, no network, torch 2.6 or newer. Every row is a process of its own t
 through the engine (DeepSpeed ZeRO-2, bf16 with fp32 masters, accumulation and reduction), and dies of its own memory
 alone. Without `--all`, rows follow a search: compile and checkpointing first, then the loss head, then the micro-batch,
 each with the best of what came before; then the best row once more with heads of 128 in place of the recipe's, which
-shows what narrow heads cost. MFU is tokens/s x FLOPs a token (pretrain/flops.py) / the device's bf16 peak.
+shows what narrow heads cost. MFU is tokens/s x FLOPs a token (pretrain/costs/flops.py) / the device's bf16 peak.
 
 `--profile` profiles two steps of the best row and prints its ten largest costs. On a machine without a GPU, or with
 `--quick`, a tiny shape runs in fp32 on the CPU: a test of this file, not a figure.
@@ -31,13 +31,13 @@ sys.path[:0] = [str(REPOSITORY)]
 from benchmark_recipes import with_vocabulary
 
 from data_prep.errors import UserError, exit_code
-from pretrain.config import Recipe, load_recipe
-from pretrain.distributed import World, keep_freed_memory
-from pretrain.engine import Engine, start_process_group
-from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.progress import Utilisation
-from pretrain.timing import StepProfiler
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.distributed.ranks import World, keep_freed_memory
+from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.timing import StepProfiler
 from pretrain.train import build_model
+from pretrain.view.progress import Utilisation
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 EOS_ID, DOCUMENT_TOKENS = 0, 500

@@ -44,7 +44,7 @@ from data_prep.shards import (
     write_array,
     write_durably,
 )
-from pretrain.loader import TrainingLoader
+from pretrain.data.loader import TrainingLoader
 
 SEQ_LEN = 1_024
 FAR_STEP = 10**9

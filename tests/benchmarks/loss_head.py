@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.loss import LossHead, chunked_head, whole_head
+from pretrain.model.loss import LossHead, chunked_head, whole_head
 
 
 class Turn(NamedTuple):

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/plan_accuracy.py [--quick] [--memory-only]
 
-Every case trains real steps through pretrain.engine in processes of its own. Memory is the peak of resident memory
-above what the process held before the model was built, after a first step of a tiny model has loaded every library.
-The C library is told to return freed blocks at once, so that resident memory is that of live tensors; the last lines
-show how much more a run holds that keeps freed memory, as pretrain.train does on a CPU. Speed is the median step after
-the first, with freed memory kept, between two calibrations; one rank, since gloo's speed is not what is calibrated.
+Every case trains real steps through pretrain.engine.engine in processes of its own. Memory is the peak of resident
+memory above what the process held before the model was built, after a first step of a tiny model has loaded every
+library. The C library is told to return freed blocks at once, so that resident memory is that of live tensors; the last
+lines show how much more a run holds that keeps freed memory, as pretrain.train does on a CPU. Speed is the median step
+after the first, with freed memory kept, between two calibrations; one rank, since gloo's speed is not what is
+calibrated.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def cases() -> list[dict[str, Any]]:
 
 def recipe_of(case: dict[str, Any], ranks: int) -> Any:
     """The recipe of a case."""
-    from pretrain.config import build_recipe
+    from pretrain.config.recipe import build_recipe
 
     size = case["windows"]
     content = {
@@ -80,8 +81,8 @@ class Trainer:
     """A case in this process."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from pretrain.engine import start_process_group
-        from pretrain.world import world_from_environment
+        from pretrain.distributed.world import world_from_environment
+        from pretrain.engine.engine import start_process_group
 
         self.world = world_from_environment()
         self.device = start_process_group(self.world)
@@ -91,8 +92,8 @@ class Trainer:
         """Seconds of each step."""
         import numpy as np
 
-        from pretrain.engine import Engine
-        from pretrain.engine_config import load_engine_config, merge_config
+        from pretrain.config.engine_config import load_engine_config, merge_config
+        from pretrain.engine.engine import Engine
         from pretrain.train import build_model
 
         self.recipe = recipe_of(case, self.world.world_size)
@@ -114,14 +115,14 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     """Bytes predicted and measured of this rank."""
     import gc
 
-    from pretrain.memory import Sizes, phase_bytes
+    from pretrain.costs.memory import Sizes, phase_bytes
 
     trainer = Trainer(case)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before = status_bytes("VmRSS")
     if case.get("keep_freed"):
-        from pretrain.distributed import keep_freed_memory
+        from pretrain.distributed.ranks import keep_freed_memory
 
         keep_freed_memory()
     trainer.train(case, steps=2)
@@ -131,8 +132,8 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     """Tokens/s predicted and measured of one rank."""
-    from pretrain.calibrate import calibrate
-    from pretrain.distributed import keep_freed_memory
+    from pretrain.distributed.ranks import keep_freed_memory
+    from pretrain.engine.calibrate import calibrate
     from pretrain.plan import step_seconds
 
     keep_freed_memory()
@@ -149,7 +150,7 @@ def measure_speed(case: dict[str, Any]) -> dict[str, float]:
 
 def run(case: dict[str, Any], measurement: str) -> dict[str, float]:
     """The case in processes of its own; the figures of the rank that held most."""
-    from pretrain.distributed import free_port
+    from pretrain.distributed.ranks import free_port
 
     ranks, repository = case.get("ranks", 1), Path(__file__).resolve().parents[2]
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(repository)}

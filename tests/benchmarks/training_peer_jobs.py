@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from pretrain.config import Recipe, load_recipe
+from pretrain.config.recipe import Recipe, load_recipe
 
 NEVER = 10**6
 
@@ -35,7 +35,7 @@ def trainer_job(recipe: Recipe, home: Path, output_dir: Path) -> None:
     import deepspeed
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
-    from pretrain.engine_config import load_engine_config, merge_config
+    from pretrain.config.engine_config import load_engine_config, merge_config
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model, optimizer, batch = recipe.model, recipe.optimizer, recipe.batch

@@ -36,16 +36,16 @@ from hand_made_shards import write_dataset, write_source
 from data_prep.errors import exit_code
 from data_prep.shards import Tokens
 from pretrain import train
-from pretrain.config import Recipe, recipe_to_dict
-from pretrain.distributed import World, free_port, set_up_rank
-from pretrain.engine import Engine, start_process_group
-from pretrain.engine_config import load_engine_config, merge_config
-from pretrain.loader import Prefetch
-from pretrain.loss import LanguageModelLoss
-from pretrain.optim import build_optimizer
-from pretrain.progress import Progress
-from pretrain.run_directory import MetricsFile
+from pretrain.config.engine_config import load_engine_config, merge_config
+from pretrain.config.recipe import Recipe, recipe_to_dict
+from pretrain.data.loader import Prefetch
+from pretrain.distributed.ranks import World, free_port, set_up_rank
+from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.optim import build_optimizer
+from pretrain.model.loss import LanguageModelLoss
+from pretrain.run.directory import MetricsFile
 from pretrain.train import build_model
+from pretrain.view.progress import Progress
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 Step = Callable[[list[Tokens]], object]

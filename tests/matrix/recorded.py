@@ -1,4 +1,4 @@
-"""Writes pretrain/engines.yaml, what exports were run in, for those who ran them."""
+"""Writes pretrain/hf/engines.yaml, what exports were run in, for those who ran them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.engines import ENGINES_FILE, EngineRecord, read_engine_records
+from pretrain.hf.engines import ENGINES_FILE, EngineRecord, read_engine_records
 
 HEADER = """\
 # What exports were run in; the card of an export shows the rows of its form. Not written by hand:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pretrain import export_hf
-from pretrain.checkpoint import load_for_reading, load_model
+from pretrain.checkpoint.reader import load_for_reading, load_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 FORMS = ("tablefree", "gpt_neox")

@@ -1,0 +1,121 @@
+"""Saving off the critical path: a copy of the rank's state in host memory, written by a thread while training goes on.
+
+The ranks' threads meet in a process group of their own, so that they never mix with the exchanges of training. What
+they write, and how, is in pretrain/checkpoint/saving.py.
+"""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.checkpoint.patience import patiently
+from pretrain.checkpoint.reader import Fragment, naming_the_disk, saved_steps
+from pretrain.checkpoint.retention import prune, step_of
+from pretrain.checkpoint.saving import Callback, save_checkpoint
+from pretrain.config.recipe import CheckpointsRecipe
+from pretrain.distributed.ranks import World, together
+from pretrain.run.directory import flush_metrics, write_state
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
+
+    `on_block` is called as writing moves on. Where a save fails, `on_failure` is called on every rank, from its thread,
+    and every rank's next `save` or `wait` raises the error. The memory it takes is that of this rank's fragments, once.
+    """
+
+    def __init__(
+        self, run_dir: Path, recipe: CheckpointsRecipe, world: World, on_failure: Callback, on_block: Callback = None
+    ) -> None:
+        self.run_dir, self.recipe, self.world = run_dir, recipe, world
+        self.on_failure, self.on_block = on_failure, on_block
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._memory = torch.empty(0)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._passed_over: set[str] = set()
+
+    def pass_over_newer(self, step: int) -> list[str]:
+        """Leave the checkpoints after a step, which was gone on from because they are damaged, out of the retention.
+
+        Returns the names of those that were not left out before. No save may be under way.
+        """
+        names = [path.name for path in patiently(lambda: saved_steps(self.run_dir)) if (step_of(path.name) or 0) > step]
+        new = [name for name in names if name not in self._passed_over]
+        self._passed_over.update(new)
+        return new
+
+    def save(self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True) -> None:
+        """Have the state after `step` steps written as it is now, and the oldest checkpoints dropped, if it `prunes`.
+
+        Waits for the save before, and raises its error.
+        """
+        self.wait()
+        work = (step, self._copy(fragments), about, prunes)
+        self._thread = threading.Thread(target=self._write, args=work, name=f"save of step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint is there; raises UserError on all ranks if it could not be written."""
+        if self._thread:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error:
+            raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread:  # what ended the run is to be told; the checkpoint before it is to be whole all the same
+            self._thread.join()
+
+    def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
+        """The fragments in host memory of their own, in the order in which they are written."""
+        sizes = [values.numel() for fragment in fragments for values in fragment.states.values()]
+        if sum(sizes) != len(self._memory):
+            self._memory = host_memory(sum(sizes))
+        places = iter(self._memory.split(sizes))
+        return [
+            replace(fragment, states={state: next(places).copy_(values) for state, values in fragment.states.items()})
+            for fragment in fragments
+        ]
+
+    def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool) -> None:
+        """Body of the thread."""
+        try:
+            together(lambda: flush_metrics(self.run_dir) if self.world.is_main else None, self._group)
+            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, self.on_block)
+            together(lambda: self._conclude(saved, step, prunes), self._group)
+        except Exception as error:
+            self._error = error
+            if self.on_failure:
+                self.on_failure()
+
+    def _conclude(self, saved: Path, step: int, prunes: bool) -> None:
+        """Note what is saved, then drop the oldest checkpoints."""
+        if self.world.is_main:
+            with naming_the_disk(self.run_dir):
+                write_state(self.run_dir, saved_step=step)
+            self._passed_over.discard(saved.name)  # a good one has taken its place
+            if prunes:
+                prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)
+
+
+def host_memory(elements: int) -> Tensor:
+    """So many fp32 in host memory, from which and to which a GPU copies at full speed.
+
+    Registered, not `pin_memory()`, whose allocator rounds up to a power of two: up to twice as much.
+    """
+    memory = torch.empty(elements)
+    if torch.cuda.is_available():
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    return memory

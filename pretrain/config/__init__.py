@@ -1,0 +1,1 @@
+"""What a run is told: recipes, their keys and rules, the DeepSpeed JSON."""

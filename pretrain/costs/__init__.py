@@ -1,0 +1,1 @@
+"""What a step costs: memory, operations, and what devices give."""

@@ -1,0 +1,1 @@
+"""The step: DeepSpeed's engine, the optimizer, the clock."""

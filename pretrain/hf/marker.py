@@ -1,0 +1,110 @@
+"""What an export says of itself, so that the next one replaces exports of ours and nothing else.
+
+`tablefree_export.json` names the run that was exported (its data set's fingerprint and what its steps depend on in the
+recipe), the step, the form, and the digest of every other file. transformers does not look at it.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.shards import digest_file
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.recipe import MAY_CHANGE_ON_BRANCH, build_recipe, flatten, recipe_to_dict
+
+MARKER_NAME = "tablefree_export.json"
+FORMAT = "tablefree-export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """The content of an export's marker."""
+
+    fingerprint: str  # of the data set
+    recipe: dict[str, Any]  # dotted keys, but for those that may differ between parts or lengths of a run
+    step: int
+    architecture: str
+    dtype: str
+    files: dict[str, str]  # name -> xxh3-128
+    format: str = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """The marker's file, byte for byte reproducible."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The keys of a run's recipe that make it this run and no other; keys that it lacks are as default."""
+    recipe = flatten(recipe_to_dict(build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path))))
+    return {key: recipe[key] for key in recipe if MAY_CHANGE_ON_BRANCH.isdisjoint((key, key.partition(".")[0]))}
+
+
+def write_marker(directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str) -> None:
+    """Mark the files in a directory, all of them, as an export of this checkpoint."""
+    marker = Marker(
+        fingerprint=checkpoint.manifest["fingerprint"],
+        recipe=run_recipe(checkpoint),
+        step=checkpoint.step,
+        architecture=architecture,
+        dtype=dtype,
+        files={path.name: digest_file(path) for path in sorted(directory.iterdir())},
+    )
+    (directory / MARKER_NAME).write_bytes(marker.to_bytes())
+
+
+def read_marker(directory: Path) -> Marker | None:
+    """The marker of an export; None where there is none as `write_marker` writes it."""
+    path = directory / MARKER_NAME
+    if not path.is_file():
+        return None
+    raw = path.read_bytes()
+    try:
+        marker = Marker(**json.loads(raw))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    is_ours = marker.format == FORMAT and isinstance(marker.files, dict) and isinstance(marker.recipe, dict)
+    return marker if is_ours and marker.to_bytes() == raw else None
+
+
+def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) -> None:
+    """Raise UserError where an export into a directory would lose something.
+
+    What is replaced holds nothing but an export's files. Where they were edited, or are of another run, that takes
+    `overwrite`; what no export made is never removed.
+    """
+    place = f"--output-dir {output}"
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise UserError(f"{place}: is no directory; give another")
+    names = sorted(os.listdir(output))
+    if not names:
+        return
+    marker = read_marker(output)
+    if marker is None:
+        raise UserError(
+            f"{place}: holds something else than an export with its {MARKER_NAME} (early ones have none); "
+            f"remove it, or give another directory"
+        )
+    for name in names:
+        if name not in (*marker.files, MARKER_NAME) or (output / name).is_symlink() or not (output / name).is_file():
+            raise UserError(f"{place}: {name} is no part of the export there; move it away, or give another directory")
+    if not overwrite and (why := why_precious(output, marker, checkpoint)):
+        raise UserError(f"{place}: {why}; --overwrite replaces it, or give another directory")
+
+
+def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:
+    """What would be lost with an export that the export of this checkpoint replaces, or None: it can be made again."""
+    for name, digest in marker.files.items():
+        if not (output / name).is_file():
+            return f"{name} of the export there is missing"
+        if digest_file(output / name) != digest:
+            return f"{name} was changed since it was exported"
+    here = {"fingerprint": checkpoint.manifest["fingerprint"], **run_recipe(checkpoint)}
+    for key, there in {"fingerprint": marker.fingerprint, **marker.recipe}.items():
+        if key in here and here[key] != there:
+            return f"holds an export of another run ({key} {there}, here {here[key]})"
+    return None

@@ -1,0 +1,1 @@
+"""The model in training: codes, loss, documents, recomputation, compilation."""

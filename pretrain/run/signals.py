@@ -1,0 +1,32 @@
+"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) end a run after its step, saved; a second one, later, at once."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+from data_prep.errors import signal_name
+from pretrain.distributed.world import World
+from pretrain.engine.engine import Engine
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
+
+
+def end_on_signals(engine: Engine, world: World) -> None:
+    """Have a signal to any rank end the run on all of them, which learn of it in the exchange of a step."""
+    first_at: list[float] = []
+
+    def handle(number: int, _: Any) -> None:
+        if first_at and time.monotonic() - first_at[0] > SAME_SIGNAL_S:
+            os._exit(128 + number)  # what was saved before stays
+        if not first_at:
+            first_at.append(time.monotonic())
+            engine.wants_end = number
+            text = f"{signal_name(number)}: ending after this step; one more, after 2 s, ends it at once\n"
+            with suppress(OSError):  # a print would fail where the signal interrupts another one
+                os.write(2, text.encode() if world.is_main else b"")
+
+    for number in ENDING:
+        signal.signal(number, handle)

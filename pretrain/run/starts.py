@@ -1,0 +1,206 @@
+"""What each start of a run ran on: the record of all that its last bits depend on beside recipe and data.
+
+    RUN_DIR/starts.jsonl     a line for each start that got as far as training, in order
+
+A line holds the step it went on from, the time, the command, versions, the commit of this project (where it runs from
+a git checkout), and how many ranks there were, on which hosts, devices and CPU kernels, with how many threads. The
+script that starts runs again after failures counts these lines, too: a start without one has not trained.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.shards import without_credentials, write_durably
+from pretrain.distributed.ranks import World, gather
+from pretrain.run.claim import STARTS_NAME
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
+PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")
+GIT_S = 10.0  # a checkout on a slow disk is not worth waiting for
+# What the bits of a step may depend on. Hosts of the same kind and another command line are none of it.
+MATTERS = ("versions", "commit", "ranks", "devices", "cpu_kernels", "threads_per_rank")
+
+Start = dict[str, Any]  # a line of starts.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What one rank runs on."""
+
+    host: str
+    device: str  # a GPU's name, or cpu
+    cpu_kernels: str  # which instructions torch's kernels use, as AVX2
+    threads: int
+    versions: dict[str, str]
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; of ours it may be missing, where it runs from a plain directory."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def surroundings(device: torch.device) -> Surroundings:
+    """What this rank runs on."""
+    versions = {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return Surroundings(
+        host=socket.gethostname(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        cpu_kernels=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        versions=versions,
+    )
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about the directory of this project, or None where it can't."""
+    command = ["git", "--no-optional-locks", "-C", str(PROJECT_DIR), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit of this project, and whether files of it differ; None unless it runs from a checkout that has it.
+
+    A package installed below somebody's repository is no file of that.
+    """
+    if git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{git('rev-parse', 'HEAD')}{', changed' if changed else ''}"
+
+
+def counted(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, in order of name."""
+    return dict(sorted(Counter(values).items()))
+
+
+def describe_start(step: int, command: list[str], world: World, of_ranks: list[Surroundings]) -> Start:
+    """The line of a start that goes on from a step."""
+    differing = {json.dumps(each.versions): each for each in of_ranks}
+    return {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": without_credentials(shlex.join(["python", "-m", "pretrain.train", *command])),
+        "commit": commit(),
+        "ranks": world.world_size,
+        "hosts": counted(each.host for each in of_ranks),
+        "devices": counted(each.device for each in of_ranks),
+        "cpu_kernels": counted(each.cpu_kernels for each in of_ranks),
+        "threads_per_rank": sorted({each.threads for each in of_ranks}),
+        "versions": of_ranks[0].versions,
+        **({"versions_by_host": {e.host: e.versions for e in differing.values()}} if len(differing) > 1 else {}),
+    }
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """The starts of a run, oldest first. What is no such line is left out: a record is nothing to end a run for."""
+    path = run_dir / STARTS_NAME
+    starts = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            start = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(start, dict) and isinstance(start.get("step"), int):
+            starts.append(start)
+    return starts
+
+
+def of_steps(starts: list[Start], steps: int) -> list[Start]:
+    """The starts that the first so many steps of a run come from: none of a run that was begun anew."""
+    begun = max((number for number, start in enumerate(starts) if start["step"] == 0), default=0)
+    return [start for start in starts[begun:] if start["step"] < steps]
+
+
+def changes(before: Start, now: Start) -> list[str]:
+    """What may change the last bits of a step, in words."""
+    found = []
+    for key in MATTERS:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and key == "versions":
+            names = sorted({*old, *new})
+            found += [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+        elif old != new:
+            found.append(f"{key} {in_words(old)} -> {in_words(new)}")
+    return found
+
+
+def in_words(value: Any) -> str:
+    """A value of a line, shortly."""
+    if isinstance(value, dict):
+        return " + ".join(f"{count} x {name}" for name, count in value.items())
+    if isinstance(value, list):
+        return " or ".join(map(str, value))
+    return str(value)
+
+
+def append_start(run_dir: Path, start: Start) -> None:
+    """Add a line, on the disk when this returns; a line that a kill tore is ended first."""
+    with (run_dir / STARTS_NAME).open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        is_torn = size > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * is_torn + json.dumps(start).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def record_start(run_dir: Path, step: int, command: list[str], world: World, device: torch.device) -> list[str]:
+    """On all ranks: have rank 0 add the line of this start; the warnings that follow from it, on rank 0."""
+    of_ranks = gather(surroundings(device))
+    if not world.is_main:
+        return []
+    before = of_steps(read_starts(run_dir), step)
+    start = describe_start(step, command, world, of_ranks)
+    append_start(run_dir, start)
+    warnings = []
+    if step and before and (changed := changes(before[-1], start)):
+        warnings.append(f"warning: changed since the start before: {', '.join(changed)}; last digits may differ")
+    if differing := start.get("versions_by_host"):
+        (host, own), (other, theirs), *_ = differing.items()
+        names = [f"{name} {own[name]} on {host}, {theirs.get(name)} on {other}" for name in own]
+        unequal = [text for name, text in zip(own, names, strict=True) if own[name] != theirs.get(name)]
+        warnings.append(f"warning: hosts differ: {', '.join(unequal)}; install the same versions on all")
+    return warnings
+
+
+def copy_starts(origin_run_dir: Path, run_dir: Path, steps: int) -> None:
+    """Make the starts that a branch's first steps come from the branch's own."""
+    lines = [json.dumps(start) + "\n" for start in of_steps(read_starts(origin_run_dir), steps)]
+    if lines:
+        write_durably(run_dir / STARTS_NAME, "".join(lines).encode())
+
+
+def for_card(starts: list[Start], steps: int) -> list[Start]:
+    """The starts behind a checkpoint as a model card shows them: those that differ from the one before. No hosts."""
+    shown: list[Start] = []
+    for start in of_steps(starts, steps):
+        if not shown or changes(shown[-1], start):
+            shown.append(start)
+    named = ("time", "ranks", "devices", "cpu_kernels", "threads_per_rank", "commit")
+    return [
+        {"step": start["step"], "versions": dict(start.get("versions") or {})}
+        | {name: in_words(start.get(name)) for name in named}
+        for start in shown
+    ]

@@ -1,0 +1,1 @@
+"""What is shown: progress, dry runs, the templates of what commands print."""
