@@ -23,19 +23,16 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import CommandParser, UserError, exit_code, parse_json
+from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
-from pretrain.checkpoint.reader import Checkpoint, checkpoints_dir, is_checkpoint, load_for_reading, load_model
-from pretrain.checkpoint.retention import step_name
+from pretrain.checkpoint.reader import Checkpoint, is_checkpoint, load_for_reading, load_model, run_of
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import ValidationWindows
 from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.evaluation.result import EVALUATION_NAME, EVALUATIONS_NAME
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.view.templates import render
 
-EVALUATION_NAME = "evaluation.json"
-EVALUATIONS_NAME = "evaluations"
-FIGURES = ("targets", "loss", "perplexity", "bits_per_byte")  # which an export's card tells
 WINDOWS_AT_ONCE = 8
 
 
@@ -50,14 +47,6 @@ def score(nats: float, targets: int, text_bytes: int) -> dict[str, float]:
         "targets": targets, "text_bytes": text_bytes, "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": nats / (math.log(2) * text_bytes) if text_bytes else math.nan,
     }  # fmt: skip
-
-
-def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
-    """The run that a checkpoint belongs to, where --run-dir may name either; None where it lies by itself."""
-    if not is_checkpoint(run_dir):
-        return run_dir
-    home = checkpoint.path.absolute().parent
-    return home.parent if home == checkpoints_dir(home.parent) else None
 
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None) -> ShardReader:
@@ -98,23 +87,6 @@ def evaluation_path(run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, 
         return run_dir / EVALUATION_NAME
     data = "" if is_own else f".{fingerprint}"
     return run_dir / EVALUATIONS_NAME / f"{checkpoint.path.name}{data}.json"
-
-
-def figures_of(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """What was measured after so many steps on the run's own data, if that was done.
-
-    Raises UserError for a file that is not what this command writes.
-    """
-    advice = "run python -m pretrain.evaluate again, or remove it"
-    for path in (run_dir / EVALUATION_NAME, run_dir / EVALUATIONS_NAME / f"{step_name(step)}.json"):
-        content: Any = parse_json(path.read_bytes(), str(path), advice) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not what pretrain.evaluate writes; {advice}")
-        if content.get("step") == step:
-            if not all(isinstance(content.get(name), int | float) for name in FIGURES):
-                raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {advice}")
-            return content
-    return None
 
 
 def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:

@@ -30,8 +30,8 @@ from transformers import GPTNeoXConfig, PretrainedConfig
 from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
-from pretrain.checkpoint.reader import Checkpoint, load_for_reading
-from pretrain.evaluate import figures_of, run_of
+from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
+from pretrain.evaluation.result import figures_of
 from pretrain.hf.engines import engines_of
 from pretrain.hf.gguf import DTYPES as GGUF_DTYPES
 from pretrain.hf.gguf import Vocabulary, gguf_name, require_gguf, write_gguf

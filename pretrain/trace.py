@@ -7,8 +7,7 @@ indexes name the input file and row of every document in it. [first:end] is a sl
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,29 +18,7 @@ from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
 from pretrain.config.recipe import Recipe, load_recipe
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a window holds of one document."""
-
-    shard: Shard
-    offsets: range  # of the part, in the shard
-    document: range  # of the whole document, in the shard, with its end-of-document id
-    origin: tuple[str, int]  # input file and row
-
-
-def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
-    """The documents in a sample's window, in order."""
-    place, corpus = loader.place(sample), loader.corpus
-    position = int(loader.begins[loader.names.index(place.source)]) + place.start
-    end = position + loader.seq_len + 1
-    while position < end:
-        shard, start = corpus.locate(position)
-        document, origin = corpus.reader.document(shard, corpus.reader.document_at(shard, start))
-        offsets = range(start, min(start + end - position, document.stop))
-        yield Part(shard=shard, offsets=offsets, document=document, origin=origin)
-        position += len(offsets)
+from pretrain.data.provenance import Part, parts_of
 
 
 def describe_sample(loader: TrainingLoader, sample: int) -> str:

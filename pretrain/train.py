@@ -56,11 +56,13 @@ from pretrain.distributed.ranks import (
     gather,
     memory_of_rank,
     met_alone,
+    say,
     set_up_rank,
     together,
 )
 from pretrain.distributed.world import World, world_from_environment
-from pretrain.engine.engine import SAVE_FAILED, Engine, StepFigures, leave_process_group, start_process_group
+from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
+from pretrain.engine.figures import StepFigures
 from pretrain.engine.optim import learning_rate
 from pretrain.engine.timing import PAUSE, StepProfiler
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
@@ -84,7 +86,7 @@ from pretrain.run.signals import end_on_signals
 from pretrain.run.starts import record_start
 from pretrain.run.watch import Watch
 from pretrain.view.dry_run import describe
-from pretrain.view.progress import Progress, epochs_lines, say
+from pretrain.view.progress import Progress, epochs_lines
 
 if __name__ == "__main__":
     gc.freeze()

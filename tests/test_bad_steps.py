@@ -20,7 +20,8 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.distributed.ranks import World
-from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps, no_number
+from pretrain.engine.figures import no_number
+from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STEPS = 190

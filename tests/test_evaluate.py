@@ -19,7 +19,8 @@ from conftest import counting_dataset, run_command
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader, load_manifest
 from pretrain.checkpoint.reader import load_for_reading, load_model, newest_good
-from pretrain.evaluate import evaluate, figures_of, main, open_data, score, tokenizer_of
+from pretrain.evaluate import evaluate, main, open_data, score, tokenizer_of
+from pretrain.evaluation.result import figures_of
 
 
 def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: Path) -> None:

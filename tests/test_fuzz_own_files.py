@@ -29,7 +29,8 @@ from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_m
 from pretrain.config.engine_config import load_engine_config
 from pretrain.config.recipe import build_recipe, load_recipe
 from pretrain.distributed.ranks import World
-from pretrain.evaluate import figures_of, open_data
+from pretrain.evaluate import open_data
+from pretrain.evaluation.result import figures_of
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.directory import MetricsFile, note_failure, read_state
 from pretrain.view.templates import render

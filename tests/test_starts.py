@@ -151,7 +151,7 @@ def test_the_commit_is_that_of_a_checkout_which_has_this_project(
 ) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(REPOSITORY / "pretrain", checkout / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
-    module = checkout / "pretrain" / "starts.py"
+    module = checkout / "pretrain" / "run" / "starts.py"
     monkeypatch.setattr(starts, "PROJECT_DIR", checkout)
     monkeypatch.setattr(starts, "__file__", str(module))
     assert starts.commit() is None  # no checkout

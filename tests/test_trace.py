@@ -18,6 +18,7 @@ from data_prep.shards import ShardReader
 from pretrain import trace
 from pretrain.config.recipe import load_recipe, recipe_to_yaml
 from pretrain.data.loader import TrainingLoader
+from pretrain.data.provenance import parts_of
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -73,7 +74,7 @@ def test_every_window_is_made_of_the_documents_it_names(
 ) -> None:
     reader = ShardReader(dataset)
     loader = TrainingLoader(reader, seq_len=seq_len, seed=SEED)
-    parts = list(trace.parts_of(loader, sample))
+    parts = list(parts_of(loader, sample))
     from_shards = [np.load(dataset / p.shard.path)[p.offsets.start : p.offsets.stop] for p in parts]
     np.testing.assert_array_equal(np.concatenate(from_shards), loader.samples(np.array([sample]))[0])
     for part, ids in zip(parts, from_shards, strict=True):

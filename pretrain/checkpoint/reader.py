@@ -248,6 +248,14 @@ def is_checkpoint(path: Path) -> bool:
     return (path / SIDECAR_NAME).is_file()
 
 
+def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
+    """The run that a checkpoint belongs to, where --run-dir may name either; None where it lies by itself."""
+    if not is_checkpoint(run_dir):
+        return run_dir
+    home = checkpoint.path.absolute().parent
+    return home.parent if home == checkpoints_dir(home.parent) else None
+
+
 def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
     """A good checkpoint of a run, for evaluation and export: the newest, or that of a step; or `run_dir` itself.
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data_prep.errors import (
     USER_ERROR_EXIT_CODE,
@@ -210,3 +211,10 @@ def exit_with(error: UserError, world: World) -> int:
     if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
         os._exit(error.exit_code)
     return error.exit_code
+
+
+def say(world: World, text: str) -> None:
+    """One line of the log, from rank 0."""
+    if world.is_main:
+        with unheard():
+            tqdm.write(text, file=sys.stderr)

@@ -11,7 +11,6 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pydantic
@@ -24,11 +23,11 @@ from data_prep.shards import Tokens
 from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.ranks import World, gather, set_rendezvous
+from pretrain.engine.figures import RankFigures, StepFigures, no_number
 from pretrain.engine.optim import build_optimizer
 from pretrain.engine.timing import PAUSE, PHASES, StepClock, peak_memory_bytes
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
-from pretrain.run.bad_steps import no_number
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
@@ -81,27 +80,6 @@ def leave_process_group() -> None:
     if dist.is_initialized():
         gather(None)
         dist.destroy_process_group()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankFigures:
-    """What one rank's step took."""
-
-    rank: int
-    seconds: dict[str, float]  # of each of timing.PHASES
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """What one step gave, known before its update."""
-
-    loss: float  # nats, mean over all targets of all ranks
-    gradient_norm: float  # of all ranks' parameters, before clipping
-    own: RankFigures
-    # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so None at the first.
-    slowest: RankFigures | None
-    refused: str | None  # why nothing of this step reached weights or moments, or None: it was trained
 
 
 class Engine:

@@ -24,11 +24,11 @@ from data_prep.errors import explained, naming, printable
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed.ranks import World, gather, together
+from pretrain.data.provenance import parts_of
+from pretrain.distributed.ranks import World, gather, say, together
+from pretrain.engine.figures import finite, no_number
 from pretrain.metrics.records import cut_damaged_end
 from pretrain.run.directory import SKIPS_NAME
-from pretrain.trace import parts_of
-from pretrain.view.progress import say
 
 RUNNING_STEPS = 128
 FEWEST_STEPS = 32  # no spike before so many were trained
@@ -36,13 +36,6 @@ DEVIATIONS_OF_NORMAL = 1.4826
 DECISION = ("step", "reason", "policy", "loss", "gradient_norm")  # what a record needs for its replay
 
 Record = dict[str, Any]
-
-
-def no_number(loss: float, gradient_norm: float) -> str | None:
-    """What is wrong with figures that are not finite, or None."""
-    if math.isfinite(loss) and math.isfinite(gradient_norm):
-        return None
-    return f"loss {loss}, gradient norm {gradient_norm}"
 
 
 class BadSteps:
@@ -132,8 +125,3 @@ def describe_rows(loader: TrainingLoader, reader: ShardReader, samples: range, r
         "documents": [[part.origin for part in parts_of(loader, sample)] for sample in samples],
         "worst_row": {"row": worst, "loss": finite(row_nats[worst]), "text": text},
     }
-
-
-def finite(value: float) -> float | None:
-    """A number as JSON has it, which has no infinity."""
-    return value if math.isfinite(value) else None

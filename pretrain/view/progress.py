@@ -1,7 +1,6 @@
 """What a run says while it trains: what it is about to do, then a bar on a terminal or a line now and then."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -9,22 +8,14 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import unheard
 from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import find_device, flops_per_token
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed.ranks import World
+from pretrain.distributed.ranks import World, say
 from pretrain.view.time_left import TimeLeft
 
 T = TypeVar("T")
 MANY_EPOCHS = 4.0  # beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264)
-
-
-def say(world: World, text: str) -> None:
-    """One line of the log, from rank 0."""
-    if world.is_main:
-        with unheard():
-            tqdm.write(text, file=sys.stderr)
 
 
 def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
