@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ FLOORS = (
 # What still imports upwards, from before there were wings; see that it grows shorter.
 UPWARDS = {("checkpoint.writer", "run.directory")}
 TOP_LEVEL = {
-    "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci",
+    "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci",
     "pretrain", "data_prep", "ds_configs", "launch", "tests", "findings",
 }  # fmt: skip
 
@@ -152,3 +153,18 @@ def test_the_top_level_holds_what_the_readme_s_map_says_and_nothing_else() -> No
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     assert {name.partition("/")[0] for name in listing.stdout.splitlines()} == TOP_LEVEL
+
+
+def test_links_and_files_that_texts_name_are_there() -> None:
+    """Relative links of every page, and every path in backquotes below the folders of the project."""
+    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
+    pages += sorted(REPOSITORY.glob("[a-z]*/README.md"))
+    assert len(pages) > 5
+    missing = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)\s]*\)", text):
+            missing += [f"{relative(page)}: {link}"] if not (page.parent / link).exists() else []
+        for name in re.findall(r"`(?:python )?((?:pretrain|data_prep|launch|tests|ds_configs)/[\w./-]+)", text):
+            missing += [f"{relative(page)}: {name}"] if not (REPOSITORY / name).exists() else []
+    assert not missing
