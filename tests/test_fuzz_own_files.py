@@ -4,6 +4,7 @@ For the long form set FUZZ_CASES to 700: so many cases for each file, above 10,0
 """
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -71,7 +72,7 @@ def other_values(draw: st.DrawFn, whole: bytes) -> bytes:
         elif how == 1 and isinstance(holder, dict):
             holder["new"] = 1
         else:
-            holder[key] = draw(st.sampled_from(ODD))
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD)))  # or it might come to hold itself
     lines = content if is_lines else [content]
     form: dict[str, Any] = {} if is_lines else {"indent": 1, "sort_keys": True}
     text = "".join(json.dumps(line, ensure_ascii=False, **form) + "\n" for line in lines)
