@@ -24,6 +24,8 @@ from forked_ranks import become_a_rank, fork_server, variables_of
 from pretrain.checkpoint import Checkpoint, newest_good
 from pretrain.world import World, world_from_environment
 
+pytestmark = pytest.mark.slow
+
 RANKS = (1, 2, 3, 4)
 VOCAB_SIZE = 131
 WINDOWS = 12  # a step's
