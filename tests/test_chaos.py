@@ -19,6 +19,8 @@ from data_prep.shards import digest_file
 from pretrain.checkpoint.reader import Checkpoint, Fragment, saved_steps, sidecar_of
 from pretrain.checkpoint.saving import write_fragments
 
+pytestmark = pytest.mark.slow
+
 RUNNER = "tests/benchmarks/chaos.py"
 
 

@@ -25,6 +25,8 @@ from pretrain.checkpoint.reader import Checkpoint, newest_good
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
 
+pytestmark = pytest.mark.slow
+
 RANKS = (1, 2, 3, 4)
 VOCAB_SIZE = 131
 WINDOWS = 12  # a step's

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from first_step import BEGAN, REPOSITORY, Marks
+from first_step import BEGAN, REPOSITORY, Marks, import_the_command
 
 from data_prep.errors import UserError, exit_code
 
@@ -136,18 +136,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
 def run_as_rank(output: Path, flags: list[str]) -> None:
     """The training command with the clock read around its parts; writes what they took."""
     marks = Marks()
-    import torch  # noqa: F401
-
-    marks.mark("import torch")
-    import pretrain.modeling_tablefree
-
-    marks.mark("import transformers")
-    import pretrain.engine.engine  # noqa: F401
-
-    marks.mark("import deepspeed")
-    from pretrain import train
-
-    marks.mark("import the rest")
+    train = import_the_command(marks)
     marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")
     marks.around(train, "build_model", "model, initial weights")

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,10 +64,9 @@ class Marks:
         setattr(owner, name, timed)
 
 
-def run_as_rank(output: Path, flags: list[str]) -> None:
-    """Train one step as pretrain.train does, and write what its parts took; ends the process."""
-    marks = Marks()
-    gc.disable()  # as pretrain.train does while it imports
+def import_the_command(marks: Marks) -> ModuleType:
+    """The module pretrain.train, imported part by part, and without a search for garbage as when it is run."""
+    gc.disable()
     import torch  # noqa: F401
 
     marks.mark("import torch")
@@ -77,11 +77,19 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
 
     marks.mark("import deepspeed")
     from pretrain import train
-    from pretrain.distributed import ranks as distributed
 
     gc.freeze()
     gc.enable()
     marks.mark("import the rest")
+    return train
+
+
+def run_as_rank(output: Path, flags: list[str]) -> None:
+    """Train one step as pretrain.train does, and write what its parts took; ends the process."""
+    marks = Marks()
+    train = import_the_command(marks)
+    from pretrain.distributed import barrier
+
     marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")
     marks.around(train, "build_model", "model, initial weights")
@@ -94,7 +102,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
         first_step(*arguments)
         content = {"figures": marks.figures, "ended": marks.last[0], "began": BEGAN, "cpu": marks.last[1]}
         output.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(content))
-        distributed.barrier()
+        barrier()
         os._exit(0)
 
     train.Engine.train_step = step_and_end
