@@ -77,6 +77,7 @@ def as_exported(
     adding_nothing = without_additions(definition)
     if adding_nothing != definition:
         files = files | {DEFINITION_NAME: json.dumps(adding_nothing, ensure_ascii=False).encode()}
+        reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     told = merged_config(files, source)
     config, left_out = plain_config(told, reference)
     if names_unknown and "eos_token" in config:
