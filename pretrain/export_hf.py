@@ -2,6 +2,7 @@
 
     python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox|gguf]
         [--dtype ...] [--step N] [--overwrite]
+    python -m pretrain.export_hf --check DIR
 
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
@@ -32,6 +33,7 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replac
 from pretrain import modeling_tablefree
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
 from pretrain.evaluation.result import figures_of
+from pretrain.export_check import AGAIN, check_export
 from pretrain.hf.engines import engines_of
 from pretrain.hf.gguf import DTYPES as GGUF_DTYPES
 from pretrain.hf.gguf import Vocabulary, gguf_name, require_gguf, write_gguf
@@ -146,22 +148,23 @@ def write_export(
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     source = run_dir / TOKENIZER_NAME
     tokenizer = as_exported(read_tokenizer(source), source, config.seq_len, names_unknown=architecture == "gpt_neox")
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
         one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
-        gguf_name=gguf_name(dtype),
+        gguf_name=gguf_name(dtype), end_token=tokenizer.reference.id_to_token(special_ids["eos_token_id"]),
         engines=engines_of(architecture),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
-    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     if architecture == "gguf":
         weights, stock = gpt_neox_parts(masters, config)
         vocabulary = Vocabulary(
             definition=json.loads(tokenizer.files[DEFINITION_NAME]),
             tokenizer=tokenizer.reference,
             special_ids=special_ids,
+            chat_template=tokenizer.chat_template,
         )
         write_gguf(directory / gguf_name(dtype), weights, stock, vocabulary, dtype)
     else:
@@ -187,8 +190,7 @@ def check_tokenizer(export: Path, tokenizer: ExportedTokenizer, checkpoint: Chec
     except (UserError, OSError) as error:  # an export needs no data set: it may be made where there is none
         return f"AutoTokenizer gives the data's ids for hard texts; no documents were compared ({one_line(error)})"
     compared = check_ids(export, tokenizer.reference, texts, place)
-    sources = len(reader.manifest.sources)
-    return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents of {sources} sources"
+    return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents, some of every source"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -207,7 +209,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", choices=DTYPES, default="tablefree", help=forms)
     weights = "of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0"
     parser.add_argument("--dtype", choices=dict.fromkeys(itertools.chain(*DTYPES.values())), help=weights)
+    check = "tell whether an export is whole and right with the transformers of today, and export nothing"
+    parser.add_argument("--check", type=Path, metavar="DIR", help=check)
     flags = parser.parse_args(arguments)
+    if flags.check is not None:
+        others = [name for name, value in vars(flags).items() if value != parser.get_default(name) and name != "check"]
+        if others:
+            parser.error(f"--{others[0].replace('_', '-')} does not go with --check")
+        return flags
     for name in ("run_dir", "output_dir"):
         if getattr(flags, name) is None:
             parser.error(f"--{name.replace('_', '-')} is missing")
@@ -220,9 +229,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
+def report(directory: Path) -> None:
+    """Print what is to be said of an export. Raises UserError if something is wrong with it."""
+    verdict = check_export(directory)
+    print(verdict.about)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    if len(verdict.problems) == 1:
+        raise UserError(verdict.problems[0])
+    for problem in verdict.problems:
+        print(f"problem: {problem}")
+    if verdict.problems:
+        raise UserError(f"{directory}: {len(verdict.problems)} problems; mend them as said above, or {AGAIN}")
+    print("whole, and right as far as is known")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags = parse_arguments(arguments)
+    if flags.check is not None:
+        report(flags.check)
+        return
     checkpoint = load_for_reading(flags.run_dir, flags.step)
     run_dir = run_of(checkpoint, flags.run_dir)
     if run_dir is None:
