@@ -26,6 +26,7 @@ from matrix.reference import FORMS, train_and_export, write_reference
 from test_matrix import ADDRESSES, CHARACTERS
 
 from data_prep.errors import UserError, exit_code
+from pretrain import export_hf
 from pretrain.engines import EngineRecord
 
 CHECKS = TESTS / "matrix" / "engine_checks.py"
@@ -37,6 +38,7 @@ TRIED = {
     "torchao": "weights in 8 bits",
     "onnxruntime": "logits of `torch.onnx.export(dynamo=True)`",
     "ctranslate2": "converted, greedy text",
+    "cyllama": "llama.cpp on the f32 file: ids, logits",
 }
 NEEDS = {
     "peft": ["peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0"],
@@ -45,18 +47,30 @@ NEEDS = {
     "torchao": ["torchao==0.18.0", "accelerate==1.15.0", "transformers==5.24.0"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript", "accelerate==1.15.0", "transformers==5.24.0"],
     "ctranslate2": ["ctranslate2==4.8.5", "accelerate==1.15.0", "transformers==4.57.6"],
+    "cyllama": ["cyllama==0.2.18", "accelerate==1.15.0", "transformers==5.24.0"],
 }
+RUNS = {"cyllama": ("gguf",)}  # the others: both forms that are directories of transformers'
+MANY_CHARACTERS = 120  # of an error, for a card
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
+
+
+def short(error: str | None, home: Path) -> str | None:
+    """An error as a card can have it: the beginning, without paths of this machine."""
+    if error is None:
+        return None
+    text = error.replace(str(home), "").partition(" (")[0]
+    return text if len(text) <= MANY_CHARACTERS else text[:MANY_CHARACTERS].rpartition(" ")[0] + " ..."
 
 
 def check(engine: str, home: Path) -> list[EngineRecord]:
     """Run both forms in an engine. Raises RegistryError if it can't be had."""
+    forms = RUNS.get(engine, FORMS)
     python = prepare_environment(NEEDS[engine])
     written = home / f"{engine}.json"
     env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]
     result = subprocess.run(
-        [str(python), str(CHECKS), str(home), engine, str(written)],
+        [str(python), str(CHECKS), str(home), engine, ",".join(forms), str(written)],
         cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     if result.returncode != 0:
@@ -65,10 +79,11 @@ def check(engine: str, home: Path) -> list[EngineRecord]:
     outcomes = json.loads(written.read_bytes())
     return [
         EngineRecord(
-            engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine], error=outcomes[form],
+            engine=engine, version=version.stdout.strip(), form=form,
+            tried=TRIED[engine], error=short(outcomes[form], home),
             by="tests/benchmarks/engines.py",
         )
-        for form in FORMS
+        for form in forms
     ]  # fmt: skip
 
 
@@ -83,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--only {flags.only}: no engine {min(unknown)}; there are {', '.join(TRIED)}")
     with TemporaryDirectory() as directory:
         home = Path(directory)
-        write_reference(train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home), home)
+        run_dir = train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home)
+        write_reference(run_dir, home)
+        export_hf.main(["--run-dir", str(run_dir), "--output-dir", str(home / "gguf"), "--architecture", "gguf"])
         for engine in flags.only.split(","):
             records = check(engine, home)
             for record in records:
