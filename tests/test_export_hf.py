@@ -22,6 +22,7 @@ from data_prep.shards import digest_file, write_durably
 from pretrain.checkpoint import Fragment, load_for_reading, load_model
 from pretrain.config import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed import World
+from pretrain.engines import engines_of
 from pretrain.export_hf import main
 from pretrain.export_marker import MARKER_NAME
 from pretrain.modeling_tablefree import (
@@ -230,6 +231,18 @@ def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
     for part in ("library_name: transformers", "arxiv:2605.09751", "licences", "Intended use and limits", "@article"):
         assert part in card
     assert str(exports["tablefree"]) not in card
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_card_tells_in_which_engines_its_form_was_run(form: str, exports: dict[str, Path]) -> None:
+    card = (exports[form] / "README.md").read_text(encoding="utf-8")
+    section = card.partition("## Engines\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert rows[2:] == [
+        [r.engine, r.version, r.tried, "as trained" if r.error is None else f"not as trained: {r.error}"]
+        for r in engines_of(form)
+    ]
+    assert {row[0] for row in rows[2:]} >= {"transformers", "peft", "trl", "lm-eval"}
 
 
 def test_the_tokenizer_knows_how_long_a_text_the_model_takes(exports: dict[str, Path]) -> None:
