@@ -2,6 +2,7 @@
 
     python -m pretrain.export_hf --run-dir RUN_DIR --output-dir DIR [--architecture tablefree|gpt_neox|gguf]
         [--dtype ...] [--step N] [--overwrite]
+    python -m pretrain.export_hf --check DIR
 
     tablefree   the model as trained, with no input table; ships pretrain/modeling_tablefree.py as remote code
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
@@ -33,6 +34,7 @@ from pretrain import modeling_tablefree
 from pretrain.checkpoint import Checkpoint, load_for_reading
 from pretrain.engines import engines_of
 from pretrain.evaluate import figures_of, run_of
+from pretrain.export_check import AGAIN, check_export
 from pretrain.export_gguf import DTYPES as GGUF_DTYPES
 from pretrain.export_gguf import Vocabulary, gguf_name, require_gguf, write_gguf
 from pretrain.export_ids import check_ids, hard_texts, texts_of_every_source
@@ -207,7 +209,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", choices=DTYPES, default="tablefree", help=forms)
     weights = "of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0"
     parser.add_argument("--dtype", choices=dict.fromkeys(itertools.chain(*DTYPES.values())), help=weights)
+    check = "tell whether an export is whole and right with the transformers of today, and export nothing"
+    parser.add_argument("--check", type=Path, metavar="DIR", help=check)
     flags = parser.parse_args(arguments)
+    if flags.check is not None:
+        others = [name for name, value in vars(flags).items() if value != parser.get_default(name) and name != "check"]
+        if others:
+            parser.error(f"--{others[0].replace('_', '-')} does not go with --check")
+        return flags
     for name in ("run_dir", "output_dir"):
         if getattr(flags, name) is None:
             parser.error(f"--{name.replace('_', '-')} is missing")
@@ -220,9 +229,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
+def report(directory: Path) -> None:
+    """Print what is to be said of an export. Raises UserError if something is wrong with it."""
+    verdict = check_export(directory)
+    print(verdict.about)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    if len(verdict.problems) == 1:
+        raise UserError(verdict.problems[0])
+    for problem in verdict.problems:
+        print(f"problem: {problem}")
+    if verdict.problems:
+        raise UserError(f"{directory}: {len(verdict.problems)} problems; mend them as said above, or {AGAIN}")
+    print("whole, and right as far as is known")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags = parse_arguments(arguments)
+    if flags.check is not None:
+        report(flags.check)
+        return
     checkpoint = load_for_reading(flags.run_dir, flags.step)
     run_dir = run_of(checkpoint, flags.run_dir)
     if run_dir is None:

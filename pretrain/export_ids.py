@@ -68,16 +68,17 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of long texts, and of a class whose code is not to be run
+    refused = f"{place}: transformers {__version__} can't load or use the exported tokenizer"
     try:
-        with explained(Exception, f"{place}: transformers {__version__} can't load the exported tokenizer", ADVICE):
+        with explained(Exception, refused, ADVICE):
             exported: Any = AutoTokenizer.from_pretrained(export, local_files_only=True, trust_remote_code=False)
-        asked = 0
-        for text in texts:
-            asked += 1
-            ids = expected.encode(text, add_special_tokens=False).ids
-            if exported.encode(text, split_special_tokens=True) != ids:
-                problem = "would give other ids with the exported tokenizer than the data set holds"
-                raise UserError(f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}")
-        return asked
+            asked = 0
+            for text in texts:
+                asked += 1
+                ids = expected.encode(text, add_special_tokens=False).ids
+                if exported.encode(text, split_special_tokens=True) != ids:
+                    problem = "would give other ids with the exported tokenizer than the data set holds"
+                    raise UserError(f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}")
+            return asked
     finally:
         logging.set_verbosity(verbosity)

@@ -73,10 +73,10 @@ def as_exported(
         if name not in files:
             raise UserError(f"{source / name}: missing; copy the tokenizer of the run's data set to {source}")
     definition = read_object(files, DEFINITION_NAME, source)
+    reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     adding_nothing = without_additions(definition)
     if adding_nothing != definition:
         files = files | {DEFINITION_NAME: json.dumps(adding_nothing, ensure_ascii=False).encode()}
-    reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     told = merged_config(files, source)
     config, left_out = plain_config(told, reference)
     if names_unknown and "eos_token" in config:
@@ -177,8 +177,9 @@ def content_of(token: Any) -> str | None:
 def more_tokens(told: Json) -> Iterable[str]:
     """The special tokens without one of the ROLES; newer files give some of them names of their own."""
     for key in MORE_TOKENS:
-        value = told.get(key) or []
-        for token in value.values() if isinstance(value, dict) and "content" not in value else value:
+        value = told.get(key)
+        tokens = value.values() if isinstance(value, dict) else value
+        for token in tokens if isinstance(tokens, Iterable) else ():
             if (content := content_of(token)) is not None:
                 yield content
 
