@@ -58,7 +58,7 @@ ATTENTION_ARGUMENTS = frozenset(
     {"attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options"}
 )
 OWN_ATTENTION = ("sdpa", "eager")
-# Until transformers 5.3 a static cache had to be told where to write, and wrote to its beginning if it was not.
+# In transformers 4 and the first of 5 a static cache has to be told where to write, or writes to its beginning.
 CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # What an output calls its cache: since 5.24 `cache`, with the old name for those who ask.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -110,7 +110,8 @@ class TableFreeConfig(PretrainedConfig):
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
         refuse_other_models(kwargs)
         values = {**DEFAULTS, **kwargs}
-        values["code_bits"] = values["code_bits"] or bits_needed(values["vocab_size"])
+        if values["code_bits"] is None:
+            values["code_bits"] = bits_needed(values["vocab_size"])
         refuse_what_does_not_fit(values)
         self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
         super().__init__(**values)
@@ -119,7 +120,7 @@ class TableFreeConfig(PretrainedConfig):
 def refuse_other_models(keys: dict[str, Any]) -> None:
     """Raise ValueError for a config of a later modelling file, or with a key that asks for another architecture."""
     version = keys.get("modeling_version", MODELING_VERSION)
-    if version > MODELING_VERSION:
+    if not isinstance(version, int) or version > MODELING_VERSION:
         raise ValueError(
             f"config.json: modeling_version {version} is newer than this modeling_tablefree.py ({MODELING_VERSION}); "
             f"take the modeling_tablefree.py of the same export"
@@ -138,6 +139,9 @@ def refuse_other_models(keys: dict[str, Any]) -> None:
 
 def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
     """Raise ValueError for sizes that do not go together."""
+    for key in ("vocab_size", "d_model", "num_layers", "num_heads", "seq_len", "code_bits"):
+        if not isinstance(values[key], int) or values[key] < 1:
+            raise ValueError(f"config.json: {key} {values[key]!r} is no positive whole number")
     kind, width, heads = values["input_embedding"], values["d_model"], values["num_heads"]
     if kind not in INPUT_EMBEDDINGS:
         raise ValueError(f"config.json: input_embedding {kind!r} is none of {', '.join(INPUT_EMBEDDINGS)}")
@@ -428,9 +432,9 @@ class TableFreeModel(TableFreePreTrainedModel):
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
         learned = config.input_embedding == "learned"
-        self.input_embedding: nn.Module = TokenCode(config)
-        if learned:
-            self.input_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.input_embedding: nn.Module = (
+            nn.Embedding(config.vocab_size, config.d_model) if learned else TokenCode(config)
+        )
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.block_runners: dict[int, Callable[..., Tensor]] = {}  # how training runs a block: recomputed, compiled
@@ -473,6 +477,33 @@ class TableFreeModel(TableFreePreTrainedModel):
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         return self.decode(self.embed(ids_BT), positions_BT, mask)
+
+    def recomputes(self) -> bool:
+        """Whether blocks run again in the backward pass, as `gradient_checkpointing_enable` asks of them."""
+        asked = self.training and torch.is_grad_enabled()
+        return asked and any(layer.gradient_checkpointing for layer in self.layers)
+
+    def past_of(
+        self, hidden_BTD: Tensor, cache: Cache | None, use_cache: bool | None, cache_position: Tensor | None
+    ) -> Past | None:
+        """The KV cache that was given, or a new one if it is wanted, and where this pass goes in it.
+
+        Raises ValueError where keys and values of before would have to be passed over.
+        """
+        if self.recomputes():
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError("with gradient checkpointing each block runs twice, so it takes no KV cache")
+            if use_cache:
+                logger.warning_once("With gradient checkpointing there is no KV cache")
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and not use_cache:
+            return None
+        cache = DynamicCache() if cache is None else cache
+        if cache_position is not None and static_length(cache) is not None:
+            return Past(cache, cache_position)
+        return Past(cache, torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + cache.get_seq_length())
 
     def attention_mask_of(
         self, hidden_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, past: Past | None
@@ -522,7 +553,7 @@ class TableFreeModel(TableFreePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward() takes input_ids or inputs_embeds, one of the two")
-        config, cache = self.config, the_cache(past_key_values, cache)
+        config = self.config
         implementation = config._attn_implementation
         cache_position = kwargs.pop("cache_position", None)
         arguments = attention_arguments(kwargs, implementation)
@@ -532,28 +563,17 @@ class TableFreeModel(TableFreePreTrainedModel):
             output_attentions = config.output_attentions
         if output_attentions and implementation != "eager":
             raise ValueError("output_attentions needs model.set_attn_implementation('eager'): no other keeps weights")
-        recomputes = self.training and any(layer.gradient_checkpointing for layer in self.layers)
-        if recomputes and (use_cache or cache is not None):
-            logger.warning_once("With gradient checkpointing there is no KV cache: each block runs twice")
-            use_cache, cache = False, None
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and cache is None:
-            cache = DynamicCache()
-
         if input_ids is not None:
             hidden_BTD = self.embed(input_ids)
         elif inputs_embeds is not None:
             hidden_BTD = inputs_embeds.to(self.final_norm.weight.dtype)
-        if recomputes and torch.is_grad_enabled() and not hidden_BTD.requires_grad:
+        if self.recomputes() and not hidden_BTD.requires_grad:
             hidden_BTD = hidden_BTD.detach().requires_grad_()  # what recomputes by re-entering autograd needs an input
-        slots_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-        past = None
-        if cache is not None:
-            is_told = cache_position is not None and static_length(cache) is not None
-            past = Past(cache, cache_position if is_told else slots_T + cache.get_seq_length())
-            slots_T = past.slots_T
-        positions_BT = slots_T[None] if position_ids is None else position_ids
+        past = self.past_of(hidden_BTD, the_cache(past_key_values, cache), use_cache, cache_position)
+        positions_BT = position_ids
+        if positions_BT is None:
+            first_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+            positions_BT = (first_T if past is None else past.slots_T)[None]
         mask = self.attention_mask_of(hidden_BTD, attention_mask, position_ids, past)
         states: list[Tensor] | None = [] if output_hidden_states else None
         if output_attentions:
@@ -565,7 +585,7 @@ class TableFreeModel(TableFreePreTrainedModel):
             last_hidden_state=hidden_BTD,
             hidden_states=None if states is None else (*states, hidden_BTD),
             attentions=tuple(arguments["attentions"]) if output_attentions else None,
-            **{CACHE_FIELD: cache},
+            **{CACHE_FIELD: None if past is None else past.cache},
         )
         return as_asked(output, config, return_dict)
 

@@ -282,6 +282,17 @@ def test_gradient_checkpointing_with_a_cache_has_none() -> None:
     cache = DynamicCache()
     assert model(ids, use_cache=True, past_key_values=cache).past_key_values is None
     assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(ids, past_key_values=cache)  # nothing is recomputed here
+    with pytest.raises(ValueError, match="it takes no KV cache"):
+        model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_trains_with_gradient_checkpointing_generates_what_it_does_otherwise(reentrant: bool) -> None:
+    model, ids = a_model().train(), some_ids(2, 5)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert greedy(model, ids, None, use_cache=True) == greedy(small_model(), ids, None, use_cache=True)
 
 
 def test_inputs_can_be_made_to_require_gradients() -> None:
@@ -413,6 +424,9 @@ def change(export: Path, output: Path, **keys: Any) -> Path:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is unknown to this modeling_tablefree.py"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is unknown"),
         ({"attention_bias": False}, "attention_bias is unknown"),
+        ({"modeling_version": "new"}, "modeling_version new is newer"),
+        ({"d_model": "48"}, "d_model '48' is no positive whole number"),
+        ({"num_layers": 0}, "num_layers 0 is no positive whole number"),
         ({"code_bits": 8}, "code_bits 8 tell fewer than vocab_size 512 ids apart"),
         ({"code_bits": 10}, "a code of code_bits 10 does not fill d_model 48 evenly"),
         ({"num_heads": 5}, "d_model 48 is no even number of channels for each of 5 heads"),
