@@ -58,6 +58,7 @@ class Vocabulary:
     definition: Json  # tokenizer.json
     tokenizer: Tokenizer
     special_ids: dict[str, int]  # bos_token_id, eos_token_id, pad_token_id
+    chat_template: str | None = None
 
 
 def require_gguf() -> None:
@@ -144,6 +145,8 @@ def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size
     writer.add_pad_token_id(ids["pad_token_id"])
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
 
 
 def merges_of(definition: Json) -> Iterator[tuple[str, str]]:

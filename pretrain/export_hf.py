@@ -148,22 +148,23 @@ def write_export(
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     source = run_dir / TOKENIZER_NAME
     tokenizer = as_exported(read_tokenizer(source), source, config.seq_len, names_unknown=architecture == "gpt_neox")
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     card = render(
         "model_card.md.jinja", manifest=checkpoint.manifest, architecture=architecture, dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())), figures=figures_of(run_dir, checkpoint.step),
         starts=for_card(read_starts(run_dir), checkpoint.step),
         one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
-        gguf_name=gguf_name(dtype),
+        gguf_name=gguf_name(dtype), end_token=tokenizer.reference.id_to_token(special_ids["eos_token_id"]),
         engines=engines_of(architecture),
     )  # fmt: skip
     (directory / "README.md").write_text(card + "\n", encoding="utf-8")
-    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     if architecture == "gguf":
         weights, stock = gpt_neox_parts(masters, config)
         vocabulary = Vocabulary(
             definition=json.loads(tokenizer.files[DEFINITION_NAME]),
             tokenizer=tokenizer.reference,
             special_ids=special_ids,
+            chat_template=tokenizer.chat_template,
         )
         write_gguf(directory / gguf_name(dtype), weights, stock, vocabulary, dtype)
     else:
@@ -189,8 +190,7 @@ def check_tokenizer(export: Path, tokenizer: ExportedTokenizer, checkpoint: Chec
     except (UserError, OSError) as error:  # an export needs no data set: it may be made where there is none
         return f"AutoTokenizer gives the data's ids for hard texts; no documents were compared ({one_line(error)})"
     compared = check_ids(export, tokenizer.reference, texts, place)
-    sources = len(reader.manifest.sources)
-    return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents of {sources} sources"
+    return f"AutoTokenizer gives the data's ids for hard texts and {compared} documents, some of every source"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError, explained, parse_json
-from data_prep.shards import read_tokenizer, sha256_of_files
+from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
 
 ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
@@ -54,6 +54,16 @@ class ExportedTokenizer:
     roles: dict[str, int]  # the id of each role that a token has, such as eos_token
     left_out: tuple[str, ...]  # what of the source's files is not in these, a line each
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template of chats, in a file of its own or in the configuration; of several the one called default."""
+        if CHAT_TEMPLATE_NAME in self.files:
+            return self.files[CHAT_TEMPLATE_NAME].decode()
+        told = json.loads(self.files[CONFIG_NAME]).get("chat_template")
+        if isinstance(told, list):
+            told = next((named.get("template") for named in told if named.get("name") == "default"), None)
+        return told if isinstance(told, str) else None
+
     def write_to(self, directory: Path) -> None:
         """Put the files into an export."""
         for name, held in self.files.items():
@@ -77,6 +87,7 @@ def as_exported(
     adding_nothing = without_additions(definition)
     if adding_nothing != definition:
         files = files | {DEFINITION_NAME: json.dumps(adding_nothing, ensure_ascii=False).encode()}
+        reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     told = merged_config(files, source)
     config, left_out = plain_config(told, reference)
     if names_unknown and "eos_token" in config:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command
-from kinds_of_tokenizers import KINDS, write_tokenizer
+from kinds_of_tokenizers import KINDS, Kind, write_tokenizer
 from prep_helpers import NASTY_TEXTS, speeches
 from test_export_hf import save_untrained_run
 from tokenizers import Tokenizer
@@ -184,6 +184,7 @@ def write_with_tokenizer(directory: Path, output: Path, vocab_size: int | None =
         definition=json.loads(tokenizer.files["tokenizer.json"]),
         tokenizer=tokenizer.reference,
         special_ids=special_token_ids(tokenizer.roles, 0),
+        chat_template=tokenizer.chat_template,
     )
     write_gguf(output, weights, config, vocabulary, "f32")
     return tokenizer.reference
@@ -214,6 +215,17 @@ def test_a_tokenizer_like_the_paper_s_is_read_as_in_the_data(tmp_path: Path) -> 
         assert ids_of(model, text) == reference.encode(text).ids, text[:60]
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "named"])
+def test_a_chat_template_comes_along(place: str, tmp_path: Path) -> None:
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    told = {"tokenizer_config.json": template, "named": [{"name": "default", "template": template}]}.get(place)
+    config = {} if told is None else {"chat_template": told}
+    kind = Kind(config=config, files={} if told else {"chat_template.jinja": template})
+    source = write_tokenizer(tmp_path / "tokenizer", kind, speeches(3))
+    write_with_tokenizer(source, tmp_path / "a.gguf")
+    assert open_file(tmp_path / "a.gguf").get_default_chat_template() == template
+
+
 def test_ids_of_the_model_that_no_token_has_are_unused(tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "tokenizer", KINDS["plain"], speeches(3))
     reference = write_with_tokenizer(source, tmp_path / "a.gguf", vocab_size=1000)
@@ -238,6 +250,7 @@ def test_a_gguf_export_replaces_and_is_replaced_as_the_others_are(text_run: Path
 def test_the_card_s_example_runs_word_for_word(text_run: Path, tmp_path: Path) -> None:
     card = (export(text_run, tmp_path / "export").parent / "README.md").read_text(encoding="utf-8")
     assert "library_name: gguf" in card
+    assert "split_special_tokens" not in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert example
     result = run_command(sys.executable, "-c", example[1], cwd=tmp_path / "export", CUDA_VISIBLE_DEVICES="")

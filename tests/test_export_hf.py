@@ -231,6 +231,7 @@ def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
     for part in ("library_name: transformers", "arxiv:2605.09751", "licences", "Intended use and limits", "@article"):
         assert part in card
     assert str(exports["tablefree"]) not in card
+    assert "\n`<|endoftext|>` in a text ends it. In the training data such tokens" in card
 
 
 @pytest.mark.parametrize("form", FORMS)
