@@ -6,8 +6,8 @@
 #   4.57.6    even the plain class, PreTrainedTokenizerFast, sets add_prefix_space of a ByteLevel pre-tokenizer to what
 #             tokenizer_config.json says, and to false if it says nothing.
 #
-# Here: pretrain/export_tokenizer.py names the plain class and repeats add_prefix_space; an export is refused if
-# AutoTokenizer gives other ids (pretrain/export_ids.py); tests/test_export_tokenizer.py holds 53 kinds of tokenizers.
+# Here: pretrain/hf/tokenizer.py names the plain class and repeats add_prefix_space; an export is refused if
+# AutoTokenizer gives other ids (pretrain/hf/ids.py); tests/test_export_tokenizer.py holds 53 kinds of tokenizers.
 set -euo pipefail
 
 work=$(mktemp -d)

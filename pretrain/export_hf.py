@@ -33,7 +33,7 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replac
 from pretrain import modeling_tablefree
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
 from pretrain.evaluation.result import figures_of
-from pretrain.export_check import AGAIN, check_export
+from pretrain.hf.check import AGAIN, check_export
 from pretrain.hf.engines import engines_of
 from pretrain.hf.gguf import DTYPES as GGUF_DTYPES
 from pretrain.hf.gguf import Vocabulary, gguf_name, require_gguf, write_gguf

@@ -24,6 +24,7 @@ from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed.ranks import World
 from pretrain.export_hf import main
+from pretrain.hf.engines import engines_of
 from pretrain.hf.marker import MARKER_NAME
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
@@ -231,6 +232,18 @@ def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
         assert part in card
     assert str(exports["tablefree"]) not in card
     assert "\n`<|endoftext|>` in a text ends it. In the training data such tokens" in card
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_card_tells_in_which_engines_its_form_was_run(form: str, exports: dict[str, Path]) -> None:
+    card = (exports[form] / "README.md").read_text(encoding="utf-8")
+    section = card.partition("## Engines\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert rows[2:] == [
+        [r.engine, r.version, r.tried, "as trained" if r.error is None else f"not as trained: {r.error}"]
+        for r in engines_of(form)
+    ]
+    assert {row[0] for row in rows[2:]} >= {"transformers", "peft", "trl", "lm-eval"}
 
 
 def test_the_tokenizer_knows_how_long_a_text_the_model_takes(exports: dict[str, Path]) -> None:

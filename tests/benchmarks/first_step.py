@@ -88,7 +88,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     """Train one step as pretrain.train does, and write what its parts took; ends the process."""
     marks = Marks()
     train = import_the_command(marks)
-    from pretrain.distributed import barrier
+    from pretrain.distributed.ranks import barrier
 
     marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from data_prep.errors import UserError, exit_code
 from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
-from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
 
 Clock = Callable[[], float]  # seconds
 FORMS = ("tablefree", "gpt_neox")
@@ -84,7 +84,7 @@ def write_exports(recipe: ModelRecipe, home: Path) -> dict[str, int]:
     config = model_config(recipe)
     model = TableFreeForCausalLM(config)
     initialise_parameters(model, 1)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in checkpoint_parameters(model)}
     return {form: write_export(model_config(recipe), weights, form, home / form) for form in FORMS}
 
 

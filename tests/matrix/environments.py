@@ -1,9 +1,9 @@
 """Environments that hold other packages than the one the tests run in, but share its torch.
 
 A virtual environment is made without anything; a path file shows it torch, as links into the environment that runs
-the tests. So pip finds torch there and installs only what was asked for and what that needs:
-seconds, where torch alone would take half a minute and, from its default index, a CUDA build of gigabytes. The links
-lie outside of the environment: what pip finds outside it neither changes nor removes, it installs its own in front.
+the tests. So pip finds torch there and installs only what was asked for and what that needs: seconds, where torch alone
+takes half a minute and, from its default index, is a CUDA build of gigabytes. The links lie outside of the environment:
+what pip finds outside, it neither changes nor removes; what it installs stands in front.
 
 What is made is kept in the user's cache directory. Its name is a digest of all that decides its content, so another
 Python, torch or requirement makes another; those whose base is gone are removed.
@@ -49,7 +49,8 @@ def pip(*arguments: str, python: Path | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise RegistryError(f"pip {' '.join(arguments)}: no end after {PIP_TIMEOUT_S} s") from None
     if result.returncode != 0:
-        last = "\n".join(result.stderr.splitlines()[-LINES_OF_A_FAILURE:])
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+        last = "\n".join(lines[-LINES_OF_A_FAILURE:])
         raise RegistryError(f"pip {' '.join(arguments)}:\n{last}")
     return result.stdout
 

@@ -20,9 +20,9 @@ from transformers import GPTNeoXConfig, PretrainedConfig
 from data_prep.errors import UserError, explained, nearest, one_line, parse_json
 from data_prep.shards import digest_file, read_tokenizer
 from pretrain import modeling_tablefree
-from pretrain.export_ids import check_ids, hard_texts
-from pretrain.export_marker import MARKER_NAME, Marker, read_marker
-from pretrain.export_tokenizer import CONFIG_NAME, DEFINITION_NAME, PLAIN_CLASS, as_exported, merged_config
+from pretrain.hf.ids import check_ids, hard_texts
+from pretrain.hf.marker import MARKER_NAME, Marker, read_marker
+from pretrain.hf.tokenizer import CONFIG_NAME, DEFINITION_NAME, PLAIN_CLASS, as_exported, merged_config
 from pretrain.modeling_tablefree import TableFreeConfig
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
