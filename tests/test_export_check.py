@@ -198,7 +198,7 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
         ("tablefree", put("config.json", code_bits=8), "code_bits 8 tell fewer than vocab_size 512 ids apart"),
         ("tablefree", put("config.json", code_bits=11), "code_bits 11 does not fill d_model 48 evenly"),
         ("tablefree", put("config.json", num_heads=5), "d_model 48 is no even number of channels for each of 5 heads"),
-        ("tablefree", put("config.json", code_bits="16"), "DIR: '"),
+        ("tablefree", put("config.json", code_bits="16"), "config.json: code_bits '16' is no"),
         ("affine", put("config.json", affine_rows=[1] * 16), "are no invertible code of 16 bits"),
         ("affine", put("config.json", affine_rows=None), "are no invertible code of 16 bits"),
         ("tablefree", put("config.json", vocab_size=511), "has shape (512, 48), config.json tells (511, 48)"),
@@ -223,7 +223,7 @@ def test_what_is_wrong_with_an_export_is_said(
     with pytest.raises(UserError) as raised:
         main(["--check", str(directory)])
     assert "\n" not in str(raised.value)
-    assert "whole" not in capsys.readouterr().out
+    assert "whole, and right" not in capsys.readouterr().out
 
 
 def test_what_others_put_beside_an_export_is_no_fault_of_it(copy: Callable[[str], Path]) -> None:

@@ -207,7 +207,7 @@ def config_problems(directory: Path, config: Json) -> Problems:
     try:
         TableFreeConfig(**config)  # this version's, which is no code of the export
     except Exception as error:  # transformers checks no types, and raises what comes of them
-        yield f"{directory}: {one_line(error)}; {AGAIN}"
+        yield f"{path}: {one_line(error).removeprefix(f'{CONFIG_FILE}: ')}; {AGAIN}"
 
 
 def version_of(code: Path) -> int:
