@@ -46,9 +46,9 @@ MODELING_VERSION = 2
 # Words by which a configuration names what a decoder computes. A key with one of them that is not known here would
 # change the model, as far as anyone can tell; other unknown keys (who made it, with which tool) are carried along.
 WORDS_OF_A_MODEL = frozenset({
-    "act", "activation", "alpha", "attn", "attention", "base", "bias", "code", "dropout", "embed", "embedding",
+    "act", "activation", "alpha", "attn", "attention", "bias", "dropout", "embed", "embedding",
     "embeddings", "eps", "expert", "experts", "head", "heads", "hidden", "intermediate", "kv", "layer", "layers", "mlp",
-    "moe", "multiplier", "norm", "parallel", "position", "positions", "pos", "residual", "rope", "rotary", "scale",
+    "moe", "multiplier", "norm", "position", "positions", "pos", "residual", "rope", "rotary", "scale",
     "scaling", "sliding", "softcap", "softcapping", "theta", "tie", "vocab", "width", "window",
 })  # fmt: skip
 

@@ -252,7 +252,7 @@ def be_a_poisoned_rank(arguments: list[str], variables: dict[str, str], log: Pat
 
     def train_step(engine: Engine, *step: Any) -> Any:
         poisoned = next(calls) in steps and engine.world.rank == engine.world.world_size - 1
-        weight = engine.deepspeed.module.model.final_norm.weight
+        weight = engine.deepspeed.module.model.model.final_norm.weight
         hook = weight.register_hook(lambda grad: grad * torch.nan) if poisoned else None
         figures = honest(engine, *step)
         if hook:

@@ -209,7 +209,7 @@ def test_a_step_whose_gradient_norm_is_no_number_is_a_no_op(
     engine = staged_engine(stage, device)
     take_step(engine, 0)
     before = whole_state(engine)
-    hook = engine.deepspeed.module.model.final_norm.weight.register_hook(lambda grad: grad * factor)
+    hook = engine.deepspeed.module.model.model.final_norm.weight.register_hook(lambda grad: grad * factor)
     figures = engine.train_step(micro_batches_of(engine, 1), 0.01)
     hook.remove()
     assert figures.refused

@@ -444,7 +444,14 @@ def test_a_config_that_means_another_model_is_refused_in_a_sentence(
 
 
 def test_what_tools_note_in_a_config_is_carried_along(export: Path, tmp_path: Path) -> None:
-    noted = {"made_with": "a tool", "rope_scaling": None, "problem_type": "x", "task_specific_params": {"a": 1}}
+    noted = {
+        "made_with": "a tool",
+        "trust_remote_code": True,
+        "base_model": "x",
+        "rope_scaling": None,
+        "problem_type": "x",
+        "task_specific_params": {"a": 1},
+    }
     model = load(change(export, tmp_path / "noted", **noted))
     assert model.config.made_with == "a tool"
     model.save_pretrained(tmp_path / "again")
