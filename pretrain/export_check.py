@@ -28,6 +28,7 @@ from pretrain.modeling_tablefree import TableFreeConfig
 MODELING_FILE = Path(modeling_tablefree.__file__)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_NAME = "README.md"
 AGAIN = "export the run again"
 # Modelling files of earlier versions by their xxh3-128, and the commits that made them. Their `forward` takes the KV
 # cache as `past_key_values` and swallows everything else: from transformers 5.24 on, which calls it `cache`, each new
@@ -91,15 +92,21 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
     if marker is None:
         yield f"there is no good {MARKER_NAME} (exports made by early versions have none): edits can't be told"
         return
-    for name, digest in marker.files.items():
-        if (
-            (directory / name).is_file()
-            and digest_file(directory / name) != digest
-            and is_mended(directory, name, marker)
-        ):
+    for name in marker.files:
+        if not differs(directory, name, marker):
+            continue
+        if name == CARD_NAME:
+            yield f"{name} was edited; nothing loads it"
+        elif is_mended(directory, name, marker):
             yield f"{name} was exchanged, and is as exports are made today"
     if more := sorted(path.name for path in directory.iterdir() if path.name not in (*marker.files, MARKER_NAME)):
         yield f"not of the export, and not looked at: {', '.join(more)}"
+
+
+def differs(directory: Path, name: str, marker: Marker) -> bool:
+    """Whether a file is there and not as it was exported."""
+    path = directory / name
+    return path.is_file() and digest_file(path) != marker.files[name]
 
 
 def is_mended(directory: Path, name: str, marker: Marker) -> bool:
@@ -121,15 +128,19 @@ def is_mended(directory: Path, name: str, marker: Marker) -> bool:
 
 def file_problems(directory: Path, marker: Marker | None) -> Problems:
     """Files that are not as they were exported. A modelling file of an early version is told of with the model."""
-    for name, digest in marker.files.items() if marker else ():
+    for name in marker.files if marker else ():
         path = directory / name
         if not path.is_file():
             yield f"{path}: missing; {AGAIN}"
-            continue
-        found = digest_file(path)
-        is_told_elsewhere = name == MODELING_FILE.name and found in WRONG_WITH_A_CACHE
-        if found != digest and not is_told_elsewhere and marker and not is_mended(directory, name, marker):
+        elif marker and differs(directory, name, marker) and not is_said_elsewhere(directory, name, marker):
             yield f"{path}: differs from its digest, so it is damaged or was edited; {AGAIN}"
+
+
+def is_said_elsewhere(directory: Path, name: str, marker: Marker) -> bool:
+    """Whether a file that differs is told of in other words."""
+    if name == MODELING_FILE.name and digest_file(directory / name) in WRONG_WITH_A_CACHE:
+        return True
+    return name == CARD_NAME or is_mended(directory, name, marker)
 
 
 def model_problems(directory: Path, marker: Marker | None) -> Problems:
@@ -196,7 +207,7 @@ def config_problems(directory: Path, config: Json) -> Problems:
     try:
         TableFreeConfig(**config)  # this version's, which is no code of the export
     except Exception as error:  # transformers checks no types, and raises what comes of them
-        yield f"{directory}: {one_line(error)}; {AGAIN}"
+        yield f"{path}: {one_line(error).removeprefix(f'{CONFIG_FILE}: ')}; {AGAIN}"
 
 
 def version_of(code: Path) -> int:

@@ -178,7 +178,7 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
         ("gguf", lack("model-F32.gguf"), "model-F32.gguf: missing; export the run again"),
         ("gguf", flip("model-F32.gguf"), "model-F32.gguf: differs from its digest, so it is damaged or was edited"),
         ("gpt_neox", flip("model.safetensors"), "model.safetensors: differs from its digest"),
-        ("gpt_neox", flip("README.md"), "README.md: differs from its digest"),
+        ("gpt_neox", lack("README.md"), "README.md: missing"),
         ("tablefree", lack("config.json"), "config.json: missing"),
         ("tablefree", write("config.json", "["), "config.json: not valid JSON"),
         ("tablefree", write("config.json", "[" * 100_000), "config.json: not valid JSON"),
@@ -198,7 +198,7 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
         ("tablefree", put("config.json", code_bits=8), "code_bits 8 tell fewer than vocab_size 512 ids apart"),
         ("tablefree", put("config.json", code_bits=11), "code_bits 11 does not fill d_model 48 evenly"),
         ("tablefree", put("config.json", num_heads=5), "d_model 48 is no even number of channels for each of 5 heads"),
-        ("tablefree", put("config.json", code_bits="16"), "DIR: '"),
+        ("tablefree", put("config.json", code_bits="16"), "config.json: code_bits '16' is no"),
         ("affine", put("config.json", affine_rows=[1] * 16), "are no invertible code of 16 bits"),
         ("affine", put("config.json", affine_rows=None), "are no invertible code of 16 bits"),
         ("tablefree", put("config.json", vocab_size=511), "has shape (512, 48), config.json tells (511, 48)"),
@@ -229,9 +229,12 @@ def test_what_is_wrong_with_an_export_is_said(
 def test_what_others_put_beside_an_export_is_no_fault_of_it(copy: Callable[[str], Path]) -> None:
     directory = copy("tablefree")
     (directory / "notes.md").write_text("mine")
+    with (directory / "README.md").open("a") as card:
+        card.write("My own words.\n")
     verdict = check_export(directory)
     assert not verdict.problems
-    assert verdict.notes == ("not of the export, and not looked at: notes.md",)
+    edited = "README.md was edited; nothing loads it"
+    assert verdict.notes == (edited, "not of the export, and not looked at: notes.md")
 
 
 def test_nothing_of_an_export_is_run(copy: Callable[[str], Path], tmp_path: Path) -> None:
