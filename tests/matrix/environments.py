@@ -21,6 +21,7 @@ import venv
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,13 +128,14 @@ def prepare_environment(
 
     `without` are packages that they bring and that don't fit the shared torch. Raises RegistryError.
     """
-    content = {
+    content: dict[str, Any] = {
         "requirements": [*requirements],
         "shared": {name: version(name) for name in shared},
-        "without": [*without],
         "python": sys.version,
         "base": sys.prefix,
     }
+    if without:
+        content["without"] = [*without]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
