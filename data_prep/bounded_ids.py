@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.encode import Offsets
 from data_prep.errors import UserError, explained
+from data_prep.flat_arrays import Offsets
 from data_prep.inputs import InputFile
 
 AnyIds = npt.NDArray[Any]

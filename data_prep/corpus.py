@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep import csv_records, json_lines, pretokenized, work_units
-from data_prep.encode import Encoded, Ids, LoadedTokenizer, Offsets, decode_ids, reference_ids
+from data_prep.encode import Encoded, Ids, LoadedTokenizer, decode_ids, reference_ids
 from data_prep.errors import UserError, explained
 from data_prep.first_bytes import COMPRESSED_FORMATS, FIRST_BYTES, JSONL_FORMATS, check_first_bytes, refuse_nuls
-from data_prep.flat_arrays import arrow_mask, byte_lengths, null_mask
+from data_prep.flat_arrays import Offsets, arrow_mask, byte_lengths, null_mask
 from data_prep.inputs import InputFile, open_input, reading
 from data_prep.json_lines import Reasons
 from data_prep.pretokenized import MAX_DOCUMENT_BYTES

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.bounded_ids import open_datatrove, open_olmo
-from data_prep.encode import Ids, Offsets
+from data_prep.encode import Ids
 from data_prep.errors import UserError
+from data_prep.flat_arrays import Offsets
 from data_prep.flat_ids import OTHER_TOKENIZER, FlatIds
 from data_prep.inputs import InputFile, reading
 from data_prep.megatron_ids import MegatronIds

@@ -26,17 +26,9 @@ import xxhash
 
 from data_prep import layout, pretokenized, shards
 from data_prep.corpus import Documents, read_documents, refusal, without
-from data_prep.encode import (
-    Encoder,
-    Ids,
-    LoadedTokenizer,
-    Offsets,
-    new_encoder,
-    reference_ids,
-    special_documents,
-)  # fmt: skip
+from data_prep.encode import Encoder, Ids, LoadedTokenizer, new_encoder, reference_ids, special_documents
 from data_prep.errors import UserError, explained
-from data_prep.flat_arrays import byte_lengths, character_counts, large_strings, text_bounds
+from data_prep.flat_arrays import Offsets, byte_lengths, character_counts, large_strings, text_bounds
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import (

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from data_prep import shards
 from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
-from data_prep.encode import Offsets, load_tokenizer
+from data_prep.encode import load_tokenizer
 from data_prep.errors import CommandParser, UserError, exit_code, parse_json, printable
+from data_prep.flat_arrays import Offsets
 from data_prep.mixture import load_mixture, make_plan, mixture_path
 from data_prep.ranks import Communicator, Progress
 from data_prep.shards import (

@@ -24,7 +24,7 @@ from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint.reader import load_for_reading
 from pretrain.metrics.records import read_lines
-from pretrain.run.directory import METRICS_NAME
+from pretrain.run.claim import METRICS_NAME
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60

@@ -62,14 +62,14 @@ from pretrain.distributed.ranks import (
 )
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
-from pretrain.engine.figures import StepFigures
+from pretrain.engine.figures import StepFigures, finite
 from pretrain.engine.optim import learning_rate
 from pretrain.engine.timing import PAUSE, StepProfiler
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
 from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.model.token_codes import check_same_code, config_of_run, saved_config, warnings
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
-from pretrain.run.bad_steps import BadSteps, describe_rows, finite
+from pretrain.run.bad_steps import BadSteps, describe_rows
 from pretrain.run.branch import copy_branch, open_origin
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import (

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
 from pretrain.config.recipe import BadStepsRecipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.engine.figures import no_number
 from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps
 

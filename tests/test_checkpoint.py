@@ -33,7 +33,7 @@ from pretrain.checkpoint.reader import (
 from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import save_checkpoint, write_fragments
 from pretrain.config.recipe import ModelRecipe, model_config
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}

@@ -18,7 +18,7 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_steps
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.engine.timing import StepClock
 from pretrain.run.directory import read_state, write_state
 

@@ -37,7 +37,7 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 SAMPLES = 600

@@ -20,7 +20,7 @@ from pretrain.checkpoint.reader import load_for_reading
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.engine_config import load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, build_recipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 from pretrain.train import build_model

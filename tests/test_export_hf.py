@@ -22,7 +22,7 @@ from data_prep.shards import digest_file, write_durably
 from pretrain.checkpoint.reader import Fragment, load_for_reading, load_model
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.export_hf import main
 from pretrain.hf.engines import engines_of
 from pretrain.hf.marker import MARKER_NAME

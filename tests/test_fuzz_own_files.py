@@ -29,7 +29,7 @@ from pretrain import trace
 from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
 from pretrain.config.engine_config import load_engine_config
 from pretrain.config.recipe import build_recipe, load_recipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.evaluate import open_data
 from pretrain.evaluation.result import figures_of
 from pretrain.run.bad_steps import BadSteps

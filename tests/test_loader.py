@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain import train
 from pretrain.data.loader import READ_AHEAD_WINDOWS, Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards

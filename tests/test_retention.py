@@ -14,7 +14,7 @@ from pretrain.checkpoint.retention import discard, is_own_file, leftovers_in, pr
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 ABOUT = {"optimizer_step": 1, "parameters": {"a": [4]}}

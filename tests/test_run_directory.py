@@ -15,15 +15,8 @@ from data_prep.errors import UserError
 from data_prep.shards import lock
 from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
 from pretrain.metrics.records import read_lines
-from pretrain.run.claim import WRITTEN
-from pretrain.run.directory import (
-    METRICS_NAME,
-    MetricsFile,
-    check_same_run,
-    note_failure,
-    read_state,
-    write_state,
-)
+from pretrain.run.claim import METRICS_NAME, WRITTEN
+from pretrain.run.directory import MetricsFile, check_same_run, note_failure, read_state, write_state
 from pretrain.run.first_checks import check_arguments
 
 HOLD = """

@@ -15,7 +15,7 @@ from data_prep.shards import ShardReader
 from pretrain.config.recipe import DataRecipe
 from pretrain.data.data_check import DataCheck
 from pretrain.data.staging import staged
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 
 
 def contents(directory: Path) -> dict[str, bytes]:

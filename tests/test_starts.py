@@ -12,7 +12,7 @@ from conftest import REPOSITORY, write_recipe
 from forked_ranks import train_on
 
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.export_hf import main as export
 from pretrain.run import starts
 from pretrain.run.branch import copy_branch

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config.recipe import Recipe, build_recipe
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft, times_due
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_recipe
 from forked_ranks import arguments_of, be_a_rank, end_of, logs_of, start_ranks
 
-from pretrain.distributed.ranks import World
+from pretrain.distributed.world import World
 from pretrain.run import watch_meeting
 from pretrain.run.watch_meeting import (
     ANSWER_BYTES,

@@ -34,7 +34,8 @@ from data_prep.errors import UserError, is_passing, naming, os_error_line, refus
 from data_prep.shards import digest_file
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.retention import MANIFEST_NAME, OWN_FILE, SIDECAR_NAME, step_name, step_of, steps_in
-from pretrain.distributed.ranks import World, barrier, gather, together
+from pretrain.distributed.ranks import barrier, gather, together
+from pretrain.distributed.world import World
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, checkpoint_parameters
 
 FORMAT = "tablefree-checkpoint"

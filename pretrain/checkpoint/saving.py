@@ -33,7 +33,8 @@ from pretrain.checkpoint.reader import (
     sidecar_of,
 )
 from pretrain.checkpoint.retention import MANIFEST_NAME, SIDECAR_NAME, make_way, new_staging, step_name, sweep
-from pretrain.distributed.ranks import Group, SharedError, World, gather, together
+from pretrain.distributed.ranks import Group, SharedError, gather, together
+from pretrain.distributed.world import World
 
 Callback = Callable[[], None] | None
 

@@ -19,7 +19,8 @@ from pretrain.checkpoint.reader import Fragment, naming_the_disk, saved_steps
 from pretrain.checkpoint.retention import prune, step_of
 from pretrain.checkpoint.saving import Callback, save_checkpoint
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import World, together
+from pretrain.distributed.ranks import together
+from pretrain.distributed.world import World
 from pretrain.run.directory import flush_metrics, write_state
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from data_prep.shards import Tokens
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import ValidationWindows
-from pretrain.distributed.ranks import World, met_alone
+from pretrain.distributed.ranks import met_alone
+from pretrain.distributed.world import World
 
 
 def windows_to_validate(split: ValidationWindows, recipe: Recipe) -> int:

@@ -25,10 +25,11 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
-from pretrain.distributed.ranks import World, gather, say, together
+from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.world import World
 from pretrain.engine.figures import finite, no_number
 from pretrain.metrics.records import cut_damaged_end
-from pretrain.run.directory import SKIPS_NAME
+from pretrain.run.claim import SKIPS_NAME
 
 RUNNING_STEPS = 128
 FEWEST_STEPS = 32  # no spike before so many were trained

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from data_prep.shards import without_credentials, write_durably
-from pretrain.distributed.ranks import World, gather
+from pretrain.distributed.ranks import gather
+from pretrain.distributed.world import World
 from pretrain.run.claim import STARTS_NAME
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent

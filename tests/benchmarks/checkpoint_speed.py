@@ -80,7 +80,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     from pretrain.checkpoint.reader import Fragment, newest_good, saved_steps
     from pretrain.checkpoint.writer import CheckpointWriter
     from pretrain.config.recipe import CheckpointsRecipe
-    from pretrain.distributed.ranks import World
+    from pretrain.distributed.world import World
 
     torch.set_num_threads(1)  # copying needs no more
     size = megabytes * 1_000_000 // 12 // 100  # of each of 100 parameters

@@ -39,7 +39,8 @@ from pretrain import train
 from pretrain.config.engine_config import load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, recipe_to_dict
 from pretrain.data.loader import Prefetch
-from pretrain.distributed.ranks import World, free_port, set_up_rank
+from pretrain.distributed.ranks import free_port, set_up_rank
+from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.engine.optim import build_optimizer
 from pretrain.model.loss import LanguageModelLoss
