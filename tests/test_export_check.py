@@ -223,7 +223,7 @@ def test_what_is_wrong_with_an_export_is_said(
     with pytest.raises(UserError) as raised:
         main(["--check", str(directory)])
     assert "\n" not in str(raised.value)
-    assert "whole" not in capsys.readouterr().out
+    assert "whole, and right" not in capsys.readouterr().out
 
 
 def test_what_others_put_beside_an_export_is_no_fault_of_it(copy: Callable[[str], Path]) -> None:
