@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint.reader import load_for_reading
-from pretrain.metrics.records import read_lines
+from pretrain.metrics.records import read_lines, tokens_per_second
 from pretrain.run.claim import METRICS_NAME
 
 PROMPT = "The state of the Union"
@@ -67,7 +67,7 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
         "train_tokens": metrics[-1]["tokens"],
         "steps": checkpoint.step,
         "stopped_at_step": stopped_at_step,
-        "tokens_per_s": metrics[-1]["tokens"] / sum(line["step_s"] for line in metrics),
+        "tokens_per_s": tokens_per_second(metrics),
         **{f"val_{figure}": evaluation[figure] for figure in ("loss", "perplexity", "bits_per_byte")},
         "val_text_bytes": len(text),
         "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),

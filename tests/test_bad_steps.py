@@ -21,6 +21,7 @@ from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.distributed.world import World
 from pretrain.engine.figures import no_number
+from pretrain.metrics.records import read_lines, tokens_per_second
 from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -286,6 +287,9 @@ def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text
     assert all(bool(torch.isfinite(values).all()) for values in final_state(tmp_path / "run").values())
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.5  # it learned all the same
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    seconds = [line["step_s"] for line in lines if line["step"] not in (3, 7)]
+    assert tokens_per_second(lines) == pytest.approx(18 * 6 * 32 / sum(seconds))
 
 
 def test_a_run_that_diverges_stops_after_so_many_bad_steps(tiny_data: Path, tmp_path: Path) -> None:
