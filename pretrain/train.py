@@ -74,6 +74,7 @@ from pretrain.run.branch import copy_branch, open_origin
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import (
     MetricsFile,
+    around_saves,
     check_same_run,
     describe_run,
     note_failure,
@@ -469,7 +470,8 @@ def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, che
     def end_run() -> None:
         engine.wants_end = SAVE_FAILED
 
-    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, end_run, engine.clock.saved_block) as writer:
+    around = around_saves(run.run_dir, end_run, engine.clock.saved_block)
+    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, around) as writer:
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
             save(run, engine, bad_steps, writer, 0)  # what there is to go back to
         steps_done = train(run, engine, bad_steps, watch, start_step, writer)

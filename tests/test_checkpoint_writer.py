@@ -16,11 +16,11 @@ from forked_ranks import fork_server
 
 from data_prep.errors import UserError
 from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_steps
-from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
 from pretrain.engine.timing import StepClock
-from pretrain.run.directory import read_state, write_state
+from pretrain.run.directory import around_saves, read_state, write_state
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -40,7 +40,7 @@ def writer_of(run_dir: Path, keep_last: int = 2, keep_every: int | None = None) 
     """A writer of one rank, and a list that grows with every failure."""
     failures: list[str] = []
     recipe = CheckpointsRecipe(every_steps=1, keep_last=keep_last, keep_every=keep_every)
-    return CheckpointWriter(run_dir, recipe, ALONE, lambda: failures.append("failed")), failures
+    return CheckpointWriter(run_dir, recipe, ALONE, around_saves(run_dir, lambda: failures.append("failed"))), failures
 
 
 def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
     def fails() -> None:
         found["failures"] = 1
 
-    with CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1), world, fails) as writer:
+    with CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1), world, around_saves(run_dir, fails)) as writer:
         for step in range(1, 9):
             fragment = Fragment(name="a", start=500 * rank, states={s: torch.full((500,), float(step)) for s in STATES})
             writer.save(step, [fragment], {**ABOUT, "parameters": {"a": [1000]}})
@@ -181,7 +181,7 @@ def test_writing_a_checkpoint_counts_as_moving(tmp_path: Path) -> None:
     clock = StepClock(torch.device("cpu"))
     before = clock.place()
     recipe = CheckpointsRecipe(every_steps=1)
-    with CheckpointWriter(tmp_path, recipe, ALONE, None, clock.saved_block) as writer:
+    with CheckpointWriter(tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.saved_block)) as writer:
         states = {state: torch.zeros(3_000_000) for state in ("master", "exp_avg", "exp_avg_sq")}
         about = {"optimizer_step": 1, "parameters": {"weight": [3_000_000]}}
         writer.save(1, [Fragment(name="weight", start=0, states=states)], about)

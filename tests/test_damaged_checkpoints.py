@@ -38,6 +38,7 @@ from pretrain.checkpoint.reader import (
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
+from pretrain.run.directory import around_saves
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 SAMPLES = 600
@@ -230,7 +231,7 @@ def fragments_of(step: int) -> list[Fragment]:
 
 def save_as_told(run_dir: Path, orders: Connection) -> None:
     """Body of a forked process: a writer that saves the steps it is told, and answers with the error or "saved"."""
-    writer = CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1, keep_last=1), ALONE, lambda: None)
+    writer = CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1, keep_last=1), ALONE, around_saves(run_dir))
     while step := orders.recv():
         fragments = fragments_of(step)
         orders.send("begins")

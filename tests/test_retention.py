@@ -12,7 +12,7 @@ import torch
 from pretrain.checkpoint.reader import Checkpoint, Fragment, checkpoints_dir, newest_good, saved_steps
 from pretrain.checkpoint.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of, sweep
 from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
 
@@ -31,7 +31,9 @@ def save(run_dir: Path, step: int) -> Path:
 
 def save_all(run_dir: Path, *steps: int, keep_last: int = 1) -> list[int]:
     """Save steps as training does, pruning; the steps that are there then, newest first."""
-    with CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1, keep_last=keep_last), ALONE, None) as writer:
+    with CheckpointWriter(
+        run_dir, CheckpointsRecipe(every_steps=1, keep_last=keep_last), ALONE, AroundSaves()
+    ) as writer:
         for step in steps:
             writer.save(step, state_of(step), ABOUT)
     return steps_there(run_dir)
@@ -118,7 +120,7 @@ def test_what_was_passed_over_as_damaged_stays_and_pushes_out_nothing_until_it_i
     good, _ = newest_good(tmp_path)
     assert good is not None
     recipe = CheckpointsRecipe(every_steps=1, keep_last=2)
-    with CheckpointWriter(tmp_path, recipe, ALONE, None) as writer:
+    with CheckpointWriter(tmp_path, recipe, ALONE, AroundSaves()) as writer:
         assert writer.pass_over_newer(good.step) == [step_name(9), step_name(5)]
         assert writer.pass_over_newer(good.step) == []  # said once
         for step, there in ((6, [9, 6, 5, 1]), (7, [9, 7, 6, 5]), (9, [9, 7, 5]), (12, [12, 9, 5])):

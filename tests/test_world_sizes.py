@@ -24,6 +24,7 @@ from forked_ranks import become_a_rank, fork_server, variables_of
 from pretrain.checkpoint.reader import Checkpoint, newest_good
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
+from pretrain.run.directory import around_saves
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,9 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
                 found.weights_differ.append(name)
     for step in range(first_step, max(leg.saves) + 1):
         if step in leg.saves:
-            with CheckpointWriter(leg.saves[step], run.recipe.checkpoints, world, lambda: None) as writer:
+            with CheckpointWriter(
+                leg.saves[step], run.recipe.checkpoints, world, around_saves(leg.saves[step])
+            ) as writer:
                 train.save(run, engine, bad_steps, writer, step)
         if step < max(leg.saves):
             noting.numbers = []

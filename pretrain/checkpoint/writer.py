@@ -5,7 +5,8 @@ they write, and how, is in pretrain/checkpoint/saving.py.
 """
 
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,21 +22,27 @@ from pretrain.checkpoint.saving import Callback, save_checkpoint
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.ranks import together
 from pretrain.distributed.world import World
-from pretrain.run.directory import flush_metrics, write_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class AroundSaves:
+    """What others do around a save; all of it is called in the thread that writes."""
+
+    before: Callback = None  # on rank 0: make durable what a checkpoint counts on
+    saved: Callable[[int], None] | None = None  # on rank 0: note that a checkpoint after so many steps is there
+    wrote_block: Callback = None  # on every rank, as writing moves on
+    failed: Callback = None  # on every rank
 
 
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
 
-    `on_block` is called as writing moves on. Where a save fails, `on_failure` is called on every rank, from its thread,
-    and every rank's next `save` or `wait` raises the error. The memory it takes is that of this rank's fragments, once.
+    Where a save fails, every rank's next `save` or `wait` raises the error. The memory it takes is that of this rank's
+    fragments, once.
     """
 
-    def __init__(
-        self, run_dir: Path, recipe: CheckpointsRecipe, world: World, on_failure: Callback, on_block: Callback = None
-    ) -> None:
-        self.run_dir, self.recipe, self.world = run_dir, recipe, world
-        self.on_failure, self.on_block = on_failure, on_block
+    def __init__(self, run_dir: Path, recipe: CheckpointsRecipe, world: World, around: AroundSaves) -> None:
+        self.run_dir, self.recipe, self.world, self.around = run_dir, recipe, world, around
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._memory = torch.empty(0)
         self._thread: threading.Thread | None = None
@@ -93,19 +100,25 @@ class CheckpointWriter:
     def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool) -> None:
         """Body of the thread."""
         try:
-            together(lambda: flush_metrics(self.run_dir) if self.world.is_main else None, self._group)
-            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, self.on_block)
+            together(self._begin, self._group)
+            on_block = self.around.wrote_block
+            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, on_block)
             together(lambda: self._conclude(saved, step, prunes), self._group)
         except Exception as error:
             self._error = error
-            if self.on_failure:
-                self.on_failure()
+            if self.around.failed:
+                self.around.failed()
+
+    def _begin(self) -> None:
+        if self.world.is_main and self.around.before:
+            self.around.before()
 
     def _conclude(self, saved: Path, step: int, prunes: bool) -> None:
         """Note what is saved, then drop the oldest checkpoints."""
         if self.world.is_main:
             with naming_the_disk(self.run_dir):
-                write_state(self.run_dir, saved_step=step)
+                if self.around.saved:
+                    self.around.saved(step)
             self._passed_over.discard(saved.name)  # a good one has taken its place
             if prunes:
                 prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)

@@ -21,6 +21,8 @@ from data_prep.errors import UserError, explained, naming
 from data_prep.shards import TOKENIZER_NAME, fsync_directory, read_tokenizer, write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
+from pretrain.checkpoint.saving import Callback
+from pretrain.checkpoint.writer import AroundSaves
 from pretrain.config import recipe as config
 from pretrain.config.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
 from pretrain.config.recipe import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
@@ -106,6 +108,18 @@ def describe_run(
     write_durably(run_dir / ENGINE_CONFIG_NAME, json.dumps(engine_config, indent=1).encode())
     for name, content in read_tokenizer(data_dir / TOKENIZER_NAME).items():
         write_durably(run_dir / TOKENIZER_NAME / name, content)
+
+
+def around_saves(run_dir: Path, failed: Callback = None, wrote_block: Callback = None) -> AroundSaves:
+    """What a run does around a save: its lines of metrics are made durable before, and state.json tells of it after."""
+
+    def before() -> None:
+        flush_metrics(run_dir)
+
+    def saved(step: int) -> None:
+        write_state(run_dir, saved_step=step)
+
+    return AroundSaves(before=before, saved=saved, wrote_block=wrote_block, failed=failed)
 
 
 class MetricsFile:

@@ -78,7 +78,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     import torch
 
     from pretrain.checkpoint.reader import Fragment, newest_good, saved_steps
-    from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
     from pretrain.config.recipe import CheckpointsRecipe
     from pretrain.distributed.world import World
 
@@ -90,7 +90,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     about = {"optimizer_step": 1, "parameters": {fragment.name: [size] for fragment in fragments}}
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     home.mkdir()
-    writer = CheckpointWriter(home, CheckpointsRecipe(every_steps=1, keep_last=10**6), world, lambda: None)
+    writer = CheckpointWriter(home, CheckpointsRecipe(every_steps=1, keep_last=10**6), world, AroundSaves())
     content = memoryview(torch.cat([values for *_, values in tensors]).numpy()).cast("B")
     block, plain = bytearray(BLOCK_BYTES), home / "plain"
     plain_write(plain, content)
