@@ -228,7 +228,8 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         found = figures_of(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
         render("model_card.md.jinja", manifest=checkpoint.manifest, architecture="tablefree", dtype="float32",
-               trained_parameters=1, figures=found, one_input={}, starts=[])  # fmt: skip
+               trained_parameters=1, figures=found, one_input={}, starts=[], engines=[], gguf_name="",
+               end_token="")  # fmt: skip
 
     return {
         "checkpoint manifest": (newest / "manifest.json", load),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_each_start_is_a_line_with_what_its_bits_depend_on(
     assert first["devices"] == {"cpu": 2}
     assert sum(first["hosts"].values()) == 2
     assert first["threads_per_rank"] == [1]
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == version("torch")
     assert {"python", "deepspeed", "transformers", "numpy", "tablefree"} <= first["versions"].keys()
     flags = f"--recipe {recipe} --data-dir {tiny_data} --run-dir {run_dir}"
     assert first["command"] == f"python -m pretrain.train {flags} --stop-at-step=5"
@@ -134,7 +135,7 @@ def test_an_export_s_card_names_what_the_run_was_made_with(text_run: Path, tmp_p
     run_dir = shutil.copytree(text_run, tmp_path / "run")
     export(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "export")])
     card = (tmp_path / "export" / "README.md").read_text()
-    assert f"| 1 | 1 x cpu | 1 x {torch.backends.cpu.get_cpu_capability()} | 1 | {torch.__version__} |" in card
+    assert f"| 1 | 1 x cpu | 1 x {torch.backends.cpu.get_cpu_capability()} | 1 | {version('torch')} |" in card
     (run_dir / STARTS_NAME).unlink()  # as runs of old have none
     export(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "of old")])
     assert "CPU kernels" not in (tmp_path / "of old" / "README.md").read_text()
