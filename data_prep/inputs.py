@@ -23,6 +23,7 @@ from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps
 from data_prep.urls import without_credentials
 
 T = TypeVar("T")
+INSTALL_REMOTE = "pip install -e '.[remote]' in this project's folder, or what it says"
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 REQUEST_BYTES = 16 << 20  # so far sequential reading reads ahead
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
@@ -171,7 +172,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     protocol = url.partition(":")[0]
     options = {"headers": {"Accept-Encoding": "identity"}} if protocol in ("http", "https") else {}
     with (
-        explained(ImportError, f"{protocol}:// needs a package", "pip install 'tablefree[remote]', or what it says"),
+        explained(ImportError, f"{protocol}:// needs a package", INSTALL_REMOTE),
         explained(ValueError, url, "expected a path, or a URL such as s3://bucket/key"),
     ):
         return fsspec.core.url_to_fs(url, **options)

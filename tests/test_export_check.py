@@ -81,6 +81,16 @@ def be_of_before(directory: Path) -> None:
     (directory / MARKER_NAME).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n")
 
 
+def without_marker_and_weights(directory: Path) -> None:
+    (directory / MARKER_NAME).unlink()
+    (directory / "model.safetensors").unlink()
+
+
+def cut_marker(directory: Path) -> None:
+    marker = directory / MARKER_NAME
+    marker.write_bytes(marker.read_bytes()[:200])
+
+
 @pytest.mark.parametrize("form", [*FORMS, "affine"])
 def test_an_export_made_now_is_whole_and_right(
     form: str, exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
@@ -212,6 +222,11 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
         ("gpt_neox", put("tokenizer_config.json", model_max_length=[]), "can't load or use the exported tokenizer"),
         ("gpt_neox", put("tokenizer.json", truncation=CUT), "tokenizer.json: adds tokens to texts, cuts"),
         ("gpt_neox", put("config.json", pad_token_id=0), "config.json: pad_token_id 0, the tokenizer's is 511"),
+        ("tablefree", put("config.json", eos_token_id=7), "config.json: eos_token_id 7, the tokenizer's is 0"),
+        ("gpt_neox", put("config.json", use_parallel_residual=True), "use_parallel_residual is True, and False in"),
+        ("gpt_neox", put("config.json", hidden_act="relu"), "hidden_act is relu, and gelu in every export"),
+        ("tablefree", without_marker_and_weights, "model.safetensors: missing"),
+        ("gpt_neox", cut_marker, "tablefree_export.json: damaged, so that nothing here is known to be whole"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_export_is_said(
@@ -235,6 +250,16 @@ def test_what_others_put_beside_an_export_is_no_fault_of_it(copy: Callable[[str]
     assert not verdict.problems
     edited = "README.md was edited; nothing loads it"
     assert verdict.notes == (edited, "not of the export, and not looked at: notes.md")
+
+
+@pytest.mark.parametrize("form", ["tablefree", "gpt_neox"])
+def test_an_export_that_was_loaded_and_saved_again_is_right(form: str, copy: Callable[[str], Path]) -> None:
+    """As after fine-tuning; transformers 5 writes a template that adds nothing, and another name of the plain class."""
+    directory = copy(form)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    (directory / MARKER_NAME).unlink()
+    tokenizer.save_pretrained(directory)
+    assert not check_export(directory).problems
 
 
 def test_nothing_of_an_export_is_run(copy: Callable[[str], Path], tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_card_tells_in_which_engines_its_form_was_run(form: str, exports: di
     section = card.partition("## Engines\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[2:] == [
-        [r.engine, r.version, r.tried, "as trained" if r.error is None else f"not as trained: {r.error}"]
+        [r.engine, r.version, r.tried, "as trained" if r.error is None else f"not in full: {r.error}"]
         for r in engines_of(form)
     ]
     assert {row[0] for row in rows[2:]} >= {"transformers", "peft", "trl", "lm-eval"}
@@ -370,6 +370,16 @@ def test_what_an_export_would_lose_is_refused_and_stays(
         with pytest.raises(UserError, match=re.escape(says)):
             export(text_run, output, "--overwrite")
         assert contents(tmp_path) == before
+
+
+def test_an_export_goes_neither_into_a_data_set_nor_among_checkpoints(runs: dict[str, Path], text_data: Path) -> None:
+    for place, says in (
+        (runs["binary_code"] / "checkpoints" / "export", "is among the run's checkpoints"),
+        (text_data / "deep" / "export", f"is in the data set {text_data}"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            export(runs["binary_code"], place)
+        assert not place.exists()
 
 
 def test_another_run_s_export_takes_overwrite(runs: dict[str, Path], tmp_path: Path) -> None:

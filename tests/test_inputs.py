@@ -195,7 +195,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, p
     message = str(caught.value)
     assert message.startswith(f"{protocol}:// needs a package (")
     assert package in message
-    assert message.endswith("; pip install 'tablefree[remote]', or what it says")
+    assert message.endswith("; pip install -e '.[remote]' in this project's folder, or what it says")
 
 
 # A web server

@@ -48,7 +48,14 @@ OF_ANY_MODEL = {
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "_name_or_path",
 }  # fmt: skip
 # The words of transformers 4 and 5 for the angles of GPT-NeoX's positions
-OF_ROTARY = {"rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters", "rope_scaling"}
+OF_ROTARY = {"rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"}
+# What the configuration of every stock export tells, where it tells it: another value is another model
+OF_EVERY_STOCK_EXPORT = {
+    "use_parallel_residual": False, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False,
+    "rotary_pct": 1.0, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+SAME_CLASS = (PLAIN_CLASS, "TokenizersBackend")  # as transformers 5 calls the plain one when it saves
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
 HEADS = {"embed_out.weight", "lm_head.weight", "output_projection.weight"}  # of the forms and their versions
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 FIRST_VERSION = 1  # of modelling files, which did not say it
@@ -72,6 +79,8 @@ def check_export(directory: Path) -> Verdict:
     if not (directory / CONFIG_FILE).is_file() and marker is None:
         raise UserError(f"{directory}: no export: neither {CONFIG_FILE} nor a good {MARKER_NAME} is there")
     problems = [*file_problems(directory, marker)]
+    if marker is None and (directory / MARKER_NAME).exists():
+        problems.append(f"{directory / MARKER_NAME}: damaged, so that nothing here is known to be whole; {AGAIN}")
     if (directory / CONFIG_FILE).is_file():
         try:
             problems.extend(model_problems(directory, marker))  # those before an error too
@@ -155,9 +164,14 @@ def model_problems(directory: Path, marker: Marker | None) -> Problems:
     if is_stock:
         of_stock = GPTNeoXConfig().to_dict().keys() | OF_ROTARY
         yield from unknown_keys(path, config, of_stock, of_stock)
+        for key, value in OF_EVERY_STOCK_EXPORT.items():
+            if config.get(key, value) != value:
+                yield f"{path}: {key} is {config[key]}, and {value} in every export; {AGAIN}"
     else:
         yield from modelling_file_problems(directory, marker)
         yield from config_problems(directory, config)
+    if marker is None and not any((directory / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        yield f"{directory / WEIGHTS_FILE}: missing; {AGAIN}"
     yield from weight_problems(directory, config, is_stock=is_stock)
     yield from tokenizer_problems(directory, config, is_stock=is_stock)
 
@@ -255,6 +269,15 @@ def weight_problems(directory: Path, config: Json, *, is_stock: bool) -> Problem
         yield f"{path}: {len(numbers)} layers, {CONFIG_FILE} tells {config.get(layers)}; {AGAIN}"
 
 
+def in_effect(definition: bytes) -> Json:
+    """A tokenizer.json without a template that adds nothing, such as transformers 5 writes when it saves one."""
+    content: Json = json.loads(definition)
+    template = content.get("post_processor")
+    if isinstance(template, dict) and template.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]:
+        content["post_processor"] = None
+    return content
+
+
 def tokenizer_problems(directory: Path, config: Json, *, is_stock: bool) -> Problems:
     """Where the tokenizer would give other ids than the data, or never the special ones."""
     files, path = read_tokenizer(directory), directory / CONFIG_NAME
@@ -263,17 +286,20 @@ def tokenizer_problems(directory: Path, config: Json, *, is_stock: bool) -> Prob
     except UserError as error:
         yield str(error)
         return
-    if made_today.files[DEFINITION_NAME] != files[DEFINITION_NAME]:
+    if in_effect(made_today.files[DEFINITION_NAME]) != in_effect(files[DEFINITION_NAME]):
         does = "adds tokens to texts, cuts or pads them, or merges at random, which the data did not"
         yield f"{directory / DEFINITION_NAME}: {does}; {AGAIN}"
     told = merged_config(files, directory)
-    if (class_name := told.get("tokenizer_class")) != PLAIN_CLASS:
+    if (class_name := told.get("tokenizer_class")) not in SAME_CLASS:
         other = f"tokenizer_class {class_name}, which transformers 5 builds otherwise than {DEFINITION_NAME} says"
         yield f"{path}: {other}; write {PLAIN_CLASS} there"
     if told.get("split_special_tokens"):
         yield f"{path}: split_special_tokens keeps the end of a text from being learnt in fine-tuning; remove it"
     for left_out in made_today.left_out:
         yield f"{path}: {left_out}; {AGAIN}"
+    eos_id, eos_told = made_today.roles.get("eos_token"), config.get("eos_token_id")
+    if eos_id is not None and eos_told not in (eos_id, [eos_id]):
+        yield f"{directory / CONFIG_FILE}: eos_token_id {eos_told}, the tokenizer's is {eos_id}; {AGAIN}"
     pad_id, pad_told = made_today.roles.get("pad_token"), config.get("pad_token_id")
     if pad_id is not None and pad_told != pad_id:
         yield f"{directory / CONFIG_FILE}: pad_token_id {pad_told}, the tokenizer's is {pad_id}; {AGAIN}"

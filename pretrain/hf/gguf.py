@@ -31,7 +31,7 @@ BLOCK = 32  # values of a row that share a scale in q8_0
 # llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep the spaces before
 # punctuation when a whole text is decoded; "gpt-2" takes them away.
 PRE_TOKENIZER = "trillion"
-INSTALL = "pip install 'tablefree[gguf]', or in a copy of this project pip install -e '.[gguf]'"
+INSTALL = "pip install -e '.[gguf]' in this project's folder"
 OTHER_FORM = "export another form (--architecture gpt_neox)"
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 # Parts of a stock GPT-NeoX's parameter names -> GGUF's

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.shards import MANIFEST_NAME, UNITS_NAME, digest_file
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import MAY_CHANGE_ON_BRANCH, build_recipe, flatten, recipe_to_dict
 
@@ -76,6 +76,12 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
     `overwrite`; what no export made is never removed.
     """
     place = f"--output-dir {output}"
+    home = output.resolve()
+    if home.is_relative_to(checkpoint.path.resolve().parent):
+        raise UserError(f"{place}: is among the run's checkpoints; give another directory")
+    for folder in (home, *home.parents):
+        if (folder / MANIFEST_NAME).is_file() and (folder / UNITS_NAME).is_dir():
+            raise UserError(f"{place}: is in the data set {folder}, which holds nothing else; give another directory")
     if not os.path.lexists(output):
         return
     if not output.is_dir():

@@ -129,7 +129,7 @@ def build_loss_head(name: str) -> LossHead:
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
-        advice = "install it with pip install 'tablefree[cuda]', or set loss_head to chunked"
+        advice = "install it with pip install -e '.[cuda]' in this project's folder, or set loss_head to chunked"
         raise UserError(f"loss_head liger: {error}; {advice}") from None
     return functools.partial(liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
 
