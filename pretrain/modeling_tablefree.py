@@ -64,9 +64,9 @@ LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 ATTENTION_ARGUMENTS = frozenset(
     {"attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options"}
 )
-# Where packed documents begin in all rows, one after the other, and their greatest length, for keys and for queries.
+# Packed documents: where they begin in all rows, one after the other, their greatest length, and the one of each token.
 DOCUMENT_STARTS = ("cu_seq_lens_q", "cu_seq_lens_k")
-DOCUMENT_ARGUMENTS = frozenset({*DOCUMENT_STARTS, "max_length_q", "max_length_k"})
+DOCUMENT_ARGUMENTS = frozenset({*DOCUMENT_STARTS, "max_length_q", "max_length_k", "seq_idx"})
 OWN_ATTENTION = ("sdpa", "eager")
 # In transformers 4 and the first of 5 a static cache has to be told where to write, or writes to its beginning.
 CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
@@ -423,8 +423,10 @@ def tell_the_same(arguments: dict[str, Any], position_ids: Tensor | None) -> boo
         return True  # values are unknown
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
     starts = F.pad(F.pad(breaks, (1, 0), value=True).flatten(), (0, 1), value=True).nonzero()  # and the end of all
-    told = [arguments[name] for name in DOCUMENT_STARTS if arguments.get(name) is not None]
-    return all(bool(torch.isin(each.to(starts.device), starts).all()) for each in told)
+    told = [arguments[name] for name in DOCUMENT_STARTS if name in arguments]
+    index_BT = arguments.get("seq_idx", torch.zeros_like(position_ids)).to(breaks.device)
+    same_index = not ((index_BT[:, 1:] != index_BT[:, :-1]) & ~breaks).any()
+    return same_index and all(bool(torch.isin(each.to(starts.device), starts).all()) for each in told)
 
 
 def attention_arguments(
@@ -437,18 +439,20 @@ def attention_arguments(
     apart in this pass, if it does.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
-    if implementation in OWN_ATTENTION and tell_the_same(given, position_ids):
-        # Unused: our mask is made of the positions. trl gives both with packing, whatever the attention function.
-        given = {name: value for name, value in given.items() if name not in DOCUMENT_ARGUMENTS}
+    # Unused, where positions tell the same: our mask is made of those, and `seq_idx` is for convolutions over tokens.
+    # trl gives all of them with packing, whatever the attention function.
+    unused = given.keys() & (DOCUMENT_ARGUMENTS if implementation in OWN_ATTENTION else {"seq_idx"})
+    if unused and tell_the_same(given, position_ids):
+        given = {name: value for name, value in given.items() if name not in unused}
     for name, value in given.items():
         if value is False and name.startswith("output_"):
             continue
-        if name not in ATTENTION_ARGUMENTS:
+        if name not in ATTENTION_ARGUMENTS | DOCUMENT_ARGUMENTS:
             raise ValueError(
                 f"forward() got {name}, which this modeling_tablefree.py does not know and so must not ignore; leave "
                 f"it out, or take a newer modeling_tablefree.py or an older transformers"
             )
-        if implementation in OWN_ATTENTION:
+        if implementation in OWN_ATTENTION or name not in ATTENTION_ARGUMENTS:
             hint = ""
             if name in DOCUMENT_ARGUMENTS:
                 hint = " except beside position_ids that start anew alike, with no attention_mask and no filled cache"
