@@ -203,7 +203,7 @@ def refuse_other_ids(ids: Tensor, vocab_size: int) -> None:
     if is_traced() or ids.is_meta or is_fake(ids) or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
         return  # there are no values to look at
     within = f"outside 0 to {vocab_size - 1}, of vocab_size {vocab_size}; resize_token_embeddings makes room for more"
-    ids = ids.long()  # a byte can't be compared with a size above 255
+    ids = ids.long()  # bytes would be compared with the low byte of the size
     if ids.is_cuda:
         torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"forward() got an id {within}")
         return
