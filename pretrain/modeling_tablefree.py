@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,11 +54,19 @@ WORDS_OF_A_MODEL = frozenset({
     "scaling", "sliding", "softcap", "softcapping", "theta", "tie", "vocab", "width", "window",
 })  # fmt: skip
 
+# What transformers 4 writes into any full config, with the values that ask for nothing; 5 does not know the keys.
+INERT_KEYS: dict[str, Any] = {
+    "add_cross_attention": False, "cross_attention_hidden_size": None, "pruned_heads": {}, "tie_encoder_decoder": False,
+}  # fmt: skip
+
 # What `forward` takes beyond its named arguments: for the loss, and for attention functions other than our own.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 ATTENTION_ARGUMENTS = frozenset(
     {"attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options"}
 )
+# Packed documents: where they begin in all rows, one after the other, their greatest length, and the one of each token.
+DOCUMENT_STARTS = ("cu_seq_lens_q", "cu_seq_lens_k")
+DOCUMENT_ARGUMENTS = frozenset({*DOCUMENT_STARTS, "max_length_q", "max_length_k", "seq_idx"})
 OWN_ATTENTION = ("sdpa", "eager")
 # In transformers 4 and the first of 5 a static cache has to be told where to write, or writes to its beginning.
 CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
@@ -107,7 +117,7 @@ class TableFreeConfig(PretrainedConfig):
     }  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
+        kwargs = by_our_names(kwargs, self.attribute_map)
         refuse_other_models(kwargs)
         values = {**DEFAULTS, **kwargs}
         if values["code_bits"] is None:
@@ -115,6 +125,21 @@ class TableFreeConfig(PretrainedConfig):
         refuse_what_does_not_fit(values)
         self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
         super().__init__(**values)
+
+
+def by_our_names(keys: dict[str, Any], our_name: dict[str, str]) -> dict[str, Any]:
+    """The keys under one name each; ValueError for two values of one. Null says nothing beside a value."""
+    given: dict[str, tuple[str, Any]] = {}
+    for key, value in keys.items():
+        name = our_name.get(key, key)
+        other, taken = given.get(name, (key, None))
+        if taken is None:
+            given[name] = key, value
+        elif value is not None and value != taken:
+            raise ValueError(
+                f"config.json: {other} {taken!r} and {key} {value!r} are two names of one key with two values; keep one"
+            )
+    return {name: value for name, (_, value) in given.items()}
 
 
 def refuse_other_models(keys: dict[str, Any]) -> None:
@@ -127,9 +152,11 @@ def refuse_other_models(keys: dict[str, Any]) -> None:
         )
     if keys.get("tie_word_embeddings"):
         raise ValueError("config.json: tie_word_embeddings is true; this decoder's output projection is its own: false")
-    known = {*DEFAULTS, *PretrainedConfig().to_dict(), "modeling_version", "output_attentions"}
+    known = {*DEFAULTS, *INERT_KEYS, *PretrainedConfig().to_dict(), "modeling_version", "output_attentions"}
     for key, value in keys.items():
         asks_for_something = value is not None and not key.startswith("_") and not key.endswith("_implementation")
+        if key in INERT_KEYS and asks_for_something and value != INERT_KEYS[key]:
+            raise ValueError(f"config.json: {key} {value!r} asks for what this decoder does not have; remove the key")
         if asks_for_something and key not in known and not WORDS_OF_A_MODEL.isdisjoint(key.split("_")):
             raise ValueError(
                 f"config.json: {key} is unknown to this modeling_tablefree.py and by its name changes the model; take "
@@ -164,6 +191,25 @@ def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
 def is_traced() -> bool:
     """Whether this runs to be compiled or exported: values are unknown then, and no tensor made now may be kept."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def refuse_other_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for what is no tensor of ids below the vocabulary's size, of which a code would take some bits.
+
+    A GPU is not waited for: there the assertion fails once it is reached, as that of a table's lookup does.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"forward() takes input_ids as whole numbers, not {ids.dtype}; embeddings go as inputs_embeds")
+    if is_traced() or ids.is_meta or is_fake(ids) or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
+        return  # there are no values to look at
+    within = f"outside 0 to {vocab_size - 1}, of vocab_size {vocab_size}; resize_token_embeddings makes room for more"
+    ids = ids.long()  # bytes would be compared with the low byte of the size
+    if ids.is_cuda:
+        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"forward() got an id {within}")
+        return
+    lowest, highest = (int(value) for value in ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"forward() got the id {lowest if lowest < 0 else highest}, {within}")
 
 
 class TokenCode(nn.Module):
@@ -370,23 +416,48 @@ def visible_keys(attention_mask: Tensor | None, slots_T: Tensor, keys: int, docu
     return None if tokens == keys else visible_TS[None, None]
 
 
-def attention_arguments(arguments: dict[str, Any], implementation: str | None) -> dict[str, Any]:
+def tell_the_same(arguments: dict[str, Any], position_ids: Tensor | None) -> bool:
+    """Whether positions start anew wherever the arguments for packed documents say that one begins."""
+    if position_ids is None:
+        return False
+    if is_traced():
+        return True  # values are unknown
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = F.pad(F.pad(breaks, (1, 0), value=True).flatten(), (0, 1), value=True).nonzero()  # and the end of all
+    told = [arguments[name] for name in DOCUMENT_STARTS if name in arguments]
+    index_BT = arguments.get("seq_idx", torch.zeros_like(position_ids)).to(breaks.device)
+    same_index = not ((index_BT[:, 1:] != index_BT[:, :-1]) & ~breaks).any()
+    return same_index and all(bool(torch.isin(each.to(starts.device), starts).all()) for each in told)
+
+
+def attention_arguments(
+    arguments: dict[str, Any], implementation: str | None, position_ids: Tensor | None
+) -> dict[str, Any]:
     """Those of `forward`'s further arguments that an attention function takes; ValueError for what nothing here takes.
 
     What is not known here may carry state: transformers 5.24 renamed the KV cache to `cache`, and a class that took no
-    notice had each new token see itself alone.
+    notice had each new token see itself alone. `position_ids` are those by which our own attention tells documents
+    apart in this pass, if it does.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
+    # Unused, where positions tell the same: our mask is made of those, and `seq_idx` is for convolutions over tokens.
+    # trl gives all of them with packing, whatever the attention function.
+    unused = given.keys() & (DOCUMENT_ARGUMENTS if implementation in OWN_ATTENTION else {"seq_idx"})
+    if unused and tell_the_same(given, position_ids):
+        given = {name: value for name, value in given.items() if name not in unused}
     for name, value in given.items():
         if value is False and name.startswith("output_"):
             continue
-        if name not in ATTENTION_ARGUMENTS:
+        if name not in ATTENTION_ARGUMENTS | DOCUMENT_ARGUMENTS:
             raise ValueError(
                 f"forward() got {name}, which this modeling_tablefree.py does not know and so must not ignore; leave "
                 f"it out, or take a newer modeling_tablefree.py or an older transformers"
             )
-        if implementation in OWN_ATTENTION:
-            raise ValueError(f"forward() got {name}, which attn_implementation {implementation!r} does not take")
+        if implementation in OWN_ATTENTION or name not in ATTENTION_ARGUMENTS:
+            hint = ""
+            if name in DOCUMENT_ARGUMENTS:
+                hint = " except beside position_ids that start anew alike, with no attention_mask and no filled cache"
+            raise ValueError(f"forward() got {name}, which attn_implementation {implementation!r} does not take{hint}")
     return {name: value for name, value in given.items() if name in ATTENTION_ARGUMENTS}
 
 
@@ -405,10 +476,23 @@ def static_length(cache: Cache) -> int | None:
     return getattr(cache.layers[0], "max_cache_len", None) if cache.layers else None
 
 
+def is_empty(cache: Cache | None) -> bool:
+    """Whether nothing is cached, as far as can be known without waiting for a device."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    return isinstance(seen, int) and seen == 0
+
+
 def as_asked(output: Any, config: PretrainedConfig, return_dict: bool | None) -> Any:
     """An output, or its fields as a tuple."""
     as_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()
+
+
+def refuse_other_sizes(new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
+    """Raise ValueError for what is no size of a vocabulary."""
+    for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if value is not None and value < 1:
+            raise ValueError(f"resize_token_embeddings() got {name} {value}, which is no positive whole number")
 
 
 class TableFreePreTrainedModel(PreTrainedModel):
@@ -452,6 +536,19 @@ class TableFreeModel(TableFreePreTrainedModel):
             logger.warning_once("The input of this model is a fixed code of the token ids; it is kept, no table is set")
             return
         self.input_embedding = value
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The table of the baseline, grown or shrunk; ValueError for a code, whose vocabulary the head alone bounds."""
+        refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
+        if self.config.input_embedding == "learned":
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.input_embedding
+        raise ValueError(
+            "TableFreeModel has no table and no head to resize; TableFreeForCausalLM.resize_token_embeddings can"
+        )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Ids to the first residual stream, (B, T, D)."""
@@ -523,10 +620,9 @@ class TableFreeModel(TableFreePreTrainedModel):
             }  # fmt: skip
             return create_causal_mask(**{name: value for name, value in values.items() if name in wanted})
         room = None if past is None else static_length(past.cache)
-        seen = 0 if past is None else past.cache.get_seq_length()
-        keys = room or tokens + seen
+        keys = room or tokens + (0 if past is None else past.cache.get_seq_length())
         if attention_mask is None:
-            documents = same_document(position_ids) if isinstance(seen, int) and seen == 0 else None
+            documents = same_document(position_ids) if is_empty(None if past is None else past.cache) else None
             if documents is None and tokens == 1 and room is None:
                 return None  # it sees all there is
             return visible_keys(None, slots_T, keys, documents)
@@ -556,7 +652,9 @@ class TableFreeModel(TableFreePreTrainedModel):
         config = self.config
         implementation = config._attn_implementation
         cache_position = kwargs.pop("cache_position", None)
-        arguments = attention_arguments(kwargs, implementation)
+        given_cache = the_cache(past_key_values, cache)
+        begins = attention_mask is None and is_empty(given_cache)
+        arguments = attention_arguments(kwargs, implementation, position_ids if begins else None)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
@@ -564,12 +662,13 @@ class TableFreeModel(TableFreePreTrainedModel):
         if output_attentions and implementation != "eager":
             raise ValueError("output_attentions needs model.set_attn_implementation('eager'): no other keeps weights")
         if input_ids is not None:
+            refuse_other_ids(input_ids, config.vocab_size)
             hidden_BTD = self.embed(input_ids)
         elif inputs_embeds is not None:
             hidden_BTD = inputs_embeds.to(self.final_norm.weight.dtype)
         if self.recomputes() and not hidden_BTD.requires_grad:
             hidden_BTD = hidden_BTD.detach().requires_grad_()  # what recomputes by re-entering autograd needs an input
-        past = self.past_of(hidden_BTD, the_cache(past_key_values, cache), use_cache, cache_position)
+        past = self.past_of(hidden_BTD, given_cache, use_cache, cache_position)
         positions_BT = position_ids
         if positions_BT is None:
             first_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
@@ -649,8 +748,9 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
     ) -> nn.Module:
         """Grow or shrink the output projection, and the table of the baseline; gives what embeds the ids.
 
-        Raises ValueError if the ids would be more than the code's bits tell apart.
+        Raises ValueError if the ids would be more than the code's bits tell apart, or fewer than one.
         """
+        refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
         if self.config.input_embedding == "learned":
             return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if new_num_tokens is None and pad_to_multiple_of is None:

@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 from test_modeling_tablefree import as_gpt_neox, greedy, small_config, small_model, some_ids
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pretrain.export_hf import main
@@ -24,6 +27,7 @@ from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     TokenCode,
     name_in_checkpoints,
+    refuse_other_ids,
 )
 
 CUTS = [5, 1, 3, 1, 2]  # a prompt, a token, several at once, ...
@@ -126,6 +130,60 @@ def test_the_attention_mask_must_cover_what_is_in_the_cache() -> None:
 def test_what_would_be_ignored_is_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         small_model()(some_ids(1, 6), **arguments)
+
+
+@pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ([5, 300, 7], "got the id 300, outside 0 to 299, of vocab_size 300; resize_token_embeddings makes room"),
+        ([5, 4096 + 9, 7], "got the id 4105, outside"),  # the bits of id 9
+        ([5, 2**40 + 9, 7], "got the id 1099511627785, outside"),
+        ([-1, 299], "got the id -1, outside"),
+        ([5, -100], "got the id -100, outside"),
+        ([5.0, 7.0], r"takes input_ids as whole numbers, not torch\.float32; embeddings go as inputs_embeds"),
+        ([True, False], r"whole numbers, not torch\.bool"),
+    ],
+)
+def test_ids_that_the_model_lacks_are_refused(input_embedding: str, ids: list[float], says: str) -> None:
+    model = small_model(input_embedding)
+    for one in (model, model.base_model):
+        with pytest.raises(ValueError, match=says) as caught:
+            one(torch.tensor([ids]))
+        assert "\n" not in str(caught.value)
+    assert model(torch.tensor([[0, 299]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@torch.no_grad()
+def test_ids_of_any_whole_numbers_are_taken(dtype: torch.dtype) -> None:
+    ids = some_ids(1, 9) % 128
+    assert torch.equal(small_model()(ids.to(dtype)).logits, small_model()(ids).logits)
+
+
+@torch.no_grad()
+def test_ids_without_values_are_taken() -> None:
+    """Under vmap each row is an id tensor whose values can't be read."""
+    model, ids = small_model(), some_ids(2, 9)
+    each = torch.func.vmap(lambda row: model(row[None], use_cache=False).logits)(ids)
+    torch.testing.assert_close(each[:, 0], model(ids).logits, **CLOSE)
+    assert a_model().to("meta")(ids.to("meta"), use_cache=False).logits.shape == (2, 9, 300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_ids_are_looked_at_without_waiting_for_it() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        refuse_other_ids(some_ids(2, 9).pin_memory().to("cuda", non_blocking=True), 300)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    program = (
+        "import torch; from pretrain.modeling_tablefree import refuse_other_ids; "
+        "refuse_other_ids(torch.tensor([[300]], device='cuda'), 300); torch.cuda.synchronize()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "assert" in ended.stderr
 
 
 def test_what_asks_for_nothing_is_taken() -> None:
@@ -252,6 +310,47 @@ def test_positions_that_start_anew_keep_documents_apart(use_cache: bool) -> None
     torch.testing.assert_close(logits, torch.cat(alone, dim=1), **CLOSE)
 
 
+# What trl's collator gives with packing, beside positions.
+PACKED: dict[str, Any] = {
+    "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32), "max_length_q": 7,
+    "cu_seq_lens_k": torch.tensor([0, 5, 12], dtype=torch.int32), "max_length_k": 7,
+    "seq_idx": torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32),
+}  # fmt: skip
+POSITIONS = torch.cat([torch.arange(5), torch.arange(7)])[None]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_where_documents_begin_may_be_said_beside_positions_that_say_the_same(implementation: str) -> None:
+    model, ids = a_model(), some_ids(1, 12)
+    model.set_attn_implementation(implementation)
+    expected = torch.cat([model(part).logits for part in ids.split([5, 7], dim=1)], dim=1)
+    for use_cache in (True, False):
+        logits = model(ids, position_ids=POSITIONS, use_cache=use_cache, **PACKED).logits
+        torch.testing.assert_close(logits, expected, **CLOSE)
+    documents = [{"input_ids": part[0].tolist()} for part in ids.split([5, 7], dim=1)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(documents)
+    assert PACKED.keys() <= batch.keys()
+    torch.testing.assert_close(model(**batch).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_where_documents_begin_is_refused_if_positions_do_not_say_so(name: str) -> None:
+    model, ids, filled = small_model(), some_ids(1, 12), DynamicCache()
+    model(ids, past_key_values=filled)
+    told = {name: PACKED[name]}
+    says = f"got {name}, which attn_implementation 'sdpa' does not take except beside position_ids that start anew"
+    beside: list[dict[str, Any]] = [
+        {}, {"position_ids": POSITIONS, "attention_mask": torch.ones_like(ids)},
+        {"position_ids": POSITIONS, "past_key_values": filled},
+    ]  # fmt: skip
+    if not name.startswith("max_length"):  # which says of no place that a document begins there
+        beside.append({"position_ids": torch.arange(12)[None]})
+    for more in beside:
+        with pytest.raises(ValueError, match=says):
+            model(ids, **told, **more)
+
+
 # Training by others
 
 
@@ -347,6 +446,31 @@ def test_the_vocabulary_grows_and_shrinks_as_far_as_the_code_goes(input_embeddin
         assert model.config.vocab_size == model.lm_head.out_features == 256
 
 
+@pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ({"new_num_tokens": -3}, "got new_num_tokens -3, which is no positive"),
+        ({"new_num_tokens": 0}, "got new_num_tokens 0, which"),
+        ({"pad_to_multiple_of": -8}, "got pad_to_multiple_of -8, which"),
+    ],
+)
+def test_a_vocabulary_has_a_positive_size(input_embedding: str, size: dict[str, int], says: str) -> None:
+    model = small_model(input_embedding)
+    for one in (model, model.base_model):
+        with pytest.raises(ValueError, match=says):
+            one.resize_token_embeddings(**size)
+    assert model.config.vocab_size == model.lm_head.out_features == 300
+
+
+def test_the_backbone_of_a_code_has_nothing_to_resize() -> None:
+    backbone = small_model().base_model
+    with pytest.raises(ValueError, match=r"no table and no head to resize; TableFreeForCausalLM\.resize_token_emb"):
+        backbone.resize_token_embeddings(310)
+    assert backbone.resize_token_embeddings() is backbone.get_input_embeddings()
+    assert a_model("learned").base_model.resize_token_embeddings(310).weight.shape == (310, 48)
+
+
 def test_growing_to_the_code_of_ones_says_which_two_ids_are_one_input(caplog: pytest.LogCaptureFixture) -> None:
     import transformers
 
@@ -424,6 +548,15 @@ def change(export: Path, output: Path, **keys: Any) -> Path:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is unknown to this modeling_tablefree.py"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is unknown"),
         ({"attention_bias": False}, "attention_bias is unknown"),
+        ({"add_cross_attention": True}, "add_cross_attention True asks for what this decoder does not have"),
+        ({"cross_attention_hidden_size": 48}, "cross_attention_hidden_size 48 asks for"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads {'0': .1.} asks for"),
+        ({"tie_encoder_decoder": True}, "tie_encoder_decoder True asks for"),
+        ({"num_attention_heads": 8}, "num_heads 4 and num_attention_heads 8 are two names of one key with two values"),
+        (
+            {"hidden_size": 96},
+            "d_model 48 and hidden_size 96 are two names|hidden_size 96 and d_model 48 are two names",
+        ),
         ({"modeling_version": "new"}, "modeling_version new is newer"),
         ({"d_model": "48"}, "d_model '48' is no positive whole number"),
         ({"num_layers": 0}, "num_layers 0 is no positive whole number"),
@@ -461,6 +594,38 @@ def test_what_tools_note_in_a_config_is_carried_along(export: Path, tmp_path: Pa
 def test_names_of_transformers_are_ours_in_a_config() -> None:
     config = TableFreeConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=8)
     assert (config.d_model, config.num_layers, config.num_heads, config.seq_len) == (48, 2, 4, 8)
+
+
+def test_one_value_may_have_both_names(tmp_path: Path) -> None:
+    config = TableFreeConfig(d_model=48, hidden_size=48, num_heads=4, num_attention_heads=None, code_bits=16)
+    assert (config.d_model, config.num_heads) == (48, 4)
+    config.save_pretrained(tmp_path)
+    assert TableFreeConfig.from_pretrained(tmp_path, num_attention_heads=6).num_heads == 6  # asked for on top
+
+
+@torch.no_grad()
+def test_a_full_config_of_transformers_4_loads(export: Path, tmp_path: Path) -> None:
+    """The keys that `to_json_file(path, use_diff=False)` of 4.57.3 writes for any model."""
+    of_any_model = {
+        "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None,
+        "chunk_size_feed_forward": 0,
+        "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
+        "do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+        "exponential_decay_length_penalty": None, "finetuning_task": None, "forced_bos_token_id": None,
+        "forced_eos_token_id": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "is_decoder": False,
+        "is_encoder_decoder": False, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20,
+        "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
+        "output_attentions": False, "output_hidden_states": False, "output_scores": False, "prefix": None,
+        "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1.0,
+        "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
+        "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+        "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torchscript": False, "typical_p": 1.0,
+        "use_bfloat16": False,
+    }  # fmt: skip
+    model, ids = load(change(export, tmp_path / "full", **of_any_model)), some_ids(2, 9)
+    assert torch.equal(model(ids).logits, load(export)(ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
 
 
 # Programs made of the model
