@@ -268,6 +268,9 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         "figures": figures,
         "one_input": {},
         "starts": [],
+        "engines": [],
+        "gguf_name": "",
+        "end_token": "",
     }
     plain = render("model_card.md.jinja", manifest=manifest, **values)
     assert "loses text" not in plain
