@@ -1,7 +1,9 @@
-"""Files of ids whose borders another file holds: datatrove's `.ds`, and the `.npy` of dolma and OLMo.
+"""Files of ids whose borders another file holds: datatrove's `.ds`, and the `.npy` of dolma and
+OLMo.
 
-Read by `pretokenized`. Documents are what the writer's own index says. So a text that spells the end-of-document token,
-which both writers turn into its id, is found out, and texts without such an id at their end are kept apart.
+Read by `pretokenized`. Documents are what the writer's own index says. So a text that spells the
+end-of-document token, which both writers turn into its id, is found out, and texts without such an
+id at their end are kept apart.
 """
 
 import csv
@@ -28,7 +30,9 @@ class BoundedIds:
     start = 0
 
     def __init__(self, file: InputFile, index_path: Path, bounds: npt.NDArray[np.int64]) -> None:
-        """`bounds`: where each document begins, in ids, and where the last one ends (documents + 1)."""
+        """`bounds`: where each document begins, in ids, and where the last one ends (documents +
+        1).
+        """
         self.path, self.bounds, self.stop = file.url, bounds, len(bounds) - 1
         advice = "copy both again, or write them again"
         if bounds[0] != 0 or (np.diff(bounds) < 0).any():
@@ -52,31 +56,49 @@ class BoundedIds:
         """The ids of some documents, and where each begins."""
         bounds = self.bounds[start : stop + 1]
         count = int(bounds[-1] - bounds[0])
-        return np.fromfile(self.path, ID_DTYPES[self.itemsize], count, offset=self.byte(start)), bounds - bounds[0]
+        return np.fromfile(
+            self.path, ID_DTYPES[self.itemsize], count, offset=self.byte(start)
+        ), bounds - bounds[0]
 
 
 def open_datatrove(file: InputFile) -> BoundedIds:
-    """A `.ds` with its `.ds.index` (ends of documents in ids, <u8). `.ds.metadata`, if there, tells the ids' bytes."""
+    """A `.ds` with its `.ds.index` (ends of documents in ids, <u8). `.ds.metadata`, if there,
+    tells the ids' bytes.
+    """
     index_path = Path(f"{file.url}.index")
     if not index_path.is_file():
-        raise UserError(f"{file.url}: no {index_path.name} beside it; copy both, or write it with save_index")
+        raise UserError(
+            f"{file.url}: no {index_path.name} beside it; copy both, or write it with save_index"
+        )
     if index_path.stat().st_size % 8:
-        raise UserError(f"{index_path}: {index_path.stat().st_size:,} bytes, expected ends of 8; copy it again")
+        raise UserError(
+            f"{index_path}: {index_path.stat().st_size:,} bytes, expected ends of 8; copy it again"
+        )
     ends = np.fromfile(index_path, "<u8").astype(np.int64)
     return BoundedIds(file, index_path, np.append(0, ends))
 
 
 def open_olmo(file: InputFile) -> BoundedIds:
-    """A `.npy` of dolma, bare ids in spite of its name, with its `.csv.gz`: first id and end of each document."""
+    """A `.npy` of dolma, bare ids in spite of its name, with its `.csv.gz`: first id and end of
+    each document.
+    """
     index_path = Path(file.url).with_suffix(".csv.gz")
     if not file.url.endswith(".npy") or not index_path.is_file():
-        raise UserError(f"{file.url}: expected a .npy with its .csv.gz beside it; name the .npy, and copy both")
+        raise UserError(
+            f"{file.url}: expected a .npy with its .csv.gz beside it; name the .npy, and copy both"
+        )
     kinds = (OSError, EOFError, zlib.error, ValueError, csv.Error, IndexError)
     with (
         explained(kinds, f"{index_path}: damaged", "copy or write it again"),
         gzip.open(index_path, "rt", newline="") as rows,
     ):
-        borders = np.array([(int(row[0]), int(row[1])) for row in csv.reader(rows)], np.int64).reshape(-1, 2)
+        borders = np.array(
+            [(int(row[0]), int(row[1])) for row in csv.reader(rows)], np.int64
+        ).reshape(-1, 2)
     if len(borders) and not np.array_equal(borders[1:, 0], borders[:-1, 1]):
-        raise UserError(f"{index_path}: its documents don't lie one behind the other; write both again")
-    return BoundedIds(file, index_path, np.append(borders[:1, 0] if len(borders) else 0, borders[:, 1]))
+        raise UserError(
+            f"{index_path}: its documents don't lie one behind the other; write both again"
+        )
+    return BoundedIds(
+        file, index_path, np.append(borders[:1, 0] if len(borders) else 0, borders[:, 1])
+    )

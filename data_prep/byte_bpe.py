@@ -1,7 +1,8 @@
 """Byte-level BPE of exactly the ids asked for, learned from whole documents at gigabpe's speed.
 
-Used by `train_tokenizer`. Id 0 ends documents, 256 bytes follow, then merges; the last id is `<pad>`, which no text
-gives: to a decoder whose code has no bit to spare, the first and the last id are one input.
+Used by `train_tokenizer`. Id 0 ends documents, 256 bytes follow, then merges; the last id is
+`<pad>`, which no text gives: to a decoder whose code has no bit to spare, the first and the last id
+are one input.
 """
 
 import re
@@ -21,13 +22,17 @@ PAD_TOKEN = "<pad>"
 SPECIAL_TOKENS = {"bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": PAD_TOKEN}
 MIN_VOCAB_SIZE = 1 + 256 + 1  # end of document, bytes, padding
 
-# gigabpe takes files, and like `tokenizers` cuts them at line ends, so that no merge holds one: 8 % more tokens on
-# code. So documents are written with line feed and vertical tab in each other's place. To the pattern that cuts text
-# into words both are white space. Their places in the byte-level alphabet are neighbours, so ties between merges fall
-# as they would have. A real vertical tab cuts its document.
+# gigabpe takes files, and like `tokenizers` cuts them at line ends, so that no merge holds one: 8 %
+# more tokens on code. So documents are written with line feed and vertical tab in each other's
+# place. To the pattern that cuts text into words both are white space. Their places in the
+# byte-level alphabet are neighbours, so ties between merges fall as they would have. A real
+# vertical tab cuts its document.
 LINE_FEED, VERTICAL_TAB = 0x0A, 0x0B
 SWAPPED_BYTES = bytes.maketrans(bytes([LINE_FEED, VERTICAL_TAB]), bytes([VERTICAL_TAB, LINE_FEED]))
-SWAPPED_SPELLINGS = {SPELLING[LINE_FEED]: SPELLING[VERTICAL_TAB], SPELLING[VERTICAL_TAB]: SPELLING[LINE_FEED]}
+SWAPPED_SPELLINGS = {
+    SPELLING[LINE_FEED]: SPELLING[VERTICAL_TAB],
+    SPELLING[VERTICAL_TAB]: SPELLING[LINE_FEED],
+}
 
 Vocab = dict[str, int]
 Merges = list[tuple[str, str]]
@@ -36,8 +41,8 @@ Merges = list[tuple[str, str]]
 def learn_vocab(texts: Iterable[str], vocab_size: int) -> tuple[Vocab, Merges]:
     """Exactly vocab_size ids, and their merges. Raises UserError if the texts can't fill them.
 
-    A text has only so many merges: at some point each of its words is one token. The merges that are
-    then missing are learned from the same words in other spellings (`spellings`).
+    A text has only so many merges: at some point each of its words is one token. The merges that
+    are then missing are learned from the same words in other spellings (`spellings`).
     """
     with tempfile.TemporaryDirectory(prefix="train_tokenizer.") as scratch:
         documents, extra = Path(scratch, "documents"), Path(scratch, "spellings")
@@ -45,18 +50,25 @@ def learn_vocab(texts: Iterable[str], vocab_size: int) -> tuple[Vocab, Merges]:
         vocab, merges = build_vocab(learn_merges([documents], vocab_size), vocab_size)
         own = len(vocab)
         if own < vocab_size:
-            extra.write_text("".join(spellings(documents.read_text(encoding="utf-8"))), encoding="utf-8")
+            extra.write_text(
+                "".join(spellings(documents.read_text(encoding="utf-8"))), encoding="utf-8"
+            )
             vocab, merges = build_vocab(learn_merges([documents, extra], vocab_size), vocab_size)
     if len(vocab) < vocab_size:
         problem = f"this text supports {len(vocab):,} ids"
         raise UserError(f"--vocab-size {vocab_size:,}: {problem}; ask for fewer, or add text")
     if own < vocab_size:
-        print(f"note: the text's words fill {own:,} ids; other spellings of them fill the rest", file=sys.stderr)
+        print(
+            f"note: the text's words fill {own:,} ids; other spellings of them fill the rest",
+            file=sys.stderr,
+        )
     return vocab, merges
 
 
 def write_documents(path: Path, texts: Iterable[str]) -> None:
-    """A document a line. The white space that ends one is left out: with the line's end it would make a word."""
+    """A document a line. The white space that ends one is left out: with the line's end it would
+    make a word.
+    """
     with path.open("wb") as file:
         file.writelines(text.rstrip().encode().translate(SWAPPED_BYTES) + b"\n" for text in texts)
 
@@ -64,20 +76,32 @@ def write_documents(path: Path, texts: Iterable[str]) -> None:
 def learn_merges(files: list[Path], vocab_size: int) -> Merges:
     """Merges in order, at least as many as needed where the text of `write_documents` has them."""
     names = [str(file) for file in files]
-    _, merges = gigabpe.train_bpe(names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel")
-    return [(left.translate(SWAPPED_SPELLINGS), right.translate(SWAPPED_SPELLINGS)) for left, right in merges]
+    _, merges = gigabpe.train_bpe(
+        names, vocab_size, special_tokens=[EOS_TOKEN], pretokenizer="bytelevel"
+    )
+    return [
+        (left.translate(SWAPPED_SPELLINGS), right.translate(SWAPPED_SPELLINGS))
+        for left, right in merges
+    ]
 
 
 def spellings(text: str) -> Iterator[str]:
-    """Every word of the text in lower case, with a capital and in capitals; each also after a space."""
+    """Every word of the text in lower case, with a capital and in capitals; each also after a
+    space.
+    """
     for word in sorted({word.lower() for word in set(re.findall(r"[^\W\d_]+", text))}):
         for spelling in (word, word.capitalize(), word.upper()):
             yield f"{spelling} {spelling}\n"
 
 
 def build_vocab(merges: Merges, vocab_size: int) -> tuple[Vocab, Merges]:
-    """Ids: end of document, the 256 bytes, then what the merges make, at last padding; and the merges used."""
-    vocab = {token: i for i, token in enumerate([EOS_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    """Ids: end of document, the 256 bytes, then what the merges make, at last padding; and the
+    merges used.
+    """
+    vocab = {
+        token: i
+        for i, token in enumerate([EOS_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     used: Merges = []
     for left, right in merges:
         if len(vocab) == vocab_size - 1:

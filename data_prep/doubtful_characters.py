@@ -1,12 +1,15 @@
-"""Characters that are newer than the Unicode tables in use, of which two encoders may think differently.
+"""Characters that are newer than the Unicode tables in use, of which two encoders may think
+differently.
 
-`tokenizers` 0.23 knows Unicode 16 in regular expressions (`\\p{L}`), but normalises (NFC and its kin) by the tables of
-Unicode 9; gigatoken has other tables. So a text with a character that is newer than what Python knows, or that the
-reference normalises otherwise than Python, is encoded by the reference. `find` tells which texts are such.
+`tokenizers` 0.23 knows Unicode 16 in regular expressions (`\\p{L}`), but normalises (NFC and its
+kin) by the tables of Unicode 9; gigatoken has other tables. So a text with a character that is
+newer than what Python knows, or that the reference normalises otherwise than Python, is encoded by
+the reference. `find` tells which texts are such.
 
-Most text has none, so a look at its bytes must cost next to nothing: first whether any byte can begin such a character,
-then whether it and the next do, and only then which character it is. Python is asked which characters begin with two
-bytes when a text first holds these two: asking for all takes 0.04 s, in which 4 MB are encoded.
+Most text has none, so a look at its bytes must cost next to nothing: first whether any byte can
+begin such a character, then whether it and the next do, and only then which character it is. Python
+is asked which characters begin with two bytes when a text first holds these two: asking for all
+takes 0.04 s, in which 4 MB are encoded.
 """
 
 import unicodedata
@@ -21,38 +24,46 @@ from tokenizers import normalizers
 from data_prep.flat_arrays import text_bounds
 
 CODE_POINTS = 0x110000
-THREE_BYTES = 0x800  # from here on a character takes at least so many in UTF-8; below, nothing is new since Unicode 14
+# from here on a character takes at least so many in UTF-8; below, nothing is new since Unicode 14
+THREE_BYTES = 0x800
 ASSIGNED_PLANES = 4  # of 17: all characters so far, but for tags and private use
 TAGS = range(0xE0000, 0xE01F0)
 PRIVATE_PLANES = 0xF0000
-# Han and Hangul: full but for a few holes, kept for strokes and symbols. Texts in these scripts are dense with their
-# bytes; leaving them out keeps the look cheap there. Then halves of surrogate pairs, in no UTF-8, and private use.
+# Han and Hangul: full but for a few holes, kept for strokes and symbols. Texts in these scripts are
+# dense with their bytes; leaving them out keeps the look cheap there. Then halves of surrogate
+# pairs, in no UTF-8, and private use.
 FULL_BLOCKS = (range(0x3000, 0x9FFD), range(0xAC00, 0xF900))
 LEADS_IN_FULL_BLOCKS = range(0xE3, 0xE9)  # first bytes of nothing else
-MARKS = (0x301, 0x316)  # above and below: beside them a mark whose class is not known stays where it is
+# above and below: beside them a mark whose class is not known stays where it is
+MARKS = (0x301, 0x316)
 PIECE_BYTES = 1 << 18  # stays in the cache from one pass to the next
 HIGH_BITS = np.uint64(0x8080808080808080)  # none of them is set in ASCII
-DENSE_ONE_IN = 8  # of eight bytes each; with more that are not ASCII, passes over all bytes are faster
+# of eight bytes each; with more that are not ASCII, passes over all bytes are faster
+DENSE_ONE_IN = 8
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 Flags = npt.NDArray[np.bool_]
 
 
-NONE, SOME, NOT_ASKED = range(3)  # how many of the characters that begin with two bytes are in a set
+# how many of the characters that begin with two bytes are in a set
+NONE, SOME, NOT_ASKED = range(3)
 
 
 class Doubtful:
-    """Characters newer than Python's Unicode, and some others: a set, prepared for finding them in UTF-8.
+    """Characters newer than Python's Unicode, and some others: a set, prepared for finding them in
+    UTF-8.
 
     Threads may share it: what two of them find out at the same time is the same.
     """
 
     def __init__(self, others: frozenset[int]) -> None:
-        self._characters = np.zeros(CODE_POINTS, np.bool_)  # of those that were asked for, by code point
+        # of those that were asked for, by code point
+        self._characters = np.zeros(CODE_POINTS, np.bool_)
         self._characters[list(others)] = True
         self._characters[:0x80] = False
-        # How many begin with two bytes, by the first and the six bits of the second; below THREE_BYTES these are all.
+        # How many begin with two bytes, by the first and the six bits of the second; below
+        # THREE_BYTES these are all.
         self._pairs = np.full((256, 64), NONE, np.uint8)
         self._pairs[0xE0:0xF5] = NOT_ASKED
         for lead in LEADS_IN_FULL_BLOCKS:
@@ -64,7 +75,8 @@ class Doubtful:
         first = np.flatnonzero(self._may_begin)
         ends = np.flatnonzero(np.diff(first, append=-1) != 1)
         starts = np.append(0, ends[:-1] + 1)
-        self._leads = list(zip(first[starts].tolist(), first[ends].tolist(), strict=True))  # ranges, from and to
+        # ranges, from and to
+        self._leads = list(zip(first[starts].tolist(), first[ends].tolist(), strict=True))
 
     def find(self, texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
         """Numbers of the texts that hold one of the characters, in order."""
@@ -97,9 +109,13 @@ class Doubtful:
     def _ask(self, lead: int, second: int) -> None:
         """Find out which characters begin with a first byte and the six bits of a second."""
         if lead < 0xF0:
-            block = range((lead & 0x0F) << 12 | second << 6, ((lead & 0x0F) << 12 | second << 6) + (1 << 6))
+            block = range(
+                (lead & 0x0F) << 12 | second << 6, ((lead & 0x0F) << 12 | second << 6) + (1 << 6)
+            )
         else:
-            block = range((lead & 0x07) << 18 | second << 12, ((lead & 0x07) << 18 | second << 12) + (1 << 12))
+            block = range(
+                (lead & 0x07) << 18 | second << 12, ((lead & 0x07) << 18 | second << 12) + (1 << 12)
+            )
         newer = [is_newer_than_python(code_point) for code_point in block]
         self._characters[block.start : block.stop] |= newer
         is_any = self._characters[block.start : block.stop].any()
@@ -108,7 +124,8 @@ class Doubtful:
     def _beginnings(self, piece: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Where in a piece of UTF-8 a byte stands that may begin one of the characters.
 
-        Eight bytes at a time are seen to be ASCII, as most are: of the others alone every byte is looked at.
+        Eight bytes at a time are seen to be ASCII, as most are: of the others alone every byte is
+        looked at.
         """
         whole = len(piece) // 8 * 8
         words = piece[:whole].view(np.uint64)
@@ -123,7 +140,9 @@ class Doubtful:
         return np.append(np.flatnonzero(may_begin), rest)
 
 
-def _code_points_at(data: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _code_points_at(
+    data: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
     """The characters that begin there, none of them ASCII; valid UTF-8 has their bytes."""
     lead = data[places].astype(np.int64)
     more = [data[np.minimum(places + i, len(data) - 1)].astype(np.int64) & 0x3F for i in (1, 2, 3)]
@@ -134,7 +153,9 @@ def _code_points_at(data: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) 
 
 
 def is_newer_than_python(code_point: int) -> bool:
-    """Whether Python's Unicode (14 in Python 3.11) has no character there, where later versions may have one."""
+    """Whether Python's Unicode (14 in Python 3.11) has no character there, where later versions
+    may have one.
+    """
     if code_point < THREE_BYTES or any(code_point in block for block in FULL_BLOCKS):
         return False
     if code_point < ASSIGNED_PLANES << 16:
@@ -143,24 +164,34 @@ def is_newer_than_python(code_point: int) -> bool:
 
 
 def other_normal_forms(normalizer: str) -> frozenset[int]:
-    """Code points of which a tokenizer's normalizer, as tokenizer.json has it, and Python make different things."""
-    return frozenset().union(*(normalized_otherwise(form) for form in FORMS if f'"{form}"' in normalizer))
+    """Code points of which a tokenizer's normalizer, as tokenizer.json has it, and Python make
+    different things.
+    """
+    return frozenset().union(
+        *(normalized_otherwise(form) for form in FORMS if f'"{form}"' in normalizer)
+    )
 
 
 @cache
 def normalized_otherwise(form: Any) -> frozenset[int]:
-    """Code points of which Python and the reference make different things; with those that they are composed of."""
+    """Code points of which Python and the reference make different things; with those that they
+    are composed of.
+    """
     theirs = getattr(normalizers, form)().normalize_str
     found: set[int] = set()
     above, below = map(chr, MARKS)
     for code_point in range(0x80, ASSIGNED_PLANES << 16):
         character = chr(code_point)
         is_mark = unicodedata.combining(character) != 0
-        if not is_mark and (0xAC00 <= code_point < 0xD7A4 or not unicodedata.decomposition(character)):
+        if not is_mark and (
+            0xAC00 <= code_point < 0xD7A4 or not unicodedata.decomposition(character)
+        ):
             continue
         text = "a" + above + character + below if is_mark else character
         if theirs(text) != unicodedata.normalize(form, text):
             found |= {code_point, *map(ord, unicodedata.normalize("NFD", character))}
-        elif theirs(decomposed := unicodedata.normalize("NFD", character)) != unicodedata.normalize(form, decomposed):
+        elif theirs(decomposed := unicodedata.normalize("NFD", character)) != unicodedata.normalize(
+            form, decomposed
+        ):
             found |= set(map(ord, decomposed))
     return frozenset(found)

@@ -1,8 +1,10 @@
-"""Load a tokenizer, encode texts fast, and prove it: gigatoken does the work, `tokenizers` is the reference.
+"""Load a tokenizer, encode texts fast, and prove it: gigatoken does the work, `tokenizers` is the
+reference.
 
-Used by `build_shards`. A tokenizer is a directory with `tokenizer.json` and `tokenizer_config.json`. Both
-encoders give the same ids; where gigatoken can't load a tokenizer, `tokenizers` takes its
-place, and that is said. Strings that spell a special token are ordinary text to both.
+Used by `build_shards`. A tokenizer is a directory with `tokenizer.json` and
+`tokenizer_config.json`. Both encoders give the same ids; where gigatoken can't load a tokenizer,
+`tokenizers` takes its place, and that is said. Strings that spell a special token are ordinary text
+to both.
 """
 
 import codecs
@@ -46,12 +48,14 @@ class LoadedTokenizer:
 
     directory: Path
     files: dict[str, bytes]
-    by_reference: Reference  # here or beside; what only a `Tokenizer` can do is asked of `reference`
+    # here or beside; what only a `Tokenizer` can do is asked of `reference`
+    by_reference: Reference
     vocab_size: int
     eos_id: int
     eos_token: str
     special_tokens: dict[str, int]
-    ids_of_no_text: frozenset[int]  # special ids that some text might give; such a text is a bad document
+    # special ids that some text might give; such a text is a bad document
+    ids_of_no_text: frozenset[int]
     unknown_id: int | None  # what stands for text that the vocabulary lacks
     sha256: str
     keeps_all_text: bool  # whether every text comes back from its ids, as its definition tells
@@ -87,11 +91,16 @@ class LoadedTokenizer:
 
     @cached_property
     def ranges_of_no_text(self) -> list[range]:
-        """Ids that no text may give, neighbours together: a comparison or two for each range find them all."""
+        """Ids that no text may give, neighbours together: a comparison or two for each range
+        find them all.
+        """
         ids = sorted(self.ids_of_no_text | {self.eos_id})
         first_of_a_range = [id_ for id_ in ids if id_ - 1 not in ids]
         last_of_a_range = [id_ for id_ in ids if id_ + 1 not in ids]
-        return [range(first, last + 1) for first, last in zip(first_of_a_range, last_of_a_range, strict=True)]
+        return [
+            range(first, last + 1)
+            for first, last in zip(first_of_a_range, last_of_a_range, strict=True)
+        ]
 
     @cached_property
     def doubtful(self) -> Doubtful:
@@ -100,13 +109,19 @@ class LoadedTokenizer:
 
     @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
-        """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has no token."""
+        """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has
+        no token.
+        """
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
             return None
         byte_of = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}
         table = [b"\xff"] * self.vocab_size
         for token, id_ in self.reference.get_vocab(with_added_tokens=False).items():
-            table[id_] = bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
+            table[id_] = (
+                bytes(map(byte_of.__getitem__, token))
+                if byte_of.keys() >= set(token)
+                else token.encode()
+            )
         for id_, added in self.reference.get_added_tokens_decoder().items():
             table[id_] = added.content.encode()
         return large_strings(table).cast(pa.large_binary())
@@ -122,11 +137,13 @@ class Encoder:
     fallback_reason: str | None = None
 
 
-def load_tokenizer(directory: Path, *, prefer: str = "tokenizers", threads: int = 1) -> LoadedTokenizer:
+def load_tokenizer(
+    directory: Path, *, prefer: str = "tokenizers", threads: int = 1
+) -> LoadedTokenizer:
     """Load and check a tokenizer directory. Raises UserError if the shards can't be made with it.
 
-    Where gigatoken is preferred it is loaded too, and the reference beside it in a process of its own, which may use
-    so many threads: each takes as long as the other.
+    Where gigatoken is preferred it is loaded too, and the reference beside it in a process of its
+    own, which may use so many threads: each takes as long as the other.
     """
     files, eos_token, notes = read_files(directory)
     by_reference: Reference
@@ -134,7 +151,9 @@ def load_tokenizer(directory: Path, *, prefer: str = "tokenizers", threads: int 
     if prefer == "gigatoken" and "tokenizer.json" in files:
         load_here = partial(_load_reference, directory, files)
         by_reference = ReferenceBeside(files["tokenizer.json"], load_here, threads)
-        backend = _load_gigatoken(without_special_tokens(files["tokenizer.json"], str(directory / "tokenizer.json")))
+        backend = _load_gigatoken(
+            without_special_tokens(files["tokenizer.json"], str(directory / "tokenizer.json"))
+        )
     else:
         by_reference = _load_reference(directory, files)
     traits = by_reference.traits(eos_token)
@@ -143,18 +162,33 @@ def load_tokenizer(directory: Path, *, prefer: str = "tokenizers", threads: int 
         reason = "which encodes at random, is not used: the same text gives the same ids"
         notes += tuple(f"its {name}, {reason}" for name in traits.random_settings)
     if traits.vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(f"{directory}: {traits.vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; {TRAIN}")
+        raise UserError(
+            f"{directory}: {traits.vocab_size:,} ids, but shards hold at most {MAX_VOCAB_SIZE:,}; "
+            f"{TRAIN}"
+        )
     if not isinstance(eos_token, str) or traits.eos_id is None:
         where = directory / "tokenizer_config.json"
-        raise UserError(f"{where}: eos_token is {eos_token!r}, expected a token of the vocabulary; set it")
+        raise UserError(
+            f"{where}: eos_token is {eos_token!r}, expected a token of the vocabulary; set it"
+        )
     return LoadedTokenizer(
-        directory=directory, files=files, by_reference=by_reference, vocab_size=traits.vocab_size,
-        eos_id=traits.eos_id, eos_token=eos_token, special_tokens=traits.special_tokens, sha256=sha256_of_files(files),
-        unknown_id=traits.unknown_id, ids_of_no_text=frozenset(traits.ids_of_no_text),
-        keeps_all_text=traits.keeps_all_text, normalizer=traits.normalizer,
-        not_for_gigatoken=traits.not_for_gigatoken, is_random=bool(traits.random_settings),
-        notes=tuple(f"{directory}: {note}" for note in notes), gigatoken=backend,
-    )  # fmt: skip
+        directory=directory,
+        files=files,
+        by_reference=by_reference,
+        vocab_size=traits.vocab_size,
+        eos_id=traits.eos_id,
+        eos_token=eos_token,
+        special_tokens=traits.special_tokens,
+        sha256=sha256_of_files(files),
+        unknown_id=traits.unknown_id,
+        ids_of_no_text=frozenset(traits.ids_of_no_text),
+        keeps_all_text=traits.keeps_all_text,
+        normalizer=traits.normalizer,
+        not_for_gigatoken=traits.not_for_gigatoken,
+        is_random=bool(traits.random_settings),
+        notes=tuple(f"{directory}: {note}" for note in notes),
+        gigatoken=backend,
+    )
 
 
 def _load_reference(directory: Path, files: dict[str, bytes]) -> LocalReference:
@@ -164,7 +198,9 @@ def _load_reference(directory: Path, files: dict[str, bytes]) -> LocalReference:
 
 
 def _load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
-    """gigatoken, or why it can't load a tokenizer. It keeps Python's lock meanwhile: 0.2 s for 65,536 ids."""
+    """gigatoken, or why it can't load a tokenizer. It keeps Python's lock meanwhile: 0.2 s for
+    65,536 ids.
+    """
     try:
         from gigatoken.gigatoken_rs import load_hf_json
 
@@ -175,25 +211,38 @@ def _load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
 
 
 def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ...]]:
-    """The files that make a tokenizer, the token that ends documents, and what was left out of them.
+    """The files that make a tokenizer, the token that ends documents, and what was left out of
+    them.
 
-    transformers supplies what they lack. Code that the directory brings along (`auto_map`) is never run: a tokenizer
-    whose tokenizer.json says all does without, and any other one is refused.
+    transformers supplies what they lack. Code that the directory brings along (`auto_map`) is never
+    run: a tokenizer whose tokenizer.json says all does without, and any other one is refused.
     """
     known = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
-    files = {name: (directory / name).read_bytes() for name in known if (directory / name).is_file()}
+    files = {
+        name: (directory / name).read_bytes() for name in known if (directory / name).is_file()
+    }
     config: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = parse_json(files.get(name, b"{}"), str(directory / name), TRAIN)
         if not isinstance(content, dict):
-            raise UserError(f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}")
+            raise UserError(
+                f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}"
+            )
         if content.pop("auto_map", None):
             if "tokenizer.json" not in files:
-                problem = "asks for code of its own (auto_map), which is never run here, and there is no tokenizer.json"
-                raise UserError(f"{directory / name}: {problem}; save it as one (save_pretrained of a fast tokenizer)")
+                problem = (
+                    "asks for code of its own (auto_map), which is never run here, and there is "
+                    "no tokenizer.json"
+                )
+                raise UserError(
+                    f"{directory / name}: {problem}; save it as one (save_pretrained of a fast "
+                    "tokenizer)"
+                )
             files[name] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-            notes += (f"auto_map is left out of {name}: code that a tokenizer brings along is never run",)
+            notes += (
+                f"auto_map is left out of {name}: code that a tokenizer brings along is never run",
+            )
         config |= content
     eos = config.get("eos_token")
     if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
@@ -204,9 +253,15 @@ def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ..
     from transformers import AutoTokenizer
 
     with explained(Exception, f"{directory}: AutoTokenizer can't load it", TRAIN):
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         files.setdefault("tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
-    config = {**config, "eos_token": tokenizer.eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        **config,
+        "eos_token": tokenizer.eos_token,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return {name: files[name] for name in known if name in files}, tokenizer.eos_token, notes
 
@@ -215,19 +270,30 @@ def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred and able; else the reference, with the reason."""
     reason = None
     if prefer == "gigatoken" and tokenizer.not_for_gigatoken:
-        reason = f"gigatoken gives other ids with {tokenizer.directory} ({tokenizer.not_for_gigatoken})"
+        reason = (
+            f"gigatoken gives other ids with {tokenizer.directory} ({tokenizer.not_for_gigatoken})"
+        )
     elif prefer == "gigatoken":
         backend = tokenizer.gigatoken or _load_gigatoken(for_gigatoken(tokenizer))
         if not isinstance(backend, Exception):
             encode = _gigatoken_encode(tokenizer, backend)
-            return Encoder(name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False)
+            return Encoder(
+                name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False
+            )
         reason = f"gigatoken can't load {tokenizer.directory} ({one_line(backend)})"
     encode = partial(_reference_encode, tokenizer.here)
-    return Encoder(name=f"tokenizers {version('tokenizers')}", encode=encode, is_reference=True, fallback_reason=reason)
+    return Encoder(
+        name=f"tokenizers {version('tokenizers')}",
+        encode=encode,
+        is_reference=True,
+        fallback_reason=reason,
+    )
 
 
 def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:
-    """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for the caller to find."""
+    """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for
+    the caller to find.
+    """
     if tokenizer.token_bytes is None:
         rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
         texts = tokenizer.reference.decode_batch(rows, skip_special_tokens=False)
@@ -247,35 +313,45 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
     """What gigatoken is to load: it always parses special tokens in text, so it must not know them.
 
     Parsing 65,536 tokens and their merges and writing them again takes 0.13 s, so only the list of
-    added tokens is changed where it can be found for certain: where its name stands once in the file,
-    all before it, closed there, is an object of which it is a key, and it ends soon.
+    added tokens is changed where it can be found for certain: where its name stands once in the
+    file, all before it, closed there, is an object of which it is a key, and it ends soon.
     """
     before, name, after = tokenizer_json.partition(b'"added_tokens"')
     colon = COLON.match(after)
     if colon and name not in after:
         with contextlib.suppress(ValueError, RecursionError):
-            value, _ = codecs.utf_8_decode(after[colon.end() : colon.end() + ADDED_TOKENS_BYTES], "strict", False)
+            value, _ = codecs.utf_8_decode(
+                after[colon.end() : colon.end() + ADDED_TOKENS_BYTES], "strict", False
+            )
             added, length = json.JSONDecoder().raw_decode(value)
             if "added_tokens" in json.loads(before + name + b": null}"):
                 kept = json.dumps([token for token in added or [] if not token["special"]])
                 behind = after[colon.end() + len(value[:length].encode()) :]
                 return before + name + b": " + kept.encode() + behind
     model = parse_json(tokenizer_json, where, TRAIN)
-    model["added_tokens"] = [token for token in model.get("added_tokens") or [] if not token["special"]]
+    model["added_tokens"] = [
+        token for token in model.get("added_tokens") or [] if not token["special"]
+    ]
     return json.dumps(model).encode()
 
 
 def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
-    """tokenizer.json as gigatoken is to load it: without special tokens, and without what encodes at random."""
+    """tokenizer.json as gigatoken is to load it: without special tokens, and without what
+    encodes at random.
+    """
     content = tokenizer.files["tokenizer.json"]
     if tokenizer.is_random:
-        model = {key: value for key, value in tokenizer.definition["model"].items() if key not in RANDOM}
+        model = {
+            key: value for key, value in tokenizer.definition["model"].items() if key not in RANDOM
+        }
         content = json.dumps(tokenizer.definition | {"model": model}).encode()
     return without_special_tokens(content, str(tokenizer.directory / "tokenizer.json"))
 
 
 def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
-    """Documents whose text gave a special id, which no text may: their numbers, and what is wrong with each."""
+    """Documents whose text gave a special id, which no text may: their numbers, and what is
+    wrong with each.
+    """
     reasons: dict[int, str] = {}
     for of_no_text in tokenizer.ranges_of_no_text:
         if len(of_no_text) == 1:
@@ -288,7 +364,10 @@ def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) ->
         numbers = np.searchsorted(offsets, places, side="right") - 1
         for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
             token = tokenizer.name_of(special)
-            problem = f"its text gives the special token {token!r} (id {special}), which stands for no text"
+            problem = (
+                f"its text gives the special token {token!r} (id {special}), which stands for no "
+                "text"
+            )
             reasons[number] = problem
     return reasons
 
@@ -296,8 +375,8 @@ def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) ->
 def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
     """Arrow buffers in, flat ids out, no Python object per document.
 
-    All threads share what is loaded. Inside, each of gigatoken's own threads keeps its own memory of words, and a batch
-    is encoded by all that are free.
+    All threads share what is loaded. Inside, each of gigatoken's own threads keeps its own memory
+    of words, and a batch is encoded by all that are free.
     """
     import awkward as ak
 
@@ -305,7 +384,9 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
         data = np.frombuffer(texts.buffers()[2], np.uint8)
         characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
         bounds = ak.index.Index64(text_bounds(texts))
-        strings = ak.contents.ListOffsetArray(bounds, characters, parameters={"__array__": "string"})
+        strings = ak.contents.ListOffsetArray(
+            bounds, characters, parameters={"__array__": "string"}
+        )
         rows = backend.encode_batch(ak.Array(strings), parallel=True).layout
         return rows.content.data, rows.offsets.data
 
@@ -315,7 +396,9 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
         encoded = of_gigatoken(texts)
         if not len(numbers):
             return encoded
-        of_reference = _reference_encode(tokenizer.by_reference, texts.take(arrow_ids(numbers.astype(np.uint32))))
+        of_reference = _reference_encode(
+            tokenizer.by_reference, texts.take(arrow_ids(numbers.astype(np.uint32)))
+        )
         return _replaced(*encoded, numbers, of_reference)
 
     return encode
@@ -325,7 +408,9 @@ def _replaced(ids: Ids, offsets: Offsets, numbers: Offsets, others: Encoded) -> 
     """Ids and offsets of texts, some of which have other ids."""
     parts, lengths, done = [], np.diff(offsets), 0
     lengths[numbers] = np.diff(others[1])
-    for number, start, stop in zip(numbers.tolist(), others[1][:-1].tolist(), others[1][1:].tolist(), strict=True):
+    for number, start, stop in zip(
+        numbers.tolist(), others[1][:-1].tolist(), others[1][1:].tolist(), strict=True
+    ):
         parts += [ids[offsets[done] : offsets[number]], others[0][start:stop]]
         done = number + 1
     parts.append(ids[offsets[done] :])

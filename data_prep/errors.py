@@ -1,8 +1,9 @@
 """Bad input: the one exception users meet, and how every command reports it.
 
 A command's `main` raises `UserError`; `exit_code` turns it into one line on stderr and exit code 2.
-Anything else that escapes is a defect of ours and keeps its traceback. What a disk or a file server failed at, though
-the input is good, is a `RetryableError`: one line too, but exit code 1, after which the same command may do.
+Anything else that escapes is a defect of ours and keeps its traceback. What a disk or a file server
+failed at, though the input is good, is a `RetryableError`: one line too, but exit code 1, after
+which the same command may do.
 """
 
 import argparse
@@ -30,21 +31,42 @@ if TYPE_CHECKING:
 USER_ERROR_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
-# What a disk, a file server or the network to it answers for a while (NFS, Lustre, Ceph, FUSE); nobody's input.
+# What a disk, a file server or the network to it answers for a while (NFS, Lustre, Ceph, FUSE);
+# nobody's input.
 PASSING_ERRORS = frozenset(
-    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ENOTCONN}
-    | {errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ENOTCONN,
+    }
+    | {
+        errno.ESHUTDOWN,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+    }
 )
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
 LONGEST_LINE = 4_000  # characters of an error
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
-# What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that turn the direction of
-# what follows, or end a line; and halves of surrogate pairs, which no stream can encode.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that
+# turn the direction of what follows, or end a line; and halves of surrogate pairs, which no stream
+# can encode.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(Exception):
-    """Input that can't be used. The message says what, where, got, expected, and what to do; no URL's secrets."""
+    """Input that can't be used. The message says what, where, got, expected, and what to do; no
+    URL's secrets.
+    """
 
     exit_code = USER_ERROR_EXIT_CODE
 
@@ -53,7 +75,9 @@ class UserError(Exception):
 
 
 class RetryableError(UserError):
-    """What failed though the input is good, so that the same command may do: a disk, say. The message is as above."""
+    """What failed though the input is good, so that the same command may do: a disk, say. The
+    message is as above.
+    """
 
     exit_code = FAILURE_EXIT_CODE
 
@@ -64,7 +88,9 @@ def is_passing(error: Exception) -> bool:
 
 
 def refusal(error: Exception, message: str) -> UserError:
-    """The UserError with this message for what another error says: a `RetryableError` where that may pass by itself."""
+    """The UserError with this message for what another error says: a `RetryableError` where that
+    may pass by itself.
+    """
     return RetryableError(message) if is_passing(error) else UserError(message)
 
 
@@ -80,8 +106,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str, advice: str) -> Iterator[None]:
-    """Exceptions of these kinds become a UserError: the problem, (what the exception says), and what to do."""
+def explained(
+    kinds: type[Exception] | tuple[type[Exception], ...], problem: str, advice: str
+) -> Iterator[None]:
+    """Exceptions of these kinds become a UserError: the problem, (what the exception says), and
+    what to do.
+    """
     try:
         yield
     except UserError:
@@ -92,7 +122,9 @@ def explained(kinds: type[Exception] | tuple[type[Exception], ...], problem: str
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """What is printed inside may go unheard: a closed pipe, or a full disk below a log, ends nothing."""
+    """What is printed inside may go unheard: a closed pipe, or a full disk below a log, ends
+    nothing.
+    """
     try:
         yield
     except OSError:
@@ -116,16 +148,24 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def list_commands(folder: Path, arguments: Sequence[str]) -> None:
-    """Print a line for each module of a folder that is a command: how it is called, and what it says it does.
+    """Print a line for each module of a folder that is a command: how it is called, and what it
+    says it does.
 
-    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a command.
+    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a
+    command.
     """
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))}
+    texts = {
+        path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))
+    }
     commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
     if arguments and arguments[0] not in ("-h", "--help"):
         name = arguments[0] if arguments[0] in commands else None
-        advice = f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
-        raise UserError(f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}")
+        advice = (
+            f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
+        )
+        raise UserError(
+            f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}"
+        )
     calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
     width = max(map(len, calls))
     for call, text in calls.items():
@@ -136,7 +176,9 @@ def list_commands(folder: Path, arguments: Sequence[str]) -> None:
 def first_sentence(module_text: str) -> str:
     """What a module's docstring begins with."""
     docstring = ast.get_docstring(ast.parse(module_text)) or ""
-    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(".:")
+    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(
+        ".:"
+    )
 
 
 def large_number(text: str) -> int:
@@ -148,21 +190,37 @@ def large_number(text: str) -> int:
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last in silence."""
+    """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last
+    in silence.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         firsts: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if firsts.setdefault((key.tag, str(key.value)), key) is not key:
-                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of the two")
+                raise ValueError(
+                    f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of "
+                    "the two"
+                )
         return node
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
-    """The content of a YAML file. Raises UserError naming `where`, and line and key if one is repeated."""
-    kinds = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-    with explained(kinds, f"{where}: not valid YAML", "mend it"):  # a tag such as !!bool x raises what its reader does
+    """The content of a YAML file. Raises UserError naming `where`, and line and key if one is
+    repeated.
+    """
+    kinds = (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    )
+    # a tag such as !!bool x raises what its reader does
+    with explained(kinds, f"{where}: not valid YAML", "mend it"):
         try:
             return yaml.load(content, _UniqueKeysLoader)
         except yaml.MarkedYAMLError as error:
@@ -170,19 +228,22 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
             if mark and "alias" in f"{error.context} {error.problem}":
                 problem = "a value that begins with * is an alias to YAML"
                 raise UserError(
-                    f"{where}: line {mark.line + 1}: {problem}; put it in quotes, as in path: '*.jsonl'"
+                    f"{where}: line {mark.line + 1}: {problem}; put it in quotes, as in path: "
+                    "'*.jsonl'"
                 ) from None
             raise
 
 
 def parse_json(content: str | bytes, where: str, advice: str) -> Any:
-    """The content of a JSON file of ours or of others. Raises UserError naming `where`, whatever is wrong with it.
+    """The content of a JSON file of ours or of others. Raises UserError naming `where`, whatever is
+    wrong with it.
 
-    Python's parser raises ValueError for text that is no JSON, UnicodeDecodeError (one of its kinds) for bytes that are
-    no UTF-8, and RecursionError for brackets nested too deeply.
+    Python's parser raises ValueError for text that is no JSON, UnicodeDecodeError (one of its
+    kinds) for bytes that are no UTF-8, and RecursionError for brackets nested too deeply.
     """
     with explained((ValueError, RecursionError), f"{where}: not valid JSON", advice):
-        text = content if isinstance(content, str) else content.decode("utf-8-sig")  # json decodes less strictly
+        # json decodes less strictly
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
         return json.loads(text)
 
 
@@ -193,7 +254,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], str]) -> str:
-    """What is wrong with content that pydantic has read, in words; an unknown key first, with a suggestion."""
+    """What is wrong with content that pydantic has read, in words; an unknown key first, with a
+    suggestion.
+    """
     unknown = ("extra_forbidden", "unexpected_keyword_argument")  # to a model, to a dataclass
     first: Any = min(error.errors(), key=lambda problem: problem["type"] not in unknown)
     place = ".".join(map(str, first["loc"])) or "content"
@@ -224,14 +287,18 @@ def exit_code_of(error: UserError | OSError) -> int:
 
 
 def what_it_says(error: Exception) -> str:
-    """The error's text as one line, of an OSError without the path; its name, if it says nothing."""
+    """The error's text as one line, of an OSError without the path; its name, if it says
+    nothing.
+    """
     return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:
-    """The error's text without line breaks, so that it stays one line of a log, and without secrets in URLs.
+    """The error's text without line breaks, so that it stays one line of a log, and without secrets
+    in URLs.
 
-    Of a very long one, which quotes what a damaged file holds, the middle is left out, and that is said.
+    Of a very long one, which quotes what a damaged file holds, the middle is left out, and that is
+    said.
     """
     text = without_credentials(" ".join(str(error).split()))
     if len(text) <= LONGEST_LINE:
@@ -247,7 +314,8 @@ def signal_name(number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of documents, file names or others' messages for a terminal: what it would obey is spelled out (`\\u001b`).
+    """Text of documents, file names or others' messages for a terminal: what it would obey is
+    spelled out (`\\u001b`).
 
     Tabs and line feeds stay. JSON stays the same JSON.
     """
@@ -260,7 +328,8 @@ def exit_code(main: Callable[[], None]) -> int:
     2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names are bytes, and a terminal may have another alphabet
+        # names are bytes, and a terminal may have another alphabet
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -269,7 +338,8 @@ def exit_code(main: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read our output has seen enough (`| head`)
+        # who read our output has seen enough (`| head`)
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         print(f"error: {printable(os_error_line(error))}", file=sys.stderr)

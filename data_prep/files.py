@@ -1,4 +1,5 @@
-"""Files that outlive a kill and a power cut: written beside, flushed, renamed; and the digests that identify them.
+"""Files that outlive a kill and a power cut: written beside, flushed, renamed; and the digests that
+identify them.
 
 Nothing here writes through a symbolic link that somebody left in the place of a temporary file.
 """
@@ -28,13 +29,14 @@ def fsync_directory(path: Path) -> None:
 def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp") -> None:
     """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part.
 
-    Processes that may write the same file at the same time need suffixes of their own. A link at `path` is replaced,
-    its target kept.
+    Processes that may write the same file at the same time need suffixes of their own. A link at
+    `path` is replaced, its target kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + suffix)
     with naming(path):
-        staged.unlink(missing_ok=True)  # what a kill left there; or a link, which opening would follow
+        # what a kill left there; or a link, which opening would follow
+        staged.unlink(missing_ok=True)
         with staged.open("xb") as file:
             file.write(content)
             file.flush()
@@ -44,10 +46,11 @@ def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp")
 
 
 def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
-    """Write a directory beside, flush it, then put it in place of the old one; a link to a directory keeps its place.
+    """Write a directory beside, flush it, then put it in place of the old one; a link to a
+    directory keeps its place.
 
-    The old one goes once the new one has its name. If that fails, or is interrupted, the old one is put back; a kill
-    just then leaves it beside, as `.NAME.old.RANDOM`.
+    The old one goes once the new one has its name. If that fails, or is interrupted, the old one is
+    put back; a kill just then leaves it beside, as `.NAME.old.RANDOM`.
     """
     home = directory.resolve()
     home.parent.mkdir(parents=True, exist_ok=True)

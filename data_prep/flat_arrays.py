@@ -1,7 +1,8 @@
 """Arrow arrays as NumPy arrays and back, through their buffers.
 
-pyarrow's own conversions (`to_numpy`, `pa.array`, `pa.scalar`) import pandas when they are first used, only to ask
-whether a value is one of its own: 0.25 s of CPU and more (findings/pyarrow_imports_pandas.sh).
+pyarrow's own conversions (`to_numpy`, `pa.array`, `pa.scalar`) import pandas when they are first
+used, only to ask whether a value is one of its own: 0.25 s of CPU and more
+(findings/pyarrow_imports_pandas.sh).
 """
 
 from collections.abc import Sequence
@@ -52,10 +53,14 @@ def arrow_mask(chosen: Mask) -> pa.BooleanArray:
 
 def arrow_ids(ids: npt.NDArray[np.uint32]) -> pa.UInt32Array:
     """Indices that `take` takes."""
-    return pa.UInt32Array.from_buffers(pa.uint32(), len(ids), [None, pa.py_buffer(np.ascontiguousarray(ids))])
+    return pa.UInt32Array.from_buffers(
+        pa.uint32(), len(ids), [None, pa.py_buffer(np.ascontiguousarray(ids))]
+    )
 
 
 def large_strings(texts: Sequence[bytes]) -> pa.LargeStringArray:
     """Texts, as UTF-8, that are not checked to be so."""
     bounds = np.append(0, np.cumsum([len(text) for text in texts], dtype=np.int64))
-    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(bounds), pa.py_buffer(b"".join(texts)))
+    return pa.LargeStringArray.from_buffers(
+        len(texts), pa.py_buffer(bounds), pa.py_buffer(b"".join(texts))
+    )

@@ -1,7 +1,8 @@
-"""Which files a source names, and how their bytes are read: paths, URLs (fsspec), data sets of the Hugging Face hub.
+"""Which files a source names, and how their bytes are read: paths, URLs (fsspec), data sets of the
+Hugging Face hub.
 
-A network may fail for half a minute: each failed request is announced and made again. What can't succeed later
-(not found, access refused, changed since it was listed) fails at once.
+A network may fail for half a minute: each failed request is announced and made again. What can't
+succeed later (not found, access refused, changed since it was listed) fails at once.
 """
 
 import io
@@ -19,7 +20,13 @@ import fsspec.core
 import fsspec.spec
 
 from data_prep.errors import UserError, explained, one_line, printable
-from data_prep.local_files import escaped, is_utf8, matching_files, warn_of_gaps, warn_of_one_file_twice
+from data_prep.local_files import (
+    escaped,
+    is_utf8,
+    matching_files,
+    warn_of_gaps,
+    warn_of_one_file_twice,
+)
 from data_prep.urls import without_credentials
 
 T = TypeVar("T")
@@ -27,30 +34,47 @@ INSTALL_REMOTE = "pip install -e '.[remote]' in this project's folder, or what i
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 REQUEST_BYTES = 16 << 20  # so far sequential reading reads ahead
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
-CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")  # they raise more than OSErrors
-PERMANENT = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "OfflineModeIsEnabled")
+# they raise more than OSErrors
+CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")
+PERMANENT = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "OfflineModeIsEnabled",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
     """One file of a source, as it was when it was listed."""
 
-    name: str  # as the manifest names it: the path as written, the URL, or the path inside the hub data set
+    # as the manifest names it: the path as written, the URL, or the path inside the hub data set
+    name: str
     url: str  # absolute local path, or URL; like the name without secrets
     size: int  # bytes
-    version: str  # another one when the content may be another: mtime_ns, etag, commit of the hub data set
-    secret_url: str | None = field(default=None, repr=False)  # to read by, if the URL held secrets; never stored
+    # another one when the content may be another: mtime_ns, etag, commit of the hub data set
+    version: str
+    # to read by, if the URL held secrets; never stored
+    secret_url: str | None = field(default=None, repr=False)
 
 
 def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
-    """The files that a path (relative to `base`), glob or URL names, sorted by name. UserError if there are none."""
-    return _find_remote(pattern, where) if re.match(r"[\w.+:-]+://", pattern) else _find_local(base, pattern, where)
+    """The files that a path (relative to `base`), glob or URL names, sorted by name. UserError
+    if there are none.
+    """
+    return (
+        _find_remote(pattern, where)
+        if re.match(r"[\w.+:-]+://", pattern)
+        else _find_local(base, pattern, where)
+    )
 
 
 def find_hub_inputs(
     name: str, configs: Sequence[str], split: str, revision: str | None, where: str
 ) -> tuple[list[InputFile], str]:
-    """The files of a hub data set's split in the order of `datasets`, and their commit (40 hex digits)."""
+    """The files of a hub data set's split in the order of `datasets`, and their commit (40 hex
+    digits).
+    """
     what = f"{where}: {name}"
     repository, commit = _with_retries(what, _resolve, name, revision, what)
     root = f"hf://datasets/{repository}@{commit}/"
@@ -58,13 +82,19 @@ def find_hub_inputs(
     for config in configs or (None,):
         found = _with_retries(what, _data_files, repository, config, commit, split, what)
         if sizes.keys() & found:
-            raise UserError(f"{what}: the configs {', '.join(configs)} share files; name configs that don't")
+            raise UserError(
+                f"{what}: the configs {', '.join(configs)} share files; name configs that don't"
+            )
         sizes |= found
-    return [InputFile(name=u.removeprefix(root), url=u, size=size, version=commit) for u, size in sizes.items()], commit
+    return [
+        InputFile(name=u.removeprefix(root), url=u, size=size, version=commit)
+        for u, size in sizes.items()
+    ], commit
 
 
 def open_input(file: InputFile, ahead_bytes: int = REQUEST_BYTES) -> BinaryIO:
-    """The file's bytes, seekable; a remote one's in requests of ahead_bytes and more, 0 for just what is asked for.
+    """The file's bytes, seekable; a remote one's in requests of ahead_bytes and more, 0 for just
+    what is asked for.
 
     What goes wrong while reading a remote one is a UserError.
     """
@@ -93,36 +123,54 @@ class RemoteFile(fsspec.spec.AbstractBufferedFile):
         handle: Any = self._handle or _open_remote(self._file)
         self._handle = None  # until it is seen to work: after a failure the file is opened anew
         handle.seek(start)
-        with explained(ValueError, f"{self._file.name}: no part can be had alone", "download it and name its path"):
+        with explained(
+            ValueError,
+            f"{self._file.name}: no part can be had alone",
+            "download it and name its path",
+        ):
             content = cast(bytes, handle.read(stop - start))
         if len(content) != stop - start:
-            raise ConnectionError(f"the answer ended at byte {start + len(content)} of {self._file.size}")
+            raise ConnectionError(
+                f"the answer ended at byte {start + len(content)} of {self._file.size}"
+            )
         self._handle = handle
         return content
 
 
 def _find_local(base: Path, pattern: str, where: str) -> list[InputFile]:
     if (base / pattern).is_dir():
-        raise UserError(f"{where}: {pattern} is a directory; name its files, for example {pattern.rstrip('/')}/*")
+        raise UserError(
+            f"{where}: {pattern} is a directory; name its files, for example "
+            f"{pattern.rstrip('/')}/*"
+        )
     paths = matching_files(base, pattern, where)
     if not paths:
         advice = "check the path"
         if "{" in pattern:
-            advice = "braces are the shell's, and not expanded here: give each of their names a source of its own"
+            advice = (
+                "braces are the shell's, and not expanded here: give each of their names a source "
+                "of its own"
+            )
         if pattern.startswith("~"):
             advice = "~ is the shell's, and not expanded here: write the home directory's path"
-        raise UserError(f"{where}: no file matches {pattern} (looked in {base.resolve()}); {advice}")
+        raise UserError(
+            f"{where}: no file matches {pattern} (looked in {base.resolve()}); {advice}"
+        )
     if list(paths) != [pattern]:
         warn_of_gaps(paths, where)
     warn_of_one_file_twice(paths, where)
     stats = [(name, str(path), path.stat()) for name, path in paths.items()]
-    return [InputFile(name=name, url=url, size=s.st_size, version=str(s.st_mtime_ns)) for name, url, s in stats]
+    return [
+        InputFile(name=name, url=url, size=s.st_size, version=str(s.st_mtime_ns))
+        for name, url, s in stats
+    ]
 
 
 def _find_remote(url: str, where: str) -> list[InputFile]:
     fs, path = _filesystem(url)
     shown = without_credentials(path)  # a password may hold any sign
-    is_glob = any(sign in shown for sign in ("*[" if url.startswith("http") else "*[?"))  # http: ? begins the query
+    # http: ? begins the query
+    is_glob = any(sign in shown for sign in ("*[" if url.startswith("http") else "*[?"))
 
     def list_files() -> list[dict[str, Any]]:
         infos = fs.glob(path, detail=True).values() if is_glob else [fs.info(path)]
@@ -130,12 +178,17 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
 
     infos = sorted(_with_retries(f"{where}: {url}", list_files), key=lambda info: str(info["name"]))
     if not is_glob and infos[0]["type"] == "directory":
-        raise UserError(f"{where}: {url} is a directory; name its files, for example {url.rstrip('/')}/*")
+        raise UserError(
+            f"{where}: {url} is a directory; name its files, for example {url.rstrip('/')}/*"
+        )
     found = [(fs.unstrip_protocol(info["name"]), info) for info in infos if info["type"] == "file"]
     if not found:
         raise UserError(f"{where}: no file matches {url}; check the URL")
     if unsized := [name for name, info in found if info["size"] is None]:
-        raise UserError(f"{where}: {unsized[0]}: the server doesn't tell its size; download it and name its path")
+        raise UserError(
+            f"{where}: {unsized[0]}: the server doesn't tell its size; download it and name its "
+            "path"
+        )
     if is_glob:
         warn_of_gaps((without_credentials(name) for name, _ in found), where)
     if unnamed := [name for name, _ in found if not is_utf8(name)]:
@@ -144,20 +197,28 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
 
 
 def _remote_file(fs: Any, info: dict[str, Any], name: str, written: str | None) -> InputFile:
-    """A file as the server lists it; to be read by the URL as written, where that is known, or by its full name."""
+    """A file as the server lists it; to be read by the URL as written, where that is known, or
+    by its full name.
+    """
     clean, address = without_credentials(name), written or name
     secret = address if without_credentials(address) != address else None
-    return InputFile(name=clean, url=clean, size=info["size"], version=_version(fs, info), secret_url=secret)
+    return InputFile(
+        name=clean, url=clean, size=info["size"], version=_version(fs, info), secret_url=secret
+    )
 
 
 def _open_remote(file: InputFile) -> Any:
-    """The file as fsspec opens it, without a buffer. UserError if it isn't the one that was listed."""
+    """The file as fsspec opens it, without a buffer. UserError if it isn't the one that was
+    listed.
+    """
     fs, path = _filesystem(file.secret_url or file.url)
     if f"@{file.version}/" not in file.url:  # a commit of the hub never changes
         fs.invalidate_cache()
         info = fs.info(path)
         if (info["size"], _version(fs, info)) != (file.size, file.version):
-            raise UserError(f"{file.name}: changed since this command began; begin again, and leave it alone")
+            raise UserError(
+                f"{file.name}: changed since this command began; begin again, and leave it alone"
+            )
     return fs.open(path, "rb", cache_type="none", size=file.size)
 
 
@@ -187,30 +248,46 @@ def _resolve(name: str, revision: str | None, what: str) -> tuple[str, str]:
         if info.gated:
             HfApi().auth_check(info.id, repo_type="dataset")
     except errors.RevisionNotFoundError:
-        raise UserError(f"{what}: no revision {revision!r}; name a branch, a tag or a commit") from None
+        raise UserError(
+            f"{what}: no revision {revision!r}; name a branch, a tag or a commit"
+        ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         is_gated = isinstance(error, errors.GatedRepoError)
-        hint = "gated: accept its terms, then" if is_gated else "no such data set; check the name, or, if private,"
+        hint = (
+            "gated: accept its terms, then"
+            if is_gated
+            else "no such data set; check the name, or, if private,"
+        )
         raise UserError(f"{what}: {hint} run `hf auth login` or set HF_TOKEN") from None
     return info.id, str(info.sha)
 
 
-def _data_files(repository: str, config: str | None, commit: str, split: str, what: str) -> dict[str, int]:
+def _data_files(
+    repository: str, config: str | None, commit: str, split: str, what: str
+) -> dict[str, int]:
     """URL and size of a split's files as `datasets` finds them; it runs no code of the data set."""
     import datasets
 
     datasets.disable_progress_bars()
     path = f"hf://datasets/{repository}"
     with (
-        explained((ValueError, RuntimeError), f"{what}: datasets can't use it", "see its page on the hub"),
-        tempfile.TemporaryDirectory() as empty,  # where the hub is silent, a cached copy is no answer
+        explained(
+            (ValueError, RuntimeError), f"{what}: datasets can't use it", "see its page on the hub"
+        ),
+        # where the hub is silent, a cached copy is no answer
+        tempfile.TemporaryDirectory() as empty,
     ):
         builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)
     urls = (builder.config.data_files or {}).get(split)
     if not urls:
-        raise UserError(f"{what}: no split {split!r}, it has: {', '.join(map(str, builder.config.data_files or ()))}")
+        raise UserError(
+            f"{what}: no split {split!r}, it has: "
+            f"{', '.join(map(str, builder.config.data_files or ()))}"
+        )
     if outside := [url for url in urls if not url.startswith(f"{path}@{commit}/")]:
-        raise UserError(f"{what}: {outside[0]} lies outside of it; name that file by its URL, as a path")
+        raise UserError(
+            f"{what}: {outside[0]} lies outside of it; name that file by its URL, as a path"
+        )
     fs, _ = _filesystem(path)
     return {url: fs.info(url)["size"] for url in urls}
 
@@ -222,7 +299,10 @@ def _with_retries(what: str, action: Callable[..., T], *arguments: Any) -> T:
         try:
             return action(*arguments)
         except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+            if (
+                not isinstance(error, OSError)
+                and type(error).__module__.partition(".")[0] not in CLIENTS
+            ):
                 raise
             reason, is_permanent = _reason(error)
         wait_s = None if is_permanent else next(waits_s, None)
@@ -243,9 +323,16 @@ def _reason(error: Any) -> tuple[str, bool]:
         else:
             status = getattr(response, "status_code", None) or getattr(error, "status", None)
         if status:
-            meaning = {401: "access refused, ", 403: "access refused, ", 404: "not found, "}.get(status, "")
-            return f"{meaning}HTTP status {status}", 300 <= status < 500 and status not in (408, 429)
+            meaning = {401: "access refused, ", 403: "access refused, ", 404: "not found, "}.get(
+                status, ""
+            )
+            return f"{meaning}HTTP status {status}", 300 <= status < 500 and status not in (
+                408,
+                429,
+            )
         if not error.__cause__:
             name = type(error).__name__
-            return one_line(error) or name, isinstance(error, FileNotFoundError | PermissionError) or name in PERMANENT
+            return one_line(error) or name, isinstance(
+                error, FileNotFoundError | PermissionError
+            ) or name in PERMANENT
         error = error.__cause__

@@ -1,9 +1,10 @@
 """Texts out of JSON lines, plain, gzip or zstd; how `corpus` reads them.
 
-A block of lines goes through Arrow's parser, which makes no Python object of a line. Where that one is not content, or
-where it might take two lines for one object or one line for two, the block is read line by line, and each bad line gets
-its reason. Both ways keep the same lines and read the same text in them, with one exception that no real file holds: a
-field beside the text, nested deeper than Python's recursion limit, is bad line by line only.
+A block of lines goes through Arrow's parser, which makes no Python object of a line. Where that one
+is not content, or where it might take two lines for one object or one line for two, the block is
+read line by line, and each bad line gets its reason. Both ways keep the same lines and read the
+same text in them, with one exception that no real file holds: a field beside the text, nested
+deeper than Python's recursion limit, is bad line by line only.
 """
 
 import json
@@ -43,7 +44,9 @@ def line_cuts(stream: BinaryIO, size: int, unit_bytes: int) -> list[int]:
 
 
 def read_chunks(stream: BinaryIO, format: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes from start to stop of a plain stream; those of a compressed one whole, and decompressed."""
+    """The bytes from start to stop of a plain stream; those of a compressed one whole, and
+    decompressed.
+    """
     if format in DECOMPRESSORS:
         yield from _decompress(stream, DECOMPRESSORS[format])
         return
@@ -71,7 +74,8 @@ def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterat
 
 
 def blocks(chunks: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The same bytes in blocks of whole lines, about block_bytes each; a line too long becomes TOO_LONG.
+    """The same bytes in blocks of whole lines, about block_bytes each; a line too long becomes
+    TOO_LONG.
 
     What broke the stream is raised after the whole lines before it.
     """
@@ -105,52 +109,77 @@ def count_lines(block: bytes) -> int:
     return block.count(b"\n") + (not block.endswith(b"\n"))
 
 
-def parse_block(block: bytes, field: str, is_first: bool) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
-    """Texts of a block, the line of each, from 0, and the lines that are bad. Blank lines give nothing."""
+def parse_block(
+    block: bytes, field: str, is_first: bool
+) -> tuple[pa.Array, npt.NDArray[np.uint64], Reasons]:
+    """Texts of a block, the line of each, from 0, and the lines that are bad. Blank lines give
+    nothing.
+    """
     if (quickly := _parse_quickly(block, field)) is not None:
         return quickly, np.arange(len(quickly), dtype=np.uint64), []
-    lines = [(row, line) for row, line in enumerate(block.split(b"\n")) if line and not line.isspace()]
-    found = [(row, *_parse_line(line, field, "utf-8" if row or not is_first else "utf-8-sig")) for row, line in lines]
+    lines = [
+        (row, line) for row, line in enumerate(block.split(b"\n")) if line and not line.isspace()
+    ]
+    found = [
+        (row, *_parse_line(line, field, "utf-8" if row or not is_first else "utf-8-sig"))
+        for row, line in lines
+    ]
     good = [(row, text) for row, text, reason in found if not reason]
     return *arrow_texts(good), [(row, reason) for row, _, reason in found if reason]
 
 
 def bytes_of_lines(block: bytes, rows: list[int]) -> int:
-    """Bytes of some lines of a block, by their numbers; of one that was too long, what tells that it is."""
+    """Bytes of some lines of a block, by their numbers; of one that was too long, what tells
+    that it is.
+    """
     if not rows:
         return 0
     lines = block.split(b"\n")
-    return sum(MAX_LINE_BYTES + 1 if lines[row].startswith(TOO_LONG) else len(lines[row]) for row in rows)
+    return sum(
+        MAX_LINE_BYTES + 1 if lines[row].startswith(TOO_LONG) else len(lines[row]) for row in rows
+    )
 
 
 def _parse_quickly(block: bytes, field: str) -> pa.Array | None:
     """The text of every line, if every line holds one object and all is well.
 
-    In JSON a `{` comes right after a `}` between two objects only: if all line ends lie so, none is within an object.
-    Arrow does not mind invalid UTF-8, and crashes where the first value is null (pyarrow 26).
+    In JSON a `{` comes right after a `}` between two objects only: if all line ends lie so, none is
+    within an object. Arrow does not mind invalid UTF-8, and crashes where the first value is null
+    (pyarrow 26).
     """
     characters = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(characters[:-1] == ord("\n"))
     before = np.where(characters[ends - 1] == ord("\r"), characters[ends - 2], characters[ends - 1])
-    if not (block.startswith(b"{") and np.all(before == ord("}")) and np.all(characters[ends + 1] == ord("{"))):
+    if not (
+        block.startswith(b"{")
+        and np.all(before == ord("}"))
+        and np.all(characters[ends + 1] == ord("{"))
+    ):
         return None
     schema = pa.schema([(field, pa.large_string())])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
         arrow_texts([(0, block)])[0].validate(full=True)
         read_options = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
-        texts = pa.json.read_json(pa.BufferReader(block), read_options, options).column(0).combine_chunks()
+        texts = (
+            pa.json.read_json(pa.BufferReader(block), read_options, options)
+            .column(0)
+            .combine_chunks()
+        )
     except pa.ArrowException:
         return None
     return texts if len(texts) == len(ends) + 1 and not texts.null_count else None
 
 
 def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
-    """The text of one line as UTF-8, or what is wrong with it. A file may begin with a byte order mark."""
+    """The text of one line as UTF-8, or what is wrong with it. A file may begin with a byte
+    order mark.
+    """
     if line.startswith(TOO_LONG):
         return b"", f"a line of more than {MAX_LINE_BYTES / 1e6:,.0f} MB"
     try:
-        record = json.loads(line.decode(encoding), parse_int=len)  # an int, and of any number of digits
+        # an int, and of any number of digits
+        record = json.loads(line.decode(encoding), parse_int=len)
     except UnicodeDecodeError as error:
         return b"", _nuls(line) or f"invalid UTF-8 at byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
@@ -164,7 +193,11 @@ def _parse_line(line: bytes, field: str, encoding: str) -> tuple[bytes, str]:
         return b"", f"no field {field!r}, it has: {names} (text_field names it)"
     text = record[field]
     if not isinstance(text, str):
-        return b"", f"{field!r} is {'null' if text is None else f'of type {type(text).__name__}'}, expected text"
+        return (
+            b"",
+            f"{field!r} is {'null' if text is None else f'of type {type(text).__name__}'}, "
+            "expected text",
+        )
     try:
         return text.encode(), ""
     except UnicodeEncodeError as error:
@@ -176,14 +209,21 @@ def _nuls(line: bytes) -> str:
     nuls = line.count(0)
     if nuls < MANY_NULS:
         return ""
-    return f"{nuls:,} NULs, the first at byte {line.find(0)} of the line (a crash or a full disk may leave them)"
+    return (
+        f"{nuls:,} NULs, the first at byte {line.find(0)} of the line (a crash or a full disk may "
+        "leave them)"
+    )
 
 
-def arrow_texts(numbered: list[tuple[int, bytes]]) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint64]]:
+def arrow_texts(
+    numbered: list[tuple[int, bytes]],
+) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint64]]:
     """One Arrow array out of UTF-8 byte strings, and the row of each."""
     texts = [text for _, text in numbered]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    array = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    array = pa.LargeStringArray.from_buffers(
+        len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))
+    )
     return array, np.array([row for row, _ in numbered], np.uint64)
 
 

@@ -1,7 +1,9 @@
-"""Which documents a finished build leaves out, and whether that is still a matter of single documents.
+"""Which documents a finished build leaves out, and whether that is still a matter of single
+documents.
 
-`on_bad_document: skip` is meant for some bad rows among many good ones. A file in which no row is good, or a source
-with more than a share of bad ones, is something else: another format, a wrong field, a broken download.
+`on_bad_document: skip` is meant for some bad rows among many good ones. A file in which no row is
+good, or a source with more than a share of bad ones, is something else: another format, a wrong
+field, a broken download.
 """
 
 from collections import Counter
@@ -15,7 +17,8 @@ from data_prep.unit_shards import UnitResult
 from data_prep.work_units import WorkUnit
 
 FIRST_BAD_SHOWN = 3
-MOST = 0.5  # of a work unit's bytes, and at least so many of them, make bad rows more than single documents
+# of a work unit's bytes, and at least so many of them, make bad rows more than single documents
+MOST = 0.5
 LARGE_BYTES = 1 << 20
 
 Finished = Sequence[tuple[WorkUnit, UnitResult]]  # in the order of the plan
@@ -50,13 +53,17 @@ def bad_documents(units: Finished) -> Iterator[BadDocument]:
         inputs = [file.name for file in unit.files]
         for row, reason in result.bad_documents:
             name, at = (
-                (inputs[row], 0) if unit.format == "txt" else input_of(inputs, result.input_rows, first_row + row)
+                (inputs[row], 0)
+                if unit.format == "txt"
+                else input_of(inputs, result.input_rows, first_row + row)
             )
             yield BadDocument(source=unit.source, input=name, row=at, reason=reason)
 
 
 def check_left_out(units: Finished, max_bad_fraction: float) -> None:
-    """Raises UserError for a file without one good row, and for a source with too large a share of bad ones."""
+    """Raises UserError for a file without one good row, and for a source with too large a share
+    of bad ones.
+    """
     of_sources, of_files = tallies(units)
     for unit, result in units:
         check_unit(unit, result, max_bad_fraction)
@@ -64,7 +71,9 @@ def check_left_out(units: Finished, max_bad_fraction: float) -> None:
     for (source, name), tally in of_files.items():
         check_file(tally, f"source {source!r}: {urls[source, name]}")
     for name, tally in of_sources.items():
-        check_source(tally, f"source {name!r}", max_bad_fraction, "build again: what is built stays")
+        check_source(
+            tally, f"source {name!r}", max_bad_fraction, "build again: what is built stays"
+        )
 
 
 def check_file(tally: Tally, where: str) -> None:
@@ -80,22 +89,32 @@ def check_source(tally: Tally, where: str, max_bad_fraction: float, then: str) -
     A single row may be most of a file: where its line ends are lost, or NULs took their place.
     """
     rows = tally.documents + tally.empty + tally.bad
-    first = f"the first: {'; '.join(tally.first_bad)}; mend them, or raise max_bad_fraction and {then}"
+    first = (
+        f"the first: {'; '.join(tally.first_bad)}; mend them, or raise max_bad_fraction and {then}"
+    )
     if tally.bad > max_bad_fraction * rows:
         share = f"{tally.bad / rows:.2%}, max_bad_fraction: {max_bad_fraction:g}"
         raise UserError(f"{where}: {tally.bad:,} of {rows:,} rows are bad ({share}), {first}")
     if tally.bad_bytes > max_bad_fraction * tally.row_bytes:
         share = f"{tally.bad_bytes / tally.row_bytes:.2%}, max_bad_fraction: {max_bad_fraction:g}"
-        problem = f"{tally.bad:,} of {rows:,} rows are bad, and hold {tally.bad_bytes:,} of {tally.row_bytes:,} bytes"
+        problem = (
+            f"{tally.bad:,} of {rows:,} rows are bad, and hold {tally.bad_bytes:,} of "
+            f"{tally.row_bytes:,} bytes"
+        )
         raise UserError(f"{where}: {problem} ({share}), {first}")
 
 
 def check_unit(unit: WorkUnit, result: UnitResult, max_bad_fraction: float) -> None:
-    """Raises UserError for lines of a large source that are bad for the most part: a hole in a file, say."""
+    """Raises UserError for lines of a large source that are bad for the most part: a hole in a
+    file, say.
+    """
     limit = max(MOST, max_bad_fraction) * result.row_bytes
     if unit.format in JSONL_FORMATS and result.bad_bytes > max(limit, LARGE_BYTES):
         where = f"source {unit.source!r}: {unit.url}: bytes {unit.start:,} to {unit.stop:,}"
-        problem = f"{result.bad_bytes:,} of {result.row_bytes:,} are of bad rows ({result.bad_documents[0][1]})"
+        problem = (
+            f"{result.bad_bytes:,} of {result.row_bytes:,} are of bad rows "
+            f"({result.bad_documents[0][1]})"
+        )
         raise UserError(f"{where}: {problem}; see what is there, mend it or fetch it again")
 
 

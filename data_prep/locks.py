@@ -4,8 +4,9 @@
     .lock.holder   where the file system has no `flock`: made by one process alone, with its host, its number and a
                    heartbeat (the file's time, renewed every HEARTBEAT_S)
 
-A holder's file stays behind when its process is killed. It is taken over once it is known to be left: its process is
-gone on this machine, or, on another one, its heartbeat is older than LEFT_AFTER_S by the clock of the file system.
+A holder's file stays behind when its process is killed. It is taken over once it is known to be
+left: its process is gone on this machine, or, on another one, its heartbeat is older than
+LEFT_AFTER_S by the clock of the file system.
 """
 
 import atexit
@@ -62,19 +63,22 @@ class _Flock(Lock):
 def lock(directory: Path, work: str, flag: str, wait: bool = False) -> Lock:
     """Hold a directory for this process; with `wait`, once nobody else does.
 
-    Raises UserError if another process of this machine, or of one that shares its locks, is at work there. A link in
-    the lock's place is refused: its target is neither opened nor emptied.
+    Raises UserError if another process of this machine, or of one that shares its locks, is at work
+    there. A link in the lock's place is refused: its target is neither opened nor emptied.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_NAME
-    taken = UserError(f"{directory}: another process is {work}; wait for it, or give another {flag}")
+    taken = UserError(
+        f"{directory}: another process is {work}; wait for it, or give another {flag}"
+    )
     while True:
         descriptor = _open_no_link(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_still(path, descriptor):
                 return _Flock(descriptor)
-            os.close(descriptor)  # whoever held it has removed the file meanwhile: what is locked is nobody's
+            # whoever held it has removed the file meanwhile: what is locked is nobody's
+            os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             raise taken from None
@@ -99,7 +103,9 @@ def _open_no_link(path: Path) -> int:
 
 
 def _is_a_link(path: Path) -> UserError:
-    return UserError(f"{path}: is a symbolic link, expected a lock of this project's; remove the link")
+    return UserError(
+        f"{path}: is a symbolic link, expected a lock of this project's; remove the link"
+    )
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
@@ -123,9 +129,13 @@ class _HolderFile(Lock):
         """Renew the file's time; say it once, should another process have taken over."""
         while not self._ended.wait(HEARTBEAT_S):
             if _read(self.path) not in (self.content, None):
-                print(f"warning: {self.path}: another process took over here; end one of the two", file=sys.stderr)
+                print(
+                    f"warning: {self.path}: another process took over here; end one of the two",
+                    file=sys.stderr,
+                )
                 return
-            with contextlib.suppress(OSError):  # a server that is away for a while: the next beat will do
+            # a server that is away for a while: the next beat will do
+            with contextlib.suppress(OSError):
                 os.utime(self.path, follow_symlinks=False)
 
     def close(self) -> None:
@@ -149,12 +159,18 @@ def _hold_by_file(directory: Path, reason: OSError, taken: UserError, wait: bool
             raise _is_a_link(path)
         if (left := _left_by(path)) is not None:
             if _take_away(path, left):
-                print(f"note: {path}: left by {_name_of(left)}, which is gone; taken over", file=sys.stderr)
+                print(
+                    f"note: {path}: left by {_name_of(left)}, which is gone; taken over",
+                    file=sys.stderr,
+                )
         elif not wait:
             raise taken
         else:
             time.sleep(POLL_S)
-    text = f"no flock here ({reason.strerror}); held by a file with host, process and heartbeat instead"
+    text = (
+        f"no flock here ({reason.strerror}); held by a file with host, process and heartbeat "
+        "instead"
+    )
     print(f"note: {path}: {text}", file=sys.stderr)
     return _HolderFile(path, content)
 
@@ -196,9 +212,14 @@ def _name_of(content: bytes) -> str:
 
 
 def _machine() -> str:
-    """What tells processes that see each other's numbers: the host, its start, and the namespace of processes."""
+    """What tells processes that see each other's numbers: the host, its start, and the namespace
+    of processes.
+    """
     facts = [platform.node()]
-    for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
+    for read in (
+        Path("/proc/sys/kernel/random/boot_id").read_text,
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
         with contextlib.suppress(OSError):
             facts.append(read().strip())
     return " ".join(facts)
@@ -236,7 +257,9 @@ def _started(pid: int) -> str | None:
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since a file was written, by the clock that its file system writes with; 0 if it is gone."""
+    """Seconds since a file was written, by the clock that its file system writes with; 0 if it
+    is gone.
+    """
     probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         _create(probe, b"")

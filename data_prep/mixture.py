@@ -1,7 +1,9 @@
-"""The mixture file: which sources, which weights, which tokenizer; and the plan of what is to be built from it.
+"""The mixture file: which sources, which weights, which tokenizer; and the plan of what is to be
+built from it.
 
-Read by `build_shards`, and by `verify` to build a part again. Relative paths are relative to the mixture file. Unknown
-keys are errors that name the nearest right one. A plan holds the mixture's files, cut into work units.
+Read by `build_shards`, and by `verify` to build a part again. Relative paths are relative to the
+mixture file. Unknown keys are errors that name the nearest right one. A plan holds the mixture's
+files, cut into work units.
 """
 
 import hashlib
@@ -21,17 +23,28 @@ from data_prep.local_files import refuse_inside
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.unit_shards import read_record, record_path, unit_signature
 from data_prep.urls import without_credentials
-from data_prep.work_units import FORMATS, FORMATS_WITHOUT_FIELD, WorkUnit, apart, cut_units, format_of
+from data_prep.work_units import (
+    FORMATS,
+    FORMATS_WITHOUT_FIELD,
+    WorkUnit,
+    apart,
+    cut_units,
+    format_of,
+)
 
 MIXTURES_DIR = Path(__file__).parent / "mixtures"
 HUB_KEYS = {"config", "split", "revision"}
 MAX_WEIGHT = 1e15  # tokens would do; a sum of them is a number
 
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 # YAML leaves 2e-1 as text, which float reads
 Number = Annotated[
-    float, Field(strict=True), BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
+    float,
+    Field(strict=True),
+    BeforeValidator(lambda value: float(value) if isinstance(value, str) else value),
 ]
 
 
@@ -93,7 +106,8 @@ class Mixture:
     skip_bad: bool
     sources: tuple[MixtureSource, ...]
     allow_lossy: bool = False  # more than MAX_UNKNOWN_SHARE of the tokens may be unk
-    max_bad_fraction: float = 0.01  # of a source's rows; more of them are an error, even where bad ones are skipped
+    # of a source's rows; more of them are an error, even where bad ones are skipped
+    max_bad_fraction: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +126,9 @@ def mixture_path(name: str) -> Path:
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
     if name not in shipped:
-        raise UserError(f"--mixture {name}: no such mixture; give a .yaml file or one of {', '.join(shipped)}")
+        raise UserError(
+            f"--mixture {name}: no such mixture; give a .yaml file or one of {', '.join(shipped)}"
+        )
     return MIXTURES_DIR / f"{name}.yaml"
 
 
@@ -129,12 +145,18 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
     names = [source.name for source in sources]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two sources are named {repeated[0]!r}; give each its own name")
-    for source, share in zip(sources, integer_shares([source.weight for source in sources]), strict=True):
+    for source, share in zip(
+        sources, integer_shares([source.weight for source in sources]), strict=True
+    ):
         if not share:
             problem = f"weight {source.weight:g} is below 1/{BLOCK_SAMPLES} of the whole"
-            raise UserError(f"{path}: source {source.name!r}: {problem}; raise it, or leave that source out")
+            raise UserError(
+                f"{path}: source {source.name!r}: {problem}; raise it, or leave that source out"
+            )
     if not (tokenizer or written.tokenizer):
-        raise UserError(f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first")
+        raise UserError(
+            f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first"
+        )
     return Mixture(
         path=path, tokenizer_dir=tokenizer or path.parent / str(written.tokenizer), sources=sources,
         validation_fraction=written.validation_fraction, skip_bad=written.on_bad_document == "skip",
@@ -145,15 +167,22 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
 
 def _nearest_key(place: str) -> str:
     """A suggestion for a misspelt key, such as `sources.0.wieght`."""
-    return nearest(place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields)
+    return nearest(
+        place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields
+    )
 
 
 def make_plan(
-    mixture: Mixture, tokenizer: LoadedTokenizer, output_dir: Path | None = None, built_dir: Path | None = None
+    mixture: Mixture,
+    tokenizer: LoadedTokenizer,
+    output_dir: Path | None = None,
+    built_dir: Path | None = None,
 ) -> Plan:
-    """Find the files of a mixture and cut them into units, as units that are built already were cut.
+    """Find the files of a mixture and cut them into units, as units that are built already were
+    cut.
 
-    `built_dir`, or else the output directory, holds those. Raises UserError if files lie in the output directory.
+    `built_dir`, or else the output directory, holds those. Raises UserError if files lie in the
+    output directory.
     """
     built_dir = built_dir or output_dir
     fraction = mixture.validation_fraction
@@ -171,16 +200,32 @@ def make_plan(
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
         text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
         cut = cut_units(
-            files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad,
+            files,
+            source=source.name,
+            format=format_,
+            text_field=text_field,
+            skip_bad=mixture.skip_bad,
             eos_id=tokenizer.eos_id,
-        )  # fmt: skip
+        )
         units += cut_as_before(cut, built_dir, tokenizer.sha256, fraction) if built_dir else cut
-        sources.append({
-            "name": source.name, "weight": source.weight, "origin": source.origin, "format": format_,
-            "text_field": text_field, "revision": revision, "license": source.license,
-        })  # fmt: skip
-    about = [sources, [unit_signature(unit, tokenizer.sha256, fraction) for unit in units], mixture.skip_bad]
-    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()  # of all as it lies on this machine
+        sources.append(
+            {
+                "name": source.name,
+                "weight": source.weight,
+                "origin": source.origin,
+                "format": format_,
+                "text_field": text_field,
+                "revision": revision,
+                "license": source.license,
+            }
+        )
+    about = [
+        sources,
+        [unit_signature(unit, tokenizer.sha256, fraction) for unit in units],
+        mixture.skip_bad,
+    ]
+    # of all as it lies on this machine
+    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     origins = [[source["name"], source["origin"]] for source in sources]
     identity = {"signature": signature, "tokenizer_sha256": tokenizer.sha256, "origins": origins}
     return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
@@ -189,25 +234,33 @@ def make_plan(
 def cut_as_before(
     units: list[WorkUnit], output_dir: Path, tokenizer_sha256: str, validation_fraction: float
 ) -> list[WorkUnit]:
-    """The units of a source; where an output directory holds one of a small file by itself, each has its own there.
+    """The units of a source; where an output directory holds one of a small file by itself, each
+    has its own there.
 
-    So data sets made before small files shared units are gone on with, repaired and built anew as they are.
+    So data sets made before small files shared units are gone on with, repaired and built anew as
+    they are.
     """
     separate = apart(units)
     if len(separate) == len(units):
         return units
     for unit in separate:
         path = output_dir / record_path(unit)
-        if path.is_file() and read_record(path, unit_signature(unit, tokenizer_sha256, validation_fraction)):
+        if path.is_file() and read_record(
+            path, unit_signature(unit, tokenizer_sha256, validation_fraction)
+        ):
             return separate
     return units
 
 
-def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[InputFile], str, str | None]:
+def source_files(
+    base: Path, source: MixtureSource, where: str
+) -> tuple[list[InputFile], str, str | None]:
     """The files of a source, their format, and the revision if they are of the hub."""
     revision = None
     if source.hub:
-        files, revision = find_hub_inputs(source.hub, source.config, source.split, source.revision, where)
+        files, revision = find_hub_inputs(
+            source.hub, source.config, source.split, source.revision, where
+        )
     elif source.format == "save_to_disk" and "://" in str(source.path):
         problem = f"{without_credentials(str(source.path))}: save_to_disk is read from local disks"
         raise UserError(f"{where}: {problem}; copy it to one, name its path")
@@ -218,22 +271,33 @@ def source_files(base: Path, source: MixtureSource, where: str) -> tuple[list[In
         files = [replace(state, size=size, version=version)]
     else:
         files = find_inputs(base, source.path or "", where)
-    if source.format in pretokenized.FORMATS and (remote := [file.url for file in files if "://" in file.url]):
+    if source.format in pretokenized.FORMATS and (
+        remote := [file.url for file in files if "://" in file.url]
+    ):
         raise UserError(
-            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, name its path"
+            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, "
+            "name its path"
         )
     if source.format in pretokenized.INDEX_NAMES:
         index_name = pretokenized.INDEX_NAMES[source.format]
         indexes = [find_inputs(base, index_name(file.name), where)[0] for file in files]
-        files = [replace(f, version=f"{f.version}, {i.version}") for f, i in zip(files, indexes, strict=True)]
+        files = [
+            replace(f, version=f"{f.version}, {i.version}")
+            for f, i in zip(files, indexes, strict=True)
+        ]
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:
-        raise UserError(f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of its own")
+        raise UserError(
+            f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of "
+            "its own"
+        )
     return files, formats.pop(), revision
 
 
 def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
-    """Units of each rank: largest first to the least loaded, each rank's in the order of the plan."""
+    """Units of each rank: largest first to the least loaded, each rank's in the order of the
+    plan.
+    """
     loads = [0] * ranks
     owner: dict[int, int] = {}
     for i in sorted(range(len(units)), key=lambda i: (-units[i].size_bytes, i)):

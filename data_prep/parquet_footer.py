@@ -1,8 +1,9 @@
 """Whether a parquet file has encrypted columns, found in its footer without a look at any column.
 
-Arrow's library ends the process by an abort where the metadata of such a column is asked for without its key (pyarrow
-26; no exception, so nothing to catch), though it opens the file. What it can't be asked is read here: the fields of the
-footer that come behind the columns. They are Thrift's compact protocol, see parquet-format's parquet.thrift.
+Arrow's library ends the process by an abort where the metadata of such a column is asked for
+without its key (pyarrow 26; no exception, so nothing to catch), though it opens the file. What it
+can't be asked is read here: the fields of the footer that come behind the columns. They are
+Thrift's compact protocol, see parquet-format's parquet.thrift.
 """
 
 import io
@@ -11,20 +12,30 @@ from typing import BinaryIO
 from data_prep.errors import UserError, explained
 from data_prep.inputs import InputFile
 
-TAIL_BYTES = 64 << 10  # of a file; what the footer says behind its columns takes 3 bytes a column, and less
+# of a file; what the footer says behind its columns takes 3 bytes a column, and less
+TAIL_BYTES = 64 << 10
 CREATED_BY, ENCRYPTION_ALGORITHM = 6, 8  # fields of FileMetaData
 DECRYPT = "decrypt it, and write it again without encryption"
-STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(13)  # types of fields
+STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(
+    13
+)  # types of fields
 MAX_DEPTH = 32
 
 
 def refuse_encrypted(file: InputFile, stream: BinaryIO, created_by: str | None) -> None:
     """Raises UserError if columns of a parquet file, or its footer, are encrypted.
 
-    `created_by` is the footer's own; it lies behind the columns, so that what is before it need not be read.
+    `created_by` is the footer's own; it lies behind the columns, so that what is before it need not
+    be read.
     """
-    with explained((IndexError, RecursionError), f"{file.url}: damaged, its footer can't be read", "write it again"):
-        if is_encrypted(_footer(stream, file.size, (created_by or "").encode()), (created_by or "").encode()):
+    with explained(
+        (IndexError, RecursionError),
+        f"{file.url}: damaged, its footer can't be read",
+        "write it again",
+    ):
+        if is_encrypted(
+            _footer(stream, file.size, (created_by or "").encode()), (created_by or "").encode()
+        ):
             raise UserError(f"{file.url}: has encrypted columns; {DECRYPT}")
 
 

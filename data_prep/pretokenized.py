@@ -1,4 +1,5 @@
-"""Documents that are token ids already, in the formats of other projects; one module and one row here for each.
+"""Documents that are token ids already, in the formats of other projects; one module and one row
+here for each.
 
 Read by `corpus` and `unit_shards`, which decode them with the mixture's tokenizer.
 """
@@ -26,7 +27,9 @@ AnyIds = npt.NDArray[Any]
 
 
 class IdFile(Protocol):
-    """A file of ids, cut at positions: numbers of documents, or of ids where documents are not numbered."""
+    """A file of ids, cut at positions: numbers of documents, or of ids where documents are not
+    numbered.
+    """
 
     path: str
     start: int  # first position
@@ -40,7 +43,9 @@ class IdFile(Protocol):
         """Where a position lies in the file."""
 
     def next_cut(self, start: int, stop: int, byte: int) -> int:
-        """The first position after start at which a document begins, at this byte or later; or stop."""
+        """The first position after start at which a document begins, at this byte or later; or
+        stop.
+        """
 
     def read(self, start: int, stop: int) -> tuple[AnyIds, Offsets]:
         """The ids between two positions, and where documents begin in them (documents + 1)."""
@@ -53,22 +58,32 @@ READERS: dict[str, Callable[[InputFile, int], IdFile]] = {  # of a file, and the
     "olmo": lambda file, _: open_olmo(file),
 }
 FORMATS = tuple(READERS)
-INDEX_NAMES: dict[str, Callable[[str], str]] = {  # of the file that says where a file's documents lie
+# of the file that says where a file's documents lie
+INDEX_NAMES: dict[str, Callable[[str], str]] = {
     "megatron": lambda name: str(Path(name).with_suffix(".idx")),
     "datatrove": lambda name: f"{name}.index",
     "olmo": lambda name: str(Path(name).with_suffix(".csv.gz")),
 }
-SPELLING_FORMATS = ("datatrove", "olmo")  # their writers turn a special token that a text spells into its id
+# their writers turn a special token that a text spells into its id
+SPELLING_FORMATS = ("datatrove", "olmo")
 
 
-def cut_ids(file: InputFile, format: str, eos_id: int, unit_bytes: int) -> list[tuple[int, int, int]]:
-    """(start, stop, bytes) of the units of a file: numbers of documents (megatron), or offsets of ids (uint16)."""
+def cut_ids(
+    file: InputFile, format: str, eos_id: int, unit_bytes: int
+) -> list[tuple[int, int, int]]:
+    """(start, stop, bytes) of the units of a file: numbers of documents (megatron), or offsets
+    of ids (uint16).
+    """
     source = open_ids(file, format, eos_id)
     return list(_cut(source, source.start, source.stop, unit_bytes))
 
 
-def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -> Iterator[tuple[Ids, Offsets]]:
-    """A unit's documents in batches: ids without the end-of-document id after each, and offsets (documents + 1)."""
+def read_ids(
+    file: InputFile, format: str, start: int, stop: int, eos_id: int
+) -> Iterator[tuple[Ids, Offsets]]:
+    """A unit's documents in batches: ids without the end-of-document id after each, and offsets
+    (documents + 1).
+    """
     source = open_ids(file, format, eos_id)
     for first, last, _ in _cut(source, start, stop, BATCH_TOKENS * source.itemsize):
         ids, offsets = source.read(first, last)
@@ -77,7 +92,10 @@ def read_ids(file: InputFile, format: str, start: int, stop: int, eos_id: int) -
         inside = np.setdiff1d(np.flatnonzero(is_eos), offsets[1:] - 1)
         if len(inside) and format not in SPELLING_FORMATS:
             document = first + int(np.searchsorted(offsets, inside[0], "right")) - 1
-            raise UserError(f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; {OTHER_TOKENIZER}")
+            raise UserError(
+                f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; "
+                f"{OTHER_TOKENIZER}"
+            )
         ended = is_eos[offsets[1:] - 1] & (np.diff(offsets) > 0)
         is_end = np.zeros(len(ids), bool)
         is_end[offsets[1:][ended] - 1] = True
@@ -97,18 +115,25 @@ def refuse_no_ids(numbers: AnyIds, path: str) -> None:
 def open_ids(file: InputFile, format: str, eos_id: int) -> IdFile:
     """A file of ids, opened as its format asks. Raises UserError if it isn't of that format."""
     if "://" in file.url:
-        raise UserError(f"{file.url}: tokenised data can't be read from there; copy it to a local disk")
+        raise UserError(
+            f"{file.url}: tokenised data can't be read from there; copy it to a local disk"
+        )
     with reading(file):
         return READERS[format](file, eos_id)
 
 
 def _cut(source: IdFile, start: int, stop: int, apart_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Ranges of whole documents, each up to the document in which apart_bytes come together, and their bytes."""
+    """Ranges of whole documents, each up to the document in which apart_bytes come together, and
+    their bytes.
+    """
     while start < stop:
         end = source.next_cut(start, stop, source.byte(start) + apart_bytes)
         size = source.byte(end) - source.byte(start)
         if size > apart_bytes + MAX_DOCUMENT_BYTES:
-            problem = f"a document after byte {source.byte(start):,} takes over {MAX_DOCUMENT_BYTES / 1e6:,.0f} MB"
+            problem = (
+                f"a document after byte {source.byte(start):,} takes over "
+                f"{MAX_DOCUMENT_BYTES / 1e6:,.0f} MB"
+            )
             raise UserError(f"{source.path}: {problem}; cut it into documents")
         yield start, end, size
         start = end

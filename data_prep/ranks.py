@@ -1,4 +1,6 @@
-"""One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a launcher."""
+"""One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a
+launcher.
+"""
 
 import functools
 import os
@@ -32,7 +34,8 @@ class Communicator:
 
 
 def connect() -> tuple[Communicator, int]:
-    """The communicator, and how many cores this rank may use: its share of what the ranks of its machine have.
+    """The communicator, and how many cores this rank may use: its share of what the ranks of its
+    machine have.
 
     Raises UserError if the launcher started another number of ranks than MPI sees: every rank would
     then believe to be alone and write the same files.
@@ -41,10 +44,16 @@ def connect() -> tuple[Communicator, int]:
     if not any(name in os.environ for name in RANK_VARIABLES):
         if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
             advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
-            _refuse(f"srun started {tasks} tasks without MPI; {advice}", int(os.environ.get("SLURM_PROCID", "0")))
+            _refuse(
+                f"srun started {tasks} tasks without MPI; {advice}",
+                int(os.environ.get("SLURM_PROCID", "0")),
+            )
         return Communicator(), len(cores)
     unusable = "started by an MPI launcher, but mpi4py can't be used"
-    with explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"), warnings.catch_warnings():
+    with (
+        explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
         from mpi4py import MPI
     world: Any = MPI.COMM_WORLD
@@ -52,11 +61,17 @@ def connect() -> tuple[Communicator, int]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
     expected = _environment(SIZE_VARIABLES, world.size)
     if world.size != expected:
-        problem = f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to different MPIs"
-        advice = "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
+        problem = (
+            f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to "
+            "different MPIs"
+        )
+        advice = (
+            "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
+        )
         _refuse(f"{problem}; {advice}", _environment(RANK_VARIABLES, 0))
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    all_cores = set().union(*local.allgather(cores))  # those of one rank, if the launcher binds each to its own
+    # those of one rank, if the launcher binds each to its own
+    all_cores = set().union(*local.allgather(cores))
     return world, max(1, min(len(cores), len(all_cores) // local.size))
 
 
@@ -64,7 +79,8 @@ def _abort(world: Any, *defect: Any) -> None:
     """An exception that nobody expects must not leave the other ranks waiting for ever."""
     sys.__excepthook__(*defect)
     sys.stderr.flush()
-    time.sleep(POLL_SECONDS)  # launchers end the job at once, and what they have not read by then is lost
+    # launchers end the job at once, and what they have not read by then is lost
+    time.sleep(POLL_SECONDS)
     world.Abort(1)
 
 
@@ -80,7 +96,9 @@ def _refuse(message: str, rank: int) -> NoReturn:
 
 
 def together(comm: Communicator, work: Callable[[], Any]) -> Any:
-    """Do this rank's part; if any rank meets an error of use, the first is raised on rank 0 and all stop with it."""
+    """Do this rank's part; if any rank meets an error of use, the first is raised on rank 0 and
+    all stop with it.
+    """
     result, error = None, None
     try:
         result = work()
@@ -99,12 +117,19 @@ class Progress:
         self.comm = comm
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
-            total=max(total_bytes, 1), desc="building", unit="B", unit_scale=True, disable=comm.rank > 0,
-            mininterval=interval, delay=interval,
-        )  # fmt: skip
+            total=max(total_bytes, 1),
+            desc="building",
+            unit="B",
+            unit_scale=True,
+            disable=comm.rank > 0,
+            mininterval=interval,
+            delay=interval,
+        )
 
     def report(self, state: str, done_bytes: int = 0) -> set[str]:
-        """Show what all ranks did since; how this one stands (working, done, failed), and how all do. All call it."""
+        """Show what all ranks did since; how this one stands (working, done, failed), and how
+        all do. All call it.
+        """
         states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
         self.bar.update(sum(of_ranks))
         return set(states)

@@ -1,7 +1,7 @@
 """The reference: `tokenizers`, whose ids every shard must hold.
 
-Run as a module it is a process that answers another one's questions (see reference_beside.py): it imports little, so
-that it is there soon.
+Run as a module it is a process that answers another one's questions (see reference_beside.py): it
+imports little, so that it is there soon.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from data_prep.tokenizer_traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
 
-RANDOM = ("dropout", "alpha", "nbest_size")  # what makes a model encode the same text otherwise each time
+# what makes a model encode the same text otherwise each time
+RANDOM = ("dropout", "alpha", "nbest_size")
 
 
 class Traits(NamedTuple):  # a dataclass would import more than all else here
@@ -46,7 +47,9 @@ class Reference(Protocol):
 
 
 class LocalReference:
-    """The reference in this process. Raises whatever `tokenizers` does for a definition that it can't load."""
+    """The reference in this process. Raises whatever `tokenizers` does for a definition that it
+    can't load.
+    """
 
     def __init__(self, tokenizer_json: bytes) -> None:
         self.definition = tokenizer_json
@@ -81,7 +84,8 @@ class LocalReference:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without any that a template adds."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # lets other threads run
+        # lets other threads run
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -90,7 +94,9 @@ class LocalReference:
 
 
 def size_of_vocabulary(reference: Tokenizer) -> int:
-    """One more than the largest id. Asking for ids one by one takes less than half of the time of get_vocab."""
+    """One more than the largest id. Asking for ids one by one takes less than half of the time
+    of get_vocab.
+    """
     tokens = reference.get_vocab_size(with_added_tokens=True)
     if all(reference.id_to_token(id_) is not None for id_ in range(tokens)):
         return tokens  # each has one of these ids
@@ -98,7 +104,9 @@ def size_of_vocabulary(reference: Tokenizer) -> int:
 
 
 def serve(tokenizer_json: bytes) -> None:
-    """Answer one question after another, a line of JSON each on stdin and stdout, until nobody is there to ask."""
+    """Answer one question after another, a line of JSON each on stdin and stdout, until nobody
+    is there to ask.
+    """
     reference = LocalReference(tokenizer_json)
     answers: dict[str, Callable[[Any], Any]] = {
         "traits": lambda eos_token: reference.traits(eos_token)._asdict(),

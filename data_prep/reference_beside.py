@@ -1,8 +1,9 @@
 """The reference in a process of its own.
 
-Loading a tokenizer of 65,536 ids takes `tokenizers` and gigatoken 0.1 to 0.2 s each, and both keep Python's lock all
-the while, so that no thread hides it. Where gigatoken does the work, the reference is loaded by a second process at the
-same time, which then proves documents there. What that process can't do, this one does, and says so.
+Loading a tokenizer of 65,536 ids takes `tokenizers` and gigatoken 0.1 to 0.2 s each, and both keep
+Python's lock all the while, so that no thread hides it. Where gigatoken does the work, the
+reference is loaded by a second process at the same time, which then proves documents there. What
+that process can't do, this one does, and says so.
 """
 
 import contextlib
@@ -25,16 +26,19 @@ Process = subprocess.Popen[bytes]
 class ReferenceBeside:
     """The reference in a process of its own, which begins to load as this object is made.
 
-    Where that process can't be started, can't load, or is killed, what `load_here` returns takes its place from then
-    on, and a line on stderr says so. An error of loading here is the caller's.
+    Where that process can't be started, can't load, or is killed, what `load_here` returns takes
+    its place from then on, and a line on stderr says so. An error of loading here is the caller's.
     """
 
-    def __init__(self, tokenizer_json: bytes, load_here: Callable[[], LocalReference], threads: int) -> None:
+    def __init__(
+        self, tokenizer_json: bytes, load_here: Callable[[], LocalReference], threads: int
+    ) -> None:
         self._load_here = load_here
         self._here: LocalReference | None = None
         self._asking = threading.Lock()
         self._process: Process | None = None
-        with contextlib.suppress(OSError):  # no more processes or descriptors: found out when it is asked
+        # no more processes or descriptors: found out when it is asked
+        with contextlib.suppress(OSError):
             self._process = start_process(tokenizer_json, threads)
             weakref.finalize(self, end, self._process)
 
@@ -61,7 +65,10 @@ class ReferenceBeside:
             if self._here is None:
                 self._here = self._load_here()
                 lost = "the process of the reference tokenizer has ended or could not be started"
-                print(f"note: {lost}; this one does its part from here on, same output", file=sys.stderr)
+                print(
+                    f"note: {lost}; this one does its part from here on, same output",
+                    file=sys.stderr,
+                )
         return getattr(self._here, question)(about)
 
 
@@ -70,8 +77,13 @@ def start_process(tokenizer_json: bytes, threads: int) -> Process:
     paths = [str(Path(__file__).parent.parent)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAYON_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryFile() as definition:  # a pipe would have this process wait until that one reads
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAYON_NUM_THREADS": str(threads),
+    }
+    # a pipe would have this process wait until that one reads
+    with tempfile.TemporaryFile() as definition:
         definition.write(tokenizer_json)
         definition.seek(0)
         return subprocess.Popen(

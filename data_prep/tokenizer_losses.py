@@ -1,7 +1,9 @@
-"""What a tokenizer loses of a work unit's text: unk counted in all of it, documents that change on a sample.
+"""What a tokenizer loses of a work unit's text: unk counted in all of it, documents that change on
+a sample.
 
-Of a tokenizer that keeps all text, only the documents that are proved anyway are looked at. Of any other one, unk is
-counted exactly, and at least LEAST_SAMPLE documents of a unit are decoded: the share of few is a matter of luck.
+Of a tokenizer that keeps all text, only the documents that are proved anyway are looked at. Of any
+other one, unk is counted exactly, and at least LEAST_SAMPLE documents of a unit are decoded: the
+share of few is a matter of luck.
 """
 
 import bisect
@@ -20,9 +22,13 @@ SAMPLE_CHARACTERS = 64 << 10  # of a document, at most
 
 def lost(tokenizer: LoadedTokenizer, text: str, ids: Ids) -> TokenizerLoss:
     """What the tokenizer lost of one document."""
-    unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+    unknown = (
+        0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+    )
     is_changed = tokenizer.by_reference.decode(ids.tolist()) != text
-    return TokenizerLoss(documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed))
+    return TokenizerLoss(
+        documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed)
+    )
 
 
 @dataclass(order=True, frozen=True)
@@ -50,8 +56,12 @@ class UnitLoss:
         """The loss of a document, once it is compared with the reference."""
         self.proved.append(loss)
 
-    def add_batch(self, texts: pa.LargeStringArray, encoded: Encoded, hashes: Index, proved: list[int]) -> None:
-        """Count all of a batch, and keep what may belong to the sample; the documents `proved` are in it already."""
+    def add_batch(
+        self, texts: pa.LargeStringArray, encoded: Encoded, hashes: Index, proved: list[int]
+    ) -> None:
+        """Count all of a batch, and keep what may belong to the sample; the documents `proved`
+        are in it already.
+        """
         if self.tokenizer.keeps_all_text:
             return
         ids, offsets = encoded
@@ -64,9 +74,12 @@ class UnitLoss:
                 break
             text = texts[i].as_py()
             is_cut = len(text) > SAMPLE_CHARACTERS
-            own = None if is_cut else ids[offsets[i] : offsets[i + 1]].copy()  # a view would keep the batch
+            # a view would keep the batch
+            own = None if is_cut else ids[offsets[i] : offsets[i + 1]].copy()
             number = self.documents + i
-            bisect.insort(self.lowest, Candidate(int(hashes[i]), number, text[:SAMPLE_CHARACTERS], own))
+            bisect.insort(
+                self.lowest, Candidate(int(hashes[i]), number, text[:SAMPLE_CHARACTERS], own)
+            )
             del self.lowest[LEAST_SAMPLE:]
         self.documents += len(texts)
 

@@ -1,4 +1,6 @@
-"""What a tokenizer's definition tells before any text is encoded: where it loses text, and where encoders part ways."""
+"""What a tokenizer's definition tells before any text is encoded: where it loses text, and where
+encoders part ways.
+"""
 
 import json
 import re
@@ -7,8 +9,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
-SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte-fallback tokenizer names the token of a byte
-AROUND = (("", ""), (" ", ""), ("", " "), ("a", "a"), ("\n", "\n"))  # what may stand beside a token's name in a text
+# how a byte-fallback tokenizer names the token of a byte
+SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")
+# what may stand beside a token's name in a text
+AROUND = (("", ""), (" ", ""), ("", " "), ("a", "a"), ("\n", "\n"))
 
 Definition = dict[str, Any]  # tokenizer.json
 
@@ -24,7 +28,8 @@ def unknown_id(reference: Tokenizer) -> int | None:
 
 
 def keeps_all_text(reference: Tokenizer) -> bool:
-    """Whether a tokenizer is of the form that loses nothing: byte-level, with nothing that changes or drops text.
+    """Whether a tokenizer is of the form that loses nothing: byte-level, with nothing that changes
+    or drops text.
 
     False says only that this is not known from its definition.
     """
@@ -45,11 +50,12 @@ def _keeps_text(step: Definition) -> bool:
 
 
 def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[int]:
-    """Special ids that some text might give all the same, although their names in a text are read as text.
+    """Special ids that some text might give all the same, although their names in a text are read
+    as text.
 
-    Added tokens are not looked for in a text; but the model may hold the same token, and build it: Unigram, WordLevel
-    and WordPiece take any token of theirs that fits, BPE one that its merges lead to. The id of unknown text is none of
-    them: text gives it rightly.
+    Added tokens are not looked for in a text; but the model may hold the same token, and build it:
+    Unigram, WordLevel and WordPiece take any token of theirs that fits, BPE one that its merges
+    lead to. The id of unknown text is none of them: text gives it rightly.
     """
     model = reference.model
     takes_any = not isinstance(model, models.BPE) or bool(getattr(model, "ignore_merges", False))
@@ -59,15 +65,19 @@ def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[i
         if id_ == unknown or model.token_to_id(token) != id_:
             continue
         texts = [left + token + right for left, right in AROUND]
-        if takes_any or any(id_ in row.ids for row in reference.encode_batch_fast(texts, add_special_tokens=False)):
+        if takes_any or any(
+            id_ in row.ids for row in reference.encode_batch_fast(texts, add_special_tokens=False)
+        ):
             found.add(id_)
     return frozenset(found)
 
 
 def why_not_gigatoken(reference: Tokenizer, definition: Callable[[], Definition]) -> str | None:
-    """What in a tokenizer gigatoken reads otherwise than `tokenizers`; None if nothing is known (0.10, 0.23).
+    """What in a tokenizer gigatoken reads otherwise than `tokenizers`; None if nothing is known
+    (0.10, 0.23).
 
-    Parsing a definition takes longer than all else here, so it is asked for only where merges must be looked at.
+    Parsing a definition takes longer than all else here, so it is asked for only where merges must
+    be looked at.
     """
     for token in reference.get_added_tokens_decoder().values():
         if token.special:

@@ -1,9 +1,10 @@
 """Train a tokenizer on text: first stage of the line, before `build_shards`.
 
-`byte_bpe` is byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256 bytes, then
-merges, and padding at last. `char_ngram` is that of the paper, rebuilt: characters, bigrams and trigrams. Any text
-survives encoding and decoding with either, and no text, not even a special token spelled out, encodes to a special
-id. The same text gives the same files, byte for byte; `training.json` beside them says what they were learned from.
+`byte_bpe` is byte-level BPE with exactly the number of ids asked for: id 0 ends documents, 256
+bytes, then merges, and padding at last. `char_ngram` is that of the paper, rebuilt: characters,
+bigrams and trigrams. Any text survives encoding and decoding with either, and no text, not even a
+special token spelled out, encodes to a special id. The same text gives the same files, byte for
+byte; `training.json` beside them says what they were learned from.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from data_prep.work_units import FORMATS
 MAX_CHARACTERS = 1_000_000_000
 TRAINING_NAME = "training.json"
 SPECIAL_TOKENS = {"byte_bpe": byte_bpe.SPECIAL_TOKENS, "char_ngram": char_ngram.SPECIAL_TOKENS}
-WITHOUT_NAME = {"byte_bpe": (), "char_ngram": (char_ngram.LAST_TOKEN,)}  # special to us, no role in transformers
+# special to us, no role in transformers
+WITHOUT_NAME = {"byte_bpe": (), "char_ngram": (char_ngram.LAST_TOKEN,)}
 CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "split_special_tokens": True,
@@ -54,7 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = new_tokenizer(vocab, merges, [*names.values(), *WITHOUT_NAME[arguments.algorithm]])
     is_new = save(tokenizer, arguments.output_dir, names, about_training(arguments, texts, argv))
     seconds = time.perf_counter() - started
-    state = f"trained on {texts.characters:,} characters in {seconds:.1f} s" if is_new else "already there, identical"
+    state = (
+        f"trained on {texts.characters:,} characters in {seconds:.1f} s"
+        if is_new
+        else "already there, identical"
+    )
     print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")
     print(f"sha256       {tokenizer_sha256(arguments.output_dir)}")
     print(f"directory    {arguments.output_dir}")
@@ -62,31 +68,52 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(prog="python -m data_prep.train_tokenizer", description="Train a tokenizer on text.")
-    parser.add_argument("--algorithm", choices=SPECIAL_TOKENS, default="byte_bpe", help="which kind (%(default)s)")
+    parser = CommandParser(
+        prog="python -m data_prep.train_tokenizer", description="Train a tokenizer on text."
+    )
+    parser.add_argument(
+        "--algorithm", choices=SPECIAL_TOKENS, default="byte_bpe", help="which kind (%(default)s)"
+    )
     least = byte_bpe.MIN_VOCAB_SIZE
     size_help = f"{least} to {MAX_VOCAB_SIZE}, met exactly; {char_ngram.VOCAB_SIZE} for char_ngram"
     parser.add_argument("--vocab-size", type=int, required=True, help=size_help)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--source", nargs="+", metavar="FILE_OR_GLOB", help="text to learn from")
-    mixture_help = "learn from its training documents, in the shares of its weights: a name or a file, as build_shards"
+    mixture_help = (
+        "learn from its training documents, in the shares of its weights: a name or a file, as "
+        "build_shards"
+    )
     text.add_argument("--mixture", metavar="NAME_OR_FILE", help=mixture_help)
-    parser.add_argument("--format", choices=FORMATS, help="format of the --source (by default from the file's name)")
-    parser.add_argument("--text-field", help="column or JSON field of the text of the --source (text)")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="format of the --source (by default from the file's name)"
+    )
+    parser.add_argument(
+        "--text-field", help="column or JSON field of the text of the --source (text)"
+    )
     most_help = "learn from N characters at most, taken evenly over the sources (%(default)s)"
-    parser.add_argument("--max-characters", type=large_number, default=MAX_CHARACTERS, metavar="N", help=most_help)
-    parser.add_argument("--output-dir", type=Path, required=True, help="directory of the new tokenizer")
+    parser.add_argument(
+        "--max-characters", type=large_number, default=MAX_CHARACTERS, metavar="N", help=most_help
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="directory of the new tokenizer"
+    )
     arguments = parser.parse_args(argv)
     for flag in ("format", "text_field"):
         if arguments.mixture and getattr(arguments, flag):
-            raise UserError(f"--{flag.replace('_', '-')}: the mixture says it for each of its sources; leave it out")
+            raise UserError(
+                f"--{flag.replace('_', '-')}: the mixture says it for each of its sources; leave "
+                "it out"
+            )
     return arguments
 
 
 def check_vocab_size(algorithm: str, vocab_size: int) -> None:
     """Raises UserError for a size that can't be met."""
     if algorithm == "char_ngram" and vocab_size != char_ngram.VOCAB_SIZE:
-        raise UserError(f"--vocab-size {vocab_size}: expected {char_ngram.VOCAB_SIZE}, the one size of char_ngram")
+        raise UserError(
+            f"--vocab-size {vocab_size}: expected {char_ngram.VOCAB_SIZE}, the one size of "
+            "char_ngram"
+        )
     least = byte_bpe.MIN_VOCAB_SIZE
     if not least <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"--vocab-size {vocab_size}: expected {least} to {MAX_VOCAB_SIZE:,}")
@@ -97,21 +124,28 @@ def find_texts(arguments: argparse.Namespace) -> TrainingTexts:
     if not arguments.mixture:
         field = arguments.text_field or "text"
         return texts_of_files(arguments.source, arguments.format, field, arguments.max_characters)
-    mixture = load_mixture(mixture_path(arguments.mixture), arguments.output_dir)  # which takes its tokenizer's place
+    # which takes its tokenizer's place
+    mixture = load_mixture(mixture_path(arguments.mixture), arguments.output_dir)
     return texts_of_mixture(mixture, arguments.max_characters)
 
 
-def new_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: Iterable[str]) -> Tokenizer:
+def new_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: Iterable[str]
+) -> Tokenizer:
     """A lossless byte-level tokenizer that adds nothing of its own to a text."""
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special_tokens)]
+    added = [
+        AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special_tokens)
+    ]
     tokenizer.add_special_tokens(added)
     return tokenizer
 
 
-def about_training(arguments: argparse.Namespace, texts: TrainingTexts, argv: Sequence[str] | None) -> dict[str, Any]:
+def about_training(
+    arguments: argparse.Namespace, texts: TrainingTexts, argv: Sequence[str] | None
+) -> dict[str, Any]:
     """What made the tokenizer: everything that decides its files, and nothing of when and where."""
     own = [without_credentials(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     sources = [
@@ -130,21 +164,34 @@ def about_training(arguments: argparse.Namespace, texts: TrainingTexts, argv: Se
         "max_characters": arguments.max_characters,
         "validation_fraction_left_out": texts.validation_fraction,
         "sources": sources,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
     }
 
 
-def save(tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str], training: dict[str, Any]) -> bool:
-    """Write the tokenizer's directory in one step; False if it is there already, identical, however it was made."""
+def save(
+    tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str], training: dict[str, Any]
+) -> bool:
+    """Write the tokenizer's directory in one step; False if it is there already, identical,
+    however it was made.
+    """
     config = json.dumps(CONFIG | special_tokens, indent=2, sort_keys=True)
     texts = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": config}
     files = {name: f"{text}\n".encode() for name, text in texts.items()}
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        if all((output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name] for name in files):
+        if all(
+            (output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name]
+            for name in files
+        ):
             return False
-        raise UserError(f"{output_dir}: holds something else; choose another --output-dir, or remove that one")
+        raise UserError(
+            f"{output_dir}: holds something else; choose another --output-dir, or remove that one"
+        )
     about = json.dumps(training, indent=1, ensure_ascii=False) + "\n"
-    files[TRAINING_NAME] = about.encode(errors="backslashreplace")  # a name that is not UTF-8 as JSON escapes it
+    # a name that is not UTF-8 as JSON escapes it
+    files[TRAINING_NAME] = about.encode(errors="backslashreplace")
 
     def write(directory: Path) -> None:
         for name, content in files.items():

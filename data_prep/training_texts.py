@@ -1,8 +1,9 @@
-"""The documents that a tokenizer is learned from: of the files named, or of a mixture in the shares of its weights.
+"""The documents that a tokenizer is learned from: of the files named, or of a mixture in the shares
+of its weights.
 
-Used by `train_tokenizer`. Where all would be too much, the beginning of every work unit is taken. Of a mixture the
-validation documents are left out, by the rule that `build_shards` has, and a source that is too small for its share is
-read again, as training reads it again.
+Used by `train_tokenizer`. Where all would be too much, the beginning of every work unit is taken.
+Of a mixture the validation documents are left out, by the rule that `build_shards` has, and a
+source that is too small for its share is read again, as training reads it again.
 """
 
 import sys
@@ -35,7 +36,8 @@ class TextSource:
     characters: int = 0  # read so far
     held: int = 0  # characters of one reading
     tally: Tally = field(default_factory=Tally)  # of its rows, in one reading
-    of_files: dict[str, Tally] = field(default_factory=dict)  # the same by URL; of text files, each a row, none
+    # the same by URL; of text files, each a row, none
+    of_files: dict[str, Tally] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -56,7 +58,9 @@ class TrainingTexts:
 
     def __iter__(self) -> Iterator[str]:
         """Read them. Raises UserError if a source has no text."""
-        with tqdm(desc="reading", unit=" characters", unit_scale=True, leave=False, disable=None) as self.bar:
+        with tqdm(
+            desc="reading", unit=" characters", unit_scale=True, leave=False, disable=None
+        ) as self.bar:
             for source in self.sources:
                 yield from self._once(source, max(1, int(self.max_characters * source.share)))
                 source.held = source.characters
@@ -64,9 +68,12 @@ class TrainingTexts:
                     check_file(tally, f"{source.name}: {url}")
                 check_source(source.tally, source.name, self.max_bad_fraction, "train again")
                 if not source.held:
-                    raise UserError(f"{source.name}: no text to learn from in it; name files that hold some")
+                    raise UserError(
+                        f"{source.name}: no text to learn from in it; name files that hold some"
+                    )
             is_cut = self.is_cut
-            whole = max(source.held / source.share for source in self.sources)  # what the fullest source asks for
+            # what the fullest source asks for
+            whole = max(source.held / source.share for source in self.sources)
             for source in self.sources:
                 yield from self._again(source, int(whole * source.share))
         self._say_how(is_cut)
@@ -79,7 +86,9 @@ class TrainingTexts:
             yield from self._once(source, wanted - before)
 
     def _once(self, source: TextSource, limit: int) -> Iterator[str]:
-        """A source's documents, evenly over its units, until they are read or hold so many characters."""
+        """A source's documents, evenly over its units, until they are read or hold so many
+        characters.
+        """
         for number, unit in enumerate(source.units):
             share = limit // (len(source.units) - number)
             limit -= share
@@ -106,15 +115,26 @@ class TrainingTexts:
         """Those that are no validation documents."""
         if not self.validation_fraction or not len(texts):
             return texts
-        return texts.filter(pa.array(hash_texts(texts) >= validation_threshold(self.validation_fraction)))
+        return texts.filter(
+            pa.array(hash_texts(texts) >= validation_threshold(self.validation_fraction))
+        )
 
     def _say_how(self, is_cut: bool) -> None:
         for source in self.sources:
             if source.characters > source.held:
-                times = f"{source.characters / source.held:,.1f} times, for its share of {source.share:.1%}"
-                print(f"note: {source.name} ({source.held:,} characters) was read {times}", file=sys.stderr)
+                times = (
+                    f"{source.characters / source.held:,.1f} times, for its share of "
+                    f"{source.share:.1%}"
+                )
+                print(
+                    f"note: {source.name} ({source.held:,} characters) was read {times}",
+                    file=sys.stderr,
+                )
         if is_cut:
-            note = f"learning from {self.characters:,} characters, evenly over the sources; --max-characters takes more"
+            note = (
+                f"learning from {self.characters:,} characters, evenly over the sources; "
+                "--max-characters takes more"
+            )
             print(f"note: {note}", file=sys.stderr)
 
 
@@ -134,30 +154,56 @@ def count_rows(source: TextSource, unit: WorkUnit, documents: Documents) -> None
             tally.first_bad.append(f"{place(part, row - documents.rows_before)}: {reason}")
 
 
-def texts_of_files(patterns: Sequence[str], format: str | None, text_field: str, max_characters: int) -> TrainingTexts:
+def texts_of_files(
+    patterns: Sequence[str], format: str | None, text_field: str, max_characters: int
+) -> TrainingTexts:
     """All documents of the files named. Raises UserError for a file named twice."""
     files = [file for pattern in patterns for file in find_inputs(Path(), pattern, "--source")]
     refuse_repeated([(file, text_field, "--source") for file in files])
     units: list[WorkUnit] = []
     for file in files:
         own = format or format_of(file.name, "--source")
-        units += cut_units([file], source="text", format=own, text_field=None if own == "txt" else text_field)
-    return TrainingTexts(sources=[TextSource(name="--source", files=files, units=units)], max_characters=max_characters)
+        units += cut_units(
+            [file], source="text", format=own, text_field=None if own == "txt" else text_field
+        )
+    return TrainingTexts(
+        sources=[TextSource(name="--source", files=files, units=units)],
+        max_characters=max_characters,
+    )
 
 
 def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
-    """The training documents of a mixture, in the shares of its weights. Raises UserError for a source of ids."""
+    """The training documents of a mixture, in the shares of its weights. Raises UserError for a
+    source of ids.
+    """
     whole = sum(source.weight for source in mixture.sources)
     sources = []
     for source in mixture.sources:
         where = f"{mixture.path}: source {source.name!r}"
         files, format_, _ = source_files(mixture.path.parent, source, where)
         if format_ in FORMATS_OF_IDS:
-            raise UserError(f"{where}: holds ids of a tokenizer, no text; train with a mixture without it")
+            raise UserError(
+                f"{where}: holds ids of a tokenizer, no text; train with a mixture without it"
+            )
         text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
-        units = cut_units(files, source=source.name, format=format_, text_field=text_field, skip_bad=mixture.skip_bad)
-        sources.append(TextSource(name=where, files=files, units=units, share=source.weight / whole))
-    refuse_repeated([(file, unit.text_field, s.name) for s in sources for unit in s.units[:1] for file in s.files])
+        units = cut_units(
+            files,
+            source=source.name,
+            format=format_,
+            text_field=text_field,
+            skip_bad=mixture.skip_bad,
+        )
+        sources.append(
+            TextSource(name=where, files=files, units=units, share=source.weight / whole)
+        )
+    refuse_repeated(
+        [
+            (file, unit.text_field, s.name)
+            for s in sources
+            for unit in s.units[:1]
+            for file in s.files
+        ]
+    )
     fraction = mixture.validation_fraction
     return TrainingTexts(
         sources=sources, max_characters=max_characters, validation_fraction=fraction,
@@ -166,7 +212,8 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
 
 
 def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:
-    """Raises UserError if a file's text is there twice, by whatever path of the file: it would count twice.
+    """Raises UserError if a file's text is there twice, by whatever path of the file: it would
+    count twice.
 
     Of each file: its text's column or field, and who names it.
     """

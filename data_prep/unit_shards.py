@@ -1,9 +1,9 @@
 """One work unit to its shards: read, encode, prove, split, append end-of-document ids, write.
 
-The inner loop of `build_shards`. Every core takes a unit of its own through all of this, batch by batch,
-with an encoder of its own: nothing waits for anything, and memory holds a batch for each core. Ids stay
-in flat arrays all the way. A finished unit leaves a record beside the shards; a build that was killed
-takes it from there.
+The inner loop of `build_shards`. Every core takes a unit of its own through all of this, batch by
+batch, with an encoder of its own: nothing waits for anything, and memory holds a batch for each
+core. Ids stay in flat arrays all the way. A finished unit leaves a record beside the shards; a
+build that was killed takes it from there.
 """
 
 import hashlib
@@ -26,9 +26,22 @@ import xxhash
 
 from data_prep import layout, pretokenized, shards
 from data_prep.corpus import Documents, read_documents, refusal, without
-from data_prep.encode import Encoder, Ids, LoadedTokenizer, new_encoder, reference_ids, special_documents
+from data_prep.encode import (
+    Encoder,
+    Ids,
+    LoadedTokenizer,
+    new_encoder,
+    reference_ids,
+    special_documents,
+)
 from data_prep.errors import UserError, explained
-from data_prep.flat_arrays import Offsets, byte_lengths, character_counts, large_strings, text_bounds
+from data_prep.flat_arrays import (
+    Offsets,
+    byte_lengths,
+    character_counts,
+    large_strings,
+    text_bounds,
+)
 from data_prep.json_lines import Reasons
 from data_prep.ranks import Progress
 from data_prep.shards import (
@@ -65,7 +78,8 @@ class UnitResult:
     loss: TokenizerLoss | None = None  # None in records of the earliest versions
     input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each
     input_documents: tuple[int, ...] = later(())  # and its documents
-    row_bytes: int = later(0)  # of all rows, as `Documents` counts them; 0 in records of earlier versions
+    # of all rows, as `Documents` counts them; 0 in records of earlier versions
+    row_bytes: int = later(0)
     bad_bytes: int = later(0)  # of the bad ones
 
 
@@ -93,14 +107,17 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = validation_threshold(self.validation_fraction)
-        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # gigatoken's own: this rank's share of the cores
+        # gigatoken's own: this rank's share of the cores
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
-        self._proving = ThreadPoolExecutor(1)  # which waits for the reference while the next batch is encoded
+        # which waits for the reference while the next batch is encoded
+        self._proving = ThreadPoolExecutor(1)
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
-        """Build the units, a core each; what they gave, by record path, once every file of every rank is on the disk.
+        """Build the units, a core each; what they gave, by record path, once every file of every
+        rank is on the disk.
 
         The first error stops all ranks. It is raised where it was met; the others return nothing.
         """
@@ -109,10 +126,13 @@ class UnitBuilder:
             with writing(self.output_dir, f"unit {unit.name}"):
                 return self._build_unit(unit)
 
-        with ThreadPoolExecutor(2 * self.threads) as pool:  # while a unit waits for the disk, the next is encoded
+        # while a unit waits for the disk, the next is encoded
+        with ThreadPoolExecutor(2 * self.threads) as pool:
             futures = {record_path(unit): pool.submit(work, unit) for unit in units}
             try:
-                is_whole = watch({futures[record_path(unit)]: unit.size_bytes for unit in units}, progress)
+                is_whole = watch(
+                    {futures[record_path(unit)]: unit.size_bytes for unit in units}, progress
+                )
             finally:
                 self._stopping.set()
                 self._proving.shutdown(wait=False, cancel_futures=True)
@@ -125,12 +145,20 @@ class UnitBuilder:
             return finished
         with ExitStack() as held:
             with self._encoding:
-                writers = (ShardWriter(self.output_dir / shard_path(split, unit), split) for split in SPLITS)
+                writers = (
+                    ShardWriter(self.output_dir / shard_path(split, unit), split)
+                    for split in SPLITS
+                )
                 splits = [held.enter_context(closing(writer)) for writer in writers]
                 read, loss = self._encode_unit(unit, self.encoder, splits)
             written = tuple(part.finish() for part in splits if part.documents)
-        result = UnitResult(**read, loss=loss.total(), shards=written)  # waits for proofs, while others encode
-        content = {name: value for name, value in asdict(result).items() if (name, value) not in LATER_FACTS}
+        # waits for proofs, while others encode
+        result = UnitResult(**read, loss=loss.total(), shards=written)
+        content = {
+            name: value
+            for name, value in asdict(result).items()
+            if (name, value) not in LATER_FACTS
+        }
         sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
         write_durably(self.output_dir / record_path(unit), sealed.encode())
         return result
@@ -138,7 +166,9 @@ class UnitBuilder:
     def _encode_unit(
         self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]
     ) -> tuple[dict[str, Any], UnitLoss]:
-        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards aside, and their loss."""
+        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards
+        aside, and their loss.
+        """
         rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
         empty = row_bytes = bad_bytes = 0
         bad: Reasons = []
@@ -171,11 +201,15 @@ class UnitBuilder:
         if not unit.skip_bad:
             first = min(reasons)
             of_file = unit.parts()[documents.file]
-            raise refusal(of_file, int(documents.rows[first]) - documents.rows_before, reasons[first])
+            raise refusal(
+                of_file, int(documents.rows[first]) - documents.rows_before, reasons[first]
+            )
         return without(documents, reasons, encoded)
 
     def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
-        """What an earlier build left of a unit, if it is whole: its record, and files with the digests in it."""
+        """What an earlier build left of a unit, if it is whole: its record, and files with the
+        digests in it.
+        """
         result = read_record(self.output_dir / record_path(unit), signature)
         if result is None or (result.bad_documents and not unit.skip_bad):
             return None
@@ -183,15 +217,27 @@ class UnitBuilder:
             return None  # of an earlier version, which counted on few documents
         for shard in result.shards:
             path = self.output_dir / shard_path(shard.split, unit)
-            files = {path: shard.xxh3_128, path.with_name(f"{unit.name}.documents.npy"): shard.index_xxh3_128}
-            if not all(file.is_file() and digest_file(file) == digest for file, digest in files.items()):
+            files = {
+                path: shard.xxh3_128,
+                path.with_name(f"{unit.name}.documents.npy"): shard.index_xxh3_128,
+            }
+            if not all(
+                file.is_file() and digest_file(file) == digest for file, digest in files.items()
+            ):
                 return None
         return result
 
     def _add(
-        self, unit: WorkUnit, documents: Documents, encoder: Encoder, parts: list[ShardWriter], loss: UnitLoss
+        self,
+        unit: WorkUnit,
+        documents: Documents,
+        encoder: Encoder,
+        parts: list[ShardWriter],
+        loss: UnitLoss,
     ) -> None:
-        """Count the loss of a batch and add all of it to their splits; have some proved, at least one of a unit."""
+        """Count the loss of a batch and add all of it to their splits; have some proved, at
+        least one of a unit.
+        """
         ids, offsets = documents.encoded or encoder.encode(documents.texts)
         hashes = hash_texts(documents.texts)
         sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
@@ -209,14 +255,21 @@ class UnitBuilder:
         for part, chosen in zip(parts, (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
-                part.add(tokens[start : starts[stop]], starts[first:stop] - start, documents.rows[first:stop])
+                part.add(
+                    tokens[start : starts[stop]],
+                    starts[first:stop] - start,
+                    documents.rows[first:stop],
+                )
             part.text_bytes += int(lengths[chosen].sum())
             part.text_characters += int(characters[chosen].sum())
 
     def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
         """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
         if len(ids) and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder tokenizers")
+            raise UserError(
+                f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder "
+                "tokenizers"
+            )
         return ended(ids, offsets, self.tokenizer.eos_id), offsets + np.arange(len(offsets))
 
     def _prove(self, unit: WorkUnit, document: Sampled, encoder: Encoder) -> TokenizerLoss:
@@ -239,22 +292,30 @@ class UnitBuilder:
         elif is_cut:  # the whole document's ids may differ far before the cut
             got, _ = encoder.encode(large_strings([text.encode()]))
         if not np.array_equal(got, expected):
-            problem = f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
+            problem = (
+                f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
+            )
             if is_import:
                 own = f"its ids are not what {self.tokenizer.directory} gives for their text"
                 problem = f"{own}; name the tokenizer that made them"
-            raise UserError(f"{unit.url}: document in row {document.row} of unit {unit.name}: {problem}")
+            raise UserError(
+                f"{unit.url}: document in row {document.row} of unit {unit.name}: {problem}"
+            )
         return loss
 
 
 def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> bool:
-    """Report progress until every rank is done, or one has met an error: then raise it, if it is ours, or say False."""
+    """Report progress until every rank is done, or one has met an error: then raise it, if it is
+    ours, or say False.
+    """
     states = {"working"}
     while "working" in states and "failed" not in states:
         finished, _ = wait(pending_bytes, POLL_SECONDS, FIRST_EXCEPTION)
         has_failed = any(future.exception() for future in finished)
         done_bytes = sum(map(pending_bytes.pop, finished))
-        states = progress.report("failed" if has_failed else "working" if pending_bytes else "done", done_bytes)
+        states = progress.report(
+            "failed" if has_failed else "working" if pending_bytes else "done", done_bytes
+        )
         for future in finished:
             future.result()
     progress.bar.close()
@@ -273,10 +334,16 @@ def record_path(unit: WorkUnit) -> str:
 
 def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: float) -> str:
     """All that the shards of a unit depend on, as a digest."""
-    about = asdict(unit) | {"skip_bad": None, "tokenizer": tokenizer_sha256, "validation": validation_fraction}
+    about = asdict(unit) | {
+        "skip_bad": None,
+        "tokenizer": tokenizer_sha256,
+        "validation": validation_fraction,
+    }
     for file in about["files"]:
         del file["secret_url"]  # another password leads to the same file
-    return hashlib.sha256(json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _seal(signature: str, content: dict[str, Any]) -> str:
@@ -284,7 +351,9 @@ def _seal(signature: str, content: dict[str, Any]) -> str:
 
 
 def read_record(path: Path, signature: str) -> UnitResult | None:
-    """The record of a finished unit; None if there is none, a damaged one, or one of other inputs."""
+    """The record of a finished unit; None if there is none, a damaged one, or one of other
+    inputs.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         content: dict[str, Any] = json.loads(path.read_bytes())
         if content.pop("seal") == _seal(signature, content):
@@ -311,10 +380,14 @@ def validation_threshold(fraction: float) -> np.uint64:
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:
-    """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity sample."""
+    """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity
+    sample.
+    """
     view = memoryview(texts.buffers()[2])
     bounds = text_bounds(texts).tolist()
-    hashes = (xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds))
+    hashes = (
+        xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds)
+    )
     return np.fromiter(hashes, np.uint64, len(texts))
 
 
@@ -323,7 +396,8 @@ def ended(ids: Ids, offsets: Offsets, eos_id: int) -> Tokens:
     documents = len(offsets) - 1
     if len(ids) < LONG_DOCUMENT_TOKENS * documents:
         return np.insert(ids.astype(TOKEN_DTYPE), offsets[1:], eos_id)
-    tokens = np.full(len(ids) + documents, eos_id, TOKEN_DTYPE)  # of long documents this takes half the time
+    # of long documents this takes half the time
+    tokens = np.full(len(ids) + documents, eos_id, TOKEN_DTYPE)
     for number, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         tokens[start + number : stop + number] = ids[start:stop]
     return tokens

@@ -1,20 +1,24 @@
-"""URLs without the secrets in them: what is stored, printed or digested names a source, and opens nothing.
+"""URLs without the secrets in them: what is stored, printed or digested names a source, and opens
+nothing.
 
-Passwords and signatures come and go while the file behind them stays the same one, so they are no part of its name.
-Where it is not certain whether a part is a secret, it goes.
+Passwords and signatures come and go while the file behind them stays the same one, so they are no
+part of its name. Where it is not certain whether a part is a secret, it goes.
 """
 
 import re
 from urllib.parse import quote, unquote
 
 SCHEME = r"[A-Za-z][\w.+-]{0,30}://"
-# A password may hold spaces and quotes; the end of a URL within a text, and a port there, look alike but for these.
+# A password may hold spaces and quotes; the end of a URL within a text, and a port there, look
+# alike but for these.
 PASSWORD = r"(?!\[)[^\s/?#@:]*:(?!//|\s|\d+(?:[/?#\s'\",.:;)\]}>]|$))(?:(?!://)[^\n@])*@"
-REST = r"(?:[^\s'\"<>]|['\"<>]+(?=[\w%&=/@+-]))*"  # a quote with more of a value behind it is no end
+# a quote with more of a value behind it is no end
+REST = r"(?:[^\s'\"<>]|['\"<>]+(?=[\w%&=/@+-]))*"
 URL = re.compile(rf"{SCHEME}(?:{PASSWORD})?{REST}")  # within a text
 CHAIN = re.compile(rf"::(?={SCHEME})")  # fsspec's: zip://member::https://host/file
 TRAILING = ".,:;)]}"  # of a sentence around a URL
-USER = re.compile(r"(?!\[)([^/?#@:]*)(:(?!\d+[/?#])[^@]*)?@([^/?#]*@)?")  # user:password@, not of host:80/a@b
+# user:password@, not of host:80/a@b
+USER = re.compile(r"(?!\[)([^/?#@:]*)(:(?!\d+[/?#])[^@]*)?@([^/?#]*@)?")
 AUTHORITY = re.compile(r"[^/?#]*")
 USER_NAMES = ("sftp", "ssh", "ftp", "ftps", "smb")  # where a user's name tells whose files they are
 CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # container@account: it names a place
@@ -23,7 +27,9 @@ MOST_LAYERS = 8  # of percent-encoding, or of URLs one in another; what lies dee
 NAMED = r"[A-Za-z_][\w.%\[\]-]*=(?!=)"  # name=, not the padding of base64
 SEPARATOR = re.compile(rf"(&|[;~](?={NAMED}))")  # of parameters; the last is Akamai's: exp=1~hmac=2
 WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of a name as x_y, x-y or XY
-SECRET_PARTS = re.compile(r"token|secret|key|sig|pass|pwd|auth|cred|hmac|hdn(?:ts|ea|tl)|verify|accesscode")
+SECRET_PARTS = re.compile(
+    r"token|secret|key|sig|pass|pwd|auth|cred|hmac|hdn(?:ts|ea|tl)|verify|accesscode"
+)
 HARMLESS = re.compile(  # what holds such a part by chance
     r"tokeni[sz]\w*|author(?!i)|key(?:word|board|frame|space)|monkey|turkey|hockey|passage|passenger|passive|compass"
     r"|bypass|signal|signific|design|assign|insight|sacred|credit|incredible"
@@ -34,16 +40,39 @@ PRESIGNED = re.compile(r"(x-amz|x-goog|x-ms|x-oss|q)-.*", re.IGNORECASE)  # the 
 OF_GOOGLE = "googleaccessid"
 SIGNING = re.compile(r"sig|hmac|hdn|md5|policy|verify")
 BESIDE_A_SIGNATURE = {  # what it covers and changes with it: Azure's, Akamai's, and when it ends
-    "sv", "sr", "st", "se", "sp", "sk", "ss", "srt", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks", "skv",
-    "acl", "expires", "expire", "exp", "timestamp", "ts",
-}  # fmt: skip
+    "sv",
+    "sr",
+    "st",
+    "se",
+    "sp",
+    "sk",
+    "ss",
+    "srt",
+    "spr",
+    "sip",
+    "skoid",
+    "sktid",
+    "skt",
+    "ske",
+    "sks",
+    "skv",
+    "acl",
+    "expires",
+    "expire",
+    "exp",
+    "timestamp",
+    "ts",
+}
 FILE_NAME = re.compile(  # S3's name of a file, as in ?key=data/a.jsonl
-    r"[\w./-]+\.(jsonl?|parquet|csv|tsv|txt|arrow|npy|bin|md|html?|zip|tar|gz|bz2|xz|zst)", re.IGNORECASE
+    r"[\w./-]+\.(jsonl?|parquet|csv|tsv|txt|arrow|npy|bin|md|html?|zip|tar|gz|bz2|xz|zst)",
+    re.IGNORECASE,
 )
 
 
 def without_credentials(text: str) -> str:
-    """A URL, or any text with URLs in it, without passwords, tokens and signatures; what names the source stays."""
+    """A URL, or any text with URLs in it, without passwords, tokens and signatures; what names
+    the source stays.
+    """
     return _cleaned(text, 0)
 
 
@@ -63,7 +92,9 @@ def _cleaned(text: str, depth: int) -> str:
 
 
 def _without(url: str, depth: int) -> str:
-    """One URL: its user and password, and the parts of its path, query and fragment that are secrets."""
+    """One URL: its user and password, and the parts of its path, query and fragment that are
+    secrets.
+    """
     scheme, _, rest = url.partition("://")
     rest = _with_plain_user(rest)
     if user := USER.match(rest):
@@ -79,7 +110,9 @@ def _without(url: str, depth: int) -> str:
 
 
 def _with_plain_user(rest: str) -> str:
-    """What follows `://`, with a user and password that are percent-encoded as a whole (u%3Apw%40host) decoded."""
+    """What follows `://`, with a user and password that are percent-encoded as a whole
+    (u%3Apw%40host) decoded.
+    """
     authority = AUTHORITY.match(rest)
     written = authority.group() if authority else ""
     plain = _decoded(written)
@@ -102,7 +135,9 @@ def _without_in_path(path: str, depth: int) -> str:
 
 
 def _without_secrets(query: str, depth: int) -> str:
-    """The parameters of a query that are no secrets, as they were but for secrets of URLs within them."""
+    """The parameters of a query that are no secrets, as they were but for secrets of URLs within
+    them.
+    """
     parts = SEPARATOR.split(query)
     written, marks = parts[::2], ["", *parts[1::2]]
     names = [_decoded(part.partition("=")[0]) for part in written]
@@ -110,7 +145,9 @@ def _without_secrets(query: str, depth: int) -> str:
     kept = ""
     for mark, name, part in zip(marks, names, written, strict=True):
         _, is_set, value = part.partition("=")
-        if is_set and (_is_secret(name, value) or (is_signed and name.lower() in BESIDE_A_SIGNATURE)):
+        if is_set and (
+            _is_secret(name, value) or (is_signed and name.lower() in BESIDE_A_SIGNATURE)
+        ):
             continue
         kept += (mark if kept else "") + part.removesuffix(value) + _cleaned_value(value, depth)
     return kept
@@ -120,14 +157,20 @@ def _is_secret(name: str, value: str) -> bool:
     """Whether a parameter of this name is one, judged by what the name contains."""
     if name.lower() == "key" and FILE_NAME.fullmatch(_decoded(value)):
         return False
-    if PRESIGNED.fullmatch(name) or name.lower() == OF_GOOGLE or name.lower() in SECRET_NAMES | SECRET_WORDS:
+    if (
+        PRESIGNED.fullmatch(name)
+        or name.lower() == OF_GOOGLE
+        or name.lower() in SECRET_NAMES | SECRET_WORDS
+    ):
         return True
     words = {word.lower() for word in WORDS.findall(name)}
     return bool(words & SECRET_WORDS) or SECRET_PARTS.search(_harmful(name)) is not None
 
 
 def _harmful(name: str) -> str:
-    """A parameter's name in small letters, without marks and without words that only look like those of secrets."""
+    """A parameter's name in small letters, without marks and without words that only look like
+    those of secrets.
+    """
     return HARMLESS.sub("", re.sub(r"[\W_]", "", name.lower()))
 
 

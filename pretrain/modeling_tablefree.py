@@ -1,15 +1,17 @@
 """The decoder without an input embedding table: token codes, blocks, output projection.
 
-This one file is what trains and what an export ships; it needs torch and transformers (4.57 or newer), nothing else.
-Each token id enters as its own bits (paper: arXiv 2605.09751), so the input has no trainable parameter:
+This one file is what trains and what an export ships; it needs torch and transformers (4.57 or
+newer), nothing else. Each token id enters as its own bits (paper: arXiv 2605.09751), so the input
+has no trainable parameter:
 
     binary_code   the K bits of the id, least significant first, repeated d_model / K times
     affine_code   A * bits xor b over GF(2), with A invertible, repeated likewise
     learned       a trainable table, the baseline
 
-The block is GPT-NeoX's with sequential residual and rotary positions over the whole head. `TableFreeModel` is the
-decoder without its output projection, `TableFreeForCausalLM` the whole; both are laid out as tools expect a decoder of
-transformers to be. What they cannot do they refuse in a sentence: nothing that would change a result is ignored.
+The block is GPT-NeoX's with sequential residual and rotary positions over the whole head.
+`TableFreeModel` is the decoder without its output projection, `TableFreeForCausalLM` the whole;
+both are laid out as tools expect a decoder of transformers to be. What they cannot do they refuse
+in a sentence: nothing that would change a result is ignored.
 
 Tensor legend: B batch, T tokens, S keys (cached ones included), H heads, C channels of a head,
 K code bits, D model width, V vocabulary.
@@ -24,7 +26,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -40,36 +49,92 @@ DEFAULTS: dict[str, Any] = {
     "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False,
 }  # fmt: skip
 
-# Of what this file reads in a config; an export's config.json states the one that it was written for.
-# 2: the parameters of an export are named as in TableFreeForCausalLM, where before they were named as in checkpoints.
+# Of what this file reads in a config; an export's config.json states the one that it was written
+# for. 2: the parameters of an export are named as in TableFreeForCausalLM, where before they were
+# named as in checkpoints.
 MODELING_VERSION = 2
-# Words by which a configuration names what a decoder computes. A key with one of them that is not known here would
-# change the model, as far as anyone can tell; other unknown keys (who made it, with which tool) are carried along.
-WORDS_OF_A_MODEL = frozenset({
-    "act", "activation", "alpha", "attn", "attention", "bias", "dropout", "embed", "embedding",
-    "embeddings", "eps", "expert", "experts", "head", "heads", "hidden", "intermediate", "kv", "layer", "layers", "mlp",
-    "moe", "multiplier", "norm", "position", "positions", "pos", "residual", "rope", "rotary", "scale",
-    "scaling", "sliding", "softcap", "softcapping", "theta", "tie", "vocab", "width", "window",
-})  # fmt: skip
+# Words by which a configuration names what a decoder computes. A key with one of them that is not
+# known here would change the model, as far as anyone can tell; other unknown keys (who made it,
+# with which tool) are carried along.
+WORDS_OF_A_MODEL = frozenset(
+    {
+        "act",
+        "activation",
+        "alpha",
+        "attn",
+        "attention",
+        "bias",
+        "dropout",
+        "embed",
+        "embedding",
+        "embeddings",
+        "eps",
+        "expert",
+        "experts",
+        "head",
+        "heads",
+        "hidden",
+        "intermediate",
+        "kv",
+        "layer",
+        "layers",
+        "mlp",
+        "moe",
+        "multiplier",
+        "norm",
+        "position",
+        "positions",
+        "pos",
+        "residual",
+        "rope",
+        "rotary",
+        "scale",
+        "scaling",
+        "sliding",
+        "softcap",
+        "softcapping",
+        "theta",
+        "tie",
+        "vocab",
+        "width",
+        "window",
+    }
+)
 
-# What transformers 4 writes into any full config, with the values that ask for nothing; 5 does not know the keys.
+# What transformers 4 writes into any full config, with the values that ask for nothing; 5 does not
+# know the keys.
 INERT_KEYS: dict[str, Any] = {
-    "add_cross_attention": False, "cross_attention_hidden_size": None, "pruned_heads": {}, "tie_encoder_decoder": False,
-}  # fmt: skip
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
 
-# What `forward` takes beyond its named arguments: for the loss, and for attention functions other than our own.
+# What `forward` takes beyond its named arguments: for the loss, and for attention functions other
+# than our own.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 ATTENTION_ARGUMENTS = frozenset(
-    {"attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options"}
+    {
+        "attention_instances",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "kernel_options",
+    }
 )
-# Packed documents: where they begin in all rows, one after the other, their greatest length, and the one of each token.
+# Packed documents: where they begin in all rows, one after the other, their greatest length, and
+# the one of each token.
 DOCUMENT_STARTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 DOCUMENT_ARGUMENTS = frozenset({*DOCUMENT_STARTS, "max_length_q", "max_length_k", "seq_idx"})
 OWN_ATTENTION = ("sdpa", "eager")
-# In transformers 4 and the first of 5 a static cache has to be told where to write, or writes to its beginning.
+# In transformers 4 and the first of 5 a static cache has to be told where to write, or writes to
+# its beginning.
 CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # What an output calls its cache: since 5.24 `cache`, with the old name for those who ask.
-CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_FIELD = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 logger = logging.get_logger(__name__)
 
@@ -92,17 +157,22 @@ def gf2_rank(rows: list[int]) -> int:
 
 
 def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
-    """Draw (A, b) with A in GL(code_bits, 2) by rejection; row i of A as an integer, bit j its column j."""
+    """Draw (A, b) with A in GL(code_bits, 2) by rejection; row i of A as an integer, bit j its
+    column j.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        bits = torch.randint(0, 2, (code_bits + 1, code_bits), generator=generator, device="cpu").tolist()
+        bits = torch.randint(
+            0, 2, (code_bits + 1, code_bits), generator=generator, device="cpu"
+        ).tolist()
         *rows, offset = (sum(bit << j for j, bit in enumerate(row)) for row in bits)
         if gf2_rank(rows) == code_bits:
             return rows, offset
 
 
 class TableFreeConfig(PretrainedConfig):
-    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold A and b.
+    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold
+    A and b.
 
     Raises ValueError, in one sentence, for a config that this file cannot compute as it is meant.
     """
@@ -110,9 +180,11 @@ class TableFreeConfig(PretrainedConfig):
     model_type = "tablefree"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers declares it so)
     attribute_map = {  # noqa: RUF012
-        "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
         "max_position_embeddings": "seq_len",
-    }  # fmt: skip
+    }
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs = by_our_names(kwargs, self.attribute_map)
@@ -121,12 +193,15 @@ class TableFreeConfig(PretrainedConfig):
         if values["code_bits"] is None:
             values["code_bits"] = bits_needed(values["vocab_size"])
         refuse_what_does_not_fit(values)
-        self.use_cache = values.pop("use_cache")  # which transformers takes for a setting of generation
+        # which transformers takes for a setting of generation
+        self.use_cache = values.pop("use_cache")
         super().__init__(**values)
 
 
 def by_our_names(keys: dict[str, Any], our_name: dict[str, str]) -> dict[str, Any]:
-    """The keys under one name each; ValueError for two values of one. Null says nothing beside a value."""
+    """The keys under one name each; ValueError for two values of one. Null says nothing beside a
+    value.
+    """
     given: dict[str, tuple[str, Any]] = {}
     for key, value in keys.items():
         name = our_name.get(key, key)
@@ -135,30 +210,52 @@ def by_our_names(keys: dict[str, Any], our_name: dict[str, str]) -> dict[str, An
             given[name] = key, value
         elif value is not None and value != taken:
             raise ValueError(
-                f"config.json: {other} {taken!r} and {key} {value!r} are two names of one key with two values; keep one"
+                f"config.json: {other} {taken!r} and {key} {value!r} are two names of one key "
+                "with two values; keep one"
             )
     return {name: value for name, (_, value) in given.items()}
 
 
 def refuse_other_models(keys: dict[str, Any]) -> None:
-    """Raise ValueError for a config of a later modelling file, or with a key that asks for another architecture."""
+    """Raise ValueError for a config of a later modelling file, or with a key that asks for
+    another architecture.
+    """
     version = keys.get("modeling_version", MODELING_VERSION)
     if not isinstance(version, int) or version > MODELING_VERSION:
         raise ValueError(
-            f"config.json: modeling_version {version} is newer than this modeling_tablefree.py ({MODELING_VERSION}); "
-            f"take the modeling_tablefree.py of the same export"
+            f"config.json: modeling_version {version} is newer than this modeling_tablefree.py "
+            f"({MODELING_VERSION}); take the modeling_tablefree.py of the same export"
         )
     if keys.get("tie_word_embeddings"):
-        raise ValueError("config.json: tie_word_embeddings is true; this decoder's output projection is its own: false")
-    known = {*DEFAULTS, *INERT_KEYS, *PretrainedConfig().to_dict(), "modeling_version", "output_attentions"}
+        raise ValueError(
+            "config.json: tie_word_embeddings is true; this decoder's output projection is its "
+            "own: false"
+        )
+    known = {
+        *DEFAULTS,
+        *INERT_KEYS,
+        *PretrainedConfig().to_dict(),
+        "modeling_version",
+        "output_attentions",
+    }
     for key, value in keys.items():
-        asks_for_something = value is not None and not key.startswith("_") and not key.endswith("_implementation")
+        asks_for_something = (
+            value is not None and not key.startswith("_") and not key.endswith("_implementation")
+        )
         if key in INERT_KEYS and asks_for_something and value != INERT_KEYS[key]:
-            raise ValueError(f"config.json: {key} {value!r} asks for what this decoder does not have; remove the key")
-        if asks_for_something and key not in known and not WORDS_OF_A_MODEL.isdisjoint(key.split("_")):
             raise ValueError(
-                f"config.json: {key} is unknown to this modeling_tablefree.py and by its name changes the model; take "
-                f"the modeling_tablefree.py that was written for it, or remove the key"
+                f"config.json: {key} {value!r} asks for what this decoder does not have; remove "
+                "the key"
+            )
+        if (
+            asks_for_something
+            and key not in known
+            and not WORDS_OF_A_MODEL.isdisjoint(key.split("_"))
+        ):
+            raise ValueError(
+                f"config.json: {key} is unknown to this modeling_tablefree.py and by its name "
+                "changes the model; take the modeling_tablefree.py that was written for it, or "
+                "remove the key"
             )
 
 
@@ -169,41 +266,69 @@ def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
             raise ValueError(f"config.json: {key} {values[key]!r} is no positive whole number")
     kind, width, heads = values["input_embedding"], values["d_model"], values["num_heads"]
     if kind not in INPUT_EMBEDDINGS:
-        raise ValueError(f"config.json: input_embedding {kind!r} is none of {', '.join(INPUT_EMBEDDINGS)}")
+        raise ValueError(
+            f"config.json: input_embedding {kind!r} is none of {', '.join(INPUT_EMBEDDINGS)}"
+        )
     if width % heads or width // heads % 2:
-        raise ValueError(f"config.json: d_model {width} is no even number of channels for each of {heads} heads")
+        raise ValueError(
+            f"config.json: d_model {width} is no even number of channels for each of {heads} heads"
+        )
     if kind == "learned":
         return
     code_bits, vocab_size = values["code_bits"], values["vocab_size"]
     if code_bits < bits_needed(vocab_size):
-        raise ValueError(f"config.json: code_bits {code_bits} tell fewer than vocab_size {vocab_size} ids apart")
+        raise ValueError(
+            f"config.json: code_bits {code_bits} tell fewer than vocab_size {vocab_size} ids apart"
+        )
     if width % code_bits:
-        raise ValueError(f"config.json: a code of code_bits {code_bits} does not fill d_model {width} evenly")
+        raise ValueError(
+            f"config.json: a code of code_bits {code_bits} does not fill d_model {width} evenly"
+        )
     if kind == "affine_code":
         rows, offset = values["affine_rows"], values["affine_offset"]
-        fits = rows is not None and offset is not None and len(rows) == code_bits and gf2_rank(rows) == code_bits
+        fits = (
+            rows is not None
+            and offset is not None
+            and len(rows) == code_bits
+            and gf2_rank(rows) == code_bits
+        )
         if not fits or not all(0 <= value < 1 << code_bits for value in [*rows, offset]):
-            raise ValueError(f"config.json: affine_rows and affine_offset are no invertible code of {code_bits} bits")
+            raise ValueError(
+                "config.json: affine_rows and affine_offset are no invertible code of "
+                f"{code_bits} bits"
+            )
 
 
 def is_traced() -> bool:
-    """Whether this runs to be compiled or exported: values are unknown then, and no tensor made now may be kept."""
+    """Whether this runs to be compiled or exported: values are unknown then, and no tensor made
+    now may be kept.
+    """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def refuse_other_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for what is no tensor of ids below the vocabulary's size, of which a code would take some bits.
+    """Raise ValueError for what is no tensor of ids below the vocabulary's size, of which a code
+    would take some bits.
 
-    A GPU is not waited for: there the assertion fails once it is reached, as that of a table's lookup does.
+    A GPU is not waited for: there the assertion fails once it is reached, as that of a table's
+    lookup does.
     """
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"forward() takes input_ids as whole numbers, not {ids.dtype}; embeddings go as inputs_embeds")
+        raise ValueError(
+            f"forward() takes input_ids as whole numbers, not {ids.dtype}; embeddings go as "
+            "inputs_embeds"
+        )
     if is_traced() or ids.is_meta or type(ids) is not Tensor or ids.numel() == 0:
         return  # there are no values to look at, or a stand-in has none
-    within = f"outside 0 to {vocab_size - 1}, of vocab_size {vocab_size}; resize_token_embeddings makes room for more"
+    within = (
+        f"outside 0 to {vocab_size - 1}, of vocab_size {vocab_size}; resize_token_embeddings "
+        "makes room for more"
+    )
     ids = ids.long()  # bytes would be compared with the low byte of the size
     if ids.is_cuda:
-        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), f"forward() got an id {within}")
+        torch._assert_async(
+            ((ids >= 0) & (ids < vocab_size)).all(), f"forward() got an id {within}"
+        )
         return
     try:
         lowest, highest = (int(value) for value in ids.aminmax())
@@ -225,15 +350,18 @@ class TokenCode(nn.Module):
         self._constants: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "num_embeddings", "embedding_dim"):  # what tools ask of an nn.Embedding
+        # what tools ask of an nn.Embedding
+        if name in ("weight", "num_embeddings", "embedding_dim"):
             raise AttributeError(
-                f"the input of this model is a fixed code of the token ids, without a table: there is no {name} to "
-                f"train, tie, resize or replace"
+                "the input of this model is a fixed code of the token ids, without a table: "
+                f"there is no {name} to train, tie, resize or replace"
             )
         return super().__getattr__(name)
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the device."""
+        """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the
+        device.
+        """
         if device in self._constants:
             return self._constants[device]
         shifts = torch.arange(self.config.code_bits, device=device)
@@ -241,7 +369,12 @@ class TokenCode(nn.Module):
         if self.config.input_embedding == "affine_code":
             rows = torch.tensor(self.config.affine_rows, device=device)
             matrix = (torch.bitwise_right_shift(rows[:, None], shifts) & 1).T.float()
-            offset = torch.bitwise_right_shift(torch.tensor(self.config.affine_offset, device=device), shifts) & 1
+            offset = (
+                torch.bitwise_right_shift(
+                    torch.tensor(self.config.affine_offset, device=device), shifts
+                )
+                & 1
+            )
         if not is_traced():
             self._constants[device] = (shifts, matrix, offset)
         return shifts, matrix, offset
@@ -249,22 +382,33 @@ class TokenCode(nn.Module):
     def code(self, ids: Tensor) -> Tensor:
         """The code of each id as 0 and 1, shape (..., K), int64."""
         shifts, matrix, offset = self.constants(ids.device)
-        code = torch.bitwise_right_shift(ids[..., None].long(), shifts) & 1  # ONNX has no function for >> on int64
+        # ONNX has no function for >> on int64
+        code = torch.bitwise_right_shift(ids[..., None].long(), shifts) & 1
         if matrix is not None and offset is not None:
             code = (code.float() @ matrix).long() & 1 ^ offset
         return code
 
     def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Shape (..., D): the code repeated d_model / K times; in torch's default dtype if none is given."""
-        return self.code(ids).to(dtype or torch.get_default_dtype()).tile(self.config.d_model // self.config.code_bits)
+        """Shape (..., D): the code repeated d_model / K times; in torch's default dtype if none
+        is given.
+        """
+        return (
+            self.code(ids)
+            .to(dtype or torch.get_default_dtype())
+            .tile(self.config.d_model // self.config.code_bits)
+        )
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32; the sine's first half negated."""
+    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32; the sine's
+    first half negated.
+    """
     channel = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
     angles = positions_BT[..., None].float() * (1.0 / ROTARY_BASE ** (channel / head_dim))
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
+    return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[
+        :, None
+    ].to(dtype)
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -281,18 +425,27 @@ def sdpa_attention_forward(
     A single token without a mask sees every key.
     """
     if mask is None or isinstance(mask, Tensor):
-        is_causal = mask is None and bool(query_BHTC.shape[2] > 1)  # in an export the comparison is a symbol
-        attended = F.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal)
+        # in an export the comparison is a symbol
+        is_causal = mask is None and bool(query_BHTC.shape[2] > 1)
+        attended = F.scaled_dot_product_attention(
+            query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal
+        )
         return attended.transpose(1, 2), None
-    from torch.nn.attention.flex_attention import flex_attention  # for training: an export runs on older torch too
+    # for training: an export runs on older torch too
+    from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask).transpose(1, 2), None
 
 
 def eager_attention_forward(
-    module: nn.Module, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, scaling: float,
+    module: nn.Module,
+    query_BHTC: Tensor,
+    key_BHSC: Tensor,
+    value_BHSC: Tensor,
+    mask: Tensor | None,
+    scaling: float,
     **_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The same, spelled out, with the weights (B, H, T, S) beside it."""
     scores = query_BHTC @ key_BHSC.transpose(2, 3) * scaling
     tokens, keys = scores.shape[2:]
@@ -305,9 +458,10 @@ def eager_attention_forward(
     return (weights @ value_BHSC).transpose(1, 2), weights
 
 
-# All that is registered with transformers, and our own two in place of its. `set_attn_implementation` of transformers 5
-# works for a file that says `ALL_ATTENTION_FUNCTIONS.get_interface(`, which transformers 4 does not have; vLLM reads in
-# the source of `Attention.forward` that it looks its function up here.
+# All that is registered with transformers, and our own two in place of its.
+# `set_attn_implementation` of transformers 5 works for a file that says
+# `ALL_ATTENTION_FUNCTIONS.get_interface(`, which transformers 4 does not have; vLLM reads in the
+# source of `Attention.forward` that it looks its function up here.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
@@ -326,7 +480,9 @@ class Past(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; rows of `query_key_value` are grouped by head, as in GPT-NeoX."""
+    """Causal multi-head attention; rows of `query_key_value` are grouped by head, as in
+    GPT-NeoX.
+    """
 
     def __init__(self, config: TableFreeConfig, layer_index: int) -> None:
         super().__init__()
@@ -351,7 +507,9 @@ class Attention(nn.Module):
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attended, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        attended, weights = attend(
+            self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs
+        )
         if attentions is not None:
             attentions.append(weights)
         return self.output(attended.reshape(batch, tokens, width))
@@ -380,9 +538,16 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, past: Past | None = None, **kwargs: Any
+        self,
+        hidden_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Any,
+        past: Past | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rotation, mask, past, **kwargs)
+        hidden_BTD = hidden_BTD + self.attention(
+            self.attention_norm(hidden_BTD), rotation, mask, past, **kwargs
+        )
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
 
 
@@ -392,7 +557,9 @@ def run_block(block: Block, *inputs: Any, **kwargs: Any) -> Tensor:
 
 
 def same_document(position_ids: Tensor | None) -> Tensor | None:
-    """Which tokens are of one document, (B, T, T), where positions start anew within a row; None where none do."""
+    """Which tokens are of one document, (B, T, T), where positions start anew within a row; None
+    where none do.
+    """
     if position_ids is None:
         return None
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -402,47 +569,59 @@ def same_document(position_ids: Tensor | None) -> Tensor | None:
     return document_BT[:, :, None] == document_BT[:, None, :]
 
 
-def visible_keys(attention_mask: Tensor | None, slots_T: Tensor, keys: int, documents: Tensor | None) -> Tensor | None:
-    """Which of S keys each query may see, boolean, (B, 1, T, S); None where `sdpa_attention_forward` needs no mask.
+def visible_keys(
+    attention_mask: Tensor | None, slots_T: Tensor, keys: int, documents: Tensor | None
+) -> Tensor | None:
+    """Which of S keys each query may see, boolean, (B, 1, T, S); None where
+    `sdpa_attention_forward` needs no mask.
 
-    `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row is empty.
+    `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row
+    is empty.
     """
     tokens = slots_T.shape[0]  # len() would fix it in an export
     index_S = torch.arange(keys, device=slots_T.device)
     visible_TS = index_S <= slots_T[:, None]
     if attention_mask is not None:
-        return (visible_TS & attention_mask[:, None, None, :].bool()) | (index_S == slots_T[:, None])
+        return (visible_TS & attention_mask[:, None, None, :].bool()) | (
+            index_S == slots_T[:, None]
+        )
     if documents is not None:
         return (visible_TS & F.pad(documents, (0, keys - tokens)))[:, None]
     return None if tokens == keys else visible_TS[None, None]
 
 
 def tell_the_same(arguments: dict[str, Any], position_ids: Tensor | None) -> bool:
-    """Whether positions start anew wherever the arguments for packed documents say that one begins."""
+    """Whether positions start anew wherever the arguments for packed documents say that one
+    begins.
+    """
     if position_ids is None:
         return False
     if is_traced():
         return True  # values are unknown
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    starts = F.pad(F.pad(breaks, (1, 0), value=True).flatten(), (0, 1), value=True).nonzero()  # and the end of all
+    # and the end of all
+    starts = F.pad(F.pad(breaks, (1, 0), value=True).flatten(), (0, 1), value=True).nonzero()
     told = [arguments[name] for name in DOCUMENT_STARTS if name in arguments]
     index_BT = arguments.get("seq_idx", torch.zeros_like(position_ids)).to(breaks.device)
     same_index = not ((index_BT[:, 1:] != index_BT[:, :-1]) & ~breaks).any()
-    return same_index and all(bool(torch.isin(each.to(starts.device), starts).all()) for each in told)
+    return same_index and all(
+        bool(torch.isin(each.to(starts.device), starts).all()) for each in told
+    )
 
 
 def attention_arguments(
     arguments: dict[str, Any], implementation: str | None, position_ids: Tensor | None
 ) -> dict[str, Any]:
-    """Those of `forward`'s further arguments that an attention function takes; ValueError for what nothing here takes.
+    """Those of `forward`'s further arguments that an attention function takes; ValueError for what
+    nothing here takes.
 
-    What is not known here may carry state: transformers 5.24 renamed the KV cache to `cache`, and a class that took no
-    notice had each new token see itself alone. `position_ids` are those by which our own attention tells documents
-    apart in this pass, if it does.
+    What is not known here may carry state: transformers 5.24 renamed the KV cache to `cache`, and a
+    class that took no notice had each new token see itself alone. `position_ids` are those by which
+    our own attention tells documents apart in this pass, if it does.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
-    # Unused, where positions tell the same: our mask is made of those, and `seq_idx` is for convolutions over tokens.
-    # trl gives all of them with packing, whatever the attention function.
+    # Unused, where positions tell the same: our mask is made of those, and `seq_idx` is for
+    # convolutions over tokens. trl gives all of them with packing, whatever the attention function.
     unused = given.keys() & (DOCUMENT_ARGUMENTS if implementation in OWN_ATTENTION else {"seq_idx"})
     if unused and tell_the_same(given, position_ids):
         given = {name: value for name, value in given.items() if name not in unused}
@@ -451,24 +630,36 @@ def attention_arguments(
             continue
         if name not in ATTENTION_ARGUMENTS | DOCUMENT_ARGUMENTS:
             raise ValueError(
-                f"forward() got {name}, which this modeling_tablefree.py does not know and so must not ignore; leave "
-                f"it out, or take a newer modeling_tablefree.py or an older transformers"
+                f"forward() got {name}, which this modeling_tablefree.py does not know and so "
+                "must not ignore; leave it out, or take a newer modeling_tablefree.py or an "
+                "older transformers"
             )
         if implementation in OWN_ATTENTION or name not in ATTENTION_ARGUMENTS:
             hint = ""
             if name in DOCUMENT_ARGUMENTS:
-                hint = " except beside position_ids that start anew alike, with no attention_mask and no filled cache"
-            raise ValueError(f"forward() got {name}, which attn_implementation {implementation!r} does not take{hint}")
+                hint = (
+                    " except beside position_ids that start anew alike, with no attention_mask "
+                    "and no filled cache"
+                )
+            raise ValueError(
+                f"forward() got {name}, which attn_implementation {implementation!r} does not "
+                f"take{hint}"
+            )
     return {name: value for name, value in given.items() if name in ATTENTION_ARGUMENTS}
 
 
 def the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The KV cache, under whichever of its two names it came: `past_key_values` before transformers 5.24."""
+    """The KV cache, under whichever of its two names it came: `past_key_values` before
+    transformers 5.24.
+    """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("forward() got two KV caches, past_key_values and cache; give one")
     given = past_key_values if cache is None else cache
     if given is not None and not isinstance(given, Cache):
-        raise ValueError(f"forward() got a KV cache of type {type(given).__name__}; it takes a transformers.Cache")
+        raise ValueError(
+            f"forward() got a KV cache of type {type(given).__name__}; it takes a "
+            "transformers.Cache"
+        )
     return given
 
 
@@ -491,9 +682,14 @@ def as_asked(output: Any, config: PretrainedConfig, return_dict: bool | None) ->
 
 def refuse_other_sizes(new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
     """Raise ValueError for what is no size of a vocabulary."""
-    for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+    for name, value in (
+        ("new_num_tokens", new_num_tokens),
+        ("pad_to_multiple_of", pad_to_multiple_of),
+    ):
         if value is not None and value < 1:
-            raise ValueError(f"resize_token_embeddings() got {name} {value}, which is no positive whole number")
+            raise ValueError(
+                f"resize_token_embeddings() got {name} {value}, which is no positive whole number"
+            )
 
 
 class TableFreePreTrainedModel(PreTrainedModel):
@@ -508,11 +704,14 @@ class TableFreePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # not tried on the devices where `generate` would then compile on its own
+    # not tried on the devices where `generate` would then compile on its own
+    _can_compile_fullgraph = False
 
 
 class TableFreeModel(TableFreePreTrainedModel):
-    """The decoder without its output projection: ids or embeddings in, normalised hidden states out."""
+    """The decoder without its output projection: ids or embeddings in, normalised hidden states
+    out.
+    """
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
@@ -522,33 +721,48 @@ class TableFreeModel(TableFreePreTrainedModel):
         )
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.block_runners: dict[int, Callable[..., Tensor]] = {}  # how training runs a block: recomputed, compiled
+        # how training runs a block: recomputed, compiled
+        self.block_runners: dict[int, Callable[..., Tensor]] = {}
         self.compiled_blocks = False  # training code may compile them
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The trainable table of the baseline, or the fixed code, which maps ids to the width but has no weight."""
+        """The trainable table of the baseline, or the fixed code, which maps ids to the width
+        but has no weight.
+        """
         return self.input_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of the baseline; a code stays as it is, which is said."""
         if isinstance(self.input_embedding, TokenCode) and not isinstance(value, TokenCode):
-            # Servers put an embedding of their own in place of any input that they find; there is nothing to fill it.
-            logger.warning_once("The input of this model is a fixed code of the token ids; it is kept, no table is set")
+            # Servers put an embedding of their own in place of any input that they find; there is
+            # nothing to fill it.
+            logger.warning_once(
+                "The input of this model is a fixed code of the token ids; it is kept, no table "
+                "is set"
+            )
             return
         self.input_embedding = value
 
     def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Module:
-        """The table of the baseline, grown or shrunk; ValueError for a code, whose vocabulary the head alone bounds."""
+        """The table of the baseline, grown or shrunk; ValueError for a code, whose vocabulary
+        the head alone bounds.
+        """
         refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
         if self.config.input_embedding == "learned":
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            return super().resize_token_embeddings(
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.input_embedding
         raise ValueError(
-            "TableFreeModel has no table and no head to resize; TableFreeForCausalLM.resize_token_embeddings can"
+            "TableFreeModel has no table and no head to resize; "
+            "TableFreeForCausalLM.resize_token_embeddings can"
         )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -561,36 +775,55 @@ class TableFreeModel(TableFreePreTrainedModel):
         self, hidden_BTD: Tensor, positions_BT: Tensor, mask: Any, past: Past | None = None,
         states: list[Tensor] | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """From the first residual stream to normalised hidden states, (B, T, D); `states` takes what each block got."""
-        rotation = rotary_angles(positions_BT, self.config.d_model // self.config.num_heads, hidden_BTD.dtype)
+        """From the first residual stream to normalised hidden states, (B, T, D); `states` takes
+        what each block got.
+        """
+        rotation = rotary_angles(
+            positions_BT, self.config.d_model // self.config.num_heads, hidden_BTD.dtype
+        )
         runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
             if states is not None:
                 states.append(hidden_BTD)
-            hidden_BTD = runners.get(index, run_block)(layer, hidden_BTD, rotation, mask, past, **kwargs)
+            hidden_BTD = runners.get(index, run_block)(
+                layer, hidden_BTD, rotation, mask, past, **kwargs
+            )
         return self.final_norm(hidden_BTD)
 
-    def hidden_states(self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None) -> Tensor:
-        """What training takes: normalised hidden states (B, T, D), with a mask as `sdpa_attention_forward` wants it."""
+    def hidden_states(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None
+    ) -> Tensor:
+        """What training takes: normalised hidden states (B, T, D), with a mask as
+        `sdpa_attention_forward` wants it.
+        """
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         return self.decode(self.embed(ids_BT), positions_BT, mask)
 
     def recomputes(self) -> bool:
-        """Whether blocks run again in the backward pass, as `gradient_checkpointing_enable` asks of them."""
+        """Whether blocks run again in the backward pass, as `gradient_checkpointing_enable` asks
+        of them.
+        """
         asked = self.training and torch.is_grad_enabled()
         return asked and any(layer.gradient_checkpointing for layer in self.layers)
 
     def past_of(
-        self, hidden_BTD: Tensor, cache: Cache | None, use_cache: bool | None, cache_position: Tensor | None
+        self,
+        hidden_BTD: Tensor,
+        cache: Cache | None,
+        use_cache: bool | None,
+        cache_position: Tensor | None,
     ) -> Past | None:
-        """The KV cache that was given, or a new one if it is wanted, and where this pass goes in it.
+        """The KV cache that was given, or a new one if it is wanted, and where this pass goes in
+        it.
 
         Raises ValueError where keys and values of before would have to be passed over.
         """
         if self.recomputes():
             if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError("with gradient checkpointing each block runs twice, so it takes no KV cache")
+                raise ValueError(
+                    "with gradient checkpointing each block runs twice, so it takes no KV cache"
+                )
             if use_cache:
                 logger.warning_once("With gradient checkpointing there is no KV cache")
             return None
@@ -601,52 +834,85 @@ class TableFreeModel(TableFreePreTrainedModel):
         cache = DynamicCache() if cache is None else cache
         if cache_position is not None and static_length(cache) is not None:
             return Past(cache, cache_position)
-        return Past(cache, torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + cache.get_seq_length())
+        return Past(
+            cache,
+            torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + cache.get_seq_length(),
+        )
 
     def attention_mask_of(
-        self, hidden_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, past: Past | None
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past: Past | None,
     ) -> Any:
-        """What the configured attention function takes for `attention_mask`; one of four dimensions is that already."""
+        """What the configured attention function takes for `attention_mask`; one of four
+        dimensions is that already.
+        """
         if attention_mask is not None and len(attention_mask.shape) == 4:
             return attention_mask
         tokens, device = hidden_BTD.shape[1], hidden_BTD.device
         slots_T = torch.arange(tokens, device=device) if past is None else past.slots_T
         if self.config._attn_implementation not in OWN_ATTENTION:
-            wanted = inspect.signature(create_causal_mask).parameters  # its arguments have been renamed and dropped
+            # its arguments have been renamed and dropped
+            wanted = inspect.signature(create_causal_mask).parameters
             cache = None if past is None else past.cache
             values = {
-                "config": self.config, "input_embeds": hidden_BTD, "inputs_embeds": hidden_BTD, "cache": cache,
-                "past_key_values": cache, "cache_position": slots_T, "attention_mask": attention_mask,
+                "config": self.config,
+                "input_embeds": hidden_BTD,
+                "inputs_embeds": hidden_BTD,
+                "cache": cache,
+                "past_key_values": cache,
+                "cache_position": slots_T,
+                "attention_mask": attention_mask,
                 "position_ids": position_ids,
-            }  # fmt: skip
-            return create_causal_mask(**{name: value for name, value in values.items() if name in wanted})
+            }
+            return create_causal_mask(
+                **{name: value for name, value in values.items() if name in wanted}
+            )
         room = None if past is None else static_length(past.cache)
         keys = room or tokens + (0 if past is None else past.cache.get_seq_length())
         if attention_mask is None:
-            documents = same_document(position_ids) if is_empty(None if past is None else past.cache) else None
+            documents = (
+                same_document(position_ids)
+                if is_empty(None if past is None else past.cache)
+                else None
+            )
             if documents is None and tokens == 1 and room is None:
                 return None  # it sees all there is
             return visible_keys(None, slots_T, keys, documents)
         if room is None and attention_mask.shape[1] != keys:
             raise ValueError(
-                f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be seen, with cached ones"
+                f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be "
+                "seen, with cached ones"
             )
-        if not is_traced() and attention_mask.all():  # the usual case, for which there are faster kernels
+        # the usual case, for which there are faster kernels
+        if not is_traced() and attention_mask.all():
             return self.attention_mask_of(hidden_BTD, None, None, past)
-        return visible_keys(F.pad(attention_mask, (0, keys - attention_mask.shape[1])), slots_T, keys, None)
+        return visible_keys(
+            F.pad(attention_mask, (0, keys - attention_mask.shape[1])), slots_T, keys, None
+        )
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, past_key_values: Cache | None = None,
-        use_cache: bool | None = None, output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, cache: Cache | None = None, **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Normalised hidden states (B, T, D), of ids (B, T) or of embeddings (B, T, D).
 
-        `attention_mask` marks padding with 0, (B, S), or says for each query what it sees, (B, 1, T, S). Without one,
-        positions that start anew within a row keep its documents apart. A KV cache comes as `past_key_values` or as
-        `cache`; there will be one if `use_cache` or, in evaluation mode, the config says so. Raises ValueError for
-        whatever else it is given.
+        `attention_mask` marks padding with 0, (B, S), or says for each query what it sees, (B, 1,
+        T, S). Without one, positions that start anew within a row keep its documents apart. A KV
+        cache comes as `past_key_values` or as `cache`; there will be one if `use_cache` or, in
+        evaluation mode, the config says so. Raises ValueError for whatever else it is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward() takes input_ids or inputs_embeds, one of the two")
@@ -661,14 +927,18 @@ class TableFreeModel(TableFreePreTrainedModel):
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_attentions and implementation != "eager":
-            raise ValueError("output_attentions needs model.set_attn_implementation('eager'): no other keeps weights")
+            raise ValueError(
+                "output_attentions needs model.set_attn_implementation('eager'): no other keeps "
+                "weights"
+            )
         if input_ids is not None:
             refuse_other_ids(input_ids, config.vocab_size)
             hidden_BTD = self.embed(input_ids)
         elif inputs_embeds is not None:
             hidden_BTD = inputs_embeds.to(self.final_norm.weight.dtype)
         if self.recomputes() and not hidden_BTD.requires_grad:
-            hidden_BTD = hidden_BTD.detach().requires_grad_()  # what recomputes by re-entering autograd needs an input
+            # what recomputes by re-entering autograd needs an input
+            hidden_BTD = hidden_BTD.detach().requires_grad_()
         past = self.past_of(hidden_BTD, given_cache, use_cache, cache_position)
         positions_BT = position_ids
         if positions_BT is None:
@@ -691,13 +961,19 @@ class TableFreeModel(TableFreePreTrainedModel):
 
 
 def name_in_checkpoints(name: str) -> str:
-    """A parameter of TableFreeForCausalLM, as checkpoints name it, and exports before MODELING_VERSION 2 did."""
+    """A parameter of TableFreeForCausalLM, as checkpoints name it, and exports before
+    MODELING_VERSION 2 did.
+    """
     return name.removeprefix("model.").replace("lm_head.", "output_projection.")
 
 
 def name_in_model(name: str) -> str:
     """The parameter of TableFreeForCausalLM that checkpoints have under a name."""
-    return name.replace("output_projection.", "lm_head.") if name.startswith("output_projection.") else f"model.{name}"
+    return (
+        name.replace("output_projection.", "lm_head.")
+        if name.startswith("output_projection.")
+        else f"model.{name}"
+    )
 
 
 class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
@@ -711,18 +987,30 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for any model of transformers; also from exports whose parameters have the names of checkpoints."""
-        if not hasattr(PreTrainedModel, "_get_key_renaming_mapping"):  # transformers 5 adds `model.` by itself
-            kwargs["key_mapping"] = {r"^output_projection\.": "lm_head."} | (kwargs.get("key_mapping") or {})
+        """As for any model of transformers; also from exports whose parameters have the names of
+        checkpoints.
+        """
+        # transformers 5 adds `model.` by itself
+        if not hasattr(PreTrainedModel, "_get_key_renaming_mapping"):
+            kwargs["key_mapping"] = {r"^output_projection\.": "lm_head."} | (
+                kwargs.get("key_mapping") or {}
+            )
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         renamings = getattr(model, "_weight_conversions", None) or []
-        kept = [renaming for renaming in renamings if "output_projection" not in str(renaming.source_patterns)]
+        kept = [
+            renaming
+            for renaming in renamings
+            if "output_projection" not in str(renaming.source_patterns)
+        ]
         if len(kept) < len(renamings):
-            model._weight_conversions = kept or None  # by which `save_pretrained` would give the old name back
+            # by which `save_pretrained` would give the old name back
+            model._weight_conversions = kept or None
         return loaded
 
-    def _get_key_renaming_mapping(self, checkpoint_keys: list[str], *args: Any, **kwargs: Any) -> dict[str, str]:
+    def _get_key_renaming_mapping(
+        self, checkpoint_keys: list[str], *args: Any, **kwargs: Any
+    ) -> dict[str, str]:
         """transformers 4 asks this for names in a file -> names of the model."""
         if "output_projection.weight" in checkpoint_keys:
             return {key: name_in_model(key) for key in checkpoint_keys}
@@ -741,45 +1029,72 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As for any module; peft's prompt tuning asks for its embedding of ids by this name before it guesses."""
-        return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
+        """As for any module; peft's prompt tuning asks for its embedding of ids by this name
+        before it guesses.
+        """
+        return (
+            self.get_input_embeddings()
+            if target == "embeddings.word_embeddings"
+            else super().get_submodule(target)
+        )
 
     def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Module:
-        """Grow or shrink the output projection, and the table of the baseline; gives what embeds the ids.
+        """Grow or shrink the output projection, and the table of the baseline; gives what embeds
+        the ids.
 
-        Raises ValueError if the ids would be more than the code's bits tell apart, or fewer than one.
+        Raises ValueError if the ids would be more than the code's bits tell apart, or fewer than
+        one.
         """
         refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
         if self.config.input_embedding == "learned":
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            return super().resize_token_embeddings(
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
         multiple = pad_to_multiple_of or 1
         size = -(-(new_num_tokens or self.config.vocab_size) // multiple) * multiple
         code_bits = self.config.code_bits
         if size > 1 << code_bits:
-            raise ValueError(f"{size} ids are more than {code_bits} bits tell apart: {1 << code_bits} at most")
+            raise ValueError(
+                f"{size} ids are more than {code_bits} bits tell apart: {1 << code_bits} at most"
+            )
         self.lm_head = self._get_resized_lm_head(self.lm_head, size, mean_resizing=mean_resizing)
         self.config.vocab_size = size
         ones = TokenCode(self.config).code(torch.arange(size)).sum(dim=-1)
         alike = ((ones == 0) | (ones == code_bits)).nonzero().flatten().tolist()
         if len(alike) == 2:  # LayerNorm takes away what all channels share
-            logger.warning(f"Ids {alike[0]} and {alike[1]} are one input to this model now: their codes are constant")
+            logger.warning(
+                f"Ids {alike[0]} and {alike[1]} are one input to this model now: their codes are "
+                "constant"
+            )
         return self.get_input_embeddings()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, past_key_values: Cache | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None, cache: Cache | None = None, **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
-        """Logits (B, T, V), or of the last `logits_to_keep` positions, or of those that a tensor lists.
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (B, T, V), or of the last `logits_to_keep` positions, or of those that a tensor
+        lists.
 
-        Labels are the input ids themselves (the shift happens here), or `shift_labels` are what comes next; -100 is no
-        target. With them the loss is there too: the mean over targets, or their sum over `num_items_in_batch`. All else
-        is as for TableFreeModel.
+        Labels are the input ids themselves (the shift happens here), or `shift_labels` are what
+        comes next; -100 is no target. With them the loss is there too: the mean over targets, or
+        their sum over `num_items_in_batch`. All else is as for TableFreeModel.
         """
         loss_arguments = {name: kwargs.pop(name, None) for name in LOSS_ARGUMENTS}
         wants_loss = labels is not None or loss_arguments["shift_labels"] is not None
@@ -787,9 +1102,16 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         if wants_loss and not keeps_all:
             raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
         output = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values, use_cache=use_cache, return_dict=True, cache=cache, **kwargs,
-        )  # fmt: skip
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            cache=cache,
+            **kwargs,
+        )
         hidden_BTD = output.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden_BTD = hidden_BTD[:, logits_to_keep]
@@ -799,12 +1121,18 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         loss = None
         if wants_loss:
             loss = self.loss_function(
-                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+                logits=logits_BTV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **loss_arguments,
             )
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits_BTV, hidden_states=output.hidden_states, attentions=output.attentions,
+            loss=loss,
+            logits=logits_BTV,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
             **{CACHE_FIELD: output.get(CACHE_FIELD)},
-        )  # fmt: skip
+        )
         return as_asked(result, self.config, return_dict)
 
 
@@ -822,17 +1150,20 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise_parameters(model: TableFreeForCausalLM, seed: int) -> None:
-    """Fill every parameter from (seed, name) alone, so that weights that two models share start bitwise equal.
+    """Fill every parameter from (seed, name) alone, so that weights that two models share start
+    bitwise equal.
 
-    Matrices: normal(0, 0.02), those that write to the residual stream scaled by 1 / sqrt(2 * layers);
-    biases 0; LayerNorm weights 1.
+    Matrices: normal(0, 0.02), those that write to the residual stream scaled by 1 / sqrt(2 *
+    layers); biases 0; LayerNorm weights 1.
     """
     residual_scale = 1.0 / math.sqrt(2 * model.config.num_layers)
     for name, parameter in checkpoint_parameters(model):
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
-        scale = residual_scale if name.endswith(("attention.output.weight", "mlp.down.weight")) else 1.0
+        scale = (
+            residual_scale if name.endswith(("attention.output.weight", "mlp.down.weight")) else 1.0
+        )
         values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         values.normal_(0.0, INIT_STD * scale, generator=parameter_generator(seed, name))
         parameter.copy_(values)

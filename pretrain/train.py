@@ -2,8 +2,9 @@
 
     deepspeed --module pretrain.train --recipe NAME|FILE --data-dir DATASET --run-dir RUN_DIR [--dotted.key=value ...]
 
-The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec -n N python -m` and plain
-`python -m`. The same command with the same run directory continues the run, or says that it is finished.
+The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec -n N python -m` and
+plain `python -m`. The same command with the same run directory continues the run, or says that it
+is finished.
 """
 
 import gc
@@ -14,15 +15,18 @@ from pathlib import Path
 # Ctrl-C while it imports and checks is no traceback; training has handlers of its own.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-if not __package__:  # run by path: let `import pretrain` find the package, and keep its modules from shadowing others
+# run by path: let `import pretrain` find the package, and keep its modules from shadowing others
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# What arithmetic refuses is refused before the imports below, which take from seconds to most of a minute.
+# What arithmetic refuses is refused before the imports below, which take from seconds to most of a
+# minute.
 if __name__ == "__main__":
     from pretrain.run.first_checks import refuse_early
 
     refuse_early(sys.argv[1:])
-    # What is imported stays to the end: to search it for garbage over and over takes 0.9 of 3.9 s of CPU time.
+    # What is imported stays to the end: to search it for garbage over and over takes 0.9 of 3.9 s
+    # of CPU time.
     gc.disable()
 
 import contextlib
@@ -41,7 +45,13 @@ from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
 from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
-from pretrain.checkpoint.reader import Checkpoint, checkpoints_dir, naming_the_disk, newest_good, saved_steps
+from pretrain.checkpoint.reader import (
+    Checkpoint,
+    checkpoints_dir,
+    naming_the_disk,
+    newest_good,
+    saved_steps,
+)
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import Recipe, model_config, recipe_to_dict
 from pretrain.costs.memory import check_it_fits
@@ -135,24 +145,38 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     fingerprint = reader.manifest.fingerprint
     check_same_run(flags.run_dir, recipe, merged, fingerprint)
     origin = flags.branch_from
-    branch_from = open_origin(origin, flags.run_dir, recipe, merged, fingerprint) if origin else None
+    branch_from = (
+        open_origin(origin, flags.run_dir, recipe, merged, fingerprint) if origin else None
+    )
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
-    architecture = config_of_run(recipe.model, reader.manifest, saved_config(recipe.model, flags.run_dir, branch_from))
+    architecture = config_of_run(
+        recipe.model, reader.manifest, saved_config(recipe.model, flags.run_dir, branch_from)
+    )
     return Run(
-        recipe=recipe, model_config=architecture, engine_config=merged, data_dir=flags.data_dir, reader=reader,
+        recipe=recipe,
+        model_config=architecture,
+        engine_config=merged,
+        data_dir=flags.data_dir,
+        reader=reader,
         loader=loader,
-        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len), run_dir=flags.run_dir,
+        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
+        run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
-        branch_from=branch_from, profile_steps=flags.profile or 0, dry_run=flags.dry_run,
+        branch_from=branch_from,
+        profile_steps=flags.profile or 0,
+        dry_run=flags.dry_run,
         command=[*arguments],
-    )  # fmt: skip
+    )
 
 
-def build_model(recipe: Recipe, architecture: TableFreeConfig | None = None) -> TableFreeForCausalLM:
+def build_model(
+    recipe: Recipe, architecture: TableFreeConfig | None = None
+) -> TableFreeForCausalLM:
     """The decoder with its initial weights; without an architecture, that of the recipe alone."""
-    own = copy.deepcopy(architecture) or model_config(recipe.model)  # transformers writes into a model's config
+    # transformers writes into a model's config
+    own = copy.deepcopy(architecture) or model_config(recipe.model)
     model = TableFreeForCausalLM(own)
     initialise_parameters(model, recipe.seed)
     checkpointing = recipe.activation_checkpointing
@@ -169,8 +193,9 @@ def announce(run: Run, engine: Engine, world: World) -> None:
     in_input = sum(size for name, size in sizes.items() if name.startswith("input_embedding."))
     say(
         world,
-        f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; {recipe.total_steps:,} steps "
-        f"of {recipe.batch.global_batch_tokens:,} tokens; ranks: {world.world_size}",
+        f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; "
+        f"{recipe.total_steps:,} steps of {recipe.batch.global_batch_tokens:,} tokens; ranks: "
+        f"{world.world_size}",
     )
     one_input = together(lambda: warnings(run.model_config, run.reader) if world.is_main else [])
     say(world, "\n".join([*epochs_lines(recipe, run.loader), *one_input]))
@@ -186,13 +211,17 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps, world: World) -> int:
         saved_step = together(lambda: read_state(run.run_dir)).get("saved_step")
         if saved_step is not None:
             raise UserError(
-                f"{run.run_dir}: step {saved_step} was saved, but no good checkpoint is left; restore one, or "
-                f"start again with another --run-dir"
+                f"{run.run_dir}: step {saved_step} was saved, but no good checkpoint is left; "
+                "restore one, or start again with another --run-dir"
             )
         return 0
-    refuse_another_run(run.run_dir, checkpoint, run.recipe, run.engine_config, run.reader.manifest.fingerprint)
+    refuse_another_run(
+        run.run_dir, checkpoint, run.recipe, run.engine_config, run.reader.manifest.fingerprint
+    )
     if checkpoint.shapes != engine.parameter_shapes():
-        raise UserError(f"{checkpoint.path}: holds another model's parameters; give another --run-dir")
+        raise UserError(
+            f"{checkpoint.path}: holds another model's parameters; give another --run-dir"
+        )
     check_same_code(run.model_config, checkpoint)
     together(lambda: engine.write_state(checkpoint))
     say(world, f"continuing from {checkpoint.path}")
@@ -216,10 +245,13 @@ def about_data(manifest: Manifest) -> dict[str, Any]:
     return about | ({"loss": str(manifest.loss)} if manifest.loss else {})
 
 
-def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> None:
+def save(
+    run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int
+) -> None:
     """Have a checkpoint made after `step` steps.
 
-    After a bad step none is dropped for it: whether training diverged, only the next steps will tell.
+    After a bad step none is dropped for it: whether training diverged, only the next steps will
+    tell.
     """
     fragments, optimizer_step = engine.read_state()
     manifest = run.reader.manifest
@@ -239,7 +271,9 @@ def save(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter
 
 
 def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
-    """The windows of this rank in a step, one tensor a micro-step, ready to be copied to the device."""
+    """The windows of this rank in a step, one tensor a micro-step, ready to be copied to the
+    device.
+    """
     batch = run.recipe.global_batch_size
     numbers = np.arange(step * batch, (step + 1) * batch)
     rows = [numbers[engine.rows_of(i)] for i in range(engine.accumulation_steps)]
@@ -248,14 +282,26 @@ def micro_batches(run: Run, engine: Engine, step: int) -> list[Tensor]:
 
 
 def head_of_line(run: Run, step: int) -> Line:
-    """What a step's line in metrics.jsonl begins with, whether it is trained or not; its figures are still open."""
+    """What a step's line in metrics.jsonl begins with, whether it is trained or not; its figures
+    are still open.
+    """
     recipe = run.recipe
-    rate = learning_rate(step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+    rate = learning_rate(
+        step, recipe.total_steps, recipe.optimizer.peak_learning_rate, recipe.schedule
+    )
     tokens = (step + 1) * recipe.batch.global_batch_tokens
-    return {"step": step, "loss": None, "gradient_norm": None, "learning_rate": rate, "tokens": tokens}
+    return {
+        "step": step,
+        "loss": None,
+        "gradient_norm": None,
+        "learning_rate": rate,
+        "tokens": tokens,
+    }
 
 
-def one_step(run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[list[Tensor]], step: int) -> Line:
+def one_step(
+    run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[list[Tensor]], step: int
+) -> Line:
     """Train one step, unless it is a bad one; its line for metrics.jsonl."""
     own_batches = batches.take(step)
     engine.clock.mark("data")
@@ -278,26 +324,44 @@ def one_step(run: Run, engine: Engine, bad_steps: BadSteps, batches: Prefetch[li
     }
 
 
-def refuse(run: Run, bad_steps: BadSteps, step: int, figures: StepFigures, row_nats: list[float]) -> None:
-    """Decide on a bad step, say so and record it. Raises UserError on all ranks where the run is to stop."""
+def refuse(
+    run: Run, bad_steps: BadSteps, step: int, figures: StepFigures, row_nats: list[float]
+) -> None:
+    """Decide on a bad step, say so and record it. Raises UserError on all ranks where the run is
+    to stop.
+    """
     policy, batch = bad_steps.decide(step), run.recipe.global_batch_size
     rows = describe_rows(run.loader, run.reader, range(step * batch, (step + 1) * batch), row_nats)
     figures_found = {"loss": finite(figures.loss), "gradient_norm": finite(figures.gradient_norm)}
-    bad_steps.record({"step": step, "reason": figures.refused, "policy": policy, **figures_found, **rows})
+    bad_steps.record(
+        {"step": step, "reason": figures.refused, "policy": policy, **figures_found, **rows}
+    )
     if policy == "stop":
-        stopped = f"step {step}: {figures.refused}; nothing of it reached the weights; {bad_steps.path} has its rows"
+        stopped = (
+            f"step {step}: {figures.refused}; nothing of it reached the weights; {bad_steps.path} "
+            "has its rows"
+        )
         if run.recipe.bad_steps.policy == "stop":
-            raise UserError(f"{stopped}; with --bad_steps.policy=skip the same command goes on without it")
+            raise UserError(
+                f"{stopped}; with --bad_steps.policy=skip the same command goes on without it"
+            )
         raise UserError(
-            f"{stopped}. All {run.recipe.bad_steps.max_in_a_row} steps before it were bad too: training diverged. "
-            f"Start a new run with a lower optimizer.peak_learning_rate or a longer warm-up"
+            f"{stopped}. All {run.recipe.bad_steps.max_in_a_row} steps before it were bad too: "
+            "training diverged. Start a new run with a lower optimizer.peak_learning_rate or a "
+            "longer warm-up"
         )
 
 
 def skipped_line(run: Run, bad_steps: BadSteps, step: int) -> Line:
-    """The line of a step that was not trained, from its record alone: the same whenever the run comes to it."""
+    """The line of a step that was not trained, from its record alone: the same whenever the run
+    comes to it.
+    """
     record = bad_steps.records[step]
-    figures = {"loss": record["loss"], "gradient_norm": record["gradient_norm"], "skipped": record["reason"]}
+    figures = {
+        "loss": record["loss"],
+        "gradient_norm": record["gradient_norm"],
+        "skipped": record["reason"],
+    }
     return {**head_of_line(run, step), **figures}
 
 
@@ -317,15 +381,20 @@ def validate_if_due(run: Run, engine: Engine, progress: Progress, line: Line) ->
         engine.clock.mark(PAUSE)
 
 
-def save_if_due(run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int) -> bool:
-    """A checkpoint, where it is due; but none between steps for one that would hold the state of the one before.
+def save_if_due(
+    run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int
+) -> bool:
+    """A checkpoint, where it is due; but none between steps for one that would hold the state of
+    the one before.
 
     Returns whether training waited for one to be copied.
     """
     engine.clock.mark("other")
     is_end = bool(engine.ends) or step + 1 == run.stop_at_step
     if is_end or due(step, run.recipe.checkpoints.every_steps, run):
-        is_new = is_end or not bad_steps.all_bad(range(step + 1 - run.recipe.checkpoints.every_steps, step + 1))
+        is_new = is_end or not bad_steps.all_bad(
+            range(step + 1 - run.recipe.checkpoints.every_steps, step + 1)
+        )
         if is_new:
             save(run, engine, bad_steps, writer, step + 1)
         engine.clock.mark(PAUSE)
@@ -340,39 +409,61 @@ def open_metrics(run: Run, world: World, step: int) -> MetricsFile:
     if metrics.cut:
         say(world, f"warning: {metrics.cut}")
     if metrics.lacks:
-        say(world, f"warning: {metrics.path} lacks {metrics.lacks} of the lines of the {step} steps so far")
+        say(
+            world,
+            f"warning: {metrics.path} lacks {metrics.lacks} of the lines of the {step} steps so "
+            "far",
+        )
     return metrics
 
 
 def leave_passed_over(writer: CheckpointWriter, step: int, world: World) -> None:
-    """Have checkpoints that were passed over for the one of a step stay, without counting; said once of each."""
+    """Have checkpoints that were passed over for the one of a step stay, without counting; said
+    once of each.
+    """
     names = together(lambda: writer.pass_over_newer(step) if world.is_main else [])
     if names:
-        left = "left where it is, and not counted by checkpoints.keep_last, until its step is saved anew"
+        left = (
+            "left where it is, and not counted by checkpoints.keep_last, until its step is saved "
+            "anew"
+        )
         say(world, "\n".join(f"{checkpoints_dir(writer.run_dir) / name}: {left}" for name in names))
 
 
-def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int, writer: CheckpointWriter) -> int:
+def train(
+    run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int, writer: CheckpointWriter
+) -> int:
     """Steps, with validation and checkpoints between them; how many of the run are done then."""
     world, start_step = engine.world, step
     leave_passed_over(writer, start_step, world)
     metrics = together(lambda: open_metrics(run, world, start_step) if world.is_main else None)
-    for warning in together(lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)):
+    for warning in together(
+        lambda: record_start(run.run_dir, start_step, run.command, world, engine.device)
+    ):
         say(world, warning)
     validation_tokens = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
     progress = Progress(run.recipe, start_step, engine.device, world, validation_tokens)
     profiled, home = run.profile_steps if world.is_main else 0, run.run_dir / "profile"
-    profiler = StepProfiler(profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text))
+    profiler = StepProfiler(
+        profiled, range(start_step, run.stop_at_step), home, lambda text: say(world, text)
+    )
     batches = Prefetch(lambda step: micro_batches(run, engine, step), run.stop_at_step)
     graphs = 0
     engine.clock.mark(PAUSE)  # setting up is part of no step
     while step < run.stop_at_step and not engine.ends:
         profiler.before(step)
         replayed = bad_steps.replayed(step)
-        line = skipped_line(run, bad_steps, step) if replayed else one_step(run, engine, bad_steps, batches, step)
+        line = (
+            skipped_line(run, bad_steps, step)
+            if replayed
+            else one_step(run, engine, bad_steps, batches, step)
+        )
         profiler.after(step)
         if "skipped" in line:
-            say(world, f"step {step} is skipped{', as recorded' if replayed else ''}: {line['skipped']}")
+            say(
+                world,
+                f"step {step} is skipped{', as recorded' if replayed else ''}: {line['skipped']}",
+            )
         if "skipped" in line and not replayed and run.recipe.bad_steps.policy == "rewind":
             say(world, f"rewinding from step {step}")
             watch.step_seconds.clear()  # loading takes as long as at the start
@@ -384,7 +475,11 @@ def train(run: Run, engine: Engine, bad_steps: BadSteps, watch: Watch, step: int
             metrics = together(lambda: open_metrics(run, world, step) if world.is_main else None)  # noqa: B023
             continue
         if step > start_step and compiled_graphs() > graphs:
-            say(world, f"warning: step {step} compiled its blocks again, which takes time; the first step should do")
+            say(
+                world,
+                f"warning: step {step} compiled its blocks again, which takes time; the first "
+                "step should do",
+            )
         graphs = compiled_graphs()
         validate_if_due(run, engine, progress, line)
         if "step_s" in line:
@@ -415,11 +510,19 @@ def begin(run: Run) -> None:
     fingerprint = run.reader.manifest.fingerprint
     with naming_the_disk(run.run_dir):
         describe_run(run.run_dir, run.recipe, run.engine_config, run.data_dir, fingerprint)
-        write_state(run.run_dir, status="running", reason=None, fingerprint=fingerprint, began=time.time_ns())
+        write_state(
+            run.run_dir,
+            status="running",
+            reason=None,
+            fingerprint=fingerprint,
+            began=time.time_ns(),
+        )
 
 
 def default_start(arguments: Sequence[str]) -> str:
-    """For a dry run without a launcher, which is of one rank: what launch/pretrain.sh would start here."""
+    """For a dry run without a launcher, which is of one rank: what launch/pretrain.sh would
+    start here.
+    """
     if "RANK" in os.environ:
         return ""
     alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -428,10 +531,13 @@ def default_start(arguments: Sequence[str]) -> str:
 
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
-    faulthandler.enable()  # what ends a process by a signal (a disk that fails below a mapped shard) leaves its stack
+    # what ends a process by a signal (a disk that fails below a mapped shard) leaves its stack
+    faulthandler.enable()
     set_determinism(run.recipe)
     device = start_process_group(world)
-    held = together(lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None)
+    held = together(
+        lambda: lock(run.run_dir, "training there", "--run-dir") if world.is_main else None
+    )
     try:
         together(lambda: begin(run) if world.is_main else None)
         with (
@@ -443,14 +549,18 @@ def run_training(run: Run, world: World) -> None:
     except Exception as error:
         if world.is_main:
             with contextlib.suppress(OSError):  # the disk may be what failed
-                note_failure(run.run_dir, str(error) if isinstance(error, UserError) else repr(error))
+                note_failure(
+                    run.run_dir, str(error) if isinstance(error, UserError) else repr(error)
+                )
         raise
     finally:
         if held:
             held.close()
 
 
-def train_from_last_checkpoint(run: Run, watch: Watch, device: torch.device, check: DataCheck) -> None:
+def train_from_last_checkpoint(
+    run: Run, watch: Watch, device: torch.device, check: DataCheck
+) -> None:
     """Load what was saved, train the rest once the data are known to be good."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
@@ -487,7 +597,11 @@ def finish(run: Run, step: int, world: World, why: str) -> None:
     if world.is_main:
         reason = None if done else f"stopped at step {step}, as {why} asked"
         write_state(run.run_dir, status="done" if done else "preempted", reason=reason)
-    end = f"finished after {step} steps" if done else f"stopped at step {step}; the same command continues"
+    end = (
+        f"finished after {step} steps"
+        if done
+        else f"stopped at step {step}; the same command continues"
+    )
     say(world, f"{run.run_dir}: {end}")
 
 
@@ -497,13 +611,22 @@ def main(arguments: Sequence[str]) -> int:
     try:
         world = world_from_environment()
         set_up_rank(world)
-        build_parser().parse_known_args(arguments)  # --help, or a wrong flag: that takes no other rank
+        # --help, or a wrong flag: that takes no other rank
+        build_parser().parse_known_args(arguments)
         if world.world_size > 1:  # what one rank cannot use, all are to hear of
             start_process_group(world)
         run = together(lambda: prepare(arguments, world))
         if run.dry_run:
             if world.is_main:
-                print(describe(run.recipe, run.engine_config, run.loader, world.world_size, default_start(arguments)))
+                print(
+                    describe(
+                        run.recipe,
+                        run.engine_config,
+                        run.loader,
+                        world.world_size,
+                        default_start(arguments),
+                    )
+                )
                 for line in warnings(run.model_config, run.reader):
                     say(world, line)
         elif gather(together(lambda: read_state(run.run_dir)).get("status"))[0] == "done":

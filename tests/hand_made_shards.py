@@ -10,7 +10,12 @@ from data_prep.shards import Manifest, Shard, Source, integer_shares
 
 
 def write_source(
-    data_dir: Path, split: str, source: str, documents: Sequence[Sequence[int]], eos_id: int, unit: str = "00000"
+    data_dir: Path,
+    split: str,
+    source: str,
+    documents: Sequence[Sequence[int]],
+    eos_id: int,
+    unit: str = "00000",
 ) -> Shard:
     """One shard of hand-made ids, with its index."""
     ids = [token for document in documents for token in [*document, eos_id]]
@@ -36,7 +41,11 @@ def write_source(
 
 
 def write_dataset(
-    data_dir: Path, written: Sequence[Shard], weights: dict[str, float], vocab_size: int, eos_id: int = 0
+    data_dir: Path,
+    written: Sequence[Shard],
+    weights: dict[str, float],
+    vocab_size: int,
+    eos_id: int = 0,
 ) -> Path:
     """The manifest over hand-made shards."""
     shares = integer_shares(list(weights.values()))

@@ -1,7 +1,9 @@
-"""A small hub of data sets, and web server, with failures on demand: what the tests of remote inputs talk to.
+"""A small hub of data sets, and web server, with failures on demand: what the tests of remote
+inputs talk to.
 
-It answers what `datasets` and `huggingface_hub` ask for (seen by logging them): information on a repository at a
-revision, its tree, HEAD and ranges of its files, large ones after a redirect. All revisions are COMMIT.
+It answers what `datasets` and `huggingface_hub` ask for (seen by logging them): information on a
+repository at a revision, its tree, HEAD and ranges of its files, large ones after a redirect. All
+revisions are COMMIT.
 """
 
 import hashlib
@@ -22,20 +24,26 @@ DROPPED = -1  # instead of a status: the connection is closed without an answer
 class Failures:
     """What is to go wrong with requests for a file or repository of that name."""
 
-    next: dict[str, list[int]] = field(default_factory=dict)  # status of the next answers; then all is well
+    # status of the next answers; then all is well
+    next: dict[str, list[int]] = field(default_factory=dict)
     always: dict[str, int] = field(default_factory=dict)
-    cut_bytes: dict[str, list[int]] = field(default_factory=dict)  # the next bodies end so many bytes early
+    # the next bodies end so many bytes early
+    cut_bytes: dict[str, list[int]] = field(default_factory=dict)
     ignore_ranges: bool = False
 
 
 class HubServer:
-    """Serves the files below a directory, and its owner/name folders as data sets; a context manager."""
+    """Serves the files below a directory, and its owner/name folders as data sets; a context
+    manager.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.gated: set[str] = set()  # owner/name
         self.reset()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._http = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def reset(self) -> None:
@@ -45,7 +53,9 @@ class HubServer:
         self.bytes_sent = 0  # bodies
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,19 +84,28 @@ class _Handler(BaseHTTPRequestHandler):
             repository, revision, file = "/".join(parts[1:3]), parts[4], "/".join(parts[5:])
             if not self._refuses(repository, revision, needs_access=True):
                 is_large = file.endswith(".parquet")
-                self._file(self.hub.root / repository / file, redirect=f"/{repository}/{file}" if is_large else None)
+                self._file(
+                    self.hub.root / repository / file,
+                    redirect=f"/{repository}/{file}" if is_large else None,
+                )
         else:
             self._file(self.hub.root / path.strip("/"))
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _api(self, repository: str, what: str = "revision", revision: str = "main", *folders: str) -> None:
+    def _api(
+        self, repository: str, what: str = "revision", revision: str = "main", *folders: str
+    ) -> None:
         root = self.hub.root / repository
         if self._refuses(repository, revision, needs_access=what == "auth-check"):
             return
         content: Any = {}
         if what == "revision":
-            siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in root.rglob("*") if path.is_file()]
+            siblings = [
+                {"rfilename": path.relative_to(root).as_posix()}
+                for path in root.rglob("*")
+                if path.is_file()
+            ]
             gated = "auto" if repository in self.hub.gated else False
             content = {"id": repository, "sha": COMMIT, "gated": gated, "siblings": siblings}
         elif what == "tree":
@@ -98,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuses(self, repository: str, revision: str, *, needs_access: bool) -> bool:
         """Whether there is nothing to see here; if so, answers like the hub."""
-        if not (self.hub.root / repository).is_dir():  # nobody learns whether it is private or isn't there
+        # nobody learns whether it is private or isn't there
+        if not (self.hub.root / repository).is_dir():
             self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif needs_access and repository in self.hub.gated and "Authorization" not in self.headers:
             self._answer(401, b"", {"X-Error-Code": "GatedRepo"})
@@ -119,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         content, status, first, stop = path.read_bytes(), 200, 0, None
         headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if redirect:
-            self._answer(302, b"", {"Location": redirect, "X-Linked-Size": str(len(content)), **headers})
+            self._answer(
+                302, b"", {"Location": redirect, "X-Linked-Size": str(len(content)), **headers}
+            )
             return
         if (wanted := self.headers.get("Range")) and not self.hub.failures.ignore_ranges:
             first, last = map(int, wanted.removeprefix("bytes=").split("-"))

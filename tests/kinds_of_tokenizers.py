@@ -1,9 +1,11 @@
-"""Tokenizers as others publish them, of every kind that reads a text its own way, for the tests of exports.
+"""Tokenizers as others publish them, of every kind that reads a text its own way, for the tests of
+exports.
 
     python tests/kinds_of_tokenizers.py DIRECTORY
 
-checks exports in the folders of a directory with any release of transformers, and needs neither this project nor
-pytest: whether `AutoTokenizer` gives the ids that `expected.json` beside each says.
+checks exports in the folders of a directory with any release of transformers, and needs neither
+this project nor pytest: whether `AutoTokenizer` gives the ids that `expected.json` beside each
+says.
 """
 
 import json
@@ -29,13 +31,16 @@ from tokenizers import (
 IDS_NAME = "expected.json"
 SPECIAL = ["<unk>", "<s>", "</s>"]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
-NUMBERS = " ".join(str(1000 + 7 * i % 1500) for i in range(4000))  # so that there are tokens of several digits
+# so that there are tokens of several digits
+NUMBERS = " ".join(str(1000 + 7 * i % 1500) for i in range(4000))
 GPT_4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What makes a tokenizer of its kind: a change of a plain byte-level BPE, and of its configuration."""
+    """What makes a tokenizer of its kind: a change of a plain byte-level BPE, and of its
+    configuration.
+    """
 
     change: Callable[[Tokenizer], Any] = lambda tokenizer: None
     config: dict[str, Any] = field(default_factory=dict)  # beside NAMES and a plain class
@@ -72,33 +77,55 @@ TEMPLATE = processors.TemplateProcessing(
 BEGIN = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
 BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 PLAIN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+FLAGS = {
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": False,
+    "special": False,
+}
 
 KINDS: dict[str, Kind] = {
     "plain": Kind(),
     # what is added, cut or drawn
     "template": Kind(change=set_parts(post_processor=TEMPLATE)),
     "template in a sequence": Kind(
-        change=set_parts(post_processor=processors.Sequence([processors.ByteLevel(trim_offsets=False), BEGIN]))
+        change=set_parts(
+            post_processor=processors.Sequence([processors.ByteLevel(trim_offsets=False), BEGIN])
+        )
     ),
-    "roberta": Kind(change=set_parts(post_processor=processors.RobertaProcessing(("</s>", 2), ("<s>", 1)))),
-    "byte-level post-processor": Kind(change=set_parts(post_processor=processors.ByteLevel(trim_offsets=False))),
+    "roberta": Kind(
+        change=set_parts(post_processor=processors.RobertaProcessing(("</s>", 2), ("<s>", 1)))
+    ),
+    "byte-level post-processor": Kind(
+        change=set_parts(post_processor=processors.ByteLevel(trim_offsets=False))
+    ),
     "truncation and padding": Kind(change=add_limits),
     "dropout": Kind(change=add_dropout),
     "flags of a class": of_class("LlamaTokenizerFast", add_eos_token=True),
     "flags of a plain class": Kind(config={"add_bos_token": True, "add_eos_token": True}),
     # pre-tokenizers
-    "digits": Kind(change=set_parts(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), PLAIN_BYTES]))),
+    "digits": Kind(
+        change=set_parts(
+            pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), PLAIN_BYTES])
+        )
+    ),
     "digits of gpt2": Kind(
-        change=set_parts(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), PLAIN_BYTES])),
+        change=set_parts(
+            pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), PLAIN_BYTES])
+        ),
         config={"tokenizer_class": "GPT2Tokenizer"},
     ),
     "expression of gpt4": Kind(
         change=set_parts(
-            pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT_4), "isolated"), BYTES_ALONE])
+            pre_tokenizer=pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(GPT_4), "isolated"), BYTES_ALONE]
+            )
         )
     ),
-    "space before": Kind(change=set_parts(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))),
+    "space before": Kind(
+        change=set_parts(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))
+    ),
     "space before, not told": Kind(
         change=set_parts(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
         config={"add_prefix_space": False},
@@ -106,28 +133,39 @@ KINDS: dict[str, Kind] = {
     "space told, not before": Kind(config={"add_prefix_space": True}),
     "no expression": Kind(change=set_parts(pre_tokenizer=BYTES_ALONE)),
     "punctuation": Kind(
-        change=set_parts(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTES_ALONE]))
+        change=set_parts(
+            pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTES_ALONE])
+        )
     ),
     "scripts": Kind(
-        change=set_parts(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), BYTES_ALONE]))
+        change=set_parts(
+            pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), BYTES_ALONE])
+        )
     ),
     # normalisers
     "nfc": Kind(change=set_parts(normalizer=normalizers.NFC())),
     "nfkc": Kind(change=set_parts(normalizer=normalizers.NFKC())),
     "lower case": Kind(change=set_parts(normalizer=normalizers.Lowercase())),
     "lower case, of a class": Kind(
-        change=set_parts(normalizer=normalizers.Lowercase()), config={"tokenizer_class": "GPT2TokenizerFast"}
+        change=set_parts(normalizer=normalizers.Lowercase()),
+        config={"tokenizer_class": "GPT2TokenizerFast"},
     ),
     "replaced words": Kind(change=set_parts(normalizer=normalizers.Replace("citizens", "people"))),
-    "stripped": Kind(change=set_parts(normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.NFD()]))),
+    "stripped": Kind(
+        change=set_parts(normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.NFD()]))
+    ),
     # models
     "metaspace": Kind(base="metaspace"),
     "llama": Kind(base="llama", config={"tokenizer_class": "LlamaTokenizer", "legacy": False}),
-    "llama, legacy": Kind(base="llama", config={"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
+    "llama, legacy": Kind(
+        base="llama", config={"tokenizer_class": "LlamaTokenizerFast", "legacy": True}
+    ),
     "unigram": Kind(base="unigram"),
     "t5": Kind(base="unigram", config={"tokenizer_class": "T5TokenizerFast", "extra_ids": 100}),
     "wordpiece": Kind(base="wordpiece"),
-    "bert": Kind(base="wordpiece", config={"tokenizer_class": "BertTokenizerFast", "do_lower_case": True}),
+    "bert": Kind(
+        base="wordpiece", config={"tokenizer_class": "BertTokenizerFast", "do_lower_case": True}
+    ),
     "words": Kind(base="words"),
     # classes that build their own
     "gpt neox": of_class("GPTNeoXTokenizerFast"),
@@ -140,14 +178,18 @@ KINDS: dict[str, Kind] = {
     "code of its own": Kind(config={"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}),
     "from slow": Kind(config={"from_slow": True}),
     # tokens
-    "added word": Kind(change=lambda tokenizer: tokenizer.add_tokens([AddedToken("Fellow", normalized=False)])),
+    "added word": Kind(
+        change=lambda tokenizer: tokenizer.add_tokens([AddedToken("Fellow", normalized=False)])
+    ),
     "added word with flags": Kind(
         change=lambda tokenizer: tokenizer.add_tokens(
             [AddedToken("citizens", single_word=True, lstrip=True), AddedToken(" of", rstrip=True)]
         )
     ),
     "special with flags": Kind(
-        change=lambda tokenizer: tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)]),
+        change=lambda tokenizer: tokenizer.add_special_tokens(
+            [AddedToken("<mask>", lstrip=True, rstrip=True)]
+        ),
         config={"mask_token": {"content": "<mask>", "lstrip": True, "__type": "AddedToken"}},
     ),
     "end of text is a word": Kind(config={"eos_token": "\u0120the"}),
@@ -157,7 +199,9 @@ KINDS: dict[str, Kind] = {
         change=lambda tokenizer: tokenizer.add_special_tokens(["<pad>"]),
         files={"special_tokens_map.json": {"pad_token": {"content": "<pad>", "lstrip": False}}},
     ),
-    "word that is no token": Kind(config={"added_tokens_decoder": {"600": {"content": "Fellow", **FLAGS}}}),
+    "word that is no token": Kind(
+        config={"added_tokens_decoder": {"600": {"content": "Fellow", **FLAGS}}}
+    ),
     "more special": Kind(config={"additional_special_tokens": ["<s>", "<unk>"]}),
     "more special, not added": Kind(config={"additional_special_tokens": ["\u0120the", "<none>"]}),
     "more special, of 5": Kind(config={"extra_special_tokens": ["<s>", "\u0120the"]}),
@@ -171,7 +215,10 @@ def trained(base: str, texts: tuple[str, ...]) -> str:
     models_and_trainers: dict[str, tuple[Any, Any]] = {
         "bytes": (models.BPE(), trainers.BpeTrainer),
         "metaspace": (models.BPE(unk_token="<unk>"), trainers.BpeTrainer),
-        "llama": (models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True), trainers.BpeTrainer),
+        "llama": (
+            models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+            trainers.BpeTrainer,
+        ),
         "unigram": (models.Unigram(), trainers.UnigramTrainer),
         "wordpiece": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer),
         "words": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer),
@@ -183,15 +230,25 @@ def trained(base: str, texts: tuple[str, ...]) -> str:
         tokenizer.pre_tokenizer, tokenizer.decoder = PLAIN_BYTES, decoders.ByteLevel()
         options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     elif base in ("metaspace", "unigram"):
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+        )
     elif base == "llama":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback()]
+        )
         special += [f"<0x{byte:02X}>" for byte in range(256)]
         options["vocab_size"] = 900
         options["max_token_length"] = 8  # without pre-tokenizer whole sentences would be tokens
     elif base == "wordpiece":
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         tokenizer.decoder = decoders.WordPiece()
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -215,7 +272,9 @@ def write_tokenizer(directory: Path, kind: Kind, texts: Sequence[str]) -> Path:
 
 
 def differences(export: Path) -> list[str]:
-    """What AutoTokenizer gives otherwise than the ids beside an export, with the transformers that is installed."""
+    """What AutoTokenizer gives otherwise than the ids beside an export, with the transformers
+    that is installed.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=False)

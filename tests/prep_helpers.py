@@ -1,4 +1,6 @@
-"""What the tests of data preparation share: real and nasty texts, writers of files and mixtures, builds."""
+"""What the tests of data preparation share: real and nasty texts, writers of files and mixtures,
+builds.
+"""
 
 import gzip
 import json
@@ -23,7 +25,9 @@ from data_prep.errors import UserError
 from data_prep.shards import Manifest, ShardReader, load_manifest
 
 REPOSITORY = Path(__file__).parent.parent
-MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+MPIEXEC = shutil.which(
+    "mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+)
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is missing: pip install mpich")
 BUILD_WITH_UNITS_OF = """
 import sys
@@ -51,7 +55,9 @@ def speeches(number: int, characters: int = 4000) -> list[str]:
 
 def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
     """One document a line; compressed if the name says so."""
-    content = "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    content = "".join(
+        json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
     if path.suffix == ".gz":
         content = gzip.compress(content)
     if path.suffix == ".zst":
@@ -61,21 +67,32 @@ def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
     return path
 
 
-def write_parquet(path: Path, texts: Sequence[Any], type_: pa.DataType | None = None, group_rows: int = 7) -> Path:
+def write_parquet(
+    path: Path, texts: Sequence[Any], type_: pa.DataType | None = None, group_rows: int = 7
+) -> Path:
     """Documents in row groups of a few rows, with another column before the text."""
     columns = {"id": pa.array(range(len(texts))), "text": pa.array(texts, type_ or pa.string())}
     pq.write_table(pa.table(columns), path, row_group_size=group_rows)
     return path
 
 
-def source(name: str, path: str, *, format: str = "parquet", weight: float = 1, **more: Any) -> dict[str, Any]:
+def source(
+    name: str, path: str, *, format: str = "parquet", weight: float = 1, **more: Any
+) -> dict[str, Any]:
     """An entry of a mixture file."""
     return {"name": name, "path": path, "format": format, "weight": weight, **more}
 
 
-def write_mixture(base: Path, tokenizer: Path, sources: Sequence[dict[str, Any]], **more: Any) -> Path:
+def write_mixture(
+    base: Path, tokenizer: Path, sources: Sequence[dict[str, Any]], **more: Any
+) -> Path:
     """A mixture file; keyword arguments add or replace its keys."""
-    content = {"tokenizer": str(tokenizer), "validation_fraction": 0.3, "sources": list(sources), **more}
+    content = {
+        "tokenizer": str(tokenizer),
+        "validation_fraction": 0.3,
+        "sources": list(sources),
+        **more,
+    }
     path = base / "mixture.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -104,9 +121,13 @@ def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProce
     """A command to its end, with the repository's modules at hand."""
     path = os.pathsep.join([*environment.pop("PYTHONPATH", "").split(), str(REPOSITORY)])
     return subprocess.run(
-        command, env={**os.environ, **environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -119,7 +140,11 @@ def error_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def stamps(data_dir: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of change of every file: what was not written again keeps both."""
-    files = {path.relative_to(data_dir).as_posix(): path.stat() for path in data_dir.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(data_dir).as_posix(): path.stat()
+        for path in data_dir.rglob("*")
+        if path.is_file()
+    }
     return {name: (about.st_ino, about.st_mtime_ns) for name, about in files.items()}
 
 
@@ -154,5 +179,7 @@ def decoded(data_dir: Path) -> dict[tuple[str, int], str]:
         stops = [*index[1:, 0].tolist(), shard.tokens]
         for (start, row), stop in zip(index.tolist(), stops, strict=True):
             assert tokens[stop - 1] == reader.manifest.eos_id
-            found[shard.origin(row)] = tokenizer.decode(tokens[start : stop - 1].tolist(), skip_special_tokens=False)
+            found[shard.origin(row)] = tokenizer.decode(
+                tokens[start : stop - 1].tolist(), skip_special_tokens=False
+            )
     return found

@@ -21,7 +21,12 @@ GELU, LAYER_NORM = "aten.gelu", "aten.native_layer_norm"
 
 def build(mode: str, every_n_layers: int = 1) -> TableFreeForCausalLM:
     recipe = ModelRecipe(
-        vocab_size=64, d_model=24, num_layers=NUM_LAYERS, num_heads=2, seq_len=16, input_embedding="learned"
+        vocab_size=64,
+        d_model=24,
+        num_layers=NUM_LAYERS,
+        num_heads=2,
+        seq_len=16,
+        input_embedding="learned",
     )
     model = TableFreeForCausalLM(model_config(recipe))
     initialise_parameters(model, 1)
@@ -50,7 +55,9 @@ class CountOperators(TorchDispatchMode):
 
 
 def kernels(mode: str, every_n_layers: int = 1) -> Counter[str]:
-    """How often each kernel runs in a forward and backward pass of the decoder without its loss head."""
+    """How often each kernel runs in a forward and backward pass of the decoder without its loss
+    head.
+    """
     model = build(mode, every_n_layers)
     with CountOperators() as counter:
         model.model.hidden_states(some_ids()).sum().backward()
@@ -59,13 +66,17 @@ def kernels(mode: str, every_n_layers: int = 1) -> Counter[str]:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("every_n_layers", [1, 2, 3, 9])
-def test_loss_and_gradients_are_bitwise_those_of_a_model_that_keeps_everything(mode: str, every_n_layers: int) -> None:
+def test_loss_and_gradients_are_bitwise_those_of_a_model_that_keeps_everything(
+    mode: str, every_n_layers: int
+) -> None:
     kept, recomputed = build("none"), build(mode, every_n_layers)
     losses = [loss_of(kept), loss_of(recomputed)]
     for loss in losses:
         loss.backward()
     assert torch.equal(*losses)
-    for (name, mine), (_, theirs) in zip(kept.named_parameters(), recomputed.named_parameters(), strict=True):
+    for (name, mine), (_, theirs) in zip(
+        kept.named_parameters(), recomputed.named_parameters(), strict=True
+    ):
         assert mine.grad is not None, name
         assert torch.equal(mine.grad, theirs.grad), name
 
@@ -78,7 +89,9 @@ def test_none_runs_every_block_once() -> None:
 
 
 @pytest.mark.parametrize(("every_n_layers", "recomputed"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
-def test_full_runs_every_nth_block_again_matrix_products_included(every_n_layers: int, recomputed: int) -> None:
+def test_full_runs_every_nth_block_again_matrix_products_included(
+    every_n_layers: int, recomputed: int
+) -> None:
     counts, once = kernels("full", every_n_layers), kernels("none")
     for kernel, in_block in ((GELU, 1), (ATTENTION, 1), (LAYER_NORM, 2)):
         assert counts[kernel] == once[kernel] + in_block * recomputed, kernel
@@ -135,12 +148,13 @@ if __name__ == "__main__":
 
 
 def test_peak_memory_falls_from_none_to_selective_to_full() -> None:
-    # A fixed threshold makes malloc give freed tensors back at once, so that the peak is what autograd holds.
+    # A fixed threshold makes malloc give freed tensors back at once, so that the peak is what
+    # autograd holds.
     result = run_command(sys.executable, "-c", PEAK_MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     none, selective, full = json.loads(result.stdout)
-    # One array of 2,048 tokens x 64 channels is 0.5 MB. A block keeps about 18 of them, of which 9 come from matrix
-    # products and attention, and 1 is its input: 12 blocks keep 110, 55 and 6 MB.
+    # One array of 2,048 tokens x 64 channels is 0.5 MB. A block keeps about 18 of them, of which 9
+    # come from matrix products and attention, and 1 is its input: 12 blocks keep 110, 55 and 6 MB.
     assert none - full > 60
     assert none - selective > 15
     assert selective - full > 25

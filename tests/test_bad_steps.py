@@ -1,4 +1,6 @@
-"""Steps that must not reach the weights: found, decided alike on every rank, recorded, and replayed from the record."""
+"""Steps that must not reach the weights: found, decided alike on every rank, recorded, and
+replayed from the record.
+"""
 
 import json
 import math
@@ -28,7 +30,14 @@ ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STEPS = 190
 NOISE = range(50, 1200, 230)
 LONG = f"--train_tokens={STEPS * 6 * 32}"
-TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
+TIMINGS = (
+    "tokens_per_s",
+    "tokens_per_s_per_rank",
+    "step_s",
+    "seconds",
+    "peak_memory_bytes",
+    "slowest",
+)
 SPIKES = "--bad_steps.spike_deviations=6"
 
 
@@ -47,13 +56,20 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint."""
     checkpoint = load_for_reading(run_dir)
     states = ("master", "exp_avg", "exp_avg_sq")
-    return {f"{name}/{state}": checkpoint.parameter(name, state) for name in checkpoint.shapes for state in states}
+    return {
+        f"{name}/{state}": checkpoint.parameter(name, state)
+        for name in checkpoint.shapes
+        for state in states
+    }
 
 
 def is_same(left: Path, right: Path) -> bool:
     """Whether two runs took the same steps and ended in the same state, bit for bit."""
     ours, theirs = final_state(left), final_state(right)
-    trained = [[{**line, "val_loss": 0, "val_perplexity": 0} for line in metrics(run)] for run in (left, right)]
+    trained = [
+        [{**line, "val_loss": 0, "val_perplexity": 0} for line in metrics(run)]
+        for run in (left, right)
+    ]
     return trained[0] == trained[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -72,7 +88,10 @@ def test_what_is_no_number_is_bad_from_the_first_step_on(value: float, tmp_path:
     assert judge_of(tmp_path).judge(1.0, value) == f"loss 1.0, gradient norm {value}"
 
 
-@given(values=st.lists(st.floats(0.5, 1.5), min_size=FEWEST_STEPS, max_size=200), limit=st.floats(3.0, 20.0))
+@given(
+    values=st.lists(st.floats(0.5, 1.5), min_size=FEWEST_STEPS, max_size=200),
+    limit=st.floats(3.0, 20.0),
+)
 def test_a_spike_is_what_lies_so_many_deviations_above_the_median_of_the_steps_before(
     values: list[float], limit: float
 ) -> None:
@@ -92,7 +111,9 @@ def test_a_spike_is_what_lies_so_many_deviations_above_the_median_of_the_steps_b
 
 def test_spikes_of_the_norm_count_too_downward_ones_and_early_ones_do_not(tmp_path: Path) -> None:
     judge = judge_of(tmp_path, spike_deviations=5.0)
-    assert [judge.judge(2.0 + 0.1 * (i % 3), 1.0 + 0.1 * (i % 5)) for i in range(FEWEST_STEPS - 1)].count(None) == 31
+    assert [
+        judge.judge(2.0 + 0.1 * (i % 3), 1.0 + 0.1 * (i % 5)) for i in range(FEWEST_STEPS - 1)
+    ].count(None) == 31
     assert judge.judge(90.0, 1.0) is None  # too early to tell
     assert "gradient norm 9" in (judge.judge(2.0, 9.0) or "")
     assert judge.judge(0.001, 0.001) is None
@@ -106,11 +127,25 @@ def test_after_so_many_bad_steps_in_a_row_the_run_stops(tmp_path: Path) -> None:
         decided.append(judge.decide(step))
         judge.record(record_of(step, policy=decided[-1]))
     assert decided == ["skip", "skip", "skip", "skip", "skip", "stop"]
-    assert [judge.replayed(step) is not None for step in range(4, 12)] == [True, True, False, *[True] * 3, False, False]
+    assert [judge.replayed(step) is not None for step in range(4, 12)] == [
+        True,
+        True,
+        False,
+        *[True] * 3,
+        False,
+        False,
+    ]
 
 
 def record_of(step: int, **changes: Any) -> dict[str, Any]:
-    return {"step": step, "reason": "loss nan", "policy": "skip", "loss": None, "gradient_norm": 1.5, **changes}
+    return {
+        "step": step,
+        "reason": "loss nan",
+        "policy": "skip",
+        "loss": None,
+        "gradient_norm": 1.5,
+        **changes,
+    }
 
 
 def test_decisions_survive_torn_lines_and_a_lost_file(tmp_path: Path) -> None:
@@ -141,18 +176,28 @@ def test_decisions_survive_torn_lines_and_a_lost_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def noisy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents that count up in few ids, and some of noise in others, long enough for two windows."""
+    """Documents that count up in few ids, and some of noise in others, long enough for two
+    windows.
+    """
     data_dir = tmp_path_factory.mktemp("noisy") / "dataset"
     documents = counting_documents(1200, 40, 1)
     for row in NOISE:
         documents[row] = np.random.default_rng(row).integers(41, 512, 70).tolist()
     validation = write_source(data_dir, "validation", "up", counting_documents(12, 40, 3), 0)
-    return write_dataset(data_dir, [write_source(data_dir, "train", "up", documents, 0), validation], {"up": 1.0}, 512)
+    return write_dataset(
+        data_dir,
+        [write_source(data_dir, "train", "up", documents, 0), validation],
+        {"up": 1.0},
+        512,
+    )
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sections: dict[str, Any] = {"validation": {"every_steps": 95}, "checkpoints": {"every_steps": 10, "keep_last": 20}}
+    sections: dict[str, Any] = {
+        "validation": {"every_steps": 95},
+        "checkpoints": {"every_steps": 10, "keep_last": 20},
+    }
     sections["batch"] = {"micro_batch_size": 3}  # two micro-steps on one rank, one on two
     return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", **sections)
 
@@ -167,7 +212,9 @@ def skipped(recipe: Path, noisy_data: Path, tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_spike_is_skipped_and_its_record_leads_to_the_document_that_made_it(skipped: Path) -> None:
+def test_a_spike_is_skipped_and_its_record_leads_to_the_document_that_made_it(
+    skipped: Path,
+) -> None:
     records = skips(skipped)
     assert 1 <= len(records) <= 4
     for record in records:
@@ -183,14 +230,18 @@ def test_a_spike_is_skipped_and_its_record_leads_to_the_document_that_made_it(sk
         assert "running median" in record["reason"]
     manifest = load_for_reading(skipped).manifest
     assert manifest["optimizer_step"] == STEPS - len(records)
-    assert [record["step"] for record in manifest["skips"]] == [record["step"] for record in records]
+    assert [record["step"] for record in manifest["skips"]] == [
+        record["step"] for record in records
+    ]
     assert len(manifest["recent_steps"]) == RUNNING_STEPS
 
 
 def test_recorded_decisions_are_replayed_not_made_again(
     skipped: Path, recipe: Path, noisy_data: Path, tmp_path: Path
 ) -> None:
-    """The run goes back to the checkpoint before its first skip, and on without the key that made it."""
+    """The run goes back to the checkpoint before its first skip, and on without the key that
+    made it.
+    """
     run_dir = tmp_path / "run"
     shutil.copytree(skipped, run_dir)
     first = skips(run_dir)[0]["step"]
@@ -208,11 +259,15 @@ def test_a_run_stopped_anywhere_decides_as_an_unbroken_one_on_other_ranks_too(
     skipped: Path, recipe: Path, noisy_data: Path, tmp_path: Path
 ) -> None:
     first = skips(skipped)[0]["step"]
-    train_on(1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--stop-at-step", str(first - 3))
+    train_on(
+        1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--stop-at-step", str(first - 3)
+    )
     train_on(1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES)
     assert is_same(tmp_path / "run", skipped)
     train_on(2, recipe, noisy_data, tmp_path / "two", LONG, SPIKES)
-    assert [record["step"] for record in skips(tmp_path / "two")] == [record["step"] for record in skips(skipped)]
+    assert [record["step"] for record in skips(tmp_path / "two")] == [
+        record["step"] for record in skips(skipped)
+    ]
     assert [line["loss"] for line in metrics(tmp_path / "two")] == pytest.approx(
         [line["loss"] for line in metrics(skipped)], rel=1e-3
     )
@@ -221,10 +276,15 @@ def test_a_run_stopped_anywhere_decides_as_an_unbroken_one_on_other_ranks_too(
 def test_rewind_goes_back_to_a_checkpoint_and_skips_the_step_when_it_comes_to_it(
     skipped: Path, recipe: Path, noisy_data: Path, tmp_path: Path
 ) -> None:
-    output = train_on(1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--bad_steps.policy=rewind")
+    output = train_on(
+        1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--bad_steps.policy=rewind"
+    )
     records = skips(tmp_path / "run")
     for record in records:
-        assert f"continuing from {tmp_path}/run/checkpoints/step-{record['step'] // 10 * 10:08d}" in output
+        assert (
+            f"continuing from {tmp_path}/run/checkpoints/step-{record['step'] // 10 * 10:08d}"
+            in output
+        )
     assert [record["policy"] for record in records] == ["rewind"] * len(records)
     assert is_same(tmp_path / "run", skipped)  # what went wrong was the batch, not the state
 
@@ -232,7 +292,9 @@ def test_rewind_goes_back_to_a_checkpoint_and_skips_the_step_when_it_comes_to_it
 def test_stop_ends_the_run_with_one_line_and_the_same_command_goes_on_with_skip(
     skipped: Path, recipe: Path, noisy_data: Path, tmp_path: Path
 ) -> None:
-    ended = run_ranks(1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--bad_steps.policy=stop")
+    ended = run_ranks(
+        1, recipe, noisy_data, tmp_path / "run", LONG, SPIKES, "--bad_steps.policy=stop"
+    )
     assert ended.exit_codes == [2]
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
     first = skips(skipped)[0]
@@ -251,7 +313,11 @@ def be_a_poisoned_rank(arguments: list[str], variables: dict[str, str], log: Pat
     """Body of a forked rank where some steps' gradients, on the last rank alone, are no numbers."""
     from pretrain.engine.engine import Engine
 
-    steps, calls, honest = set(map(int, variables["POISONED"].split())), iter(range(10**6)), Engine.train_step
+    steps, calls, honest = (
+        set(map(int, variables["POISONED"].split())),
+        iter(range(10**6)),
+        Engine.train_step,
+    )
 
     def train_step(engine: Engine, *step: Any) -> Any:
         poisoned = next(calls) in steps and engine.world.rank == engine.world.world_size - 1
@@ -266,7 +332,9 @@ def be_a_poisoned_rank(arguments: list[str], variables: dict[str, str], log: Pat
     be_a_rank(arguments, variables, log)
 
 
-def poisoned_run(ranks: int, steps: str, recipe: Path, data: Path, run_dir: Path, *more: str) -> Ended:
+def poisoned_run(
+    ranks: int, steps: str, recipe: Path, data: Path, run_dir: Path, *more: str
+) -> Ended:
     return run_ranks(ranks, recipe, data, run_dir, *more, body=be_a_poisoned_rank, POISONED=steps)
 
 
@@ -284,7 +352,9 @@ def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text
     assert sum(character.isalpha() for character in text) > 20
     checkpoint = load_for_reading(tmp_path / "run")
     assert (checkpoint.step, checkpoint.optimizer_step) == (20, 18)
-    assert all(bool(torch.isfinite(values).all()) for values in final_state(tmp_path / "run").values())
+    assert all(
+        bool(torch.isfinite(values).all()) for values in final_state(tmp_path / "run").values()
+    )
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.5  # it learned all the same
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -305,8 +375,12 @@ def saved(run_dir: Path) -> list[int]:
     return [Checkpoint(path).step for path in saved_steps(run_dir)]
 
 
-def test_while_steps_are_bad_no_checkpoint_of_before_is_dropped(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"every_steps": 2, "keep_last": 1}, train_tokens=8 * 6 * 32)
+def test_while_steps_are_bad_no_checkpoint_of_before_is_dropped(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "r.yaml", checkpoints={"every_steps": 2, "keep_last": 1}, train_tokens=8 * 6 * 32
+    )
     ended = poisoned_run(1, "5", recipe, tiny_data, tmp_path / "one", "--stop-at-step", "6")
     assert ended.exit_codes == [0], ended.output
     assert saved(tmp_path / "one") == [6, 4]  # training may have diverged by step 5
@@ -320,8 +394,12 @@ def test_while_steps_are_bad_no_checkpoint_of_before_is_dropped(tiny_data: Path,
     assert saved(tmp_path / "end") == [6, 4]  # where a run ends it is saved
 
 
-def be_a_rank_whose_weights_are_spoilt(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank in which one weight is no number any more after so many steps, as a failing device does."""
+def be_a_rank_whose_weights_are_spoilt(
+    arguments: list[str], variables: dict[str, str], log: Path
+) -> None:
+    """Body of a forked rank in which one weight is no number any more after so many steps, as a
+    failing device does.
+    """
     from pretrain.engine.engine import Engine
 
     after, calls, honest = int(variables["SPOILT_AFTER"]), iter(range(1, 10**6)), Engine.train_step
@@ -345,19 +423,23 @@ def test_weights_that_are_no_numbers_end_a_run_before_anything_is_lost_for_them(
     recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"keep_last": 1})
     run_dir, body = tmp_path / "run", be_a_rank_whose_weights_are_spoilt
     ended = run_ranks(ranks, recipe, tiny_data, run_dir, body=body, SPOILT_AFTER="8")
-    assert ended.exit_codes == [1] * ranks, ended.output  # the device may be well again: --max-restarts tries
+    # the device may be well again: --max-restarts tries
+    assert ended.exit_codes == [1] * ranks, ended.output
     (said,) = {line for line in ended.output.splitlines() if line.startswith("error:")}
     assert "step-00000010: not written: " in said
     assert "holds what is no number" in said
     assert saved(run_dir) == [5]
     train_on(ranks, recipe, tiny_data, run_dir)
     assert saved(run_dir) == [20]
-    assert load_for_reading(run_dir).optimizer_step == 20 - len(skips(run_dir))  # what was skipped stays so
+    # what was skipped stays so
+    assert load_for_reading(run_dir).optimizer_step == 20 - len(skips(run_dir))
 
 
 def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml")
-    rewound = poisoned_run(2, "2", recipe, tiny_data, tmp_path / "rewound", "--bad_steps.policy=rewind")
+    rewound = poisoned_run(
+        2, "2", recipe, tiny_data, tmp_path / "rewound", "--bad_steps.policy=rewind"
+    )
     assert rewound.exit_codes == [0, 0], rewound.output
     assert "continuing from" in rewound.output
     assert "step-00000000" in rewound.output
@@ -365,8 +447,12 @@ def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_p
     assert is_same(tmp_path / "rewound", tmp_path / "skipped")
 
 
-def be_a_poisoned_rank_that_loads_slowly(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank that has steps whose gradients are no numbers, and takes 7 s to go back."""
+def be_a_poisoned_rank_that_loads_slowly(
+    arguments: list[str], variables: dict[str, str], log: Path
+) -> None:
+    """Body of a forked rank that has steps whose gradients are no numbers, and takes 7 s to go
+    back.
+    """
     from pretrain import train
 
     honest, seconds = train.restore, iter([0, 7])  # at the start, and when it rewinds
@@ -380,14 +466,18 @@ def be_a_poisoned_rank_that_loads_slowly(arguments: list[str], variables: dict[s
 
 
 def test_a_rewind_may_load_for_longer_than_a_run_may_stall(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", bad_steps={"policy": "rewind"}, stalls={"after_s": 2.0})
+    recipe = write_recipe(
+        tmp_path / "r.yaml", bad_steps={"policy": "rewind"}, stalls={"after_s": 2.0}
+    )
     body = be_a_poisoned_rank_that_loads_slowly
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", body=body, POISONED="12")
     assert "rewinding from step 12" in ended.output
     assert ended.exit_codes == [0], ended.output
 
 
-def test_a_run_that_starts_over_with_other_values_has_no_decisions_to_replay(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_that_starts_over_with_other_values_has_no_decisions_to_replay(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", checkpoints={"every_steps": 100})
     diverging = ("--optimizer.peak_learning_rate=1e30", "--optimizer.gradient_clipping=1e30")
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *diverging)

@@ -37,7 +37,8 @@ def test_a_branch_of_another_length_is_what_a_run_of_that_length_is(
     assert f"branching from {trunk}/checkpoints/step-00000010" in output
     train_on(1, recipe, tiny_data, tmp_path / "whole", tokens)
     assert len(losses(tmp_path / "branch")) == length
-    assert losses(tmp_path / "branch") == losses(tmp_path / "whole")  # bit for bit, the steps of the trunk too
+    # bit for bit, the steps of the trunk too
+    assert losses(tmp_path / "branch") == losses(tmp_path / "whole")
 
 
 def test_a_branch_stopped_goes_on_by_the_same_command_and_leaves_its_trunk_alone(
@@ -48,9 +49,14 @@ def test_a_branch_stopped_goes_on_by_the_same_command_and_leaves_its_trunk_alone
     train_on(1, recipe, tiny_data, tmp_path / "run", *flags, "--stop-at-step", "12")
     output = train_on(1, recipe, tiny_data, tmp_path / "run", *flags)
     assert "step-00000012" in output
-    ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *branch(trunk, 15, f"--train_tokens={15 * STEP}"))
+    ended = run_ranks(
+        1, recipe, tiny_data, tmp_path / "run", *branch(trunk, 15, f"--train_tokens={15 * STEP}")
+    )
     assert ended.exit_codes == [2]
-    assert f"has checkpoints already, branched from {trunk}/checkpoints/step-00000010; leave" in ended.output
+    assert (
+        f"has checkpoints already, branched from {trunk}/checkpoints/step-00000010; leave"
+        in ended.output
+    )
     assert len(losses(tmp_path / "run")) == 15
     assert {path: path.read_bytes() for path in trunk.rglob("*") if path.is_file()} == before
 
@@ -67,7 +73,13 @@ def test_a_branch_stopped_goes_on_by_the_same_command_and_leaves_its_trunk_alone
     ],
 )
 def test_a_branch_that_its_trunk_could_not_have_grown_is_refused(
-    step: int, more: list[str], says: str, trunk: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+    step: int,
+    more: list[str],
+    says: str,
+    trunk: Path,
+    recipe: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *branch(trunk, step, *more))
     assert ended.exit_codes == [2]
@@ -77,7 +89,9 @@ def test_a_branch_that_its_trunk_could_not_have_grown_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_is_no_origin(trunk: Path, recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_no_origin(
+    trunk: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     shutil.copytree(trunk, tmp_path / "trunk")
     file = next((tmp_path / "trunk" / "checkpoints" / "step-00000010").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
@@ -86,7 +100,8 @@ def test_a_damaged_checkpoint_is_no_origin(trunk: Path, recipe: Path, tiny_data:
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *branch(tmp_path / "trunk", 10))
     assert ended.exit_codes == [2]
     assert "differs from its digest" in ended.output
-    assert "step 10 was saved, but no good checkpoint is left" in ended.output  # rather than a start from nothing
+    # rather than a start from nothing
+    assert "step 10 was saved, but no good checkpoint is left" in ended.output
     assert "loss" not in ended.output
 
 

@@ -34,12 +34,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_kills_flips_full_disks_and_other_world_sizes_lose_nothing_beyond_the_last_save(home: Path) -> None:
+def test_kills_flips_full_disks_and_other_world_sizes_lose_nothing_beyond_the_last_save(
+    home: Path,
+) -> None:
     output = home.with_name("output").read_text()
-    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in output.splitlines() if "|" in line]
-    counts = {kind: sum(int(row[2]) for row in rows if row[0] == kind) for kind in (row[0] for row in rows[2:])}
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in output.splitlines()
+        if "|" in line
+    ]
+    counts = {
+        kind: sum(int(row[2]) for row in rows if row[0] == kind)
+        for kind in (row[0] for row in rows[2:])
+    }
     disks = 0 if "full disks: skipped" in output else 1
-    expected = {"whole job": 3, "one rank": 3, "flipped byte": 1, "full disk": disks, "other number of ranks": 1}
+    expected = {
+        "whole job": 3,
+        "one rank": 3,
+        "flipped byte": 1,
+        "full disk": disks,
+        "other number of ranks": 1,
+    }
     assert {kind: counts.get(kind, 0) for kind in expected} == expected
     assert counts["all"] == sum(expected.values())
     assert {row[-1] for row in rows[2:]} == {"0"}  # unreadable states
@@ -113,12 +128,19 @@ def test_a_run_as_it_ended_has_no_problems(home: Path, tmp_path: Path) -> None:
     assert leg.problems == []
 
 
-def test_a_checkpoint_that_is_gone_or_cannot_be_read_is_a_problem(home: Path, tmp_path: Path) -> None:
-    gone, unreadable, none = (leg_of(home, tmp_path / name) for name in ("gone", "unreadable", "none"))
+def test_a_checkpoint_that_is_gone_or_cannot_be_read_is_a_problem(
+    home: Path, tmp_path: Path
+) -> None:
+    gone, unreadable, none = (
+        leg_of(home, tmp_path / name) for name in ("gone", "unreadable", "none")
+    )
     for leg in (gone, unreadable, none):
         leg.note_published()
     shutil.rmtree(saved_steps(gone.run_dir)[0])
-    assert any("had been saved, and the newest good checkpoint is" in problem for problem in looked_at(gone))
+    assert any(
+        "had been saved, and the newest good checkpoint is" in problem
+        for problem in looked_at(gone)
+    )
     next(saved_steps(unreadable.run_dir)[0].glob("*.safetensors")).write_bytes(b"")
     assert any("newest good checkpoint" in problem for problem in looked_at(unreadable))
     shutil.rmtree(none.run_dir / "checkpoints")
@@ -134,13 +156,20 @@ def test_a_kill_before_the_first_pointer_is_no_problem_and_a_pointer_lost_later_
     for older in saved_steps(first.run_dir)[1:]:
         shutil.rmtree(older)
     assert looked_at(first) == []
-    assert any("latest: missing (removed, or a kill came before" in problem for problem in looked_at(later))
+    assert any(
+        "latest: missing (removed, or a kill came before" in problem for problem in looked_at(later)
+    )
 
 
-def test_a_line_that_differs_in_one_bit_is_missing_or_twice_there_is_a_problem(home: Path, tmp_path: Path) -> None:
+def test_a_line_that_differs_in_one_bit_is_missing_or_twice_there_is_a_problem(
+    home: Path, tmp_path: Path
+) -> None:
     reference = lines_of(home / "unbroken" / "run")
     assert line_problems(reference, reference) == []
-    changed = [{**line, "loss": line["loss"] * (1 + 2**-52)} if line["step"] == 7 else line for line in reference]
+    changed = [
+        {**line, "loss": line["loss"] * (1 + 2**-52)} if line["step"] == 7 else line
+        for line in reference
+    ]
     (problem,) = line_problems(changed, reference)
     assert problem.startswith("step 7: loss ")
     assert line_problems(changed, reference, 1e-4) == []
@@ -158,11 +187,14 @@ def test_a_tensor_that_differs_in_one_bit_is_a_problem(home: Path, tmp_path: Pat
     path = saved_steps(leg.run_dir)[0]
     manifest = json.loads((path / "manifest.json").read_text())
     entry = manifest["files"][0]
-    tensors = {key: values.clone() for key, values in load_file(path / entry["name"]).items()}  # not mapped
+    # not mapped
+    tensors = {key: values.clone() for key, values in load_file(path / entry["name"]).items()}
     name = next(iter(entry["fragments"]))
     tensors[f"{name}/exp_avg_sq"].view(torch.int32)[-1] ^= 1
     fragments = [
-        Fragment(name=n, start=first, states={state: tensors[f"{n}/{state}"] for state in chaos.STATES})
+        Fragment(
+            name=n, start=first, states={state: tensors[f"{n}/{state}"] for state in chaos.STATES}
+        )
         for n, (first, _) in entry["fragments"].items()
     ]
     manifest["files"][0] = write_fragments(path / entry["name"], fragments)

@@ -1,4 +1,6 @@
-"""The character n-gram tokenizer: every character its own id, lossless, the same everywhere, in every encoder."""
+"""The character n-gram tokenizer: every character its own id, lossless, the same everywhere, in
+every encoder.
+"""
 
 import hashlib
 import importlib
@@ -13,7 +15,15 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from prep_helpers import NASTY_TEXTS, build, decoded, speeches, write_jsonl, write_mixture, write_parquet
+from prep_helpers import (
+    NASTY_TEXTS,
+    build,
+    decoded,
+    speeches,
+    write_jsonl,
+    write_mixture,
+    write_parquet,
+)
 from prep_helpers import source as mixture_source
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -21,7 +31,17 @@ from data_prep import char_ngram, train_tokenizer
 from data_prep.encode import Encoder, LoadedTokenizer, load_tokenizer, new_encoder, reference_ids
 from data_prep.errors import UserError
 
-SPELLINGS = ("<pad>", "<s>", "</s>", "<unk>", "<0x41>", "<0x80>", "<unused_E004>", "<unused_FFFF>", "a<pad>b <s></s>")
+SPELLINGS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x41>",
+    "<0x80>",
+    "<unused_E004>",
+    "<unused_FFFF>",
+    "a<pad>b <s></s>",
+)
 ODD_TEXTS = (
     "\ue000\uf8ff\ufffe\uffff\U0001fffe",
     "\U0001f469\u200d\U0001f467 e\u0301\u200d",
@@ -39,19 +59,34 @@ PLANES = st.integers(0, 16).flatmap(
         min_codepoint=plane << 16, max_codepoint=(plane << 16) + 0xFFFF, exclude_categories=["Cs"]
     )
 )
-PIECES = CHARACTERS | PLANES | st.characters(categories=["Mn", "Mc", "Me"]) | st.sampled_from([*TEXTS, "\n", "\x00"])
+PIECES = (
+    CHARACTERS
+    | PLANES
+    | st.characters(categories=["Mn", "Mc", "Me"])
+    | st.sampled_from([*TEXTS, "\n", "\x00"])
+)
 DOCUMENTS = st.lists(PIECES, max_size=30).map("".join)
 
 
 def train(output_dir: Path, *flags: str) -> Path:
-    arguments = ["--algorithm", "char_ngram", "--vocab-size", "65536", "--output-dir", str(output_dir), *flags]
+    arguments = [
+        "--algorithm",
+        "char_ngram",
+        "--vocab-size",
+        "65536",
+        "--output-dir",
+        str(output_dir),
+        *flags,
+    ]
     train_tokenizer.main(arguments)
     return output_dir
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("source") / "s.jsonl", [*speeches(150), *NASTY_TEXTS])
+    return write_jsonl(
+        tmp_path_factory.mktemp("source") / "s.jsonl", [*speeches(150), *NASTY_TEXTS]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +114,29 @@ def auto(directory: Path) -> PreTrainedTokenizerBase:
 def test_layout_of_the_ids(tokenizer: LoadedTokenizer, auto: PreTrainedTokenizerBase) -> None:
     vocab = tokenizer.reference.get_vocab()
     assert sorted(vocab.values()) == list(range(65_536))
-    assert [vocab[token] for token in ("<pad>", "<s>", "</s>", "<unk>")] == [57344, 57345, 57346, 57347]
-    assert (auto.pad_token_id, auto.bos_token_id, auto.eos_token_id, auto.unk_token_id) == (57344, 57345, 57346, 57347)
+    assert [vocab[token] for token in ("<pad>", "<s>", "</s>", "<unk>")] == [
+        57344,
+        57345,
+        57346,
+        57347,
+    ]
+    assert (auto.pad_token_id, auto.bos_token_id, auto.eos_token_id, auto.unk_token_id) == (
+        57344,
+        57345,
+        57346,
+        57347,
+    )
     assert (len(auto), tokenizer.vocab_size, tokenizer.eos_id) == (65_536, 65_536, 57346)
     assert (vocab["<unused_FFFF>"], tokenizer.special_tokens["<unused_FFFF>"]) == (65_535, 65_535)
 
 
-def test_every_character_has_its_code_unit_as_id(tokenizer: LoadedTokenizer, encoder: Encoder) -> None:
+def test_every_character_has_its_code_unit_as_id(
+    tokenizer: LoadedTokenizer, encoder: Encoder
+) -> None:
     codes = [*range(0xD800), *range(0xF900, 0x10000)]
     ids, offsets = encoder.encode(pa.array([chr(code) for code in codes], pa.large_string()))
-    assert ids.tolist() == [*codes[:-1], 0xE07F]  # U+FFFF leaves its own to an id that no text gives
+    # U+FFFF leaves its own to an id that no text gives
+    assert ids.tolist() == [*codes[:-1], 0xE07F]
     assert len(offsets) == len(codes) + 1
     assert all(tokenizer.reference.encode(chr(code)).ids == [code] for code in codes[:-1:7])
 
@@ -118,7 +166,9 @@ def test_any_text_comes_back(
 def test_any_documents_come_back_out_of_shards(
     directory: Path, tmp_path_factory: pytest.TempPathFactory, documents: list[str]
 ) -> None:
-    """Which also means that the end-of-document id never comes out of a text, not even out of `</s>`."""
+    """Which also means that the end-of-document id never comes out of a text, not even out of
+    `</s>`.
+    """
     base = tmp_path_factory.mktemp("shards")
     documents = [f"either split gets {i}" for i in range(20)] + documents
     write_parquet(base / "a.parquet", documents)
@@ -126,22 +176,44 @@ def test_any_documents_come_back_out_of_shards(
     manifest = build(write_mixture(base, directory, [entry], validation_fraction=0.5), base / "out")
     expected = {("a.parquet", row): text for row, text in enumerate(documents) if text}
     assert decoded(base / "out") == expected
-    assert sum(shard.text_bytes for shard in manifest.shards) == sum(len(text.encode()) for text in documents)
+    assert sum(shard.text_bytes for shard in manifest.shards) == sum(
+        len(text.encode()) for text in documents
+    )
 
 
-def test_real_text_is_the_same_in_both_encoders(tokenizer: LoadedTokenizer, encoder: Encoder) -> None:
+def test_real_text_is_the_same_in_both_encoders(
+    tokenizer: LoadedTokenizer, encoder: Encoder
+) -> None:
     texts = speeches(249)[150:]
     ids, offsets = encoder.encode(pa.array(texts, pa.large_string()))
     for i, text in enumerate(texts):
         assert ids[offsets[i] : offsets[i + 1]].tolist() == reference_ids(tokenizer, text).tolist()
     assert 2.2 < sum(map(len, texts)) / len(ids) < 3
-    lengths = {len(tokenizer.reference.decode([id_])) for id_ in ids.tolist() if id_ in char_ngram.TRIGRAM_IDS}
+    lengths = {
+        len(tokenizer.reference.decode([id_]))
+        for id_ in ids.tolist()
+        if id_ in char_ngram.TRIGRAM_IDS
+    }
     assert lengths == {3}
 
 
 def test_words_fall_apart_in_threes_from_their_start(tokenizer: LoadedTokenizer) -> None:
     found = tokenizer.reference.encode("the people of the United States").tokens
-    assert found == ["the", "Ġpe", "opl", "e", "Ġof", "Ġth", "e", "ĠUn", "ite", "d", "ĠSt", "ate", "s"]
+    assert found == [
+        "the",
+        "Ġpe",
+        "opl",
+        "e",
+        "Ġof",
+        "Ġth",
+        "e",
+        "ĠUn",
+        "ite",
+        "d",
+        "ĠSt",
+        "ate",
+        "s",
+    ]
 
 
 def test_counts_of_a_word() -> None:
@@ -159,10 +231,24 @@ def test_rare_grams_are_forgotten_where_there_are_too_many(monkeypatch: pytest.M
     assert aligned.keys() <= anywhere.keys()
 
 
-def test_the_same_files_whatever_the_hash_seed_and_the_threads(tmp_path: Path, source: Path, directory: Path) -> None:
-    command = [sys.executable, "-m", "data_prep.train_tokenizer", "--algorithm", "char_ngram", "--vocab-size", "65536"]
+def test_the_same_files_whatever_the_hash_seed_and_the_threads(
+    tmp_path: Path, source: Path, directory: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.train_tokenizer",
+        "--algorithm",
+        "char_ngram",
+        "--vocab-size",
+        "65536",
+    ]
     again = tmp_path / "again"
-    environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "PYTHONHASHSEED": "7",
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command += ["--source", str(source), "--output-dir", str(again)]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -178,16 +264,24 @@ def test_learns_from_part_of_the_text_if_told_so(
 ) -> None:
     train(tmp_path / "t", "--source", str(source), "--max-characters", "1000")
     printed = capsys.readouterr()
-    assert "learning from 1,000 characters, evenly over the sources; --max-characters takes more" in printed.err
+    assert (
+        "learning from 1,000 characters, evenly over the sources; --max-characters takes more"
+        in printed.err
+    )
     assert "trained on 1,000 characters" in printed.out
     assert "ids stay unused" in printed.err
     tokenizer = load_tokenizer(tmp_path / "t")
     assert tokenizer.vocab_size == 65_536
-    assert tokenizer.reference.decode(reference_ids(tokenizer, "<unused_D9FF>").tolist()) == "<unused_D9FF>"
+    assert (
+        tokenizer.reference.decode(reference_ids(tokenizer, "<unused_D9FF>").tolist())
+        == "<unused_D9FF>"
+    )
 
 
 def test_bad_arguments(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(UserError, match="--vocab-size 32000: expected 65536, the one size of char_ngram"):
+    with pytest.raises(
+        UserError, match="--vocab-size 32000: expected 65536, the one size of char_ngram"
+    ):
         train(tmp_path / "t", "--source", str(source), "--vocab-size", "32000")
     with pytest.raises(UserError, match="--max-characters: 0: expected a number of 1 or more"):
         train(tmp_path / "t", "--source", str(source), "--max-characters", "0")
@@ -202,7 +296,9 @@ def test_configuration(directory: Path) -> None:
     assert "model_type" not in config
 
 
-def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "tests" / "benchmarks")
     importlib.import_module("characters_per_token").main(["--quick"])
     lines = capsys.readouterr().out.splitlines()

@@ -34,11 +34,19 @@ from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import save_checkpoint, write_fragments
 from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.distributed.world import World
-from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
+from pretrain.modeling_tablefree import (
+    TableFreeForCausalLM,
+    checkpoint_parameters,
+    initialise_parameters,
+)
 
 SHAPES = {"matrix": [3, 4], "vector": [5], "cube": [2, 2, 2]}
 STATES = ("master", "exp_avg", "exp_avg_sq")
-TENSORS, MANIFEST, SIDECAR = "rank-00000-of-00001.safetensors", "manifest.json", "manifest.json.xxh3_128"
+TENSORS, MANIFEST, SIDECAR = (
+    "rank-00000-of-00001.safetensors",
+    "manifest.json",
+    "manifest.json.xxh3_128",
+)
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -51,7 +59,9 @@ def values_of(step: int = 0) -> dict[str, dict[str, Tensor]]:
     numbers = iter(range(10_000))
     return {
         name: {
-            state: torch.tensor([step + next(numbers) / 7 for _ in range(torch.Size(shape).numel())])
+            state: torch.tensor(
+                [step + next(numbers) / 7 for _ in range(torch.Size(shape).numel())]
+            )
             for state in STATES
         }
         for name, shape in SHAPES.items()
@@ -59,7 +69,9 @@ def values_of(step: int = 0) -> dict[str, dict[str, Tensor]]:
 
 
 def fragments_between(low: int, high: int) -> list[Fragment]:
-    """What a rank owns of all parameters laid one after another, from element `low` up to `high`."""
+    """What a rank owns of all parameters laid one after another, from element `low` up to
+    `high`.
+    """
     fragments, first = [], 0
     for name, states in values_of().items():
         size = len(states["master"])
@@ -77,10 +89,19 @@ def save_as_ranks(run_dir: Path, cuts: list[int]) -> Checkpoint:
     path.mkdir(parents=True)
     bounds = [0, *sorted(cuts), 25]
     files = [
-        write_fragments(path / f"rank-{rank:05d}-of-{len(cuts) + 1:05d}.safetensors", fragments_between(low, high))
+        write_fragments(
+            path / f"rank-{rank:05d}-of-{len(cuts) + 1:05d}.safetensors",
+            fragments_between(low, high),
+        )
         for rank, (low, high) in enumerate(pairwise(bounds))
     ]
-    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": 7, **about(), "files": files}
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": 7,
+        **about(),
+        "files": files,
+    }
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "manifest.json.xxh3_128").write_bytes(sidecar_of(path))
     (path.parent / "latest").write_bytes(pointer_to(path))
@@ -89,7 +110,9 @@ def save_as_ranks(run_dir: Path, cuts: list[int]) -> Checkpoint:
 
 def save(run_dir: Path, step: int) -> Path:
     """A checkpoint of one rank, the way training saves it."""
-    fragments = [Fragment(name=name, start=0, states=states) for name, states in values_of(step).items()]
+    fragments = [
+        Fragment(name=name, start=0, states=states) for name, states in values_of(step).items()
+    ]
     return save_checkpoint(run_dir, step, fragments, about(), ALONE)
 
 
@@ -98,7 +121,9 @@ def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
     assert checkpoint.step == step
     for name, shape in SHAPES.items():
         for state in STATES:
-            assert torch.equal(checkpoint.parameter(name, state), values_of(step)[name][state].view(shape))
+            assert torch.equal(
+                checkpoint.parameter(name, state), values_of(step)[name][state].view(shape)
+            )
 
 
 # What is saved reads back
@@ -106,7 +131,9 @@ def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
 
 @settings(max_examples=40)
 @given(cuts=st.lists(st.integers(0, 25), max_size=3), data=st.data())
-def test_any_range_of_any_parameter_reads_back_whatever_ranks_saved_it(cuts: list[int], data: st.DataObject) -> None:
+def test_any_range_of_any_parameter_reads_back_whatever_ranks_saved_it(
+    cuts: list[int], data: st.DataObject
+) -> None:
     name = data.draw(st.sampled_from(sorted(SHAPES)))
     state = data.draw(st.sampled_from(STATES))
     expected = values_of()[name][state]
@@ -114,7 +141,9 @@ def test_any_range_of_any_parameter_reads_back_whatever_ranks_saved_it(cuts: lis
     count = data.draw(st.integers(0, len(expected) - start))
     with TemporaryDirectory() as directory:
         checkpoint = save_as_ranks(Path(directory), cuts)
-        assert torch.equal(checkpoint.read(name, state, start, count), expected[start : start + count])
+        assert torch.equal(
+            checkpoint.read(name, state, start, count), expected[start : start + count]
+        )
         assert torch.equal(checkpoint.parameter(name, state), expected.view(SHAPES[name]))
         assert checkpoint.damage() is None
         assert newest_good(Path(directory))[1] == []
@@ -131,8 +160,11 @@ def test_a_saved_checkpoint_is_plain_safetensors_and_json(tmp_path: Path) -> Non
     pointer = json.loads((path.parent / "latest").read_text())
     digest = digest_file(path / "manifest.json")
     assert pointer == {"checkpoint": "step-00000005", "manifest_xxh3_128": digest}
-    assert (path / SIDECAR).read_text() == f"{digest}  manifest.json\n"  # as `xxh128sum --check` reads it
-    assert json.loads((path / MANIFEST).read_text())["files"][0]["xxh3_128"] == digest_file(path / TENSORS)
+    # as `xxh128sum --check` reads it
+    assert (path / SIDECAR).read_text() == f"{digest}  manifest.json\n"
+    assert json.loads((path / MANIFEST).read_text())["files"][0]["xxh3_128"] == digest_file(
+        path / TENSORS
+    )
 
 
 def test_a_part_that_no_file_holds_is_missed(tmp_path: Path) -> None:
@@ -144,13 +176,21 @@ def test_a_part_that_no_file_holds_is_missed(tmp_path: Path) -> None:
 
 def test_a_model_s_masters_come_back_as_the_training_class(tmp_path: Path) -> None:
     recipe = ModelRecipe(
-        vocab_size=40, d_model=24, num_layers=2, num_heads=2, seq_len=8, input_embedding="affine_code", code_bits=8
+        vocab_size=40,
+        d_model=24,
+        num_layers=2,
+        num_heads=2,
+        seq_len=8,
+        input_embedding="affine_code",
+        code_bits=8,
     )
     model = TableFreeForCausalLM(model_config(recipe))
     initialise_parameters(model, 1)
     shapes = {name: list(value.shape) for name, value in checkpoint_parameters(model)}
     flat = {name: value.detach().flatten() for name, value in checkpoint_parameters(model)}
-    fragments = [Fragment(name=n, start=0, states=dict.fromkeys(STATES, v)) for n, v in flat.items()]
+    fragments = [
+        Fragment(name=n, start=0, states=dict.fromkeys(STATES, v)) for n, v in flat.items()
+    ]
     for fragment in fragments:
         fragment.states.update({state: values.clone() for state, values in fragment.states.items()})
     more = {"parameters": shapes, "model_config": model.config.to_diff_dict()}
@@ -176,11 +216,23 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damaged", "how", "reason"),
     [
-        (TENSORS, flip_byte, f"{TENSORS} differs from its digest: [0-9a-f]{{32}}, expected [0-9a-f]{{32}}"),
+        (
+            TENSORS,
+            flip_byte,
+            f"{TENSORS} differs from its digest: [0-9a-f]{{32}}, expected [0-9a-f]{{32}}",
+        ),
         (TENSORS, truncate, rf"{TENSORS} has [\d,]+ bytes, expected [\d,]+"),
         (TENSORS, Path.unlink, f"{TENSORS} is missing"),
-        (MANIFEST, flip_byte, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json"),
-        (MANIFEST, truncate, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json"),
+        (
+            MANIFEST,
+            flip_byte,
+            f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json",
+        ),
+        (
+            MANIFEST,
+            truncate,
+            f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says [0-9a-f]{{32}}  manifest.json",
+        ),
         (MANIFEST, Path.unlink, "FileNotFoundError.*manifest.json'"),
         (SIDECAR, flip_byte, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says"),
         (SIDECAR, truncate, f"manifest.json: digest [0-9a-f]{{32}}, {SIDECAR} says"),
@@ -204,7 +256,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason_and_the_older_one_u
 
 @settings(max_examples=30)
 @given(file=st.sampled_from([TENSORS, MANIFEST]), place=st.floats(0, 1))
-def test_one_flipped_bit_anywhere_in_the_newest_checkpoint_is_found(file: str, place: float) -> None:
+def test_one_flipped_bit_anywhere_in_the_newest_checkpoint_is_found(
+    file: str, place: float
+) -> None:
     with TemporaryDirectory() as directory:
         run_dir = Path(directory)
         save(run_dir, 5)
@@ -215,8 +269,13 @@ def test_one_flipped_bit_anywhere_in_the_newest_checkpoint_is_found(file: str, p
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(["[]", "{}", "3", "null", '{"format": 1}', '"x"', "{", ""]) | st.text(max_size=5))
-def test_whatever_the_pointer_or_an_older_manifest_says_a_good_checkpoint_is_found(text: str) -> None:
+@given(
+    st.sampled_from(["[]", "{}", "3", "null", '{"format": 1}', '"x"', "{", ""])
+    | st.text(max_size=5)
+)
+def test_whatever_the_pointer_or_an_older_manifest_says_a_good_checkpoint_is_found(
+    text: str,
+) -> None:
     with TemporaryDirectory() as directory:
         run_dir = Path(directory)
         save(run_dir, 5)
@@ -254,7 +313,8 @@ def test_a_file_of_a_checkpoint_that_is_not_of_its_format_is_named(tmp_path: Pat
 def test_the_first_rank_s_bad_file_is_named_among_many(tmp_path: Path) -> None:
     checkpoint = save_as_ranks(tmp_path, [6, 12])
     flip_byte(checkpoint.path / "rank-00001-of-00003.safetensors", 0.99)
-    found = [Checkpoint(checkpoint.path).damage(part, 2) for part in (0, 1)]  # two ranks share three files
+    # two ranks share three files
+    found = [Checkpoint(checkpoint.path).damage(part, 2) for part in (0, 1)]
     assert found[0] is None
     assert str(found[1]).startswith("rank-00001-of-00003.safetensors differs from its digest: ")
 
@@ -274,7 +334,8 @@ def test_reading_says_what_is_wrong_when_there_is_nothing_to_read(tmp_path: Path
         load_for_reading(tmp_path)
     tensors = save(tmp_path, 5) / TENSORS
     with pytest.raises(
-        UserError, match=rf"the folder of a run's checkpoints; give the run, {re.escape(str(tmp_path))}$"
+        UserError,
+        match=rf"the folder of a run's checkpoints; give the run, {re.escape(str(tmp_path))}$",
     ):
         load_for_reading(checkpoints_dir(tmp_path))
     flip_byte(tensors)
@@ -286,7 +347,15 @@ def test_reading_says_what_is_wrong_when_there_is_nothing_to_read(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["../rank-00000-of-00001.safetensors", "/tmp/rank-00000-of-00001.safetensors", "..", "", "manifest.json", 7]
+    "name",
+    [
+        "../rank-00000-of-00001.safetensors",
+        "/tmp/rank-00000-of-00001.safetensors",
+        "..",
+        "",
+        "manifest.json",
+        7,
+    ],
 )
 def test_a_manifest_may_name_files_of_a_checkpoint_alone(name: object, tmp_path: Path) -> None:
     save(tmp_path, 5)
@@ -304,7 +373,9 @@ def test_a_manifest_may_name_files_of_a_checkpoint_alone(name: object, tmp_path:
     assert len([line for line in said if f"{newest}: " in line]) == 1
 
 
-@pytest.mark.parametrize("name", ["../checkpoints/step-00000005", "/tmp", "..", ".", "", "step-5", 7, None, ["a"]])
+@pytest.mark.parametrize(
+    "name", ["../checkpoints/step-00000005", "/tmp", "..", ".", "", "step-5", 7, None, ["a"]]
+)
 def test_a_pointer_may_name_a_checkpoint_alone(name: object, tmp_path: Path) -> None:
     save(tmp_path, 5)
     pointer = checkpoints_dir(tmp_path) / "latest"
@@ -322,7 +393,9 @@ def test_a_pointer_may_name_a_checkpoint_alone(name: object, tmp_path: Path) -> 
 @pytest.mark.parametrize("state", STATES)
 def test_states_that_are_no_numbers_are_not_saved(value: float, state: str, tmp_path: Path) -> None:
     save(tmp_path, 5)
-    fragments = [Fragment(name=name, start=0, states=states) for name, states in values_of(10).items()]
+    fragments = [
+        Fragment(name=name, start=0, states=states) for name, states in values_of(10).items()
+    ]
     fragments[1].states[state][-1] = value
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
@@ -334,7 +407,9 @@ def test_states_that_are_no_numbers_are_not_saved(value: float, state: str, tmp_
     assert_holds(newest_good(tmp_path)[0], 5)
 
 
-def test_weights_of_before_that_are_no_numbers_are_passed_over_and_no_step_to_ask_for(tmp_path: Path) -> None:
+def test_weights_of_before_that_are_no_numbers_are_passed_over_and_no_step_to_ask_for(
+    tmp_path: Path,
+) -> None:
     save(tmp_path, 5)
     newest = save(tmp_path, 10)
     spoil(newest, "cube")
@@ -350,12 +425,15 @@ def test_weights_of_before_that_are_no_numbers_are_passed_over_and_no_step_to_as
 
 
 def spoil(path: Path, name: str) -> None:
-    """Make a parameter's last weight of a checkpoint NaN, as a run of before this was checked saved it."""
+    """Make a parameter's last weight of a checkpoint NaN, as a run of before this was checked
+    saved it.
+    """
     tensors = {key: values.clone() for key, values in load_file(path / TENSORS).items()}
     tensors[f"{name}/master"][-1] = float("nan")
     (path / TENSORS).unlink()
     fragments = [
-        Fragment(name=key, start=0, states={state: tensors[f"{key}/{state}"] for state in STATES}) for key in SHAPES
+        Fragment(name=key, start=0, states={state: tensors[f"{key}/{state}"] for state in STATES})
+        for key in SHAPES
     ]
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["files"] = [write_fragments(path / TENSORS, fragments)]
@@ -374,16 +452,23 @@ def test_a_save_that_was_killed_half_way_is_ignored_then_cleared_away(tmp_path: 
     assert_holds(newest_good(tmp_path)[0], 5)
     assert newest_good(tmp_path)[1] == []
     save(tmp_path, 10)
-    assert sorted(path.name for path in good.parent.iterdir()) == ["latest", "step-00000005", "step-00000010"]
+    assert sorted(path.name for path in good.parent.iterdir()) == [
+        "latest",
+        "step-00000005",
+        "step-00000010",
+    ]
     assert_holds(newest_good(tmp_path)[0], 10)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_the_next_save_works(tmp_path: Path) -> None:
     save(tmp_path, 5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file of this process may grow beyond 100 bytes
+    # no file of this process may grow beyond 100 bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(UserError, match=r"step-00000010: not written: .*File too large; it needs 300 bytes"):
+        with pytest.raises(
+            UserError, match=r"step-00000010: not written: .*File too large; it needs 300 bytes"
+        ):
             save(tmp_path, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -417,7 +502,9 @@ def test_pruning_keeps_every_so_many_th_step(tmp_path: Path) -> None:
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [17]
 
 
-def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one(tmp_path: Path) -> None:
+def test_pruning_never_removes_the_checkpoint_just_saved_for_a_newer_damaged_one(
+    tmp_path: Path,
+) -> None:
     for step in (5, 10, 15):
         save(tmp_path, step)
     for path in saved_steps(tmp_path)[:2]:
@@ -431,4 +518,7 @@ def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path: Path) -
     save(tmp_path, 10).rename(checkpoints_dir(tmp_path) / "step-00000018")
     good, said = newest_good(tmp_path)
     assert_holds(good, 5)
-    assert any("step-00000018: its manifest.json is of step 10: it was renamed; passed over" in line for line in said)
+    assert any(
+        "step-00000018: its manifest.json is of step 10: it was renamed; passed over" in line
+        for line in said
+    )

@@ -1,4 +1,6 @@
-"""Saving while training goes on: what is saved, in how much memory, and how failures reach every rank."""
+"""Saving while training goes on: what is saved, in how much memory, and how failures reach every
+rank.
+"""
 
 import os
 import re
@@ -31,19 +33,29 @@ def state_of(value: float) -> list[Fragment]:
     """Two parameters, every element of one value."""
     sizes = {"a": 1000, "b": 30}
     return [
-        Fragment(name=name, start=0, states={state: torch.full((size,), float(value)) for state in STATES})
+        Fragment(
+            name=name,
+            start=0,
+            states={state: torch.full((size,), float(value)) for state in STATES},
+        )
         for name, size in sizes.items()
     ]
 
 
-def writer_of(run_dir: Path, keep_last: int = 2, keep_every: int | None = None) -> tuple[CheckpointWriter, list[str]]:
+def writer_of(
+    run_dir: Path, keep_last: int = 2, keep_every: int | None = None
+) -> tuple[CheckpointWriter, list[str]]:
     """A writer of one rank, and a list that grows with every failure."""
     failures: list[str] = []
     recipe = CheckpointsRecipe(every_steps=1, keep_last=keep_last, keep_every=keep_every)
-    return CheckpointWriter(run_dir, recipe, ALONE, around_saves(run_dir, lambda: failures.append("failed"))), failures
+    return CheckpointWriter(
+        run_dir, recipe, ALONE, around_saves(run_dir, lambda: failures.append("failed"))
+    ), failures
 
 
-def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile(
+    tmp_path: Path,
+) -> None:
     writer, failures = writer_of(tmp_path)
     for step in (1, 2, 3):
         fragments = state_of(step)
@@ -57,7 +69,9 @@ def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile
         assert Checkpoint(path).damage() is None
         for name, shape in (("a", [1000]), ("b", [10, 3])):
             for state in STATES:
-                assert torch.equal(Checkpoint(path).parameter(name, state), torch.full(shape, float(step)))
+                assert torch.equal(
+                    Checkpoint(path).parameter(name, state), torch.full(shape, float(step))
+                )
     assert read_state(tmp_path) == {"saved_step": 3}
     assert failures == []
 
@@ -69,7 +83,11 @@ def test_its_memory_is_that_of_the_state_once_for_all_saves(tmp_path: Path) -> N
         fragments = state_of(step)
         writer.save(step, fragments, ABOUT)
         places.add(writer._memory.data_ptr())
-        assert writer._memory.nbytes == sum(v.nbytes for f in fragments for v in f.states.values()) == 12 * 1030
+        assert (
+            writer._memory.nbytes
+            == sum(v.nbytes for f in fragments for v in f.states.values())
+            == 12 * 1030
+        )
     writer.wait()
     assert len(places) == 1
 
@@ -85,9 +103,12 @@ def test_a_failed_save_is_told_at_the_next_one_and_the_run_is_asked_to_end(tmp_p
     writer, failures = writer_of(tmp_path)
     writer.save(1, state_of(1), ABOUT)
     writer.wait()
-    (tmp_path / "checkpoints" / ".step-00000002.tmp").write_text("")  # a file, which cannot be cleared like a directory
+    # a file, which cannot be cleared like a directory
+    (tmp_path / "checkpoints" / ".step-00000002.tmp").write_text("")
     writer.save(2, state_of(2), ABOUT)
-    with pytest.raises(UserError, match=r"step-00000002: not written: .*; it needs 12,360 bytes, the disk mounted"):
+    with pytest.raises(
+        UserError, match=r"step-00000002: not written: .*; it needs 12,360 bytes, the disk mounted"
+    ):
         writer.save(3, state_of(3), ABOUT)
     assert failures == ["failed"]
     (tmp_path / "checkpoints" / ".step-00000002.tmp").unlink()
@@ -117,19 +138,29 @@ def test_threads_lose_none_of_each_other_s_changes_of_the_state(tmp_path: Path) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert read_state(tmp_path) == {f"{name}{number}": number for name in "abc" for number in range(20)}
+    assert read_state(tmp_path) == {
+        f"{name}{number}": number for name in "abc" for number in range(20)
+    }
 
 
 def test_the_benchmark_of_saving_and_loading_runs() -> None:
     result = run_command(sys.executable, "tests/benchmarks/checkpoint_speed.py", "--quick")
     assert result.returncode == 0, result.stderr
-    for row in (r"save, of a plain .* \| [\d.]+ \|", r"load, of a .* \| [\d.]+ \|", r"load: digests \| [\d.]+ \|"):
+    for row in (
+        r"save, of a plain .* \| [\d.]+ \|",
+        r"load, of a .* \| [\d.]+ \|",
+        r"load: digests \| [\d.]+ \|",
+    ):
         assert re.search(row, result.stdout), result.stdout
 
 
 def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
-    """Body of a forked rank: sums over ranks while its writer saves; then a save that fails on rank 1 alone."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    """Body of a forked rank: sums over ranks while its writer saves; then a save that fails on
+    rank 1 alone.
+    """
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
     dist.init_process_group("gloo")
     world = World(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
     found: dict[str, object] = {"sums": True, "failures": 0}
@@ -137,9 +168,15 @@ def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
     def fails() -> None:
         found["failures"] = 1
 
-    with CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1), world, around_saves(run_dir, fails)) as writer:
+    with CheckpointWriter(
+        run_dir, CheckpointsRecipe(every_steps=1), world, around_saves(run_dir, fails)
+    ) as writer:
         for step in range(1, 9):
-            fragment = Fragment(name="a", start=500 * rank, states={s: torch.full((500,), float(step)) for s in STATES})
+            fragment = Fragment(
+                name="a",
+                start=500 * rank,
+                states={s: torch.full((500,), float(step)) for s in STATES},
+            )
             writer.save(step, [fragment], {**ABOUT, "parameters": {"a": [1000]}})
             for number in range(25):
                 total = torch.tensor([float(number + rank)])
@@ -160,14 +197,17 @@ def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
 def test_ranks_save_beside_the_exchanges_of_training_and_share_a_failure(tmp_path: Path) -> None:
     pipes, processes, port = [fork_server().Pipe() for _ in range(2)], [], free_port()
     for rank, (_, theirs) in enumerate(pipes):
-        processes.append(fork_server().Process(target=be_a_rank, args=(rank, port, tmp_path, theirs)))
+        processes.append(
+            fork_server().Process(target=be_a_rank, args=(rank, port, tmp_path, theirs))
+        )
         processes[-1].start()
     found = [ours.recv() if ours.poll(60) else {} for ours, _ in pipes]
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
     assert all(one["sums"] and one["failures"] == 1 for one in found)
-    said = {one["error"].partition(" has ")[0] for one in found}  # what is free may change meanwhile
+    # what is free may change meanwhile
+    said = {one["error"].partition(" has ")[0] for one in found}
     assert len(said) == 1
     assert "step-00000009: not written: " in found[0]["error"]
     assert "File too large; it needs 12,000 bytes, the disk mounted at /" in found[0]["error"]
@@ -181,7 +221,9 @@ def test_writing_a_checkpoint_counts_as_moving(tmp_path: Path) -> None:
     clock = StepClock(torch.device("cpu"))
     before = clock.place()
     recipe = CheckpointsRecipe(every_steps=1)
-    with CheckpointWriter(tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.saved_block)) as writer:
+    with CheckpointWriter(
+        tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.saved_block)
+    ) as writer:
         states = {state: torch.zeros(3_000_000) for state in ("master", "exp_avg", "exp_avg_sq")}
         about = {"optimizer_step": 1, "parameters": {"weight": [3_000_000]}}
         writer.save(1, [Fragment(name="weight", start=0, states=states)], about)

@@ -1,4 +1,6 @@
-"""Training on nodes in miniature, started as on real ones: a hostfile, ssh, and launch/pretrain.sh."""
+"""Training on nodes in miniature, started as on real ones: a hostfile, ssh, and
+launch/pretrain.sh.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ import pytest
 from cluster.nodes import RANK, Node, cluster, lacking
 from conftest import FIXED_THREADS, REPOSITORY, environment, run_command, write_recipe
 
-pytestmark = pytest.mark.skipif(bool(lacking()), reason=f"no nodes in miniature: this machine {lacking()}")
+pytestmark = pytest.mark.skipif(
+    bool(lacking()), reason=f"no nodes in miniature: this machine {lacking()}"
+)
 
 HOSTFILE = "node1 slots=1\nnode2 slots=1\n"
 REMOTE_ENVIRONMENT = {**FIXED_THREADS, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
@@ -40,7 +44,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.
 def traces() -> dict[str, object]:
     """What a cluster could leave behind on this machine, processes aside."""
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    ssh_files = [path for folder in (Path("/etc/ssh"), Path.home() / ".ssh") for path in folder.rglob("*")]
+    ssh_files = [
+        path for folder in (Path("/etc/ssh"), Path.home() / ".ssh") for path in folder.rglob("*")
+    ]
     return {
         "interfaces": os.listdir("/sys/class/net"),
         "mounts": [point for point in points if point.startswith(("/etc", "/run", "/proc"))],
@@ -63,7 +69,9 @@ def two_nodes() -> Iterator[list[Node]]:
     with cluster() as nodes:
         yield nodes
         processes = [process for node in nodes for process in node.processes()]
-        processes += [psutil.Process(pid) for node in nodes for pid in (node.first_process, node.switch)]
+        processes += [
+            psutil.Process(pid) for node in nodes for pid in (node.first_process, node.switch)
+        ]
     assert not [process for process in processes if process.is_running()]
 
 
@@ -78,13 +86,18 @@ def pretrain(home: Path, data: Path, run: str, *more: str, **recipe: object) -> 
     """The command line of a run of the tiny recipe."""
     path = write_recipe(home / f"{run}.yaml", **recipe)
     script = str(REPOSITORY / "launch" / "pretrain.sh")
-    return shlex.join([script, "--recipe", str(path), "--data-dir", str(data), "--run-dir", run, *more])
+    return shlex.join(
+        [script, "--recipe", str(path), "--data-dir", str(data), "--run-dir", run, *more]
+    )
 
 
 def figures(run_dir: Path) -> list[dict[str, object]]:
     """What a run computed at every step, without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in line} for line in lines]
+    return [
+        {key: line[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in line}
+        for line in lines
+    ]
 
 
 def test_two_nodes_train_bit_for_bit_what_one_node_of_two_ranks_trains(
@@ -93,26 +106,44 @@ def test_two_nodes_train_bit_for_bit_what_one_node_of_two_ranks_trains(
     write_job(tmp_path)
     result = two_nodes[0].run(pretrain(tmp_path, tiny_data, "two", "--hostfile", "hosts"), tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    one = run_command(*shlex.split(pretrain(tmp_path, tiny_data, "one", "--ranks", "2")), cwd=tmp_path)
+    one = run_command(
+        *shlex.split(pretrain(tmp_path, tiny_data, "one", "--ranks", "2")), cwd=tmp_path
+    )
     assert one.returncode == 0, one.stderr
     assert len(figures(tmp_path / "two")) == 20
     assert figures(tmp_path / "two") == figures(tmp_path / "one")
     saved = sorted((tmp_path / "one" / "checkpoints").rglob("*.safetensors"))
     assert len({path.name for path in saved}) == 2  # of each rank
     for path in saved:
-        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
+        assert (
+            tmp_path / "two" / path.relative_to(tmp_path / "one")
+        ).read_bytes() == path.read_bytes()
 
 
-def test_a_killed_launcher_leaves_no_rank_on_any_node(two_nodes: list[Node], tiny_data: Path, tmp_path: Path) -> None:
+def test_a_killed_launcher_leaves_no_rank_on_any_node(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
     write_job(tmp_path)
-    command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32)
+    command = pretrain(
+        tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32
+    )
     launcher = two_nodes[0].start(command, tmp_path, log=tmp_path / "log")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: launcher.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run"))), "a step")
+    wait_until(
+        lambda: (
+            launcher.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run")))
+        ),
+        "a step",
+    )
     assert launcher.poll() is None, (tmp_path / "log").read_text()
     assert [len(node.processes(RANK)) for node in two_nodes] == [1, 1]
-    two_nodes[0].kill(r"bin/deepspeed |^pdsh|^ssh ")  # as by the kernel when memory runs out, or with the terminal
-    wait_until(lambda: not any(node.processes() for node in two_nodes), "every process on both nodes to end", 10)
+    # as by the kernel when memory runs out, or with the terminal
+    two_nodes[0].kill(r"bin/deepspeed |^pdsh|^ssh ")
+    wait_until(
+        lambda: not any(node.processes() for node in two_nodes),
+        "every process on both nodes to end",
+        10,
+    )
     assert launcher.wait() != 0
 
 
@@ -120,12 +151,16 @@ def test_a_hostfile_of_one_host_trains_there_and_not_here(
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:
     write_job(tmp_path, "node2 slots=1\n")
-    result = two_nodes[0].run(pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", "--dry-run"), tmp_path)
+    result = two_nodes[0].run(
+        pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", "--dry-run"), tmp_path
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "node2: # recipe, resolved" in result.stdout
 
 
-def test_a_host_that_cannot_take_part_is_one_clear_line(two_nodes: list[Node], tiny_data: Path, tmp_path: Path) -> None:
+def test_a_host_that_cannot_take_part_is_one_clear_line(
+    two_nodes: list[Node], tiny_data: Path, tmp_path: Path
+) -> None:
     node1, node2 = two_nodes
     command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts")
 
@@ -136,7 +171,9 @@ def test_a_host_that_cannot_take_part_is_one_clear_line(two_nodes: list[Node], t
         assert len(result.stderr.splitlines()) == 1
         return result.stderr
 
-    assert refusal("# mine\n\nnode1 slots=1\nnode2\n").startswith("error: --hostfile hosts: line 4: node2: expected")
+    assert refusal("# mine\n\nnode1 slots=1\nnode2\n").startswith(
+        "error: --hostfile hosts: line 4: node2: expected"
+    )
     assert refusal("# none yet\n").startswith("error: --hostfile hosts: names no host")
     assert "Could not resolve hostname node9" in refusal("node1 slots=1\nnode9 slots=1\n")
     node2.run(f"mount -t tmpfs tmpfs {tmp_path.parent}", cwd=Path("/"))
@@ -150,7 +187,9 @@ def test_what_one_host_alone_cannot_use_ends_the_job_on_all_with_one_line_that_n
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     two_nodes[1].run(f"mount -t tmpfs -o size=16k tmpfs {scratch}", cwd=Path("/"))
-    command = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", f"--data.stage_dir={scratch}")
+    command = pretrain(
+        tmp_path, tiny_data, "run", "--hostfile", "hosts", f"--data.stage_dir={scratch}"
+    )
     began = time.monotonic()
     result = two_nodes[0].run(command, tmp_path)
     assert time.monotonic() - began < 60
@@ -166,14 +205,21 @@ def test_a_host_that_is_cut_off_is_left_out_and_takes_part_again_when_it_is_back
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:
     node1, node2 = two_nodes
-    write_job(tmp_path, "node1 slots=2\nnode2 slots=1\n")  # a step of three windows divides over 3 ranks or 1
+    # a step of three windows divides over 3 ranks or 1
+    write_job(tmp_path, "node1 slots=2\nnode2 slots=1\n")
     recipe = {"batch": {"global_batch_tokens": 3 * 32}, "train_tokens": 20_000 * 3 * 32}
-    typed = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", "--max-restarts", "2", **recipe)
+    typed = pretrain(
+        tmp_path, tiny_data, "run", "--hostfile", "hosts", "--max-restarts", "2", **recipe
+    )
     log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
 
     def wait_for_steps(more_than: bytes) -> None:
         def is_there() -> bool:
-            trained = metrics.exists() and len(figures(tmp_path / "run")) > 5 and metrics.read_bytes() != more_than
+            trained = (
+                metrics.exists()
+                and len(figures(tmp_path / "run")) > 5
+                and metrics.read_bytes() != more_than
+            )
             return script.poll() is not None or trained
 
         wait_until(is_there, "steps", 300)
@@ -190,7 +236,11 @@ def test_a_host_that_is_cut_off_is_left_out_and_takes_part_again_when_it_is_back
     node1.kill(RANK)
     wait_until(lambda: "restart 1 continues from step" in log.read_text(), "a restart", 300)
     assert "on 3 ranks\n" in log.read_text()
-    wait_until(lambda: [len(node.processes(RANK)) for node in two_nodes] == [2, 1], "ranks on both nodes", 300)
+    wait_until(
+        lambda: [len(node.processes(RANK)) for node in two_nodes] == [2, 1],
+        "ranks on both nodes",
+        300,
+    )
     wait_for_steps(metrics.read_bytes())
     node1.kill(r"supervise\.py", signal.SIGTERM)
     assert script.wait(120) == 0, log.read_text()
@@ -204,9 +254,14 @@ class LongRun:
     def __init__(self, nodes: list[Node], data: Path, home: Path) -> None:
         self.nodes, self.home, self.log = nodes, home, home / "log"
         write_job(home)
-        recipe: dict[str, Any] = {"train_tokens": 10**5 * 6 * 32, "checkpoints": {"every_steps": 20}}
+        recipe: dict[str, Any] = {
+            "train_tokens": 10**5 * 6 * 32,
+            "checkpoints": {"every_steps": 20},
+        }
         recipe["validation"] = {"every_steps": 10**6}
-        self.typed = pretrain(home, data, "run", "--hostfile", "hosts", "--max-restarts", "1", **recipe)
+        self.typed = pretrain(
+            home, data, "run", "--hostfile", "hosts", "--max-restarts", "1", **recipe
+        )
         self.start()
 
     def start(self) -> None:
@@ -218,7 +273,11 @@ class LongRun:
         return self.log.read_text()
 
     def wait_for(self, text: str, timeout_s: float) -> None:
-        wait_until(lambda: text in self.said() or self.script.poll() is not None, f"{text!r} in the log", timeout_s)
+        wait_until(
+            lambda: text in self.said() or self.script.poll() is not None,
+            f"{text!r} in the log",
+            timeout_s,
+        )
         assert text in self.said(), self.said()
 
     def wait_for_steps(self) -> None:
@@ -228,7 +287,10 @@ class LongRun:
 
         def are_there() -> bool:
             lines = starts.read_text().splitlines() if starts.exists() else []
-            trained = len(lines) > before and len(figures(self.home / "run")) > json.loads(lines[-1])["step"] + 30
+            trained = (
+                len(lines) > before
+                and len(figures(self.home / "run")) > json.loads(lines[-1])["step"] + 30
+            )
             return self.script.poll() is not None or trained
 
         wait_until(are_there, "steps", 300)
@@ -244,7 +306,9 @@ class LongRun:
         assert json.loads((self.home / "run" / "state.json").read_text())["status"] == "preempted"
         steps = [line["step"] for line in figures(self.home / "run")]
         assert steps == list(range(len(steps)))
-        assert not [process for node in self.nodes for process in node.processes(r"pretrain|deepspeed")]
+        assert not [
+            process for node in self.nodes for process in node.processes(r"pretrain|deepspeed")
+        ]
 
 
 @pytest.mark.slow
@@ -256,8 +320,14 @@ def test_a_node_cut_off_in_mid_run_ends_the_job_everywhere_and_it_goes_on_with_w
     began = time.monotonic()
     two_nodes[1].link_down()
     run.wait_for("failed: ", 60)
-    wait_until(lambda: run.ranks()[1] == 0, "the rank that is cut off to end", 60 - (time.monotonic() - began))
-    assert "failed: rank 1 (node2) has not answered for 30 s; restart 1 of 1 in " in run.said(), run.said()
+    wait_until(
+        lambda: run.ranks()[1] == 0,
+        "the rank that is cut off to end",
+        60 - (time.monotonic() - began),
+    )
+    assert "failed: rank 1 (node2) has not answered for 30 s; restart 1 of 1 in " in run.said(), (
+        run.said()
+    )
     run.wait_for("left out node2", 120)
     run.wait_for_steps()
     assert run.ranks() == [1, 0]
@@ -275,7 +345,10 @@ def test_a_rank_killed_on_one_node_in_mid_run_ends_the_job_on_both_and_it_goes_o
     run = LongRun(two_nodes, tiny_data, tmp_path)
     two_nodes[1].kill(RANK)
     run.wait_for("failed: ", 60)
-    assert "failed: rank 1 (node2) is gone: killed, or its machine failed; restart 1 of 1 in " in run.said()
+    assert (
+        "failed: rank 1 (node2) is gone: killed, or its machine failed; restart 1 of 1 in "
+        in run.said()
+    )
     run.wait_for("restart 1 continues from step-", 60)
     run.wait_for_steps()
     assert run.ranks() == [1, 1]
@@ -287,9 +360,17 @@ def test_a_signal_to_the_script_on_a_machine_that_trains_nothing_ends_the_run_we
 ) -> None:
     node1 = two_nodes[0]
     write_job(tmp_path, "node2 slots=2\n")
-    typed = pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32)
-    script, metrics = node1.start(typed, tmp_path, tmp_path / "log"), tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: script.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run"))), "a step")
+    typed = pretrain(
+        tmp_path, tiny_data, "run", "--hostfile", "hosts", train_tokens=20_000 * 6 * 32
+    )
+    script, metrics = (
+        node1.start(typed, tmp_path, tmp_path / "log"),
+        tmp_path / "run" / "metrics.jsonl",
+    )
+    wait_until(
+        lambda: script.poll() is not None or (metrics.exists() and bool(figures(tmp_path / "run"))),
+        "a step",
+    )
     assert [len(node.processes(RANK)) for node in two_nodes] == [0, 2]
     node1.kill(r"supervise\.py", signal.SIGTERM)
     assert script.wait(120) == 0, (tmp_path / "log").read_text()
@@ -302,7 +383,9 @@ def test_a_signal_while_only_a_part_of_the_ranks_has_come_ends_the_script_at_onc
 ) -> None:
     write_job(tmp_path)
     log = tmp_path / "log"
-    script = two_nodes[0].start(pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts"), tmp_path, log)
+    script = two_nodes[0].start(
+        pretrain(tmp_path, tiny_data, "run", "--hostfile", "hosts"), tmp_path, log
+    )
     launchers = r"deepspeed\.launcher\.launch"
     wait_until(lambda: bool(two_nodes[1].processes(launchers)), "the other node's launcher")
     two_nodes[1].kill(launchers, signal.SIGSTOP)
@@ -312,7 +395,11 @@ def test_a_signal_while_only_a_part_of_the_ranks_has_come_ends_the_script_at_onc
     two_nodes[1].kill(launchers, signal.SIGCONT)
     assert script.wait(60) == 128 + signal.SIGTERM, log.read_text()
     assert "ended by SIGTERM" in log.read_text()
-    wait_until(lambda: not any(node.processes() for node in two_nodes), "every process on both nodes to end", 10)
+    wait_until(
+        lambda: not any(node.processes() for node in two_nodes),
+        "every process on both nodes to end",
+        10,
+    )
 
 
 def test_a_node_can_be_cut_off_and_comes_back(two_nodes: list[Node], tmp_path: Path) -> None:
@@ -332,8 +419,14 @@ def test_nothing_outlives_a_test_that_fails() -> None:
         with cluster(nodes=3) as nodes:
             node = nodes[2]
             node.run("setsid nohup sleep 600 > /dev/null 2>&1 &", Path("/"))
-            wait_until(lambda: [process.name() for process in node.processes()] == ["sleep"], "it to be there", 10)
-            left.extend([*node.processes(), *(psutil.Process(node.first_process) for node in nodes)])
+            wait_until(
+                lambda: [process.name() for process in node.processes()] == ["sleep"],
+                "it to be there",
+                10,
+            )
+            left.extend(
+                [*node.processes(), *(psutil.Process(node.first_process) for node in nodes)]
+            )
             raise ZeroDivisionError
 
     left: list[psutil.Process] = []
@@ -345,7 +438,9 @@ def test_nothing_outlives_a_test_that_fails() -> None:
 
 def test_nothing_outlives_a_killed_test() -> None:
     code = UNTIL_KILLED.format(paths=[str(REPOSITORY / "tests")])
-    test = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    test = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert test.stdout
     left = [psutil.Process(int(pid)) for pid in test.stdout.readline().split()]
     assert len(left) == 3

@@ -23,9 +23,16 @@ def _nothing_compiled_before() -> None:
     torch._dynamo.reset()
 
 
-def build(mode: str, every_n_layers: int = 1, *, compiled: bool, eos_id: int | None) -> LanguageModelLoss:
+def build(
+    mode: str, every_n_layers: int = 1, *, compiled: bool, eos_id: int | None
+) -> LanguageModelLoss:
     recipe = ModelRecipe(
-        vocab_size=64, d_model=24, num_layers=NUM_LAYERS, num_heads=2, seq_len=SEQ_LEN, input_embedding="learned"
+        vocab_size=64,
+        d_model=24,
+        num_layers=NUM_LAYERS,
+        num_heads=2,
+        seq_len=SEQ_LEN,
+        input_embedding="learned",
     )
     model = TableFreeForCausalLM(model_config(recipe))
     initialise_parameters(model, 1)
@@ -67,7 +74,8 @@ def test_compiled_blocks_share_a_graph_that_gives_the_eager_figures_and_the_same
     before = compiled_graphs()
     compiled = build(mode, every_n_layers, compiled=True, eos_id=eos_id)
     mine = train(compiled)
-    assert compiled_graphs() - before == graphs  # for all blocks and steps; two where only some blocks recompute
+    # for all blocks and steps; two where only some blocks recompute
+    assert compiled_graphs() - before == graphs
     compiled.nats(*batch(7, rows=5, tokens=9))
     compiled.model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=3, pad_token_id=0)
     assert compiled_graphs() - before == graphs, "an evaluation of another shape compiled something"
@@ -88,11 +96,16 @@ def test_every_recompilation_is_counted() -> None:
 
 
 @torch.no_grad()
-def test_flex_attention_is_part_of_the_block_s_graph_and_new_documents_do_not_recompile_it() -> None:
+def test_flex_attention_is_part_of_the_block_s_graph_and_new_documents_do_not_recompile_it() -> (
+    None
+):
     # The CPU has no backward pass of flex_attention, so this runs forward only, and by hand.
     module = build("none", compiled=False, eos_id=EOS)
     model = module.model.model
-    before, compiled = compiled_graphs(), torch.compile(run_block, dynamic=False, fullgraph=True, backend="eager")
+    before, compiled = (
+        compiled_graphs(),
+        torch.compile(run_block, dynamic=False, fullgraph=True, backend="eager"),
+    )
     model.block_runners = dict.fromkeys(range(NUM_LAYERS), compiled)
     for step in range(3):
         ids, _ = batch(step, tokens=128)
@@ -107,7 +120,9 @@ def test_flex_attention_is_part_of_the_block_s_graph_and_new_documents_do_not_re
 
 def test_compiling_changes_no_parameter_s_name_and_no_saved_model(tmp_path: Path) -> None:
     plain, compiled = (build("none", compiled=c, eos_id=None).model for c in (False, True))
-    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in compiled.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
     for name, model in (("plain", plain), ("compiled", compiled)):
         model.save_pretrained(tmp_path / name)
     for file in (tmp_path / "plain").iterdir():
@@ -124,9 +139,17 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_on_a_gpu_flex_attention_in_compiled_blocks_gives_the_figures_of_the_boolean_mask(mode: str) -> None:
+def test_on_a_gpu_flex_attention_in_compiled_blocks_gives_the_figures_of_the_boolean_mask(
+    mode: str,
+) -> None:
     recipe = ModelRecipe(
-        vocab_size=64, d_model=64, num_layers=2, num_heads=2, seq_len=256, input_embedding="learned", code_bits=16
+        vocab_size=64,
+        d_model=64,
+        num_layers=2,
+        num_heads=2,
+        seq_len=256,
+        input_embedding="learned",
+        code_bits=16,
     )
     losses, gradients = [], []
     for compiled in (False, True):

@@ -52,13 +52,19 @@ def test_windows_and_steps_follow_from_the_tokens() -> None:
     ("text", "value"),
     [("6e-4", 6e-4), ("6.0e-4", 6e-4), ("1", 1.0), ("0.5", 0.5)],
 )
-def test_floats_may_be_written_as_people_write_them(text: str, value: float, tmp_path: Path) -> None:
-    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml")), [f"--optimizer.peak_learning_rate={text}"])
+def test_floats_may_be_written_as_people_write_them(
+    text: str, value: float, tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        str(write_recipe(tmp_path / "r.yaml")), [f"--optimizer.peak_learning_rate={text}"]
+    )
     assert recipe.optimizer.peak_learning_rate == value
     assert isinstance(recipe.optimizer.peak_learning_rate, float)
 
 
-@pytest.mark.parametrize("text", ["17e9", "17.0e9", "1.7e+10", "17_000_000_000", "17000000000", "17000000000.0"])
+@pytest.mark.parametrize(
+    "text", ["17e9", "17.0e9", "1.7e+10", "17_000_000_000", "17000000000", "17000000000.0"]
+)
 def test_counts_may_be_written_as_people_write_them(text: str, tmp_path: Path) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml")), [f"--train_tokens={text}"])
     assert recipe.train_tokens == 17_000_000_000
@@ -91,7 +97,8 @@ def test_code_bits_default_to_those_the_vocabulary_needs() -> None:
 
 def test_the_affine_code_is_drawn_from_the_code_seed_into_the_model_config() -> None:
     configs = [
-        model_config(tiny(model={"input_embedding": "affine_code", "code_seed": seed}).model) for seed in (0, 0, 1)
+        model_config(tiny(model={"input_embedding": "affine_code", "code_seed": seed}).model)
+        for seed in (0, 0, 1)
     ]
     codes = [(config.affine_rows, config.affine_offset) for config in configs]
     assert codes[0] == codes[1] != codes[2]
@@ -103,13 +110,22 @@ def test_the_affine_code_is_drawn_from_the_code_seed_into_the_model_config() -> 
 
 def test_an_override_replaces_one_key_and_keeps_the_rest(tmp_path: Path) -> None:
     path = str(write_recipe(tmp_path / "r.yaml"))
-    before, after = load_recipe(path), load_recipe(path, ["--model.num_layers=3", "--seed=9", "--engine=zero2_bf16"])
-    changed = {k: v for k, v in flatten(recipe_to_dict(after)).items() if flatten(recipe_to_dict(before))[k] != v}
+    before, after = (
+        load_recipe(path),
+        load_recipe(path, ["--model.num_layers=3", "--seed=9", "--engine=zero2_bf16"]),
+    )
+    changed = {
+        k: v
+        for k, v in flatten(recipe_to_dict(after)).items()
+        if flatten(recipe_to_dict(before))[k] != v
+    }
     assert changed == {"model.num_layers": 3, "seed": 9, "engine": "zero2_bf16"}
 
 
 def test_an_override_can_set_a_key_whose_section_the_file_leaves_out(tmp_path: Path) -> None:
-    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml")), ["--activation_checkpointing.mode=full"])
+    recipe = load_recipe(
+        str(write_recipe(tmp_path / "r.yaml")), ["--activation_checkpointing.mode=full"]
+    )
     assert recipe.activation_checkpointing.mode == "full"
 
 
@@ -151,12 +167,16 @@ def test_a_bad_override_is_refused(argument: str, says: str, tmp_path: Path) -> 
         ("--bf16=true", "engine"),
     ],
 )
-def test_a_key_by_its_name_elsewhere_is_told_its_name_here(typed: str, ours: str, tmp_path: Path) -> None:
+def test_a_key_by_its_name_elsewhere_is_told_its_name_here(
+    typed: str, ours: str, tmp_path: Path
+) -> None:
     path = str(write_recipe(tmp_path / "r.yaml"))
     with pytest.raises(UserError, match=f"unknown key .*; did you mean {re.escape(ours)}\\?$"):
         load_recipe(path, [typed])
     without_sign = typed.partition("=")[0]  # as other commands have it: --lr 1e-3
-    with pytest.raises(UserError, match=f"not a known flag; a recipe key is set as --{re.escape(ours)}=value"):
+    with pytest.raises(
+        UserError, match=f"not a known flag; a recipe key is set as --{re.escape(ours)}=value"
+    ):
         load_recipe(path, [without_sign, "1e-3"])
 
 
@@ -173,10 +193,16 @@ def test_a_recipe_s_file_that_is_not_there_is_refused_with_the_nearest_one(tmp_p
     for name, says in {
         str(tmp_path / "bas.yaml"): f"did you mean {near}\\?",
         str(tmp_path / "Base.yaml"): f"did you mean {near}\\?",
-        str(tmp_path / "quickstart.yaml"): "did you mean the shipped quickstart, without \\.yaml\\?",
-        str(tmp_path / "none" / "quickstrat.yaml"): "did you mean quickstart\\? \\(shipped\\), or give the path",
+        str(
+            tmp_path / "quickstart.yaml"
+        ): "did you mean the shipped quickstart, without \\.yaml\\?",
+        str(
+            tmp_path / "none" / "quickstrat.yaml"
+        ): "did you mean quickstart\\? \\(shipped\\), or give the path",
         "quickstrat": r"did you mean quickstart\? \(or give a \.yaml file\)",
-        str(tmp_path / "xyz.yaml"): r"expected one of .*quickstart.* \(shipped\), or give the path of a \.yaml file",
+        str(
+            tmp_path / "xyz.yaml"
+        ): r"expected one of .*quickstart.* \(shipped\), or give the path of a \.yaml file",
     }.items():
         with pytest.raises(UserError, match=f"--recipe {re.escape(name)}: no such file; {says}"):
             load_recipe(name)
@@ -213,28 +239,42 @@ def test_whatever_an_override_says_it_makes_a_recipe_or_one_line(key: str, text:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"model": {"num_layer": 1}}, "tiny.yaml: unknown key model.num_layer; did you mean model.num_layers?"),
+        (
+            {"model": {"num_layer": 1}},
+            "tiny.yaml: unknown key model.num_layer; did you mean model.num_layers?",
+        ),
         ({"num_layers": 1}, "unknown key num_layers; did you mean model.num_layers?"),
         ({"modle": {}}, "unknown key modle; did you mean model?"),
         ({"mode": {"d_model": 64}}, "unknown key mode; did you mean model?"),
-        ({"batch": {"micro_batch": 1}}, "unknown key batch.micro_batch; did you mean batch.micro_batch_size?"),
+        (
+            {"batch": {"micro_batch": 1}},
+            "unknown key batch.micro_batch; did you mean batch.micro_batch_size?",
+        ),
         ({"optimizer": {"weigth_decay": 0}}, "did you mean optimizer.weight_decay?"),
         ({"xyzzy": 1}, "unknown key xyzzy; expected one of activation_checkpointing, "),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_right_one(sections: dict[str, Any], says: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(
+    sections: dict[str, Any], says: str
+) -> None:
     assert says in refusal(**sections)
 
 
 def test_code_bits_that_do_not_divide_the_width_are_refused_with_the_next_that_do() -> None:
-    assert refusal(model={"vocab_size": 32_000, "d_model": 1024, "num_heads": 8, "code_bits": None}) == (
-        "tiny.yaml: model.code_bits 15 does not divide model.d_model 1024; set model.code_bits to 16, "
-        "the next that does"
+    assert refusal(
+        model={"vocab_size": 32_000, "d_model": 1024, "num_heads": 8, "code_bits": None}
+    ) == (
+        "tiny.yaml: model.code_bits 15 does not divide model.d_model 1024; set model.code_bits to "
+        "16, the next that does"
     )
     assert "change model.d_model" in refusal(model={"d_model": 134, "num_heads": 1, "code_bits": 9})
 
 
-@given(st.integers(2, 65_536), st.integers(1, 40).map(lambda half: 8 * half), st.none() | st.integers(1, 70))
+@given(
+    st.integers(2, 65_536),
+    st.integers(1, 40).map(lambda half: 8 * half),
+    st.none() | st.integers(1, 70),
+)
 def test_a_recipe_is_accepted_exactly_when_its_code_tells_ids_apart_and_tiles_the_width(
     vocab_size: int, d_model: int, code_bits: int | None
 ) -> None:
@@ -253,15 +293,17 @@ def test_a_code_too_narrow_for_the_vocabulary_is_refused_with_the_bits_it_needs(
     )
 
 
-@pytest.mark.parametrize("num_heads", [5, 16, 48])  # 48 / 5 = 9.6; 48 / 16 = 3 and 48 / 48 = 1 are odd
+# 48 / 5 = 9.6; 48 / 16 = 3 and 48 / 48 = 1 are odd
+@pytest.mark.parametrize("num_heads", [5, 16, 48])
 def test_a_width_that_heads_do_not_divide_evenly_is_refused(num_heads: int) -> None:
     message = refusal(model={"num_heads": num_heads})
     assert f"model.d_model 48 over model.num_heads {num_heads} is {48 / num_heads:g}" in message
 
 
 def test_a_batch_that_is_not_whole_windows_is_refused_with_the_nearest() -> None:
-    assert "not a whole number of windows of model.seq_len 32; the nearest are 96 and 128" in refusal(
-        batch={"global_batch_tokens": 100}
+    assert (
+        "not a whole number of windows of model.seq_len 32; the nearest are 96 and 128"
+        in refusal(batch={"global_batch_tokens": 100})
     )
     assert "the nearest are 32" in refusal(batch={"global_batch_tokens": 10})
 
@@ -276,12 +318,18 @@ def test_a_batch_that_is_not_whole_windows_is_refused_with_the_nearest() -> None
         ({"model": {"num_layers": True}}, "model.num_layers: got True"),
         ({"model": {"input_embedding": "hashed"}}, "model.input_embedding: got 'hashed'"),
         ({"optimizer": {"peak_learning_rate": 0}}, "optimizer.peak_learning_rate: got 0"),
-        ({"optimizer": {"peak_learning_rate": float("inf")}}, "optimizer.peak_learning_rate: got inf"),
+        (
+            {"optimizer": {"peak_learning_rate": float("inf")}},
+            "optimizer.peak_learning_rate: got inf",
+        ),
         ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2: got 1; Input should be less than 1"),
         ({"optimizer": {"weight_decay": float("nan")}}, "optimizer.weight_decay"),
         ({"checkpoints": {"every_steps": 0}}, "checkpoints.every_steps: got 0"),
         ({"checkpoints": {"keep_last": 0}}, "checkpoints.keep_last: got 0"),
-        ({"activation_checkpointing": {"mode": "some"}}, "activation_checkpointing.mode: got 'some'"),
+        (
+            {"activation_checkpointing": {"mode": "some"}},
+            "activation_checkpointing.mode: got 'some'",
+        ),
         ({"seed": -1}, "seed: got -1"),
         ({"deterministic": "maybe"}, "deterministic: got 'maybe'"),
         ({"train_tokens": "many"}, "train_tokens: got 'many'"),
@@ -306,7 +354,9 @@ def test_a_schedule_longer_than_the_run_is_refused(schedule: dict[str, Any], say
     assert says in refusal(schedule=schedule)
 
 
-@pytest.mark.parametrize("section", ["model", "batch", "optimizer", "validation", "checkpoints", "train_tokens"])
+@pytest.mark.parametrize(
+    "section", ["model", "batch", "optimizer", "validation", "checkpoints", "train_tokens"]
+)
 def test_a_missing_part_is_named(section: str) -> None:
     content = tiny_recipe_content()
     del content[section]
@@ -322,7 +372,11 @@ def test_a_missing_key_of_a_section_is_named() -> None:
 
 
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
-    for text, says in (("[1, 2]", "not a recipe"), ("a: [", "not valid YAML"), ("", "not a recipe")):
+    for text, says in (
+        ("[1, 2]", "not a recipe"),
+        ("a: [", "not valid YAML"),
+        ("", "not a recipe"),
+    ):
         path = tmp_path / "r.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=says):
@@ -330,7 +384,9 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"paper_binary: no such file; did you mean paper_binary_code\?"):
+    with pytest.raises(
+        UserError, match=r"paper_binary: no such file; did you mean paper_binary_code\?"
+    ):
         load_recipe("paper_binary")
     with pytest.raises(UserError, match="no such file"):
         load_recipe(str(tmp_path / "absent.yaml"))

@@ -1,4 +1,6 @@
-"""Documents come out of every format whole, in order, with their rows; bad ones are named, or left out and listed."""
+"""Documents come out of every format whole, in order, with their rows; bad ones are named, or
+left out and listed.
+"""
 
 import csv
 import functools
@@ -17,7 +19,16 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prep_helpers import NASTY_TEXTS, build, build_error, decoded, source, write_jsonl, write_mixture, write_parquet
+from prep_helpers import (
+    NASTY_TEXTS,
+    build,
+    build_error,
+    decoded,
+    source,
+    write_jsonl,
+    write_mixture,
+    write_parquet,
+)
 
 from data_prep import corpus, inputs
 from data_prep.corpus import read_documents
@@ -31,17 +42,26 @@ Bad = list[tuple[int, str]]
 
 
 def input_files(*paths: Path) -> list[InputFile]:
-    return [InputFile(name=path.name, url=str(path), size=path.stat().st_size, version="") for path in paths]
+    return [
+        InputFile(name=path.name, url=str(path), size=path.stat().st_size, version="")
+        for path in paths
+    ]
 
 
-def units_of(*paths: Path, format: str, unit_bytes: int = 1 << 20, skip_bad: bool = False) -> list[WorkUnit]:
+def units_of(
+    *paths: Path, format: str, unit_bytes: int = 1 << 20, skip_bad: bool = False
+) -> list[WorkUnit]:
     field = None if format == "txt" else "text"
     files = input_files(*paths)
-    return cut_units(files, source="s", format=format, text_field=field, unit_bytes=unit_bytes, skip_bad=skip_bad)
+    return cut_units(
+        files, source="s", format=format, text_field=field, unit_bytes=unit_bytes, skip_bad=skip_bad
+    )
 
 
 def read(units: list[WorkUnit]) -> tuple[list[str], list[int], Bad]:
-    """All texts, their rows counted through the file as the manifest does it, and the documents left out."""
+    """All texts, their rows counted through the file as the manifest does it, and the documents
+    left out.
+    """
     texts, rows, bad, rows_before = [], [], [], 0
     for unit in units:
         rows_read = 0
@@ -63,7 +83,9 @@ def read_error(path: Path, format: str, unit_bytes: int = 1 << 20, skip_bad: boo
     return str(caught.value)
 
 
-def write_arrow(path: Path, texts: list[Any], type_: pa.DataType | None = None, *, as_file: bool = False) -> Path:
+def write_arrow(
+    path: Path, texts: list[Any], type_: pa.DataType | None = None, *, as_file: bool = False
+) -> Path:
     table = pa.table({"id": range(len(texts)), "text": pa.array(texts, type_ or pa.string())})
     with (pa.ipc.new_file if as_file else pa.ipc.new_stream)(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
@@ -84,22 +106,33 @@ def save_to_disk(path: Path, dataset: datasets.Dataset) -> InputFile:
 
 
 def read_saved(file: InputFile, unit_bytes: int = 1 << 20) -> tuple[list[str], list[int], Bad]:
-    units = cut_units([file], source="s", format="save_to_disk", text_field="text", unit_bytes=unit_bytes)
+    units = cut_units(
+        [file], source="s", format="save_to_disk", text_field="text", unit_bytes=unit_bytes
+    )
     assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     return read(units)
 
 
 WRITERS: dict[str, Callable[..., Path]] = {
-    "parquet": write_parquet, "jsonl": write_jsonl, "jsonl.gz": write_jsonl, "jsonl.zst": write_jsonl,
-    "arrow": write_arrow, "csv": write_csv,
-}  # fmt: skip
+    "parquet": write_parquet,
+    "jsonl": write_jsonl,
+    "jsonl.gz": write_jsonl,
+    "jsonl.zst": write_jsonl,
+    "arrow": write_arrow,
+    "csv": write_csv,
+}
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 5000, 8 << 20])
 @pytest.mark.parametrize("unit_bytes", [100, 70_000, 1 << 30])
 @pytest.mark.parametrize("format", WRITERS)
 def test_round_trip_however_the_file_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], format: str, unit_bytes: int, batch_bytes: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: list[str],
+    format: str,
+    unit_bytes: int,
+    batch_bytes: int,
 ) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     path = WRITERS[format](tmp_path / f"[speeches] *.{format}", ["", *texts])
@@ -113,7 +146,9 @@ def test_round_trip_however_the_file_is_cut(
         assert any(unit.stop - unit.start > 1 for unit in units)
 
 
-def test_a_large_row_group_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_row_group_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1000)
     texts = [f"{i:0100d}" for i in range(100)]
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=1000)
@@ -131,12 +166,17 @@ def test_text_files_are_documents_grouped_into_units(tmp_path: Path, unit_bytes:
     units = units_of(*(tmp_path / name for name in contents), format="txt", unit_bytes=unit_bytes)
     assert [file.name for unit in units for file in unit.files] == list(contents)
     assert len(units) == {1: 4, 10: 2, 1 << 20: 1}[unit_bytes]
-    assert sum(unit.size_bytes for unit in units) == sum(len(text.encode()) for text in contents.values())
+    assert sum(unit.size_bytes for unit in units) == sum(
+        len(text.encode()) for text in contents.values()
+    )
     assert read(units) == (["two\r\nlines 🙂\n", "\ufeffc", "d"], [0, 2, 3], [])
 
 
 @settings(deadline=None)
-@given(documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)), unit_bytes=st.integers(1, 99))
+@given(
+    documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)),
+    unit_bytes=st.integers(1, 99),
+)
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
 def test_any_text_survives(
     tmp_path_factory: pytest.TempPathFactory, format: str, documents: list[str], unit_bytes: int
@@ -153,7 +193,10 @@ def test_blank_lines_are_rows_without_a_document(tmp_path: Path, unit_bytes: int
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    for name, content in (("a.jsonl", b'{"text": "x"}\n{"text": "y"}'), ("a.csv", b"text\nx\n\ny\n")):
+    for name, content in (
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"}'),
+        ("a.csv", b"text\nx\n\ny\n"),
+    ):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
         units = units_of(tmp_path / name, format=name.removeprefix("a."), unit_bytes=3)
         assert read(units)[0] == ["x", "y"]
@@ -168,7 +211,9 @@ def test_compressed_streams_may_be_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow"])
-@pytest.mark.parametrize("type_", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "type_", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_every_type_of_text_column(tmp_path: Path, type_: pa.DataType, format: str) -> None:
     texts = ["x", "y" * 100, "x"]
     array = pa.array(texts).cast(type_) if pa.types.is_dictionary(type_) else pa.array(texts, type_)
@@ -191,9 +236,19 @@ def test_csv_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
 def test_data_sets_that_datasets_saved(tmp_path: Path, texts: list[str], unit_bytes: int) -> None:
     saved = datasets.Dataset.from_dict({"id": range(len(texts)), "text": texts})
     picked, shuffled = saved.select([5, 3, 9, 3]), saved.shuffle(seed=1)
-    assert read_saved(save_to_disk(tmp_path / "a", saved), unit_bytes) == (texts, list(range(len(texts))), [])
-    assert read_saved(save_to_disk(tmp_path / "b", picked), unit_bytes)[0] == [texts[i] for i in (5, 3, 9, 3)]
-    assert read_saved(save_to_disk(tmp_path / "c", shuffled), unit_bytes)[0] == [*shuffled["text"]] != texts
+    assert read_saved(save_to_disk(tmp_path / "a", saved), unit_bytes) == (
+        texts,
+        list(range(len(texts))),
+        [],
+    )
+    assert read_saved(save_to_disk(tmp_path / "b", picked), unit_bytes)[0] == [
+        texts[i] for i in (5, 3, 9, 3)
+    ]
+    assert (
+        read_saved(save_to_disk(tmp_path / "c", shuffled), unit_bytes)[0]
+        == [*shuffled["text"]]
+        != texts
+    )
 
 
 def test_a_saved_data_set_builds(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:
@@ -201,7 +256,8 @@ def test_a_saved_data_set_builds(tmp_path: Path, tokenizer_dir: Path, texts: lis
     rows.save_to_disk(str(tmp_path / "saved"), num_shards=3)
     sources = [source("s", "saved", format="save_to_disk")]
     manifest = build(
-        write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1), tmp_path / "out"
+        write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1),
+        tmp_path / "out",
     )
     expected = {row: text for row, text in enumerate(rows["text"]) if text is not None}
     assert {row: text for (_, row), text in decoded(tmp_path / "out").items()} == expected
@@ -211,7 +267,9 @@ def test_a_saved_data_set_builds(tmp_path: Path, tokenizer_dir: Path, texts: lis
 
 
 def test_a_damaged_saved_data_set_is_named(tmp_path: Path) -> None:
-    file = save_to_disk(tmp_path / "a", datasets.Dataset.from_dict({"text": ["x"] * 100, "n": [1] * 100}))
+    file = save_to_disk(
+        tmp_path / "a", datasets.Dataset.from_dict({"text": ["x"] * 100, "n": [1] * 100})
+    )
     assert read_saved(file)[0] == ["x"] * 100
     units = cut_units([file], source="s", format="save_to_disk", text_field="n")
     with pytest.raises(UserError, match="column 'n' is of type int64, expected string"):
@@ -243,7 +301,12 @@ def test_a_damaged_saved_data_set_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit_bytes", [10, 1 << 20])
 @pytest.mark.parametrize("format", ["jsonl", "jsonl.gz"])
 def test_bad_lines_are_named_or_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, line: bytes, expected: str, unit_bytes: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    line: bytes,
+    expected: str,
+    unit_bytes: int,
 ) -> None:
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 300)
     monkeypatch.setattr("data_prep.json_lines.MAX_LINE_BYTES", 500)
@@ -269,7 +332,9 @@ def test_bad_parquet_columns(tmp_path: Path) -> None:
     assert "no column 'text', it has: body, url" in read_error(path, "parquet", skip_bad=True)
     for format in ("parquet", "arrow"):
         path = WRITERS[format](tmp_path / f"a.{format}", [1, 2], pa.int64())
-        assert "column 'text' is of type int64, expected string" in read_error(path, format, skip_bad=True)
+        assert "column 'text' is of type int64, expected string" in read_error(
+            path, format, skip_bad=True
+        )
 
 
 def invalid_utf8(*texts: bytes) -> pa.Array:
@@ -278,14 +343,24 @@ def invalid_utf8(*texts: bytes) -> pa.Array:
 
 @pytest.mark.parametrize("unit_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("format", ["parquet", "arrow"])
-def test_bad_rows_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, unit_bytes: int) -> None:
+def test_bad_rows_of_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, unit_bytes: int
+) -> None:
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 300)
-    bad = {8: (None, "'text' is null"), 9: (b"x\xff", "invalid UTF-8 at byte 1"), 10: (b"x" * 301, "a document of")}
-    bad[11] = (b"\xff" * 301, "invalid UTF-8 at byte 0")  # too long as well: one document all the same
+    bad = {
+        8: (None, "'text' is null"),
+        9: (b"x\xff", "invalid UTF-8 at byte 1"),
+        10: (b"x" * 301, "a document of"),
+    }
+    # too long as well: one document all the same
+    bad[11] = (b"\xff" * 301, "invalid UTF-8 at byte 0")
     values = [bad[i][0] if i in bad else b"%d" % i * (i != 3) for i in range(14)]
     path = WRITERS[format](tmp_path / f"a.{format}", invalid_utf8(*values))
     message = read_error(path, format, unit_bytes)
-    assert "row 8: 'text' is null, expected text; mend or remove it, or have build_shards skip it" in message
+    assert (
+        "row 8: 'text' is null, expected text; mend or remove it, or have build_shards skip it"
+        in message
+    )
     units = units_of(path, format=format, unit_bytes=unit_bytes, skip_bad=True)
     texts, rows, found = read(units)
     kept = [i for i in range(14) if i not in (3, *bad)]
@@ -317,7 +392,9 @@ def test_bad_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "b.txt: invalid UTF-8 at byte 3; mend or remove it" in read_error(paths[1], "txt")
     assert "c.txt: a document of 0 MB, expected at most 0 MB" in read_error(paths[2], "txt")
     opened: list[str] = []
-    monkeypatch.setattr(corpus, "open_input", lambda file: opened.append(file.name) or inputs.open_input(file))
+    monkeypatch.setattr(
+        corpus, "open_input", lambda file: opened.append(file.name) or inputs.open_input(file)
+    )
     texts, rows, bad = read(units_of(*paths, format="txt", skip_bad=True))
     assert (texts, rows) == (["a", "d"], [0, 3])
     assert [row for row, _ in bad] == [1, 2]
@@ -333,16 +410,29 @@ def test_left_out_documents_are_counted_and_listed(
     records = [*({"text": text} for text in texts), {"text": ""}, *bad] * 3
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     write_parquet(tmp_path / "b.parquet", [*texts[:20], None, *NASTY_TEXTS, "", None])
-    for name, content in (("0", b"\xff"), ("1", b"text"), ("2", b"x" * 5001), ("3", b"a train text")):
+    for name, content in (
+        ("0", b"\xff"),
+        ("1", b"text"),
+        ("2", b"x" * 5001),
+        ("3", b"a train text"),
+    ):
         (tmp_path / f"{name}.txt").write_bytes(content)
     sources = [source(format, path, format=format) for format, path in
                (("jsonl", "a.jsonl"), ("parquet", "b.parquet"), ("txt", "*.txt"))]  # fmt: skip
     message = build_error(write_mixture(tmp_path, tokenizer_dir, sources), tmp_path / "error")
     assert "; mend or remove it, or have build_shards skip it" in message
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1
+    )
     manifest = build(mixture, tmp_path / "skip")
-    assert [(s.empty_documents, s.bad_documents) for s in manifest.sources] == [(3, 9), (1, 2), (0, 2)]
-    listed = [(document.source, document.input, document.row) for document in manifest.bad_documents]
+    assert [(s.empty_documents, s.bad_documents) for s in manifest.sources] == [
+        (3, 9),
+        (1, 2),
+        (0, 2),
+    ]
+    listed = [
+        (document.source, document.input, document.row) for document in manifest.bad_documents
+    ]
     lines = [line for line, record in enumerate(records) if record in bad]
     assert listed == [
         *(("jsonl", "a.jsonl", line) for line in lines),
@@ -351,7 +441,9 @@ def test_left_out_documents_are_counted_and_listed(
     ]  # fmt: skip
     assert manifest.bad_documents[1].reason == "no field 'text', it has: ?\n (text_field names it)"
     found = decoded(tmp_path / "skip")
-    kept = {("a.jsonl", line): r["text"] for line, r in enumerate(records) if r not in bad and r["text"]}
+    kept = {
+        ("a.jsonl", line): r["text"] for line, r in enumerate(records) if r not in bad and r["text"]
+    }
     assert {place: text for place, text in found.items() if place[0] == "a.jsonl"} == kept
     assert len(found) == len(kept) + 20 + len(NASTY_TEXTS) + 2
 
@@ -360,7 +452,11 @@ def test_left_out_documents_are_counted_and_listed(
     ("name", "damage", "expected"),
     [
         ("a.jsonl", lambda whole: whole[: len(whole) // 2], "not valid JSON (Unterminated string"),
-        ("a.jsonl.gz", lambda whole: whole[:-9], "damaged after line 40 (the compressed stream ends early)"),
+        (
+            "a.jsonl.gz",
+            lambda whole: whole[:-9],
+            "damaged after line 40 (the compressed stream ends early)",
+        ),
         ("a.jsonl.gz", lambda whole: b"", "the compressed stream ends early"),
         ("a.jsonl.gz", lambda whole: bytes(10_000), "the compressed stream ends early"),
         ("a.jsonl.gz", lambda whole: whole[:50] + b"\xff\xff\xff\xff" + whole[54:], "damaged"),
@@ -369,11 +465,19 @@ def test_left_out_documents_are_counted_and_listed(
         ("a.jsonl.zst", lambda whole: b"rubbish" + whole, "damaged after line 0"),
         ("a.parquet", lambda whole: b"", "not a readable parquet file"),
         ("a.parquet", lambda whole: whole[:-9], "not a readable parquet file"),
-        ("a.parquet", lambda whole: whole[:40] + bytes(4000) + whole[4040:], "row groups 0 to 5: damaged"),
+        (
+            "a.parquet",
+            lambda whole: whole[:40] + bytes(4000) + whole[4040:],
+            "row groups 0 to 5: damaged",
+        ),
         ("a.arrow", lambda whole: b"", "damaged"),
         ("a.arrow", lambda whole: whole[:-8], "damaged (the stream of record batches ends early)"),
         ("a.arrow", lambda whole: whole[:5000] + whole[-8:], "damaged"),
-        ("a.arrow", lambda whole: whole.replace(b"text", b"te\xffx"), "damaged, a column's name is not UTF-8 ("),
+        (
+            "a.arrow",
+            lambda whole: whole.replace(b"text", b"te\xffx"),
+            "damaged, a column's name is not UTF-8 (",
+        ),
     ],
 )
 def test_damaged_files_are_named_and_never_left_out(
@@ -395,10 +499,14 @@ def test_damaged_files_are_named_and_never_left_out(
         if format != right and (right, format) not in (("jsonl", "txt"), ("jsonl", "csv"))
     ],
 )
-def test_a_file_of_another_format_says_which(tmp_path: Path, right: str, as_file: bool, format: str) -> None:
+def test_a_file_of_another_format_says_which(
+    tmp_path: Path, right: str, as_file: bool, format: str
+) -> None:
     """Also where bad documents are left out: this is no matter of documents."""
     write = functools.partial(write_arrow, as_file=True) if as_file else WRITERS[right]
-    whole = write(tmp_path / f"a.{right}", [f"document {i}" for i in range(20)]).rename(tmp_path / "whole")
+    whole = write(tmp_path / f"a.{right}", [f"document {i}" for i in range(20)]).rename(
+        tmp_path / "whole"
+    )
     kind = {"jsonl.gz": "gzip", "jsonl.zst": "zstd", "jsonl": "JSON"}.get(right, right)
     for skip_bad in (False, True):
         message = read_error(whole, format, skip_bad=skip_bad)
@@ -423,7 +531,9 @@ def test_an_arrow_file_that_asks_for_more_than_memory_is_damaged(tmp_path: Path)
 
 
 @pytest.mark.parametrize("format", [*WRITERS, "txt"])
-@pytest.mark.parametrize("change", [lambda whole: whole[: len(whole) // 2], lambda whole: whole * 2])
+@pytest.mark.parametrize(
+    "change", [lambda whole: whole[: len(whole) // 2], lambda whole: whole * 2]
+)
 def test_a_file_that_changed_since_it_was_cut_is_an_error(
     tmp_path: Path, format: str, change: Callable[[bytes], bytes]
 ) -> None:
@@ -432,14 +542,19 @@ def test_a_file_that_changed_since_it_was_cut_is_an_error(
     whole = path.read_bytes()
     path.write_bytes(change(whole))
     for unit in units:
-        with pytest.raises(UserError, match=rf"bytes, {len(whole):,} when it was listed; see that nothing writes to"):
+        with pytest.raises(
+            UserError,
+            match=rf"bytes, {len(whole):,} when it was listed; see that nothing writes to",
+        ):
             read([unit])
     path.unlink()
     with pytest.raises(UserError, match=r"can't be read \(No such file or directory\)"):
         read(units)
 
 
-def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_cut_short_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus, "check_unchanged", lambda unit: None)
     path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
     units = units_of(path, format="jsonl")
@@ -470,7 +585,11 @@ def test_unit_names_are_safe_and_unique(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     units = units_of(*paths, format="txt", unit_bytes=1)
-    assert [unit.name for unit in units] == ["00000-a_b-00000", "00001-a_b-00000", "00002-a_b-00000"]
+    assert [unit.name for unit in units] == [
+        "00000-a_b-00000",
+        "00001-a_b-00000",
+        "00002-a_b-00000",
+    ]
 
 
 def test_a_files_name_tells_its_format() -> None:
@@ -479,7 +598,10 @@ def test_a_files_name_tells_its_format() -> None:
     assert [format_of(f"a.{ending}", "here") for ending in ("json", "ndjson.gz", "Parquet")] == [
         "jsonl", "jsonl.gz", "parquet",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"here: the format of a\.doc is not known from its name; give one of parquet"):
+    with pytest.raises(
+        UserError,
+        match=r"here: the format of a\.doc is not known from its name; give one of parquet",
+    ):
         format_of("a.doc", "here")
 
 

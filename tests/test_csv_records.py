@@ -1,4 +1,6 @@
-"""CSV as its writers write it: a lone carriage return is a part of the text, unless it ends the records."""
+"""CSV as its writers write it: a lone carriage return is a part of the text, unless it ends the
+records.
+"""
 
 import io
 from pathlib import Path
@@ -12,7 +14,15 @@ from test_corpus import read, read_error, units_of
 
 from data_prep.csv_records import header_ending, read_records
 
-TEXTS = ["first half\rsecond half", "\rbegins so", 'quotes "and\r" CR', "CR\r\nLF", "LF\nalone", "a,b\rc", "last"]
+TEXTS = [
+    "first half\rsecond half",
+    "\rbegins so",
+    'quotes "and\r" CR',
+    "CR\r\nLF",
+    "LF\nalone",
+    "a,b\rc",
+    "last",
+]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -29,20 +39,26 @@ def texts_of(path: Path) -> tuple[list[str], list[int]]:
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_what_pandas_writes_comes_back(tmp_path: Path, ending: str) -> None:
     path = tmp_path / "a.csv"
-    pandas.DataFrame({"id": range(len(TEXTS)), "text": TEXTS}).to_csv(path, index=False, lineterminator=ending)
+    pandas.DataFrame({"id": range(len(TEXTS)), "text": TEXTS}).to_csv(
+        path, index=False, lineterminator=ending
+    )
     assert texts_of(path) == (TEXTS, list(range(len(TEXTS))))
     pandas.DataFrame({"text": TEXTS}).to_csv(path, index=False, lineterminator=ending)
     assert texts_of(path) == (TEXTS, list(range(len(TEXTS))))
 
 
 def test_what_datasets_writes_comes_back(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS}).to_csv(str(tmp_path / "a.csv"))
+    datasets.Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS}).to_csv(
+        str(tmp_path / "a.csv")
+    )
     assert texts_of(tmp_path / "a.csv") == (TEXTS, list(range(len(TEXTS))))
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    texts=st.lists(st.text("a\r\n\",' é").filter(lambda text: not text.endswith("\r")), min_size=1, max_size=5),
+    texts=st.lists(
+        st.text("a\r\n\",' é").filter(lambda text: not text.endswith("\r")), min_size=1, max_size=5
+    ),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
 def test_any_text_comes_back_from_pandas(texts: list[str], ending: str) -> None:
@@ -65,7 +81,9 @@ def test_any_text_comes_back_from_pandas(texts: list[str], ending: str) -> None:
         (b"text\na\x80b\rc\n", []),
     ],
 )
-def test_what_ends_the_header_ends_all_records(tmp_path: Path, content: bytes, expected: list[str]) -> None:
+def test_what_ends_the_header_ends_all_records(
+    tmp_path: Path, content: bytes, expected: list[str]
+) -> None:
     texts, _, bad = read(units_of(write(tmp_path / "a.csv", content), format="csv", skip_bad=True))
     assert texts == expected
     assert bool(bad) == (not expected)
@@ -79,7 +97,9 @@ def test_the_line_of_what_is_no_csv_is_named(tmp_path: Path) -> None:
 def test_a_header_with_the_text_column_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text,id,text\na,1,b\n")
     for skip_bad in (False, True):
-        assert f"{path}: 2 columns of its header are named 'text'; rename" in read_error(path, "csv", skip_bad=skip_bad)
+        assert f"{path}: 2 columns of its header are named 'text'; rename" in read_error(
+            path, "csv", skip_bad=skip_bad
+        )
     assert read(units_of(write(path, b"id,text,id\n1,b,2\n"), format="csv"))[0] == ["b"]
 
 

@@ -1,6 +1,8 @@
-"""Whatever happens to the files of a checkpoint is found before a step is trained, and the one before is taken.
+"""Whatever happens to the files of a checkpoint is found before a step is trained, and the one
+before is taken.
 
-Checkpoints of a real run of two ranks: flips, truncations and deletions by the hundred, pickles, full disks, kills.
+Checkpoints of a real run of two ranks: flips, truncations and deletions by the hundred, pickles,
+full disks, kills.
 """
 
 import ast
@@ -51,7 +53,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_saved(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks, stopped after its second checkpoint, of step 10. Put it back as it was."""
+    """A run of two ranks, stopped after its second checkpoint, of step 10. Put it back as it
+    was.
+    """
     run_dir = tmp_path_factory.mktemp("saved") / "run"
     train_on(2, recipe, tiny_data, run_dir, "--stop-at-step", "10")
     return run_dir
@@ -73,9 +77,15 @@ def damage(file: Path, sample: random.Random) -> str:
         content = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
     elif kind == "zeros":  # a block that never reached the disk; where there were none
         block = content[place : place + 512]
-        content = content[:place] + (bytes(len(block)) if any(block) else b"\1" * len(block)) + content[place + 512 :]
+        content = (
+            content[:place]
+            + (bytes(len(block)) if any(block) else b"\1" * len(block))
+            + content[place + 512 :]
+        )
     else:
-        content = content[:place] if kind == "truncate" else content + sample.randbytes(1 + place % 9)
+        content = (
+            content[:place] if kind == "truncate" else content + sample.randbytes(1 + place % 9)
+        )
     file.write_bytes(content)
     return f"{kind} at {place}"
 
@@ -99,7 +109,10 @@ def test_hundreds_of_flips_truncations_and_deletions_are_all_found_and_the_check
         assert checkpoint is not None, what
         assert checkpoint.path == (newest if file == pointer else before), what
         assert len(said) == 1, (what, said)
-        assert said[0].startswith(f"{pointer}: " if file == pointer else f"{newest}: ") or "missing" in said[0], said
+        assert (
+            said[0].startswith(f"{pointer}: " if file == pointer else f"{newest}: ")
+            or "missing" in said[0]
+        ), said
         assert said[0].endswith("; passed over"), said
         file.write_bytes(whole)
         done += 1
@@ -107,7 +120,9 @@ def test_hundreds_of_flips_truncations_and_deletions_are_all_found_and_the_check
     assert newest_good(two_saved)[1] == []
 
 
-def test_files_of_two_checkpoints_that_are_exchanged_are_found(two_saved: Path, tmp_path: Path) -> None:
+def test_files_of_two_checkpoints_that_are_exchanged_are_found(
+    two_saved: Path, tmp_path: Path
+) -> None:
     shutil.copytree(two_saved, tmp_path / "run")
     newest, before = saved_steps(tmp_path / "run")
     for file in sorted(path.name for path in newest.iterdir()):
@@ -165,7 +180,9 @@ sys.addaudithook(lambda event, values: OPENED.append(str(values[0])) if event ==
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
-def test_a_pickle_beside_the_files_is_never_opened(kind: str, two_saved: Path, tmp_path: Path) -> None:
+def test_a_pickle_beside_the_files_is_never_opened(
+    kind: str, two_saved: Path, tmp_path: Path
+) -> None:
     run_dir, mark = tmp_path / "run", tmp_path / "mark"
     shutil.copytree(two_saved, run_dir)
     newest, before = saved_steps(run_dir)
@@ -182,7 +199,9 @@ def test_a_pickle_beside_the_files_is_never_opened(kind: str, two_saved: Path, t
     assert checkpoint.path == before
     assert said == [f"{newest}: {smuggled.name} is not named in manifest.json; passed over"]
     assert not mark.exists()
-    pickle.loads(smuggled.read_bytes()) if kind == "pickle" else torch.load(smuggled, weights_only=False)
+    pickle.loads(smuggled.read_bytes()) if kind == "pickle" else torch.load(
+        smuggled, weights_only=False
+    )
     assert mark.exists()  # it would have been seen
 
 
@@ -207,13 +226,24 @@ def test_a_pickle_in_place_of_a_file_is_not_unpickled_even_with_all_digests_made
 
 
 def test_nothing_of_the_trainer_can_read_a_pickle() -> None:
-    readers = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
+    readers = {
+        "pickle",
+        "cloudpickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+        "torch.load",
+        "torch.save",
+    }
     for path in (REPOSITORY / "pretrain").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
-            names += ["pickle"] if isinstance(node, ast.keyword) and node.arg == "allow_pickle" else []
+            names += (
+                ["pickle"] if isinstance(node, ast.keyword) and node.arg == "allow_pickle" else []
+            )
             assert not readers & set(names), f"{path}: line {node.lineno}"  # type: ignore[attr-defined]
 
 
@@ -225,18 +255,28 @@ MEGABYTES = 48
 def fragments_of(step: int) -> list[Fragment]:
     """A state of so many megabytes that tells its step."""
     size = MEGABYTES * 1_000_000 // 12
-    states = {state: torch.full((size,), float(step)) for state in ("master", "exp_avg", "exp_avg_sq")}
+    states = {
+        state: torch.full((size,), float(step)) for state in ("master", "exp_avg", "exp_avg_sq")
+    }
     return [Fragment(name="weight", start=0, states=states)]
 
 
 def save_as_told(run_dir: Path, orders: Connection) -> None:
-    """Body of a forked process: a writer that saves the steps it is told, and answers with the error or "saved"."""
-    writer = CheckpointWriter(run_dir, CheckpointsRecipe(every_steps=1, keep_last=1), ALONE, around_saves(run_dir))
+    """Body of a forked process: a writer that saves the steps it is told, and answers with the
+    error or "saved".
+    """
+    writer = CheckpointWriter(
+        run_dir, CheckpointsRecipe(every_steps=1, keep_last=1), ALONE, around_saves(run_dir)
+    )
     while step := orders.recv():
         fragments = fragments_of(step)
         orders.send("begins")
         try:
-            writer.save(step, fragments, {"optimizer_step": step, "parameters": {"weight": [len(fragments)]}})
+            writer.save(
+                step,
+                fragments,
+                {"optimizer_step": step, "parameters": {"weight": [len(fragments)]}},
+            )
             writer.wait()
             orders.send("saved")
         except UserError as error:
@@ -278,7 +318,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, in memory, whose size `mount -o remount` changes."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(mount)], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(mount)], capture_output=True
+    )
     if made.returncode != 0:
         pytest.skip(f"mounting a small disk takes root: {made.stderr.decode().strip()}")
     yield mount
@@ -289,7 +331,9 @@ def resize(mount: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(mount)], check=True)
 
 
-def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_before_whole(small_disk: Path) -> None:
+def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_before_whole(
+    small_disk: Path,
+) -> None:
     run_dir = small_disk / "run"
     saver = Saver(run_dir)
     try:
@@ -298,7 +342,8 @@ def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_befor
         good = saved_steps(run_dir)[0]
         own_file = good.with_name(".step-00000010.tmp") / "rank-00000-of-00001.safetensors"
         total = (good / own_file.name).stat().st_size
-        # what is left to a save once it has checked the disk: a part of the tensors, or pages for what comes after them
+        # what is left to a save once it has checked the disk: a part of the tensors, or pages for
+        # what comes after them
         rooms = [(0.06 * i, 0) for i in range(16)] + [(1.0, pages) for pages in range(4)]
         met = []
         while rooms:
@@ -310,7 +355,10 @@ def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_befor
             disk = os.statvfs(small_disk)
             written = own_file.stat().st_size if own_file.exists() else total
             used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-            resize(small_disk, f"size={used + int(part * (total - written)) // 4096 * 4096 + pages * 4096}")
+            resize(
+                small_disk,
+                f"size={used + int(part * (total - written)) // 4096 * 4096 + pages * 4096}",
+            )
             saver.signal(signal.SIGCONT)
             answer = saver.orders.recv()
             resize(small_disk, "size=200m")
@@ -322,11 +370,15 @@ def test_a_disk_that_fills_up_at_any_point_of_a_save_leaves_the_checkpoint_befor
             rooms.pop(0)
             met.append(written)
             assert "No space left on device" in answer
-            assert f"it needs {MEGABYTES * 1_000_000:,} bytes, the disk mounted at {small_disk} has " in answer
+            assert (
+                f"it needs {MEGABYTES * 1_000_000:,} bytes, the disk mounted at {small_disk} has "
+                in answer
+            )
             checkpoint, said = newest_good(run_dir)
             assert checkpoint is not None
             assert said == []
-            assert checkpoint.step == 5 or (checkpoint.step, part) == (10, 1.0)  # it lacked nothing but the pointer
+            # it lacked nothing but the pointer
+            assert checkpoint.step == 5 or (checkpoint.step, part) == (10, 1.0)
             assert float(checkpoint.read("weight", "exp_avg", 0, 1)) == checkpoint.step
             assert Checkpoint(good).damage() is None
         assert len(met) == 20
@@ -342,7 +394,8 @@ def test_the_command_ends_with_one_line_on_a_full_disk_and_continues_once_there_
     ranks: int, limit: str, recipe: Path, tiny_data: Path, two_saved: Path, small_disk: Path
 ) -> None:
     run_dir = small_disk / "run"
-    resize(small_disk, limit)  # too few bytes, which is seen beforehand; too few files, which is not
+    # too few bytes, which is seen beforehand; too few files, which is not
+    resize(small_disk, limit)
     flags = ("--stop-at-step", "10", "--checkpoints.keep_last=1")
     ended = run_ranks(ranks, recipe, tiny_data, run_dir, *flags)
     assert ended.exit_codes == [2] * ranks
@@ -355,7 +408,9 @@ def test_the_command_ends_with_one_line_on_a_full_disk_and_continues_once_there_
     resize(small_disk, "size=20m,nr_inodes=1000")
     output = train_on(ranks, recipe, tiny_data, run_dir, *flags)
     assert f"continuing from {checkpoints_dir(run_dir)}/step-00000005" in output
-    assert losses(run_dir) == (losses(two_saved) if ranks == 2 else pytest.approx(losses(two_saved), rel=1e-4))
+    assert losses(run_dir) == (
+        losses(two_saved) if ranks == 2 else pytest.approx(losses(two_saved), rel=1e-4)
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -363,12 +418,16 @@ def test_a_disk_that_fills_between_saves_is_one_line_too(
     ranks: int, recipe: Path, tiny_data: Path, two_saved: Path, small_disk: Path
 ) -> None:
     run_dir, flags = small_disk / "run", ("--stop-at-step", "10", "--checkpoints.every_steps=10")
-    train_on(ranks, recipe, tiny_data, run_dir, "--stop-at-step", "2", "--checkpoints.every_steps=10")
+    train_on(
+        ranks, recipe, tiny_data, run_dir, "--stop-at-step", "2", "--checkpoints.every_steps=10"
+    )
     disk = os.statvfs(small_disk)
     used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
     resize(small_disk, f"size={used + 4096 * 3}")  # room for its state, not for long lines
     line = {"step": 0, "padding": "x" * 4096}
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(2)))
+    (run_dir / "metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "step": step}) + "\n" for step in range(2))
+    )
     ended = run_ranks(ranks, recipe, tiny_data, run_dir, *flags)
     assert ended.exit_codes[0] == 2, ended.output
     assert 0 not in ended.exit_codes

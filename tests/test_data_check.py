@@ -27,7 +27,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def zero(path: Path) -> None:
-    """As a disk leaves a file whose blocks were never written: header and size are good, all ids 0."""
+    """As a disk leaves a file whose blocks were never written: header and size are good, all ids
+    0.
+    """
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(SHARD_HEADER_BYTES)
@@ -76,7 +78,9 @@ def test_no_step_is_trained_on_a_file_that_is_not_as_it_was_built(
     assert read_state(tmp_path / "run")["status"] == "failed"
 
 
-def test_digests_are_checked_once_and_again_when_a_file_changes(data: Path, recipe: Path, tmp_path: Path) -> None:
+def test_digests_are_checked_once_and_again_when_a_file_changes(
+    data: Path, recipe: Path, tmp_path: Path
+) -> None:
     run_dir, shard = tmp_path / "run", data / "shards" / "train" / "up" / "00000.npy"
     good = shutil.copytree(data, tmp_path / "good")
     train_on(1, recipe, data, run_dir, "--stop-at-step=1")
@@ -107,7 +111,9 @@ def test_always_finds_what_the_file_system_does_not_show_and_never_looks_at_noth
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"stamp": null}', b"\xff", b"[" * 100_000])
-def test_a_damaged_stamp_has_the_data_checked_again(content: bytes, data: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_damaged_stamp_has_the_data_checked_again(
+    content: bytes, data: Path, recipe: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     train_on(1, recipe, data, run_dir, "--stop-at-step=1")
     (stamp,) = (run_dir / CHECKED_NAME).iterdir()
@@ -128,12 +134,17 @@ def test_a_zeroed_file_of_a_staged_copy_is_copied_again_and_said(
     bad = copy / "shards" / "train" / "up" / "00000.npy"
     zero(bad)
     output = train_on(ranks, recipe, data, tmp_path / "run", stage)
-    assert f"warning: {bad}: differed from its digest; 1 such files were copied again from {data}" in output
+    assert (
+        f"warning: {bad}: differed from its digest; 1 such files were copied again from {data}"
+        in output
+    )
     assert digest_file(bad) == digest_file(data / bad.relative_to(copy))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
-def test_where_the_data_set_is_bad_too_a_staged_file_is_not_mended(data: Path, recipe: Path, tmp_path: Path) -> None:
+def test_where_the_data_set_is_bad_too_a_staged_file_is_not_mended(
+    data: Path, recipe: Path, tmp_path: Path
+) -> None:
     stage = f"--data.stage_dir={tmp_path / 'local'}"
     train_on(1, recipe, data, tmp_path / "run", stage, "--stop-at-step=1")
     copy = tmp_path / "local" / ShardReader(data).manifest.fingerprint

@@ -41,7 +41,11 @@ def test_a_rank_that_waits_for_the_others_in_vain_says_so_in_one_line_and_is_no_
     rank: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     who = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DEEPSPEED_TIMEOUT": "0"}
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DEEPSPEED_TIMEOUT": "0",
+    }
     recipe, run_dir = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(run_dir)]
     result = run_command(sys.executable, "-m", "pretrain.train", *flags, **who, **meeting)
@@ -64,8 +68,16 @@ def test_kernels_that_cannot_attend_in_bf16_on_this_cpu_are_refused_in_one_line(
     capability: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     """On a processor with AMX torch raises; on any other the same run is fine."""
-    torch_alone = run_command(sys.executable, "-c", ATTENTION_IN_BF16, ATEN_CPU_CAPABILITY=capability)
-    flags = ["--recipe", str(write_recipe(tmp_path / "recipe.yaml")), "--data-dir", str(tiny_data), "--dry-run"]
+    torch_alone = run_command(
+        sys.executable, "-c", ATTENTION_IN_BF16, ATEN_CPU_CAPABILITY=capability
+    )
+    flags = [
+        "--recipe",
+        str(write_recipe(tmp_path / "recipe.yaml")),
+        "--data-dir",
+        str(tiny_data),
+        "--dry-run",
+    ]
     command = [sys.executable, "-m", "pretrain.train", *flags, "--run-dir", str(tmp_path / "run")]
     result = run_command(*command, "--engine=zero2_bf16", ATEN_CPU_CAPABILITY=capability)
     if torch_alone.returncode == 0:
@@ -73,7 +85,9 @@ def test_kernels_that_cannot_attend_in_bf16_on_this_cpu_are_refused_in_one_line(
     else:
         assert result.returncode == 2
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert line.startswith(f"error: ATEN_CPU_CAPABILITY={capability}: bf16 attention fails with it on this CPU")
+        assert line.startswith(
+            f"error: ATEN_CPU_CAPABILITY={capability}: bf16 attention fails with it on this CPU"
+        )
         assert "unset it, or train in fp32 (--deepspeed-config zero2_fp32)" in line
     in_fp32 = run_command(*command, ATEN_CPU_CAPABILITY=capability)
     assert in_fp32.returncode == 0, in_fp32.stderr

@@ -1,4 +1,6 @@
-"""Documents within a window: each is computed as if it were alone, and every target still counts."""
+"""Documents within a window: each is computed as if it were alone, and every target still
+counts.
+"""
 
 import sys
 from functools import cache
@@ -18,7 +20,12 @@ from pretrain.checkpoint.reader import load_for_reading, load_model
 from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.evaluate import evaluate
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
-from pretrain.model.documents import block_mask, boolean_mask, document_positions, hidden_states_by_document
+from pretrain.model.documents import (
+    block_mask,
+    boolean_mask,
+    document_positions,
+    hidden_states_by_document,
+)
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
@@ -37,7 +44,9 @@ def small_model(mode: str = "none") -> TableFreeForCausalLM:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3, generator=generator)
+            parameter.normal_(
+                1.0 if name.endswith("norm.weight") else 0.0, 0.3, generator=generator
+            )
     apply_activation_checkpointing(model, mode, 1)
     return model
 
@@ -76,7 +85,9 @@ def test_a_query_sees_the_keys_of_its_own_document_up_to_itself(ids: list[int]) 
 @example(ids=[EOS, 1, 2, EOS])
 @example(ids=[5, EOS, EOS, EOS, 6, 7])
 @example(ids=[1, 2, 3])
-def test_hidden_states_of_a_window_are_those_of_its_documents_alone(mode: str, ids: list[int]) -> None:
+def test_hidden_states_of_a_window_are_those_of_its_documents_alone(
+    mode: str, ids: list[int]
+) -> None:
     model = small_model(mode).model
     window = hidden_states_by_document(model, torch.tensor([ids]), EOS)[0]
     alone = [model.hidden_states(torch.tensor([piece]))[0] for piece in pieces(ids)]
@@ -87,13 +98,16 @@ def test_windows_of_a_batch_have_boundaries_of_their_own() -> None:
     rows = [[1, 2, EOS, 3, 4, 5], [1, EOS, EOS, 3, 4, 5], [1, 2, 3, 4, 5, 6]]
     together = hidden_states_by_document(small_model().model, torch.tensor(rows), EOS)
     for row, hidden in zip(rows, together, strict=True):
-        torch.testing.assert_close(hidden, hidden_states_by_document(small_model().model, torch.tensor([row]), EOS)[0])
+        torch.testing.assert_close(
+            hidden, hidden_states_by_document(small_model().model, torch.tensor([row]), EOS)[0]
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_gradient_flows_from_one_document_into_another(mode: str) -> None:
     model = small_model(mode).model
-    documents = [[1, 2, 3], [4, 5], [6, 7, 8]]  # each of ids of its own, so that a row of the table tells whose it is
+    # each of ids of its own, so that a row of the table tells whose it is
+    documents = [[1, 2, 3], [4, 5], [6, 7, 8]]
     ids = torch.tensor([[token for document in documents for token in [*document, EOS]]])
     first = 0
     for document in documents:
@@ -116,7 +130,8 @@ def test_all_targets_count_the_same_with_and_without_masking() -> None:
     for eos_id, value in nats.items():
         assert value.shape == targets.shape
         torch.testing.assert_close(module(eos_id)(inputs, targets), value.mean())
-    # Up to the first end nothing differs: the target after an end is predicted by that end, which sees its document.
+    # Up to the first end nothing differs: the target after an end is predicted by that end, which
+    # sees its document.
     torch.testing.assert_close(nats[None][0, :3], nats[EOS][0, :3])
     torch.testing.assert_close(nats[None][1, :4], nats[EOS][1, :4])
     assert not torch.allclose(nats[None][0, 3:], nats[EOS][0, 3:], atol=1e-3)
@@ -140,13 +155,16 @@ def test_flex_attention_sees_what_the_boolean_mask_shows() -> None:
     positions = document_positions(ids_with_ends(2, 256, seed=1), EOS)
     mask, visible = block_mask(positions), boolean_mask(positions)
     ids = ids_with_ends(2, 256, seed=1)
-    states = [small_model().model.hidden_states(ids, positions, either) for either in (mask, visible)]
+    states = [
+        small_model().model.hidden_states(ids, positions, either) for either in (mask, visible)
+    ]
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
 
 
 def test_flex_attention_skips_the_blocks_that_no_document_spans() -> None:
     ids = torch.ones(1, 512, dtype=torch.int64)
-    ids[0, 255] = EOS  # two documents of two blocks each: of the 10 causal blocks the second needs none of the first
+    # two documents of two blocks each: of the 10 causal blocks the second needs none of the first
+    ids[0, 255] = EOS
     assert block_mask(document_positions(ids, EOS)).to_dense()[0, 0].tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
@@ -155,7 +173,9 @@ def test_flex_attention_skips_the_blocks_that_no_document_spans() -> None:
     ]
 
 
-def nats_of_documents_alone(model: TableFreeForCausalLM, inputs: Tensor, targets: Tensor, eos_id: int) -> float:
+def nats_of_documents_alone(
+    model: TableFreeForCausalLM, inputs: Tensor, targets: Tensor, eos_id: int
+) -> float:
     """Each document's part of a window run by itself, the nats of all targets added up."""
     after_ends = ((inputs == eos_id).nonzero().flatten() + 1).tolist()
     parts = zip(inputs.tensor_split(after_ends), targets.tensor_split(after_ends), strict=True)
@@ -173,13 +193,16 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     masked, _ = evaluate(checkpoint, reader)
 
     shards = reader.manifest.shards_of("validation")
-    stream = torch.from_numpy(np.concatenate([reader.tokens(shard) for shard in shards]).astype(np.int64))
+    stream = torch.from_numpy(
+        np.concatenate([reader.tokens(shard) for shard in shards]).astype(np.int64)
+    )
     model, eos_id, seq_len = load_model(checkpoint).eval(), reader.manifest.eos_id, 32
     windows = [stream[start : start + seq_len + 1] for start in range(0, len(stream) - 1, seq_len)]
     nats = sum(nats_of_documents_alone(model, ids[:-1], ids[1:], eos_id) for ids in windows)
     assert masked["targets"] == plain["targets"] == len(stream) - 1
     assert masked["loss"] == pytest.approx(nats / masked["targets"], rel=1e-6)
-    assert abs(masked["loss"] - plain["loss"]) > 1e-5 * plain["loss"]  # ten times the tolerance above
+    # ten times the tolerance above
+    assert abs(masked["loss"] - plain["loss"]) > 1e-5 * plain["loss"]
 
 
 def test_the_benchmark_runs() -> None:

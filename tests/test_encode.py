@@ -13,7 +13,15 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prep_helpers import NASTY_TEXTS, VOCAB_SIZE, build, decoded, source, write_mixture, write_parquet
+from prep_helpers import (
+    NASTY_TEXTS,
+    VOCAB_SIZE,
+    build,
+    decoded,
+    source,
+    write_mixture,
+    write_parquet,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.encode import (
@@ -29,7 +37,9 @@ from data_prep.shards import tokenizer_sha256
 
 pytest_plugins = ("prep_fixtures",)
 
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<|endoftext|>", " <|endoftext|>\n"])
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["<|endoftext|>", " <|endoftext|>\n"]
+)
 
 
 def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:
@@ -48,12 +58,18 @@ def encoders(tokenizer_dir: Path) -> tuple[Encoder, Encoder]:
 
 def test_the_facts_of_a_tokenizer(tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_token) == (VOCAB_SIZE, 0, "<|endoftext|>")
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.eos_token) == (
+        VOCAB_SIZE,
+        0,
+        "<|endoftext|>",
+    )
     assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<pad>": 511}
     assert tokenizer.sha256 == tokenizer_sha256(tokenizer_dir)
 
 
-def test_encoders_agree_on_real_and_nasty_text(encoders: tuple[Encoder, Encoder], texts: list[str]) -> None:
+def test_encoders_agree_on_real_and_nasty_text(
+    encoders: tuple[Encoder, Encoder], texts: list[str]
+) -> None:
     fast, reference = encoders
     assert encode(fast, texts) == encode(reference, texts)
 
@@ -117,7 +133,10 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
         return str(caught.value)
 
-    assert "tokenizer.json: No such file or directory; a tokenizer directory needs it; train one with" in error()
+    assert (
+        "tokenizer.json: No such file or directory; a tokenizer directory needs it; train one with"
+        in error()
+    )
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json: not valid JSON" in error()
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -136,7 +155,9 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
 
 
 def write_gpt2(directory: Path, tokenizer_dir: Path) -> None:
-    """The same tokenizer in the form in which GPT-2 was published; what ends documents, only its class knows."""
+    """The same tokenizer in the form in which GPT-2 was published; what ends documents, only its
+    class knows.
+    """
     model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
     directory.mkdir()
     merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
@@ -174,9 +195,14 @@ def test_a_directory_that_auto_tokenizer_loads(
             shutil.copy(tokenizer_dir / name, directory)
     theirs = AutoTokenizer.from_pretrained(directory)
     write_parquet(tmp_path / "a.parquet", texts)
-    manifest = build(write_mixture(tmp_path, directory, [source("a", "a.parquet")]), tmp_path / "out")
+    manifest = build(
+        write_mixture(tmp_path, directory, [source("a", "a.parquet")]), tmp_path / "out"
+    )
     eos = "<|im_end|>" if more == "another eos" else "<|endoftext|>"
-    assert (manifest.eos_token, manifest.eos_id) == (eos, VOCAB_SIZE if more == "another eos" else 0)
+    assert (manifest.eos_token, manifest.eos_id) == (
+        eos,
+        VOCAB_SIZE if more == "another eos" else 0,
+    )
     assert (theirs.eos_token, theirs.eos_token_id) == (manifest.eos_token, manifest.eos_id)
     assert decoded(tmp_path / "out") == {("a.parquet", row): text for row, text in enumerate(texts)}
     for class_ in (AutoTokenizer, PreTrainedTokenizerFast):
@@ -189,11 +215,15 @@ def test_a_directory_that_auto_tokenizer_loads(
     assert tokenizer_sha256(tmp_path / "out" / "tokenizer") == load_tokenizer(directory).sha256
 
 
-def test_code_of_a_tokenizer_directory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_tokenizer_directory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     auto_map = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto_map))
     (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
-    with pytest.raises(UserError, match=r"asks for code of its own \(auto_map\), which is never run here"):
+    with pytest.raises(
+        UserError, match=r"asks for code of its own \(auto_map\), which is never run here"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -206,14 +236,20 @@ def test_any_text_comes_back_out_of_the_shards(
     base = tmp_path_factory.mktemp("round-trip")
     documents = [*documents, *NASTY_TEXTS]  # these fall on both sides
     write_parquet(base / "a.parquet", documents)
-    mixture = write_mixture(base, tokenizer_dir, [source("a", "a.parquet")], validation_fraction=0.5)
+    mixture = write_mixture(
+        base, tokenizer_dir, [source("a", "a.parquet")], validation_fraction=0.5
+    )
     build(mixture, base / "out")
     found = decoded(base / "out")
-    assert [found["a.parquet", row].encode() for row in range(len(documents))] == [text.encode() for text in documents]
+    assert [found["a.parquet", row].encode() for row in range(len(documents))] == [
+        text.encode() for text in documents
+    ]
 
 
 def test_threads_share_an_encoder(encoders: tuple[Encoder, Encoder], texts: list[str]) -> None:
-    """More threads than cores at once, with batches small enough for one of its threads and large enough for all."""
+    """More threads than cores at once, with batches small enough for one of its threads and
+    large enough for all.
+    """
     fast, reference = encoders
     large = "".join(texts)
     large *= (5 << 19) // len(large)  # 2.5 MB: it is cut at places where no token can lie across
@@ -223,14 +259,19 @@ def test_threads_share_an_encoder(encoders: tuple[Encoder, Encoder], texts: list
     assert found == [encode(reference, batch) for batch in batches]
 
 
-@pytest.mark.parametrize("dump", [json.dumps, lambda model: json.dumps(model, ensure_ascii=False, indent=2)])
+@pytest.mark.parametrize(
+    "dump", [json.dumps, lambda model: json.dumps(model, ensure_ascii=False, indent=2)]
+)
 @pytest.mark.parametrize(
     "change",
     [
         {},
         {"added_tokens": []},
         {"added_tokens": None},
-        {"a first key": {"added_tokens": [1]}, "added_tokens": [{"content": '"added_tokens": [', "special": False}]},
+        {
+            "a first key": {"added_tokens": [1]},
+            "added_tokens": [{"content": '"added_tokens": [', "special": False}],
+        },
         {"normalizer": {"added_tokens": [{"special": True}]}},
         {"normalizer": "added_tokens"},
     ],
@@ -250,7 +291,10 @@ def test_special_tokens_are_taken_out_of_the_text_of_tokenizer_json(
 
 def test_a_tokenizer_without_added_tokens_has_none_to_take_out() -> None:
     """Old files may leave the list out."""
-    assert json.loads(without_special_tokens(b'{"model": {}}', "tokenizer.json")) == {"model": {}, "added_tokens": []}
+    assert json.loads(without_special_tokens(b'{"model": {}}', "tokenizer.json")) == {
+        "model": {},
+        "added_tokens": [],
+    }
 
 
 def test_the_size_of_a_vocabulary_with_gaps() -> None:

@@ -56,7 +56,9 @@ def test_every_shipped_engine_is_zero2_with_fp32_accumulation_and_reduction(path
 
 
 @pytest.mark.parametrize("key", sorted(OWNED_BY_RECIPE))
-def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str, tmp_path: Path) -> None:
+def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(
+    key: str, tmp_path: Path
+) -> None:
     message = json_refusal(tmp_path, {**STAGE_2, key: 1})
     assert f"{key} belongs to the recipe ({OWNED_BY_RECIPE[key]}); remove it here" in message
 
@@ -64,16 +66,37 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({**STAGE_2, "bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto", expected true or false'),
-        (zero_2(reduce_bucket_size="auto"), 'reduce_bucket_size is "auto", expected a whole number, 1 or more'),
+        (
+            {**STAGE_2, "bf16": {"enabled": "auto"}},
+            'bf16.enabled is "auto", expected true or false',
+        ),
+        (
+            zero_2(reduce_bucket_size="auto"),
+            'reduce_bucket_size is "auto", expected a whole number, 1 or more',
+        ),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, expected 0, 1 or 2"),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true, expected 0, 1 or 2"),
-        ({"zero_optimization": {"stage": 2.0}}, "zero_optimization.stage is 2.0, expected 0, 1 or 2"),
-        (zero_2(allgather_bucket_size=7), "allgather_bucket_size is 7, expected an even number, 2 or more"),
-        (zero_2(allgather_bucket_size=0), "allgather_bucket_size is 0, expected an even number, 2 or more"),
+        (
+            {"zero_optimization": {"stage": True}},
+            "zero_optimization.stage is true, expected 0, 1 or 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 2.0}},
+            "zero_optimization.stage is 2.0, expected 0, 1 or 2",
+        ),
+        (
+            zero_2(allgather_bucket_size=7),
+            "allgather_bucket_size is 7, expected an even number, 2 or more",
+        ),
+        (
+            zero_2(allgather_bucket_size=0),
+            "allgather_bucket_size is 0, expected an even number, 2 or more",
+        ),
         ({"zero_optimization": {}}, "zero_optimization.stage is missing, expected 0, 1 or 2"),
         ({}, "zero_optimization is missing, expected a JSON object"),
-        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage is 0, which is for fp32 alone"),
+        (
+            {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+            "stage is 0, which is for fp32 alone",
+        ),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer; write 1 or 2",
@@ -83,17 +106,35 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
             "stage is 0, which is for fp32 alone",
         ),
         ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
-        ({**STAGE_2, "zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        (
+            {**STAGE_2, "zero_optimisation": {}},
+            "unknown key zero_optimisation; did you mean zero_optimization?",
+        ),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucketsize": 5}},
             "unknown key zero_optimization.reduce_bucketsize; did you mean reduce_bucket_size?",
         ),
         ({**STAGE_2, "bf16": {}}, "bf16.enabled is missing, expected true or false"),
-        ({**STAGE_2, "bf16": {"enabled": True, "bf16_optimizer_states": True}}, "key bf16.bf16_optimizer_states"),
-        (zero_2(offload_optimizer={}), 'zero_optimization.offload_optimizer.device is missing, expected "cpu"'),
-        (zero_2(offload_optimizer={"device": "nvme"}), 'offload_optimizer.device is "nvme", expected "cpu"'),
-        (zero_2(offload_optimizer={"device": "cpu", "ratio": 0.5}), "key zero_optimization.offload_optimizer.ratio"),
-        (zero_2(offload_optimizer="cpu"), 'zero_optimization.offload_optimizer is "cpu", expected a JSON object'),
+        (
+            {**STAGE_2, "bf16": {"enabled": True, "bf16_optimizer_states": True}},
+            "key bf16.bf16_optimizer_states",
+        ),
+        (
+            zero_2(offload_optimizer={}),
+            'zero_optimization.offload_optimizer.device is missing, expected "cpu"',
+        ),
+        (
+            zero_2(offload_optimizer={"device": "nvme"}),
+            'offload_optimizer.device is "nvme", expected "cpu"',
+        ),
+        (
+            zero_2(offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "key zero_optimization.offload_optimizer.ratio",
+        ),
+        (
+            zero_2(offload_optimizer="cpu"),
+            'zero_optimization.offload_optimizer is "cpu", expected a JSON object',
+        ),
         (
             {**zero_2(offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer": True},
             "zero_force_ds_cpu_optimizer is true, expected false: the optimizer is torch's AdamW",
@@ -108,7 +149,9 @@ def test_a_json_that_repeats_the_recipe_is_refused_with_the_key_s_home(key: str,
         ("[2]", "expected a JSON object"),
     ],
 )
-def test_a_json_that_this_pipeline_cannot_honour_is_refused(content: Any, says: str, tmp_path: Path) -> None:
+def test_a_json_that_this_pipeline_cannot_honour_is_refused(
+    content: Any, says: str, tmp_path: Path
+) -> None:
     assert says in json_refusal(tmp_path, content)
 
 
@@ -118,7 +161,10 @@ VALUES = {  # of each kind: what it takes, and what it refuses
         [1, 50_000_000, 5e8],
         ["abc", "5e8", 0, 0.0, -1, -5e8, 1.5, float("inf"), float("nan"), True, None, [5], {}],
     ),
-    DTYPE: (["fp32", "bf16"], ["float", "float32", "fp64", "fp16", "FP32", 32, True, None, ["fp32"]]),
+    DTYPE: (
+        ["fp32", "bf16"],
+        ["float", "float32", "fp64", "fp16", "FP32", 32, True, None, ["fp32"]],
+    ),
     SECTION: ([], ["x", 1, True, None, [{}]]),
 }
 
@@ -134,7 +180,12 @@ def json_with(section: str, key: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("section", "key", "kind"),
-    [(s, key, kind) for s, keys in KNOWN_KEYS.items() for key, kind in keys.items() if kind in VALUES],
+    [
+        (s, key, kind)
+        for s, keys in KNOWN_KEYS.items()
+        for key, kind in keys.items()
+        if kind in VALUES
+    ],
 )
 def test_each_key_takes_the_values_of_its_kind_and_refuses_others_with_one_line(
     section: str, key: str, kind: tuple[str, str], tmp_path: Path
@@ -147,11 +198,16 @@ def test_each_key_takes_the_values_of_its_kind_and_refuses_others_with_one_line(
     for value in bad:
         message = json_refusal(tmp_path, json_with(section, key, value))
         name = f"{section}.{key}".lstrip(".")
-        assert message == f"{tmp_path / 'engine.json'}: {name} is {json.dumps(value)}, expected {kind[0]}"
+        assert (
+            message
+            == f"{tmp_path / 'engine.json'}: {name} is {json.dumps(value)}, expected {kind[0]}"
+        )
 
 
 def test_an_engine_that_is_not_there_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"engine zero2_bf61: no such .*; did you mean zero2_bf16\?"):
+    with pytest.raises(
+        UserError, match=r"engine zero2_bf61: no such .*; did you mean zero2_bf16\?"
+    ):
         load_engine_config("zero2_bf61")
     with pytest.raises(UserError, match=r"/absent\.json: no such file"):
         load_engine_config("/absent.json")
@@ -170,10 +226,16 @@ def test_the_merged_configuration_is_the_json_and_what_the_recipe_owns() -> None
         "steps_per_print": 2**31,
         "zero_force_ds_cpu_optimizer": False,
     }
-    assert {key: merged[key] for key in engine_config} == engine_config == load_engine_config("zero2_fp32")
+    assert (
+        {key: merged[key] for key in engine_config}
+        == engine_config
+        == load_engine_config("zero2_fp32")
+    )
 
 
-def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and_one_that_does_keeps_it() -> None:
+def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and_one_that_does_keeps_it() -> (
+    None
+):
     silent = merge_config(recipe_of(), STAGE_2, world_size=1)
     assert silent["data_types"] == {"grad_accum_dtype": "fp32"}
     assert silent["communication_data_type"] == "fp32"
@@ -187,13 +249,20 @@ def test_a_bf16_step_with_infinite_gradients_is_not_passed_over_in_silence_by_de
     assert merged["bf16"] == {"enabled": True, "check_grad_overflow": False}
 
 
-def test_a_run_goes_on_that_an_earlier_version_saved_with_or_without_keys_that_change_no_step() -> None:
+def test_a_run_goes_on_that_an_earlier_version_saved_with_or_without_keys_that_change_no_step() -> (
+    None
+):
     now = merge_config(recipe_of(), load_engine_config("zero2_bf16"), world_size=1)
     saved = {**now, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True}
     del saved["zero_force_ds_cpu_optimizer"]
     refuse_changes(saved, now, ENGINE_MAY_CHANGE_ON_RESUME, "deepspeed.json")
     with pytest.raises(UserError, match="communication_data_type='bf16', got 'fp32'"):
-        refuse_changes({**saved, "communication_data_type": "bf16"}, now, ENGINE_MAY_CHANGE_ON_RESUME, "deepspeed.json")
+        refuse_changes(
+            {**saved, "communication_data_type": "bf16"},
+            now,
+            ENGINE_MAY_CHANGE_ON_RESUME,
+            "deepspeed.json",
+        )
 
 
 # Dividing the batch
@@ -209,11 +278,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do() -> N
     )
 
 
-@given(windows=st.integers(1, 60), micro_batch_size=st.integers(1, 12), world_size=st.integers(1, 16))
+@given(
+    windows=st.integers(1, 60), micro_batch_size=st.integers(1, 12), world_size=st.integers(1, 16)
+)
 def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
     windows: int, micro_batch_size: int, world_size: int
 ) -> None:
-    recipe = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": micro_batch_size})
+    recipe = recipe_of(
+        batch={"global_batch_tokens": windows * 32, "micro_batch_size": micro_batch_size}
+    )
     if windows % (micro_batch_size * world_size) == 0:
         assert accumulation_steps(recipe, world_size) * micro_batch_size * world_size == windows
         return
@@ -223,11 +296,15 @@ def test_a_batch_divides_into_whole_micro_batches_or_every_suggestion_does(
     tokens = re.search(r"global_batch_tokens (\d+)(?: or (\d+))?", text)
     assert tokens is not None
     for suggested in filter(None, tokens.groups()):
-        changed = recipe_of(batch={"global_batch_tokens": int(suggested), "micro_batch_size": micro_batch_size})
+        changed = recipe_of(
+            batch={"global_batch_tokens": int(suggested), "micro_batch_size": micro_batch_size}
+        )
         accumulation_steps(changed, world_size)
         assert abs(int(suggested) - windows * 32) < 32 * micro_batch_size * world_size
     if micro := re.search(r"micro_batch_size (\d+)", text):
-        changed = recipe_of(batch={"global_batch_tokens": windows * 32, "micro_batch_size": int(micro[1])})
+        changed = recipe_of(
+            batch={"global_batch_tokens": windows * 32, "micro_batch_size": int(micro[1])}
+        )
         accumulation_steps(changed, world_size)
     if ranks := re.search(r"(\d+) of the ranks$", text):
         accumulation_steps(recipe, int(ranks[1]))

@@ -1,8 +1,9 @@
-"""The engine against plain torch: shipped configurations, stages, buckets, ranks, accumulation, clipping, resumption.
+"""The engine against plain torch: shipped configurations, stages, buckets, ranks, accumulation,
+clipping, resumption.
 
-One launch for each number of ranks takes many configurations in turn and holds each against plain torch in fp32 over
-the same global batches, step by step: loss, gradient norm, every parameter. TABLEFREE_NUMERICS=full takes the whole
-cross product (half an hour) in place of the chosen part.
+One launch for each number of ranks takes many configurations in turn and holds each against plain
+torch in fp32 over the same global batches, step by step: loss, gradient norm, every parameter.
+TABLEFREE_NUMERICS=full takes the whole cross product (half an hour) in place of the chosen part.
 """
 
 import copy
@@ -42,7 +43,8 @@ RATES = [1e-3, 3e-3, 2e-3, 1e-3]
 SAVED_AT = 2
 FP32_LIMITS = {"loss": 1e-6, "norm": 1e-6, "masters": 1e-4}
 BF16_LIMITS = {"loss": 2**-12, "norm": 2**-8, "masters": 0.25}
-# Key biases have no gradient but rounding noise (softmax ignores them), which Adam with a tiny eps would blow up.
+# Key biases have no gradient but rounding noise (softmax ignores them), which Adam with a tiny eps
+# would blow up.
 EPS = 1e-5
 
 # The configurations
@@ -51,7 +53,8 @@ Json = dict[str, Any]
 PLAIN: Json = {}
 BF16: Json = {"bf16": {"enabled": True}}
 OFFLOAD: Json = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-BUCKETS = (100, 1_000, 50_000, 500_000_000)  # elements; of 62,832 in 29 parameters; the last is DeepSpeed's default
+# elements; of 62,832 in 29 parameters; the last is DeepSpeed's default
+BUCKETS = (100, 1_000, 50_000, 500_000_000)
 
 
 def stage(number: int, precision: Json = PLAIN, **zero: Any) -> Json:
@@ -70,7 +73,11 @@ STAGES = [  # those that are not shipped
     stage(2, **OFFLOAD),
 ]
 CHOSEN = [
-    *(stage(2, reduce_bucket_size=size, overlap_comm=overlap) for size in BUCKETS for overlap in (False, True)),
+    *(
+        stage(2, reduce_bucket_size=size, overlap_comm=overlap)
+        for size in BUCKETS
+        for overlap in (False, True)
+    ),
     stage(2, contiguous_gradients=False, reduce_bucket_size=1_000),
     stage(2, contiguous_gradients=False, reduce_bucket_size=1_000, overlap_comm=True),
     stage(2, BF16, contiguous_gradients=False, reduce_bucket_size=1_000, overlap_comm=True),
@@ -81,7 +88,14 @@ CHOSEN = [
     stage(1, contiguous_gradients=False, reduce_bucket_size=1_000),
 ]
 FULL = [
-    stage(number, precision, reduce_bucket_size=size, overlap_comm=overlap, contiguous_gradients=contiguous, **offload)
+    stage(
+        number,
+        precision,
+        reduce_bucket_size=size,
+        overlap_comm=overlap,
+        contiguous_gradients=contiguous,
+        **offload,
+    )
     for number, precision, offload in product((1, 2), (PLAIN, BF16), (PLAIN, OFFLOAD))
     if number == 2 or precision is PLAIN or offload  # stage 1 in bf16 reads none of what follows
     for size, overlap, contiguous in product(BUCKETS, (False, True), (False, True))
@@ -106,18 +120,28 @@ def cases(ranks: int, home: Path) -> list[Case]:
         found = [Case(engine=e, accumulation=a, clipping=c) for e, a, c in every]
     else:
         found = [Case(engine=e, accumulation=3, clipping=0.05) for e in [*STAGES, *CHOSEN]]
-        found += [Case(engine=e, accumulation=a, clipping=c) for e in SHIPPED for a, c in ((1, 100.0), (3, 0.05))]
-    for resumes in (False, True) if ranks == RANKS[0] else (True,):  # 2 ranks save, then resume on new engines
+        found += [
+            Case(engine=e, accumulation=a, clipping=c)
+            for e in SHIPPED
+            for a, c in ((1, 100.0), (3, 0.05))
+        ]
+    # 2 ranks save, then resume on new engines
+    for resumes in (False, True) if ranks == RANKS[0] else (True,):
         for i, engine in enumerate([*SHIPPED, *STAGES]):
             path = str(home / f"saved-{i}")
-            found.append(Case(engine=engine, accumulation=1, clipping=0.05, checkpoint=path, resumes=resumes))
+            found.append(
+                Case(engine=engine, accumulation=1, clipping=0.05, checkpoint=path, resumes=resumes)
+            )
     return found
 
 
 def recipe_of(case: Case, ranks: int) -> Recipe:
     content = tiny_recipe_content(
         model={"vocab_size": VOCAB_SIZE, "seq_len": 8},
-        batch={"global_batch_tokens": WINDOWS * 8, "micro_batch_size": WINDOWS // ranks // case.accumulation},
+        batch={
+            "global_batch_tokens": WINDOWS * 8,
+            "micro_batch_size": WINDOWS // ranks // case.accumulation,
+        },
         optimizer={"gradient_clipping": case.clipping, "eps": EPS, "weight_decay": 0.5},
     )
     return build_recipe(content, "tiny.yaml")
@@ -141,7 +165,9 @@ class Step:
 
 @cache
 def plain_torch(clipping: float, dtype: torch.dtype = torch.float32) -> list[Step]:
-    """The steps by torch alone, each over its whole batch; fp32 masters of weights in this dtype."""
+    """The steps by torch alone, each over its whole batch; fp32 masters of weights in this
+    dtype.
+    """
     masters = build_model(recipe_of(Case(engine={}, accumulation=1, clipping=clipping), ranks=1))
     weights = copy.deepcopy(masters)
     for weight in weights.parameters():
@@ -155,7 +181,9 @@ def plain_torch(clipping: float, dtype: torch.dtype = torch.float32) -> list[Ste
     steps = []
     for step, rate in enumerate(RATES):
         ids = torch.from_numpy(batch_of(step).astype("int64"))
-        loss = F.cross_entropy(weights(ids[:, :-1]).logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss = F.cross_entropy(
+            weights(ids[:, :-1]).logits.flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
         weights.zero_grad()
         loss.backward()
         for master, weight in pairs:
@@ -169,7 +197,9 @@ def plain_torch(clipping: float, dtype: torch.dtype = torch.float32) -> list[Ste
         with torch.no_grad():
             for master, weight in pairs:
                 weight.copy_(master)
-        after = {name: parameter.detach().clone() for name, parameter in checkpoint_parameters(masters)}
+        after = {
+            name: parameter.detach().clone() for name, parameter in checkpoint_parameters(masters)
+        }
         steps.append(Step(loss=loss.item(), norm=norm.item(), masters=after))
     return steps
 
@@ -179,11 +209,14 @@ def plain_torch(clipping: float, dtype: torch.dtype = torch.float32) -> list[Ste
 
 @dataclass(kw_only=True)
 class Found:
-    """What a rank found in a case: largest differences to plain torch over the steps, and what shows its end."""
+    """What a rank found in a case: largest differences to plain torch over the steps, and what
+    shows its end.
+    """
 
     loss: float = 0.0  # relative
     norm: float = 0.0  # relative
-    masters: float = 0.0  # of a fragment, root mean square, as a part of the rates so far: Adam moves by about those
+    # of a fragment, root mean square, as a part of the rates so far: Adam moves by about those
+    masters: float = 0.0
     squares: float = 0.0  # sum over this rank's elements at the end
     figures: list[tuple[float, float]]
     weights_are_masters: bool = True
@@ -193,7 +226,9 @@ class Found:
 
 
 def digest(tensors: Iterator[torch.Tensor]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors))
+    return xxhash.xxh3_128_hexdigest(
+        b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)
+    )
 
 
 def try_case(case: Case, world: World) -> Found:
@@ -209,27 +244,36 @@ def try_case(case: Case, world: World) -> Found:
         first_step = SAVED_AT
     for step, plain in list(enumerate(plain_torch(case.clipping)))[first_step:]:
         rows = [engine.rows_of(i) for i in range(engine.accumulation_steps)]
-        figures = engine.train_step([engine.pinned(batch_of(step)[own]) for own in rows], RATES[step])
+        figures = engine.train_step(
+            [engine.pinned(batch_of(step)[own]) for own in rows], RATES[step]
+        )
         found.figures.append((figures.loss, figures.gradient_norm))
         found.loss = max(found.loss, abs(figures.loss / plain.loss - 1))
         found.norm = max(found.norm, abs(figures.gradient_norm / plain.norm - 1))
         fragments, taken = engine.read_state()
         assert taken == step + 1
-        weights = {name: p.detach().flatten() for name, p in checkpoint_parameters(engine.deepspeed.module.model)}
+        weights = {
+            name: p.detach().flatten()
+            for name, p in checkpoint_parameters(engine.deepspeed.module.model)
+        }
         found.squares = 0.0
         for fragment in fragments:
             master = fragment.states["master"]
             own = slice(fragment.start, fragment.start + len(master))
             off = (master - plain.masters[fragment.name].flatten()[own]).norm().item()
             found.squares += off**2
-            found.masters = max(found.masters, off / math.sqrt(len(master)) / sum(RATES[: step + 1]))
+            found.masters = max(
+                found.masters, off / math.sqrt(len(master)) / sum(RATES[: step + 1])
+            )
             weight = weights[fragment.name][own]
             found.weights_are_masters &= torch.equal(master.to(weight.dtype), weight)
         if case.checkpoint and not case.resumes and taken == SAVED_AT:
             about = {"optimizer_step": taken, "parameters": engine.parameter_shapes()}
             save_checkpoint(Path(case.checkpoint), SAVED_AT, fragments, about, world)
     found.weights_digest = digest(iter(weights.values()))
-    found.masters_digest = digest(fragment.states[key] for fragment in fragments for key in sorted(fragment.states))
+    found.masters_digest = digest(
+        fragment.states[key] for fragment in fragments for key in sorted(fragment.states)
+    )
     return found
 
 
@@ -263,7 +307,9 @@ def launch(ranks: int, home: Path) -> list[tuple[Case, list[Found]]]:
         process.join(1_500)
         if process.is_alive():
             process.kill()
-    assert all(result.exists() for result in results), "".join(p.read_text() for p in home.glob(f"{ranks}-*.log"))
+    assert all(result.exists() for result in results), "".join(
+        p.read_text() for p in home.glob(f"{ranks}-*.log")
+    )
     found = [[Found(**one) for one in json.loads(result.read_text())] for result in results]
     return list(zip(tried, map(list, zip(*found, strict=True)), strict=True))
 
@@ -284,7 +330,10 @@ def is_bf16(case: Case) -> bool:
 @cache
 def squares_of_bf16(clipping: float) -> float:
     """How far bf16 weights take plain torch from fp32, summed over all elements."""
-    exact, rounded = plain_torch(clipping)[-1].masters, plain_torch(clipping, torch.bfloat16)[-1].masters
+    exact, rounded = (
+        plain_torch(clipping)[-1].masters,
+        plain_torch(clipping, torch.bfloat16)[-1].masters,
+    )
     return sum(float((exact[name] - rounded[name]).norm()) ** 2 for name in exact)
 
 
@@ -294,10 +343,16 @@ def wrong(case: Case, found: list[Found]) -> list[str]:
         return [rank.error for rank in found]
     limits = BF16_LIMITS if is_bf16(case) else FP32_LIMITS
     worst = {name: max(getattr(rank, name) for rank in found) for name in limits}
-    problems = [f"{name} differs by {worst[name]:.1e}" for name, limit in limits.items() if not worst[name] < limit]
+    problems = [
+        f"{name} differs by {worst[name]:.1e}"
+        for name, limit in limits.items()
+        if not worst[name] < limit
+    ]
     squares = sum(rank.squares for rank in found)
     if is_bf16(case) and squares > 2**2 * squares_of_bf16(case.clipping):
-        problems.append("the masters are more than twice as far away as those of plain torch with bf16 weights")
+        problems.append(
+            "the masters are more than twice as far away as those of plain torch with bf16 weights"
+        )
     if not all(rank.weights_are_masters for rank in found):
         problems.append("the weights are not the masters")
     if len({rank.weights_digest for rank in found}) > 1:
@@ -309,17 +364,28 @@ def wrong(case: Case, found: list[Found]) -> list[str]:
 def test_every_configuration_takes_the_steps_of_plain_torch(
     ranks: int, launched: dict[int, list[tuple[Case, list[Found]]]]
 ) -> None:
-    problems = [(case, problem) for case, found in launched[ranks] if (problem := wrong(case, found))]
-    assert not problems, "\n".join(f"{ranks} ranks, {case}: {'; '.join(problem)}" for case, problem in problems)
+    problems = [
+        (case, problem) for case, found in launched[ranks] if (problem := wrong(case, found))
+    ]
+    assert not problems, "\n".join(
+        f"{ranks} ranks, {case}: {'; '.join(problem)}" for case, problem in problems
+    )
 
 
 def test_a_run_that_as_many_ranks_resume_is_the_same_run_bit_for_bit(
     launched: dict[int, list[tuple[Case, list[Found]]]],
 ) -> None:
-    through = {case.checkpoint: found for case, found in launched[RANKS[0]] if case.checkpoint and not case.resumes}
+    through = {
+        case.checkpoint: found
+        for case, found in launched[RANKS[0]]
+        if case.checkpoint and not case.resumes
+    }
     resumed = {case.checkpoint: found for case, found in launched[RANKS[0]] if case.resumes}
     assert len(through) == len(resumed) == len([*SHIPPED, *STAGES])
     for checkpoint, ranks in through.items():
         for rank, again in zip(ranks, resumed[checkpoint], strict=True):
             assert again.figures == rank.figures[SAVED_AT:]
-            assert (again.masters_digest, again.weights_digest) == (rank.masters_digest, rank.weights_digest)
+            assert (again.masters_digest, again.weights_digest) == (
+                rank.masters_digest,
+                rank.weights_digest,
+            )

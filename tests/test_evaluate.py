@@ -29,7 +29,9 @@ def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: P
     total, by_source = evaluate(checkpoint, reader)
 
     shards = reader.manifest.shards_of("validation")
-    stream = torch.from_numpy(np.concatenate([reader.tokens(shard) for shard in shards]).astype(np.int64))
+    stream = torch.from_numpy(
+        np.concatenate([reader.tokens(shard) for shard in shards]).astype(np.int64)
+    )
     model, nats, targets = load_model(checkpoint).eval(), 0.0, 0
     for start in range(0, len(stream) - 1, 32):
         ids = stream[start : start + 33]
@@ -38,7 +40,9 @@ def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: P
         targets += len(ids) - 1
 
     assert targets == total["targets"] == len(stream) - 1
-    assert (len(stream) - 1) % 32, "the split must end in a partial window for this test to mean something"
+    assert (len(stream) - 1) % 32, (
+        "the split must end in a partial window for this test to mean something"
+    )
     assert total["loss"] == pytest.approx(nats / targets, rel=1e-6)
     assert total["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
     text_bytes = sum(shard.text_bytes for shard in shards)
@@ -52,7 +56,9 @@ def test_a_uniform_guess_over_256_ids_is_eight_bits_an_id() -> None:
     assert figures["bits_per_byte"] == pytest.approx(8)
 
 
-def test_the_command_prints_and_writes_the_same_figures(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes_the_same_figures(
+    text_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["--run-dir", str(text_run)])
     written = json.loads((text_run / "evaluation.json").read_text())
     assert written["step"] == 20
@@ -70,17 +76,23 @@ def test_another_data_set_is_refused(text_run: Path, tmp_path: Path) -> None:
         main(["--run-dir", str(text_run), "--data-dir", str(counting_dataset(tmp_path / "other"))])
 
 
-def test_a_split_that_is_not_as_it_was_built_is_not_scored(text_run: Path, text_data: Path, tmp_path: Path) -> None:
+def test_a_split_that_is_not_as_it_was_built_is_not_scored(
+    text_run: Path, text_data: Path, tmp_path: Path
+) -> None:
     data = shutil.copytree(text_data, tmp_path / "data")
     shard = data / ShardReader(data).manifest.shards_of("validation")[0].path
     content = shard.read_bytes()
     shard.write_bytes(content[:-64] + bytes(64))
-    with pytest.raises(UserError, match=f"{shard}: differs from its digest: .*; python -m data_prep.verify {data}"):
+    with pytest.raises(
+        UserError, match=f"{shard}: differs from its digest: .*; python -m data_prep.verify {data}"
+    ):
         main(["--run-dir", str(text_run), "--data-dir", str(data)])
 
 
 @pytest.mark.parametrize("module", ["pretrain.evaluate", "pretrain.export_hf"])
-def test_a_run_without_checkpoints_is_one_clear_line(module: str, text_run: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_is_one_clear_line(
+    module: str, text_run: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(text_run, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
     more = ["--output-dir", str(tmp_path / "export")] if module.endswith("export_hf") else []
@@ -97,7 +109,9 @@ def test_a_missing_run_is_one_clear_line(tmp_path: Path) -> None:
         main(["--run-dir", str(tmp_path / "nowhere")])
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(text_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+    text_run: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(text_run, run_dir)
     fragments = next((run_dir / "checkpoints" / "step-00000020").glob("*.safetensors"))
@@ -107,7 +121,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(text_run: Path, tmp
     result = run_command(sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir))
     assert result.returncode == 0
     assert "step-00000020: " in result.stderr
-    assert re.search(r"differs from its digest: \w{32}, expected \w{32}; passed over", result.stderr)
+    assert re.search(
+        r"differs from its digest: \w{32}, expected \w{32}; passed over", result.stderr
+    )
     assert "step-00000015" in result.stdout
 
 
@@ -159,7 +175,9 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(text_run: Path)
 def test_a_damaged_checkpoint_is_refused_by_its_step(text_run: Path, tmp_path: Path) -> None:
     run_dir = copy_of(text_run, tmp_path)
     (run_dir / "checkpoints" / "step-00000015" / "notes.md").write_text("")
-    with pytest.raises(UserError, match=r"step-00000015: notes.md is not named in manifest.json; steps there"):
+    with pytest.raises(
+        UserError, match=r"step-00000015: notes.md is not named in manifest.json; steps there"
+    ):
         main(["--run-dir", str(run_dir), "--step", "15"])
 
 
@@ -169,26 +187,42 @@ def test_another_data_set_of_the_same_tokenizer_is_scored_and_the_result_says_wh
     run_dir, other = copy_of(text_run, tmp_path), other_data_set(text_data, tmp_path)
     main(["--run-dir", str(run_dir), "--data-dir", str(other)])
     fingerprint = ShardReader(other).manifest.fingerprint
-    assert f"on {other} ({fingerprint}), which the run was not trained on" in capsys.readouterr().out
+    assert (
+        f"on {other} ({fingerprint}), which the run was not trained on" in capsys.readouterr().out
+    )
     assert not (run_dir / "evaluation.json").exists()
     (written,) = (run_dir / "evaluations").iterdir()
     assert written.name == f"step-00000020.{fingerprint}.json"
     content = json.loads(written.read_text())
-    assert (content["step"], content["fingerprint"], content["data_dir"]) == (20, fingerprint, str(other))
+    assert (content["step"], content["fingerprint"], content["data_dir"]) == (
+        20,
+        fingerprint,
+        str(other),
+    )
     assert figures_of(run_dir, 20) is None  # an export's card is about the run's own data
 
 
-def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(text_run: Path, text_data: Path) -> None:
+def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(
+    text_run: Path, text_data: Path
+) -> None:
     checkpoint = load_for_reading(text_run)
     told = checkpoint.manifest["data"].pop("tokenizer_sha256")
-    assert told == tokenizer_of(checkpoint, text_run) == ShardReader(text_data).manifest.tokenizer_sha256
+    assert (
+        told
+        == tokenizer_of(checkpoint, text_run)
+        == ShardReader(text_data).manifest.tokenizer_sha256
+    )
     assert tokenizer_of(checkpoint, None) is None
 
 
-def test_advice_that_was_followed_is_not_given_again(text_run: Path, text_data: Path, tmp_path: Path) -> None:
+def test_advice_that_was_followed_is_not_given_again(
+    text_run: Path, text_data: Path, tmp_path: Path
+) -> None:
     run_dir = copy_of(text_run, tmp_path)
     with pytest.raises(UserError) as raised:
-        main(["--run-dir", str(run_dir), "--data-dir", str(counting_dataset(tmp_path / "counting"))])
+        main(
+            ["--run-dir", str(run_dir), "--data-dir", str(counting_dataset(tmp_path / "counting"))]
+        )
     assert "with another tokenizer (sha256 " in str(raised.value)
     assert "--data-dir" not in str(raised.value)
     with pytest.raises(UserError, match=r"nowhere: no such directory") as raised:
@@ -203,7 +237,9 @@ def test_advice_that_was_followed_is_not_given_again(text_run: Path, text_data: 
         open_data(checkpoint, None, run_dir)
 
 
-def test_a_checkpoint_by_itself_is_scored(text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_by_itself_is_scored(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     alone = tmp_path / "step-00000020"
     shutil.copytree(text_run / "checkpoints" / alone.name, alone)
     before = sorted(tmp_path.rglob("*"))
@@ -219,7 +255,9 @@ def test_a_run_that_cannot_be_written_to_gives_its_figures_all_the_same(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False
+    )
     if made.returncode != 0:
         pytest.skip(f"mounting takes root: {made.stderr.decode().strip()}")
     try:

@@ -1,4 +1,6 @@
-"""`export_hf --check`: what is wrong with an export is said without its run, and so is how to mend it."""
+"""`export_hf --check`: what is wrong with an export is said without its run, and so is how to
+mend it.
+"""
 
 import json
 import os
@@ -56,26 +58,39 @@ def copy(exports: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 def problems(directory: Path) -> str:
     """What is wrong, without the names of directories."""
     return (
-        "\n".join(check_export(directory).problems).replace(f"{directory}{os.sep}", "").replace(str(directory), "DIR")
+        "\n".join(check_export(directory).problems)
+        .replace(f"{directory}{os.sep}", "")
+        .replace(str(directory), "DIR")
     )
 
 
 def edit(directory: Path, name: str, **changes: Any) -> None:
     """Change keys of a JSON file; None takes one away."""
     content = json.loads((directory / name).read_bytes()) | changes
-    (directory / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    (directory / name).write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
 
 
 def be_of_before(directory: Path) -> None:
-    """An export as version 3656bb5 made it: modelling file, names of parameters, tokenizer, no version."""
+    """An export as version 3656bb5 made it: modelling file, names of parameters, tokenizer, no
+    version.
+    """
     shutil.copyfile(OF_BEFORE, directory / MODELING_FILE.name)
     classes = {"AutoConfig": "TableFreeConfig", "AutoModelForCausalLM": "TableFreeForCausalLM"}
     auto_map = {auto: f"modeling_tablefree.{own}" for auto, own in classes.items()}
     edit(directory, "config.json", modeling_version=None, auto_map=auto_map)
     edit(directory, "tokenizer_config.json", split_special_tokens=True, model_input_names=None)
     weights = load_file(directory / "model.safetensors")
-    names = {name: name.removeprefix("model.").replace("lm_head.", "output_projection.") for name in weights}
-    save_file({names[name]: weights[name] for name in weights}, directory / "model.safetensors", {"format": "pt"})
+    names = {
+        name: name.removeprefix("model.").replace("lm_head.", "output_projection.")
+        for name in weights
+    }
+    save_file(
+        {names[name]: weights[name] for name in weights},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
     marker = json.loads((directory / MARKER_NAME).read_bytes())
     marker["files"] = {name: digest_file(directory / name) for name in marker["files"]}
     (directory / MARKER_NAME).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n")
@@ -97,7 +112,9 @@ def test_an_export_made_now_is_whole_and_right(
 ) -> None:
     main(["--check", str(exports[form])])
     said = capsys.readouterr().out
-    kind = {"gguf": "gguf in f32", "gpt_neox": "gpt_neox in float32"}.get(form, "tablefree in float32")
+    kind = {"gguf": "gguf in f32", "gpt_neox": "gpt_neox in float32"}.get(
+        form, "tablefree in float32"
+    )
     assert said.splitlines()[0].startswith(f"{exports[form]}: {kind}, after step ")
     assert said.splitlines()[1:] == ["whole, and right as far as is known"]
 
@@ -111,7 +128,9 @@ def test_an_export_of_before_is_told_and_mended_as_it_says(
     result = run_command(sys.executable, *flags)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith(f"error: {directory}: 3 problems; mend them as said above")
+    assert result.stderr.splitlines()[-1].startswith(
+        f"error: {directory}: 3 problems; mend them as said above"
+    )
     said = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
     assert len(said) == 3
     assert "generates wrong text with a KV cache under transformers 5.24 and newer" in said[0]
@@ -119,7 +138,10 @@ def test_an_export_of_before_is_told_and_mended_as_it_says(
     assert mend
     subprocess.run(mend[1], shell=True, check=True)
     edit(
-        directory, "tokenizer_config.json", split_special_tokens=None, model_input_names=["input_ids", "attention_mask"]
+        directory,
+        "tokenizer_config.json",
+        split_special_tokens=None,
+        model_input_names=["input_ids", "attention_mask"],
     )
     result = run_command(sys.executable, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -184,53 +206,161 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
     ("form", "change", "says"),
     [
         # files
-        ("tablefree", lack("model.safetensors"), "model.safetensors: missing; export the run again"),
+        (
+            "tablefree",
+            lack("model.safetensors"),
+            "model.safetensors: missing; export the run again",
+        ),
         ("gguf", lack("model-F32.gguf"), "model-F32.gguf: missing; export the run again"),
-        ("gguf", flip("model-F32.gguf"), "model-F32.gguf: differs from its digest, so it is damaged or was edited"),
+        (
+            "gguf",
+            flip("model-F32.gguf"),
+            "model-F32.gguf: differs from its digest, so it is damaged or was edited",
+        ),
         ("gpt_neox", flip("model.safetensors"), "model.safetensors: differs from its digest"),
         ("gpt_neox", lack("README.md"), "README.md: missing"),
         ("tablefree", lack("config.json"), "config.json: missing"),
         ("tablefree", write("config.json", "["), "config.json: not valid JSON"),
         ("tablefree", write("config.json", "[" * 100_000), "config.json: not valid JSON"),
         ("tablefree", write("config.json", "[]"), "config.json: a JSON list, expected an object"),
-        ("tablefree", put("config.json", model_type="llama"), "config.json: model_type 'llama' is of no export"),
-        ("tablefree", write("model.safetensors", "no"), "model.safetensors: not readable as safetensors"),
+        (
+            "tablefree",
+            put("config.json", model_type="llama"),
+            "config.json: model_type 'llama' is of no export",
+        ),
+        (
+            "tablefree",
+            write("model.safetensors", "no"),
+            "model.safetensors: not readable as safetensors",
+        ),
         # modelling file
         ("tablefree", lack("modeling_tablefree.py"), "modeling_tablefree.py: missing"),
-        ("tablefree", write("modeling_tablefree.py", "def ("), "modeling_tablefree.py: no readable program"),
-        ("tablefree", be_of_before_markers, "modeling_tablefree.py: of no version of ours, so it was edited; cp "),
-        ("tablefree", put_an_old_file_beside_a_new_config, "version 1, older than config.json, which is of version "),
-        ("tablefree", put("config.json", modeling_version=99), "older than config.json, which is of version 99"),
+        (
+            "tablefree",
+            write("modeling_tablefree.py", "def ("),
+            "modeling_tablefree.py: no readable program",
+        ),
+        (
+            "tablefree",
+            be_of_before_markers,
+            "modeling_tablefree.py: of no version of ours, so it was edited; cp ",
+        ),
+        (
+            "tablefree",
+            put_an_old_file_beside_a_new_config,
+            "version 1, older than config.json, which is of version ",
+        ),
+        (
+            "tablefree",
+            put("config.json", modeling_version=99),
+            "older than config.json, which is of version 99",
+        ),
         # configuration
-        ("tablefree", put("config.json", parallel_residual=True), "parallel_residual: nothing reads it: unknown key"),
-        ("tablefree", put("config.json", seq_length=64), "seq_length: nothing reads it: unknown key; did you"),
-        ("gpt_neox", put("config.json", use_paralel_residual=False), "did you mean use_parallel_residual?"),
-        ("tablefree", put("config.json", code_bits=8), "code_bits 8 tell fewer than vocab_size 512 ids apart"),
-        ("tablefree", put("config.json", code_bits=11), "code_bits 11 does not fill d_model 48 evenly"),
-        ("tablefree", put("config.json", num_heads=5), "d_model 48 is no even number of channels for each of 5 heads"),
+        (
+            "tablefree",
+            put("config.json", parallel_residual=True),
+            "parallel_residual: nothing reads it: unknown key",
+        ),
+        (
+            "tablefree",
+            put("config.json", seq_length=64),
+            "seq_length: nothing reads it: unknown key; did you",
+        ),
+        (
+            "gpt_neox",
+            put("config.json", use_paralel_residual=False),
+            "did you mean use_parallel_residual?",
+        ),
+        (
+            "tablefree",
+            put("config.json", code_bits=8),
+            "code_bits 8 tell fewer than vocab_size 512 ids apart",
+        ),
+        (
+            "tablefree",
+            put("config.json", code_bits=11),
+            "code_bits 11 does not fill d_model 48 evenly",
+        ),
+        (
+            "tablefree",
+            put("config.json", num_heads=5),
+            "d_model 48 is no even number of channels for each of 5 heads",
+        ),
         ("tablefree", put("config.json", code_bits="16"), "config.json: code_bits '16' is no"),
         ("affine", put("config.json", affine_rows=[1] * 16), "are no invertible code of 16 bits"),
         ("affine", put("config.json", affine_rows=None), "are no invertible code of 16 bits"),
-        ("tablefree", put("config.json", vocab_size=511), "has shape (512, 48), config.json tells (511, 48)"),
+        (
+            "tablefree",
+            put("config.json", vocab_size=511),
+            "has shape (512, 48), config.json tells (511, 48)",
+        ),
         ("gpt_neox", put("config.json", num_hidden_layers=3), "2 layers, config.json tells 3"),
         # tokenizer
         ("tablefree", lack("tokenizer.json"), "tokenizer.json: missing"),
-        ("gpt_neox", put("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"), "write PreTrainedTokenizerFast"),
-        ("gpt_neox", put("tokenizer_config.json", split_special_tokens=True), "keeps the end of a text from"),
-        ("gpt_neox", put("tokenizer_config.json", model_input_names=None), "refuses model.generate(**tokenizer(text))"),
-        ("gpt_neox", put("tokenizer_config.json", pad_token="<none>"), "pad_token '<none>' is no token"),
-        ("gpt_neox", put("tokenizer_config.json", model_max_length=[]), "can't load or use the exported tokenizer"),
-        ("gpt_neox", put("tokenizer.json", truncation=CUT), "tokenizer.json: adds tokens to texts, cuts"),
-        ("gpt_neox", put("config.json", pad_token_id=0), "config.json: pad_token_id 0, the tokenizer's is 511"),
-        ("tablefree", put("config.json", eos_token_id=7), "config.json: eos_token_id 7, the tokenizer's is 0"),
-        ("gpt_neox", put("config.json", use_parallel_residual=True), "use_parallel_residual is True, and False in"),
-        ("gpt_neox", put("config.json", hidden_act="relu"), "hidden_act is relu, and gelu in every export"),
+        (
+            "gpt_neox",
+            put("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"),
+            "write PreTrainedTokenizerFast",
+        ),
+        (
+            "gpt_neox",
+            put("tokenizer_config.json", split_special_tokens=True),
+            "keeps the end of a text from",
+        ),
+        (
+            "gpt_neox",
+            put("tokenizer_config.json", model_input_names=None),
+            "refuses model.generate(**tokenizer(text))",
+        ),
+        (
+            "gpt_neox",
+            put("tokenizer_config.json", pad_token="<none>"),
+            "pad_token '<none>' is no token",
+        ),
+        (
+            "gpt_neox",
+            put("tokenizer_config.json", model_max_length=[]),
+            "can't load or use the exported tokenizer",
+        ),
+        (
+            "gpt_neox",
+            put("tokenizer.json", truncation=CUT),
+            "tokenizer.json: adds tokens to texts, cuts",
+        ),
+        (
+            "gpt_neox",
+            put("config.json", pad_token_id=0),
+            "config.json: pad_token_id 0, the tokenizer's is 511",
+        ),
+        (
+            "tablefree",
+            put("config.json", eos_token_id=7),
+            "config.json: eos_token_id 7, the tokenizer's is 0",
+        ),
+        (
+            "gpt_neox",
+            put("config.json", use_parallel_residual=True),
+            "use_parallel_residual is True, and False in",
+        ),
+        (
+            "gpt_neox",
+            put("config.json", hidden_act="relu"),
+            "hidden_act is relu, and gelu in every export",
+        ),
         ("tablefree", without_marker_and_weights, "model.safetensors: missing"),
-        ("gpt_neox", cut_marker, "tablefree_export.json: damaged, so that nothing here is known to be whole"),
+        (
+            "gpt_neox",
+            cut_marker,
+            "tablefree_export.json: damaged, so that nothing here is known to be whole",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_an_export_is_said(
-    form: str, change: Change, says: str, copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    form: str,
+    change: Change,
+    says: str,
+    copy: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     directory = copy(form)
     change(directory)
@@ -253,8 +383,12 @@ def test_what_others_put_beside_an_export_is_no_fault_of_it(copy: Callable[[str]
 
 
 @pytest.mark.parametrize("form", ["tablefree", "gpt_neox"])
-def test_an_export_that_was_loaded_and_saved_again_is_right(form: str, copy: Callable[[str], Path]) -> None:
-    """As after fine-tuning; transformers 5 writes a template that adds nothing, and another name of the plain class."""
+def test_an_export_that_was_loaded_and_saved_again_is_right(
+    form: str, copy: Callable[[str], Path]
+) -> None:
+    """As after fine-tuning; transformers 5 writes a template that adds nothing, and another name
+    of the plain class.
+    """
     directory = copy(form)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     (directory / MARKER_NAME).unlink()

@@ -1,4 +1,6 @@
-"""GGUF exports, asked of a prebuilt llama.cpp: the data's ids, the model's logits, and the text that it would write."""
+"""GGUF exports, asked of a prebuilt llama.cpp: the data's ids, the model's logits, and the text
+that it would write.
+"""
 
 import json
 import math
@@ -33,20 +35,44 @@ from pretrain.modeling_tablefree import (
     name_in_checkpoints,
 )
 
-llama = pytest.importorskip("cyllama.llama.llama_cpp", reason="cyllama, a prebuilt llama.cpp, is not installed")
+llama = pytest.importorskip(
+    "cyllama.llama.llama_cpp", reason="cyllama, a prebuilt llama.cpp, is not installed"
+)
 llama.disable_logging()
 
 # Seen: 0.004 in f32, by the tanh of the engine's GELU; f16 and q8_0 round the weights
 LARGEST_DIFFERENCE = {"f32": 0.01, "f16": 0.02, "q8_0": 0.2}
 OTHERWISE = {  # kinds of tokenizers that the engines read otherwise
-    "digits", "digits of gpt2", "expression of gpt4", "space before", "space before, not told", "no expression",
-    "punctuation", "scripts", "nfc", "nfkc", "lower case", "lower case, of a class", "replaced words", "stripped",
-    "metaspace", "llama", "llama, legacy", "unigram", "t5", "wordpiece", "bert", "words", "added word with flags",
-}  # fmt: skip
+    "digits",
+    "digits of gpt2",
+    "expression of gpt4",
+    "space before",
+    "space before, not told",
+    "no expression",
+    "punctuation",
+    "scripts",
+    "nfc",
+    "nfkc",
+    "lower case",
+    "lower case, of a class",
+    "replaced words",
+    "stripped",
+    "metaspace",
+    "llama",
+    "llama, legacy",
+    "unigram",
+    "t5",
+    "wordpiece",
+    "bert",
+    "words",
+    "added word with flags",
+}
 
 
 class Model(llama.LlamaModel):  # type: ignore[misc, name-defined]
-    """A GGUF file, opened. (The context of cyllama 0.2.18 asks it for its size under a name that it does not have.)"""
+    """A GGUF file, opened. (The context of cyllama 0.2.18 asks it for its size under a name that
+    it does not have.)
+    """
 
     @property
     def n_vocab(self) -> int:
@@ -84,7 +110,9 @@ def text_of(model: Model, ids: list[int]) -> str:
 
 def nats(logits: np.ndarray, targets: Sequence[int]) -> float:
     """The mean loss of targets."""
-    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.tensor(targets)))
+    return float(
+        torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.tensor(targets))
+    )
 
 
 def export(run_dir: Path, output: Path, *more: str) -> Path:
@@ -133,12 +161,18 @@ def test_an_engine_scores_and_continues_a_text_as_the_training_class_does(
         greedy.append(int(logits_of(model, greedy)[-1].argmax()))
     prompt = torch.tensor([ids[:8]])
     continued = trained.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert continued[0].tolist() == greedy
 
 
-def test_an_engine_gives_the_ids_of_the_data(text_run: Path, text_data: Path, tmp_path: Path) -> None:
+def test_an_engine_gives_the_ids_of_the_data(
+    text_run: Path, text_data: Path, tmp_path: Path
+) -> None:
     model = open_file(export(text_run, tmp_path / "export"))
     reference = Tokenizer.from_file(str(text_data / "tokenizer" / "tokenizer.json"))
     reference.encode_special_tokens = True
@@ -161,7 +195,9 @@ def test_an_engine_gives_the_ids_of_the_data(text_run: Path, text_data: Path, tm
 def test_an_engine_writes_the_text_that_ids_stand_for(
     text: str, text_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Spaces before punctuation included, which engines take away after the pre-tokenizer called gpt-2."""
+    """Spaces before punctuation included, which engines take away after the pre-tokenizer called
+    gpt-2.
+    """
     model = open_file(export(text_run, tmp_path_factory.mktemp("export")))
     text = f".{text}"  # cyllama strips the beginning
     assert text_of(model, ids_of(model, text)) == text
@@ -169,10 +205,14 @@ def test_an_engine_writes_the_text_that_ids_stand_for(
 
 def small_model(vocab_size: int) -> tuple[dict[str, torch.Tensor], Any]:
     """Weights and configuration of the stock form, of any vocabulary."""
-    config = TableFreeConfig(vocab_size=vocab_size, d_model=32, num_layers=1, num_heads=2, seq_len=64, code_bits=16)
+    config = TableFreeConfig(
+        vocab_size=vocab_size, d_model=32, num_layers=1, num_heads=2, seq_len=64, code_bits=16
+    )
     model = TableFreeForCausalLM(config)
     initialise_parameters(model, 1)
-    masters = {name_in_checkpoints(name): tensor.detach() for name, tensor in model.named_parameters()}
+    masters = {
+        name_in_checkpoints(name): tensor.detach() for name, tensor in model.named_parameters()
+    }
     return gpt_neox_parts(masters, config)
 
 
@@ -194,7 +234,9 @@ def write_with_tokenizer(directory: Path, output: Path, vocab_size: int | None =
 def test_tokenizers_are_read_as_in_the_data_or_refused(kind: str, tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "tokenizer", KINDS[kind], speeches(3))
     if kind in OTHERWISE:
-        with pytest.raises(UserError, match=r"engines would give other ids \(.+\); export another form"):
+        with pytest.raises(
+            UserError, match=r"engines would give other ids \(.+\); export another form"
+        ):
             write_with_tokenizer(source, tmp_path / "a.gguf")
         assert not (tmp_path / "a.gguf").exists()
         return
@@ -218,7 +260,10 @@ def test_a_tokenizer_like_the_paper_s_is_read_as_in_the_data(tmp_path: Path) -> 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "named"])
 def test_a_chat_template_comes_along(place: str, tmp_path: Path) -> None:
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
-    told = {"tokenizer_config.json": template, "named": [{"name": "default", "template": template}]}.get(place)
+    told = {
+        "tokenizer_config.json": template,
+        "named": [{"name": "default", "template": template}],
+    }.get(place)
     config = {} if told is None else {"chat_template": told}
     kind = Kind(config=config, files={} if told else {"chat_template.jinja": template})
     source = write_tokenizer(tmp_path / "tokenizer", kind, speeches(3))
@@ -234,7 +279,9 @@ def test_ids_of_the_model_that_no_token_has_are_unused(tmp_path: Path) -> None:
     assert vocabulary.get_text(reference.get_vocab_size()) == f"[PAD{reference.get_vocab_size()}]"
 
 
-def test_a_gguf_export_replaces_and_is_replaced_as_the_others_are(text_run: Path, tmp_path: Path) -> None:
+def test_a_gguf_export_replaces_and_is_replaced_as_the_others_are(
+    text_run: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "export"
     first = export(text_run, output).read_bytes()
     assert export(text_run, output).read_bytes() == first  # bit for bit
@@ -242,7 +289,9 @@ def test_a_gguf_export_replaces_and_is_replaced_as_the_others_are(text_run: Path
     marker = read_marker(output)
     assert marker is not None
     assert (marker.architecture, marker.dtype) == ("gguf", "f16")
-    assert marker.files == {name: digest_file(output / name) for name in ("README.md", gguf_name("f16"))}
+    assert marker.files == {
+        name: digest_file(output / name) for name in ("README.md", gguf_name("f16"))
+    }
     main(["--run-dir", str(text_run), "--output-dir", str(output)])
     assert not list(output.glob("*.gguf"))
 
@@ -253,7 +302,9 @@ def test_the_card_s_example_runs_word_for_word(text_run: Path, tmp_path: Path) -
     assert "split_special_tokens" not in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert example
-    result = run_command(sys.executable, "-c", example[1], cwd=tmp_path / "export", CUDA_VISIBLE_DEVICES="")
+    result = run_command(
+        sys.executable, "-c", example[1], cwd=tmp_path / "export", CUDA_VISIBLE_DEVICES=""
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The state of the Union ")
     assert len(result.stdout) > 30
@@ -262,14 +313,34 @@ def test_the_card_s_example_runs_word_for_word(text_run: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["gguf", "--dtype", "q8_0"], "--dtype q8_0: width 48 is no multiple of 32, which share a scale; use f16"),
-        (["gguf", "--dtype", "float32"], "--dtype float32: --architecture gguf takes f32 or f16 or q8_0"),
-        (["gpt_neox", "--dtype", "q8_0"], "--dtype q8_0: --architecture gpt_neox takes float32 or bfloat16"),
+        (
+            ["gguf", "--dtype", "q8_0"],
+            "--dtype q8_0: width 48 is no multiple of 32, which share a scale; use f16",
+        ),
+        (
+            ["gguf", "--dtype", "float32"],
+            "--dtype float32: --architecture gguf takes f32 or f16 or q8_0",
+        ),
+        (
+            ["gpt_neox", "--dtype", "q8_0"],
+            "--dtype q8_0: --architecture gpt_neox takes float32 or bfloat16",
+        ),
     ],
 )
-def test_what_can_t_be_is_refused_in_a_line(flags: list[str], says: str, text_run: Path, tmp_path: Path) -> None:
+def test_what_can_t_be_is_refused_in_a_line(
+    flags: list[str], says: str, text_run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
-        main(["--run-dir", str(text_run), "--output-dir", str(tmp_path / "e"), "--architecture", *flags])
+        main(
+            [
+                "--run-dir",
+                str(text_run),
+                "--output-dir",
+                str(tmp_path / "e"),
+                "--architecture",
+                *flags,
+            ]
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -283,14 +354,17 @@ def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
         tokenizer=tokenizer.reference,
         special_ids=special_token_ids(tokenizer.roles, 0),
     )
-    with pytest.raises(UserError, match=r"embed_out\.weight has values beyond 65,504, the largest of f16; use f32"):
+    with pytest.raises(
+        UserError, match=r"embed_out\.weight has values beyond 65,504, the largest of f16; use f32"
+    ):
         write_gguf(tmp_path / "a.gguf", weights, config, vocabulary, "f16")
 
 
 def test_without_the_package_it_says_what_to_install(
     text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)  # which is how Python marks a module as not to be had
+    # which is how Python marks a module as not to be had
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]' in this project's folder"):
         export(text_run, tmp_path / "e")
     assert not list(tmp_path.iterdir())

@@ -50,7 +50,9 @@ sys.meta_path.insert(0, Hide())
 
 def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **model: int) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
-    recipe = build_recipe(tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test")
+    recipe = build_recipe(
+        tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test"
+    )
     untrained = TableFreeForCausalLM(model_config(recipe.model))
     initialise_parameters(untrained, 7)
     generator = torch.Generator().manual_seed(7)
@@ -59,7 +61,11 @@ def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **m
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     parameters = {name: p.detach() for name, p in checkpoint_parameters(untrained)}
     fragments = [
-        Fragment(name=n, start=0, states={k: p.flatten().clone() for k in ("master", "exp_avg", "exp_avg_sq")})
+        Fragment(
+            name=n,
+            start=0,
+            states={k: p.flatten().clone() for k in ("master", "exp_avg", "exp_avg_sq")},
+        )
         for n, p in parameters.items()
     ]
     about = {
@@ -67,12 +73,17 @@ def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **m
         "seed": 1,
         "fingerprint": "0" * 32,
         "data_dir": "",
-        "data": {"eos_id": 0, "sources": [{"name": "s", "origin": "o", "weight": 1.0, "license": None}]},
+        "data": {
+            "eos_id": 0,
+            "sources": [{"name": "s", "origin": "o", "weight": 1.0, "license": None}],
+        },
         "recipe": recipe_to_dict(recipe),
         "model_config": model_config(recipe.model).to_diff_dict(),
         "parameters": {name: list(p.shape) for name, p in parameters.items()},
     }
-    save_checkpoint(run_dir, 1, fragments, about, World(rank=0, world_size=1, local_rank=0, local_world_size=1))
+    save_checkpoint(
+        run_dir, 1, fragments, about, World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    )
     for file in tokenizer.iterdir():
         write_durably(run_dir / "tokenizer" / file.name, file.read_bytes())
 
@@ -105,8 +116,19 @@ def test_logits_equal_the_training_class_with_the_same_masters(
     form: str, input_embedding: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     run_dir = runs[input_embedding]
-    main(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "export"), "--architecture", form])
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True).eval()
+    main(
+        [
+            "--run-dir",
+            str(run_dir),
+            "--output-dir",
+            str(tmp_path / "export"),
+            "--architecture",
+            form,
+        ]
+    )
+    exported = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", trust_remote_code=True
+    ).eval()
     trained = load_model(load_for_reading(run_dir)).eval()
     with torch.no_grad():
         expected, got = trained(some_ids()).logits, exported(some_ids()).logits
@@ -119,7 +141,13 @@ def test_generates_the_same_with_and_without_a_cache(form: str, exports: dict[st
     model = AutoModelForCausalLM.from_pretrained(exports[form], trust_remote_code=True).eval()
     ids = some_ids()[:, :5]
     cached, plain = (
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=cache)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            use_cache=cache,
+        )
         for cache in (True, False)
     )
     assert cached.shape[1] > 5
@@ -151,7 +179,9 @@ def test_the_tablefree_form_holds_no_input_table(exports: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_cards_loading_example_runs_word_for_word(form: str, exports: dict[str, Path], tmp_path: Path) -> None:
+def test_the_cards_loading_example_runs_word_for_word(
+    form: str, exports: dict[str, Path], tmp_path: Path
+) -> None:
     card = (exports[form] / "README.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert example
@@ -167,7 +197,13 @@ def test_the_cards_loading_example_runs_word_for_word(form: str, exports: dict[s
     env = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Question: What is the capital of France?\nAnswer:")
@@ -186,7 +222,14 @@ def test_the_tokenizer_comes_along(exports: dict[str, Path]) -> None:
 def test_made_twice_the_files_are_equal_bit_for_bit(
     form: str, exports: dict[str, Path], text_run: Path, tmp_path: Path
 ) -> None:
-    flags = ["--run-dir", str(text_run), "--output-dir", str(tmp_path / "again"), "--architecture", form]
+    flags = [
+        "--run-dir",
+        str(text_run),
+        "--output-dir",
+        str(tmp_path / "again"),
+        "--architecture",
+        form,
+    ]
     if form == "tablefree":  # in another process
         result = run_command(sys.executable, "-m", "pretrain.export_hf", *flags)
         assert result.returncode == 0, result.stderr
@@ -201,7 +244,14 @@ def test_made_twice_the_files_are_equal_bit_for_bit(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_weights_load_as_bfloat16(form: str, text_run: Path, tmp_path: Path) -> None:
-    flags = ["--run-dir", str(text_run), "--output-dir", str(tmp_path / "e"), "--architecture", form]
+    flags = [
+        "--run-dir",
+        str(text_run),
+        "--output-dir",
+        str(tmp_path / "e"),
+        "--architecture",
+        form,
+    ]
     main([*flags, "--dtype", "bfloat16"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", trust_remote_code=True)
     reference = load_model(load_for_reading(text_run))
@@ -228,19 +278,36 @@ def test_a_directory_of_something_else_is_left_alone(text_run: Path, tmp_path: P
 
 def test_the_card_tells_what_the_model_is(exports: dict[str, Path]) -> None:
     card = (exports["tablefree"] / "README.md").read_text(encoding="utf-8")
-    for part in ("library_name: transformers", "arxiv:2605.09751", "licences", "Intended use and limits", "@article"):
+    for part in (
+        "library_name: transformers",
+        "arxiv:2605.09751",
+        "licences",
+        "Intended use and limits",
+        "@article",
+    ):
         assert part in card
     assert str(exports["tablefree"]) not in card
     assert "\n`<|endoftext|>` in a text ends it. In the training data such tokens" in card
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_card_tells_in_which_engines_its_form_was_run(form: str, exports: dict[str, Path]) -> None:
+def test_the_card_tells_in_which_engines_its_form_was_run(
+    form: str, exports: dict[str, Path]
+) -> None:
     card = (exports[form] / "README.md").read_text(encoding="utf-8")
     section = card.partition("## Engines\n")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line[:1] == "|"
+    ]
     assert rows[2:] == [
-        [r.engine, r.version, r.tried, "as trained" if r.error is None else f"not in full: {r.error}"]
+        [
+            r.engine,
+            r.version,
+            r.tried,
+            "as trained" if r.error is None else f"not in full: {r.error}",
+        ]
         for r in engines_of(form)
     ]
     assert {row[0] for row in rows[2:]} >= {"transformers", "peft", "trl", "lm-eval"}
@@ -260,12 +327,16 @@ def test_a_run_without_its_tokenizer_exports_nothing(runs: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_another_tokenizer_than_the_checkpoint_s_is_not_exported(name: str, text_run: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_than_the_checkpoint_s_is_not_exported(
+    name: str, text_run: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(text_run, run_dir)
     path = run_dir / "tokenizer" / name
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=r"is not the tokenizer of the checkpoint \(sha256 [0-9a-f]{12}, not"):
+    with pytest.raises(
+        UserError, match=r"is not the tokenizer of the checkpoint \(sha256 [0-9a-f]{12}, not"
+    ):
         main(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "e")])
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -283,7 +354,10 @@ def test_what_the_class_does_not_give_is_refused(exports: dict[str, Path]) -> No
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, links as such."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or path.is_file()]
-    return {str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes() for path in paths}
+    return {
+        str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        for path in paths
+    }
 
 
 def export(run_dir: Path, output: Path, *more: str) -> None:
@@ -296,7 +370,8 @@ def test_an_export_carries_the_digest_of_each_of_its_files(exports: dict[str, Pa
         assert (marker["architecture"], marker["dtype"], marker["step"]) == (form, "float32", 20)
         names = {path.name for path in directory.iterdir()} - {MARKER_NAME}
         assert marker["files"] == {name: digest_file(directory / name) for name in names}
-        assert not [key for key in marker["recipe"] if key.startswith("data.")]  # paths of this machine
+        # paths of this machine
+        assert not [key for key in marker["recipe"] if key.startswith("data.")]
 
 
 def add_file(output: Path) -> None:
@@ -342,7 +417,11 @@ def lack_a_file(output: Path) -> None:
         (add_directory, "scripts is no part of the export there", False),
         (add_nothing_but_a_directory, "empty is no part of the export there", False),
         (put_a_link_in_place, "README.md is no part of the export there", False),
-        (be_of_before_there_was_a_marker, f"holds something else than an export with its {MARKER_NAME}", False),
+        (
+            be_of_before_there_was_a_marker,
+            f"holds something else than an export with its {MARKER_NAME}",
+            False,
+        ),
         (damage_the_marker, f"holds something else than an export with its {MARKER_NAME}", False),
         (edit, "README.md was changed since it was exported; --overwrite replaces it", True),
         (lack_a_file, "README.md of the export there is missing; --overwrite replaces it", True),
@@ -365,14 +444,18 @@ def test_what_an_export_would_lose_is_refused_and_stays(
     assert contents(tmp_path) == before
     if overwritten:
         export(text_run, output, "--overwrite")
-        assert contents(output).keys() == {str(output / path.name) for path in exports["tablefree"].iterdir()}
+        assert contents(output).keys() == {
+            str(output / path.name) for path in exports["tablefree"].iterdir()
+        }
     else:
         with pytest.raises(UserError, match=re.escape(says)):
             export(text_run, output, "--overwrite")
         assert contents(tmp_path) == before
 
 
-def test_an_export_goes_neither_into_a_data_set_nor_among_checkpoints(runs: dict[str, Path], text_data: Path) -> None:
+def test_an_export_goes_neither_into_a_data_set_nor_among_checkpoints(
+    runs: dict[str, Path], text_data: Path
+) -> None:
     for place, says in (
         (runs["binary_code"] / "checkpoints" / "export", "is among the run's checkpoints"),
         (text_data / "deep" / "export", f"is in the data set {text_data}"),
@@ -386,15 +469,23 @@ def test_another_run_s_export_takes_overwrite(runs: dict[str, Path], tmp_path: P
     output = tmp_path / "e"
     export(runs["learned"], output)
     before = contents(output)
-    says = "holds an export of another run (model.input_embedding learned, here binary_code); --overwrite replaces it"
+    says = (
+        "holds an export of another run (model.input_embedding learned, here binary_code); "
+        "--overwrite replaces it"
+    )
     with pytest.raises(UserError, match=re.escape(says)):
         export(runs["binary_code"], output)
     assert contents(output) == before
     export(runs["binary_code"], output, "--overwrite")
-    assert json.loads((output / MARKER_NAME).read_text())["recipe"]["model.input_embedding"] == "binary_code"
+    assert (
+        json.loads((output / MARKER_NAME).read_text())["recipe"]["model.input_embedding"]
+        == "binary_code"
+    )
 
 
-def test_a_file_or_a_dangling_link_is_no_place_for_an_export(text_run: Path, tmp_path: Path) -> None:
+def test_a_file_or_a_dangling_link_is_no_place_for_an_export(
+    text_run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for name in ("file", "link"):
@@ -413,7 +504,9 @@ def test_an_export_into_a_link_to_a_larger_disk_lies_there(text_run: Path, tmp_p
     assert [path.name for path in (tmp_path / "large").iterdir()] == ["e"]
 
 
-def test_the_checkpoint_of_a_step_is_exported_over_that_of_another(text_run: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_step_is_exported_over_that_of_another(
+    text_run: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "e"
     export(text_run, output)
     export(text_run, output, "--step", "15")
@@ -421,7 +514,10 @@ def test_the_checkpoint_of_a_step_is_exported_over_that_of_another(text_run: Pat
     weights = load_file(output / "model.safetensors")
     checkpoint = load_for_reading(text_run, 15)
     assert weights.keys() == {name_in_model(name) for name in checkpoint.shapes}
-    assert all(torch.equal(weights[name_in_model(name)], checkpoint.parameter(name)) for name in checkpoint.shapes)
+    assert all(
+        torch.equal(weights[name_in_model(name)], checkpoint.parameter(name))
+        for name in checkpoint.shapes
+    )
     export(text_run / "checkpoints" / "step-00000015", tmp_path / "same")
     for name in contents(output):
         assert Path(name).read_bytes() == (tmp_path / "same" / Path(name).name).read_bytes()
@@ -436,7 +532,9 @@ def test_a_checkpoint_by_itself_has_no_tokenizer_to_export(text_run: Path, tmp_p
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_all_files_have_the_mode_that_the_umask_gives(umask: int, text_run: Path, tmp_path: Path) -> None:
+def test_all_files_have_the_mode_that_the_umask_gives(
+    umask: int, text_run: Path, tmp_path: Path
+) -> None:
     before = os.umask(umask)
     try:
         export(text_run, tmp_path / "e")

@@ -1,4 +1,6 @@
-"""With the tokenizer of an export, AutoTokenizer gives a text exactly the ids that the shards hold for it."""
+"""With the tokenizer of an export, AutoTokenizer gives a text exactly the ids that the shards
+hold for it.
+"""
 
 import json
 import os
@@ -18,7 +20,14 @@ from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_
 from pretrain.checkpoint.reader import load_for_reading
 from pretrain.data.staging import staged
 from pretrain.export_hf import main, special_token_ids
-from pretrain.hf.ids import HARD_TEXTS, OF_A_SOURCE, SAMPLED_TOKENS, check_ids, hard_texts, texts_of_every_source
+from pretrain.hf.ids import (
+    HARD_TEXTS,
+    OF_A_SOURCE,
+    SAMPLED_TOKENS,
+    check_ids,
+    hard_texts,
+    texts_of_every_source,
+)
 from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
 from pretrain.train import about_data
 from pretrain.view.templates import render
@@ -27,11 +36,16 @@ pytest_plugins = ("prep_fixtures",)
 
 CONFIGS = {  # of which AutoTokenizer takes the class into account
     "gpt_neox": {"model_type": "gpt_neox"},
-    "tablefree": {"model_type": "tablefree", "auto_map": {"AutoConfig": "modeling_tablefree.TableFreeConfig"}},
+    "tablefree": {
+        "model_type": "tablefree",
+        "auto_map": {"AutoConfig": "modeling_tablefree.TableFreeConfig"},
+    },
 }
 
 
-def copy_tokenizer(source: Path, export: Path, seq_len: int, *, names_unknown: bool = False) -> ExportedTokenizer:
+def copy_tokenizer(
+    source: Path, export: Path, seq_len: int, *, names_unknown: bool = False
+) -> ExportedTokenizer:
     exported = as_exported(read_tokenizer(source), source, seq_len, names_unknown=names_unknown)
     exported.write_to(export)
     return exported
@@ -50,12 +64,16 @@ def test_an_export_gives_the_ids_of_the_data(kind: str, tmp_path: Path) -> None:
         (export / "config.json").write_text(json.dumps(config))
         exported = copy_tokenizer(source, export, 32, names_unknown=form == "gpt_neox")
         asked = [*hard_texts(exported.reference), *speeches(4)[3:], *NASTY_TEXTS, SPELLED]
-        ids = [[text, in_the_data.reference.encode(text, add_special_tokens=False).ids] for text in asked]
+        ids = [
+            [text, in_the_data.reference.encode(text, add_special_tokens=False).ids]
+            for text in asked
+        ]
         about = {"ids": ids, "roles": exported.roles, "size": in_the_data.vocab_size}
         (export / IDS_NAME).write_text(json.dumps(about))
         assert differences(export) == []
         assert exported.roles["eos_token"] == in_the_data.eos_id
-        plain = Tokenizer.from_file(str(export / "tokenizer.json"))  # as engines other than transformers read it
+        # as engines other than transformers read it
+        plain = Tokenizer.from_file(str(export / "tokenizer.json"))
         plain.encode_special_tokens = True
         assert all(plain.encode(text).ids == expected for text, expected in ids)
         assert "auto_map" not in (export / "tokenizer_config.json").read_text()
@@ -83,12 +101,15 @@ def test_an_export_gives_the_ids_that_the_shards_hold(tmp_path: Path, texts: lis
 def test_special_tokens_are_special_in_an_export(tokenizer_dir: Path, tmp_path: Path) -> None:
     copy_tokenizer(tokenizer_dir, tmp_path, 32)
     exported = AutoTokenizer.from_pretrained(tmp_path)
-    ids = exported(f"Fellow citizens{exported.eos_token}")["input_ids"]  # as trl marks the end of each text
+    # as trl marks the end of each text
+    ids = exported(f"Fellow citizens{exported.eos_token}")["input_ids"]
     assert ids == [*exported("Fellow citizens")["input_ids"], exported.eos_token_id]
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-def test_a_chat_template_comes_along_and_keeps_its_special_tokens(place: str, tmp_path: Path, texts: list[str]) -> None:
+def test_a_chat_template_comes_along_and_keeps_its_special_tokens(
+    place: str, tmp_path: Path, texts: list[str]
+) -> None:
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     in_config = place == "tokenizer_config.json"
     kind = Kind(
@@ -106,10 +127,14 @@ def test_a_chat_template_comes_along_and_keeps_its_special_tokens(place: str, tm
     assert ids == [1, *exported.encode("Congress"), 2]
 
 
-def test_of_our_own_tokenizer_only_the_configuration_changes(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_of_our_own_tokenizer_only_the_configuration_changes(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
     exported = copy_tokenizer(tokenizer_dir, tmp_path, 32)
     assert exported.left_out == ()
-    assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (
+        tokenizer_dir / "tokenizer.json"
+    ).read_bytes()
     config = json.loads((tokenizer_dir / "tokenizer_config.json").read_bytes())
     assert config.pop("split_special_tokens") is True
     new = {"model_max_length": 32, "model_input_names": ["input_ids", "attention_mask"]}
@@ -128,9 +153,9 @@ def test_the_end_token_is_named_as_unknown_where_asked_and_none_is_named(tmp_pat
     for kind, unknown in (("plain", "</s>"), ("unknown is a word", "\u0120the")):
         tokenizer = write_tokenizer(tmp_path / kind, KINDS[kind], speeches(2))
         files = read_tokenizer(tokenizer)
-        assert as_exported(files, tokenizer, 32, names_unknown=True).roles["unk_token"] == Tokenizer.from_file(
-            str(tokenizer / "tokenizer.json")
-        ).token_to_id(unknown)
+        assert as_exported(files, tokenizer, 32, names_unknown=True).roles[
+            "unk_token"
+        ] == Tokenizer.from_file(str(tokenizer / "tokenizer.json")).token_to_id(unknown)
     assert "unk_token" not in as_exported(read_tokenizer(tmp_path / "plain"), tmp_path, 32).roles
 
 
@@ -148,16 +173,28 @@ def test_what_is_left_out_is_said(kind: str, said: str, tmp_path: Path) -> None:
 
 
 def test_padding_told_elsewhere_is_the_model_s_padding(tmp_path: Path) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", KINDS["padding told elsewhere"], speeches(2))
+    tokenizer = write_tokenizer(
+        tmp_path / "tokenizer", KINDS["padding told elsewhere"], speeches(2)
+    )
     roles = as_exported(read_tokenizer(tokenizer), tokenizer, 32).roles
-    assert special_token_ids(roles, 2) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": roles["pad_token"]}
+    assert special_token_ids(roles, 2) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": roles["pad_token"],
+    }
     assert roles["pad_token"] > 2
-    assert special_token_ids({"eos_token": 9}, 9) == {"bos_token_id": 9, "eos_token_id": 9, "pad_token_id": 9}
+    assert special_token_ids({"eos_token": 9}, 9) == {
+        "bos_token_id": 9,
+        "eos_token_id": 9,
+        "pad_token_id": 9,
+    }
 
 
 @pytest.fixture
 def digits(tmp_path: Path) -> tuple[Path, Tokenizer]:
-    """An export's tokenizer and configuration, and the tokenizer as the data has it: it splits digits."""
+    """An export's tokenizer and configuration, and the tokenizer as the data has it: it splits
+    digits.
+    """
     tokenizer = write_tokenizer(tmp_path / "tokenizer", KINDS["digits of gpt2"], speeches(3))
     export = tmp_path / "export"
     export.mkdir()
@@ -169,16 +206,27 @@ def test_other_ids_are_found(digits: tuple[Path, Tokenizer]) -> None:
     export, expected = digits
     assert check_ids(export, expected, HARD_TEXTS, Path("mine")) == len(HARD_TEXTS)
     definition = json.loads((export / "tokenizer.json").read_bytes())
-    (export / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": {"type": "Lowercase"}}))
-    with pytest.raises(UserError, match=r"mine: transformers .* would give other ids .* than the data set holds"):
+    (export / "tokenizer.json").write_text(
+        json.dumps(definition | {"normalizer": {"type": "Lowercase"}})
+    )
+    with pytest.raises(
+        UserError, match=r"mine: transformers .* would give other ids .* than the data set holds"
+    ):
         check_ids(export, expected, HARD_TEXTS, Path("mine"))
     (export / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"mine: transformers .* can't load or use the exported tokenizer"):
+    with pytest.raises(
+        UserError, match=r"mine: transformers .* can't load or use the exported tokenizer"
+    ):
         check_ids(export, expected, HARD_TEXTS, Path("mine"))
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="classes build their own from transformers 5 on")
-def test_a_class_that_builds_its_own_pre_tokenizer_is_found_out(digits: tuple[Path, Tokenizer]) -> None:
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="classes build their own from transformers 5 on",
+)
+def test_a_class_that_builds_its_own_pre_tokenizer_is_found_out(
+    digits: tuple[Path, Tokenizer],
+) -> None:
     export, expected = digits
     config = export / "tokenizer_config.json"  # as early versions exported it
     config.write_text(config.read_text().replace("PreTrainedTokenizerFast", "GPT2Tokenizer"))
@@ -229,7 +277,9 @@ def test_only_known_files_go_on_into_copies(crowded: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "export").iterdir()} == known
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ""])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ""]
+)
 def test_links_out_of_a_data_set_are_refused_wherever_its_tokenizer_is_read(
     crowded: Path, tmp_path: Path, name: str
 ) -> None:
@@ -276,12 +326,24 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
     assert "loses text" not in plain
     loss = TokenizerLoss(documents=400, tokens=1000, unknown_tokens=21, changed_documents=34)
     source = Source(
-        name="a", share=4096, weight=1, origin="a", format="txt", text_field=None, revision=None, loss=loss
-    )  # fmt: skip
+        name="a",
+        share=4096,
+        weight=1,
+        origin="a",
+        format="txt",
+        text_field=None,
+        revision=None,
+        loss=loss,
+    )
     data = Manifest(
-        vocab_size=512, eos_id=0, eos_token="e", tokenizer_sha256="", validation_fraction=0.1, sources=(source,),
+        vocab_size=512,
+        eos_id=0,
+        eos_token="e",
+        tokenizer_sha256="",
+        validation_fraction=0.1,
+        sources=(source,),
         shards=(),
-    )  # fmt: skip
+    )
     card = render("model_card.md.jinja", manifest=manifest | {"data": about_data(data)}, **values)
     said = "2.1% of tokens are unk; 34 of 400 sampled documents do not decode to their text"
     assert f"The tokenizer loses text: {said}." in card
@@ -293,7 +355,11 @@ def test_the_export_says_of_what_the_ids_were_seen(
 ) -> None:
     main(["--run-dir", str(text_run), "--output-dir", str(tmp_path / "a")])
     said = capsys.readouterr().out
-    assert f"gives the data's ids for hard texts and {OF_A_SOURCE} documents, some of every source" in said
-    save_untrained_run(tmp_path / "alone", text_run / "tokenizer", "learned")  # whose data set is nowhere
+    assert (
+        f"gives the data's ids for hard texts and {OF_A_SOURCE} documents, some of every source"
+        in said
+    )
+    # whose data set is nowhere
+    save_untrained_run(tmp_path / "alone", text_run / "tokenizer", "learned")
     main(["--run-dir", str(tmp_path / "alone"), "--output-dir", str(tmp_path / "b")])
     assert "ids for hard texts; no documents were compared" in capsys.readouterr().out

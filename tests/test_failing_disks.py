@@ -1,4 +1,5 @@
-"""Disks and file servers that fail: once, which costs a moment, and for good, which ends a run by a failure.
+"""Disks and file servers that fail: once, which costs a moment, and for good, which ends a run by a
+failure.
 
 Errors are raised where the system would raise them, in ranks that are real otherwise.
 """
@@ -58,12 +59,17 @@ class Failing:
 
 
 @pytest.mark.parametrize("number", sorted(PASSING_ERRORS))
-def test_what_may_pass_is_tried_again_and_said(number: int, no_waits: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_may_pass_is_tried_again_and_said(
+    number: int, no_waits: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     action = Failing(number, 3)
     assert patiently(action) == 7
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
-    assert all(f"/data/x: {os.strerror(number)}; the disk or its server failed; trying again in 0 s" in s for s in said)
+    assert all(
+        f"/data/x: {os.strerror(number)}; the disk or its server failed; trying again in 0 s" in s
+        for s in said
+    )
 
 
 @pytest.mark.parametrize("number", sorted(PASSING_ERRORS))
@@ -78,7 +84,9 @@ def test_what_does_not_pass_is_a_failure_and_no_bad_input(number: int, no_waits:
         action()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT]
+)
 def test_what_a_user_can_mend_is_raised_at_once_and_bad_input(number: int) -> None:
     action = Failing(number, 99)
     with pytest.raises(UserError) as raised:
@@ -88,7 +96,9 @@ def test_what_a_user_can_mend_is_raised_at_once_and_bad_input(number: int) -> No
     assert exit_code(action) == 2  # type: ignore[arg-type]
 
 
-def test_an_error_of_a_write_or_a_flush_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_write_or_a_flush_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fsync(_: int) -> None:
         raise error_of(errno.EIO)
 
@@ -165,8 +175,12 @@ def test_lines_whose_flush_failed_are_written_once_more_before_the_next_flush(
 
 
 def save(run_dir: Path, step: int, value: float = 1.0) -> Path:
-    fragment = Fragment(name="a", start=0, states={state: torch.full((4,), value) for state in STATES})
-    return save_checkpoint(run_dir, step, [fragment], {"optimizer_step": 1, "parameters": {"a": [4]}}, ALONE)
+    fragment = Fragment(
+        name="a", start=0, states={state: torch.full((4,), value) for state in STATES}
+    )
+    return save_checkpoint(
+        run_dir, step, [fragment], {"optimizer_step": 1, "parameters": {"a": [4]}}, ALONE
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
@@ -217,7 +231,9 @@ def test_what_says_nothing_of_a_file_is_no_damage_of_it(
 
 
 def be_a_rank_on_a_failing_disk(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank in which flushes fail: so many of each name of FAILING, on rank 0 once it saves."""
+    """Body of a forked rank in which flushes fail: so many of each name of FAILING, on rank 0
+    once it saves.
+    """
     left = {name: int(times) for name, times in json.loads(variables["FAILING"]).items()}
     number, honest = int(variables["ERROR"]), os.fsync
     began = [] if variables["RANK"] == "0" else [log]
@@ -237,13 +253,25 @@ def be_a_rank_on_a_failing_disk(arguments: list[str], variables: dict[str, str],
 
 
 def run_on_a_failing_disk(
-    ranks: int, failing: dict[str, int], recipe: Path, data: Path, run_dir: Path, number: int = errno.EIO
+    ranks: int,
+    failing: dict[str, int],
+    recipe: Path,
+    data: Path,
+    run_dir: Path,
+    number: int = errno.EIO,
 ) -> Ended:
     variables = {"FAILING": json.dumps(failing), "ERROR": str(number)}
     return run_ranks(ranks, recipe, data, run_dir, body=be_a_rank_on_a_failing_disk, **variables)
 
 
-FILES = ("metrics.jsonl", "rank-00000-of-0000", "manifest.json.tmp", "xxh3_128.tmp", "latest.tmp", "state.json.tmp")
+FILES = (
+    "metrics.jsonl",
+    "rank-00000-of-0000",
+    "manifest.json.tmp",
+    "xxh3_128.tmp",
+    "latest.tmp",
+    "state.json.tmp",
+)
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +286,23 @@ def test_a_run_outlasts_a_disk_that_fails_once_for_each_of_its_files(
     ranks: int, unbroken: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     failing = {**dict.fromkeys(FILES, 1), "checkpoints": 1}
-    ended = run_on_a_failing_disk(ranks, failing, write_recipe(tmp_path / "r.yaml"), tiny_data, tmp_path / "run")
+    ended = run_on_a_failing_disk(
+        ranks, failing, write_recipe(tmp_path / "r.yaml"), tiny_data, tmp_path / "run"
+    )
     assert ended.exit_codes == [0] * ranks, ended.output
     for name in failing:
         place = name.removesuffix(".tmp")
-        tries = [line for line in ended.output.splitlines() if place in line and "trying again in 0.01 s" in line]
+        tries = [
+            line
+            for line in ended.output.splitlines()
+            if place in line and "trying again in 0.01 s" in line
+        ]
         assert tries, (name, ended.output)
     assert newest_good(tmp_path / "run")[1] == []
-    assert [path.name for path in saved_steps(tmp_path / "run")] == ["step-00000020", "step-00000015"]
+    assert [path.name for path in saved_steps(tmp_path / "run")] == [
+        "step-00000020",
+        "step-00000015",
+    ]
     if ranks == 1:
         assert losses(tmp_path / "run") == losses(unbroken)
 
@@ -287,8 +324,13 @@ def test_a_disk_that_goes_on_failing_ends_a_run_by_a_failure_that_names_the_file
 
 def test_a_failure_of_one_rank_is_one_of_all(tiny_data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml")
-    ended = run_on_a_failing_disk(2, {"rank-00001": 99}, recipe, tiny_data, tmp_path / "run", errno.ETIMEDOUT)
+    ended = run_on_a_failing_disk(
+        2, {"rank-00001": 99}, recipe, tiny_data, tmp_path / "run", errno.ETIMEDOUT
+    )
     assert ended.exit_codes == [1, 1], ended.output
     (said,) = {line for line in ended.output.splitlines() if line.startswith("error:")}
     assert "step-00000005: not written: " in said
-    assert "rank-00001-of-00002.safetensors: Connection timed out; the disk or its server failed" in said
+    assert (
+        "rank-00001-of-00002.safetensors: Connection timed out; the disk or its server failed"
+        in said
+    )

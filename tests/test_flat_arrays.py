@@ -32,7 +32,15 @@ print("pandas" in sys.modules)
 
 @pytest.mark.parametrize(
     "texts",
-    [WHOLE, WHOLE.slice(3), WHOLE.slice(2, 5), WHOLE.slice(9, 17), WHOLE.slice(3, 1), WHOLE.slice(4, 0), WHOLE[:0]],
+    [
+        WHOLE,
+        WHOLE.slice(3),
+        WHOLE.slice(2, 5),
+        WHOLE.slice(9, 17),
+        WHOLE.slice(3, 1),
+        WHOLE.slice(4, 0),
+        WHOLE[:0],
+    ],
 )
 def test_texts_are_measured_as_pyarrow_measures_them(texts: pa.LargeStringArray) -> None:
     """Whole arrays, slices, nulls, no texts at all."""
@@ -41,7 +49,9 @@ def test_texts_are_measured_as_pyarrow_measures_them(texts: pa.LargeStringArray)
     np.testing.assert_array_equal(null_mask(texts), texts.is_null().to_numpy(zero_copy_only=False))
     assert len(text_bounds(texts)) == len(texts) + 1
     present = texts.drop_null()
-    np.testing.assert_array_equal(character_counts(present), [len(text) for text in present.to_pylist()])
+    np.testing.assert_array_equal(
+        character_counts(present), [len(text) for text in present.to_pylist()]
+    )
 
 
 def test_a_null_that_hides_bytes_has_length_0() -> None:
@@ -62,14 +72,22 @@ def test_what_is_handed_to_arrow(size: int) -> None:
     assert large_strings([text.encode() for text in texts]).to_pylist() == texts
 
 
-def test_a_build_does_not_import_pandas(tmp_path: Path, tokenizer_dir: Path, texts: list[str]) -> None:
+def test_a_build_does_not_import_pandas(
+    tmp_path: Path, tokenizer_dir: Path, texts: list[str]
+) -> None:
     """Of parquet and JSON lines with documents to leave out, and one that is cut to be proved."""
     write_parquet(tmp_path / "a.parquet", [*texts, None, ""])
     write_jsonl(tmp_path / "b.jsonl", [*texts, "long words " * 10_000, ""])
     sources = [source("a", "a.parquet"), source("b", "b.jsonl", format="jsonl")]
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1
+    )
     flags = ["--mixture", str(mixture), "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, *flags], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, "-c", BUILD, *flags],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "False"

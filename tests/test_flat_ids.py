@@ -54,7 +54,10 @@ def test_npy_is_read_as_its_header_says(tmp_path: Path, dtype: str, unit_bytes: 
 @pytest.mark.parametrize(
     ("array", "expected"),
     [
-        (np.ones(99, np.float32), "numbers of type float32, expected integers; write ids as uint16"),
+        (
+            np.ones(99, np.float32),
+            "numbers of type float32, expected integers; write ids as uint16",
+        ),
         (np.ones(99, bool), "numbers of type bool, expected integers"),
         (np.ones((9, 9), np.uint16), r"of shape \(9, 9\), expected one dimension"),
         (np.array(1, np.uint16), r"of shape \(\), expected one dimension"),
@@ -65,7 +68,9 @@ def test_npy_of_something_else_is_refused(tmp_path: Path, array: np.ndarray, exp
         cut_ids(written(tmp_path / "a.npy", saved(array)), "uint16", EOS, HUGE)
 
 
-@pytest.mark.parametrize(("number", "dtype"), [(-1, "<i2"), (-1, "<i4"), (-7, "<i8"), (2**40, "<i8"), (2**63, "<u8")])
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(-1, "<i2"), (-1, "<i4"), (-7, "<i8"), (2**40, "<i8"), (2**63, "<u8")]
+)
 def test_what_is_no_id_is_named_by_its_value(tmp_path: Path, number: int, dtype: str) -> None:
     file = written(tmp_path / "a.npy", saved(np.array([1, number, EOS], dtype)))
     with pytest.raises(UserError, match=rf"a\.npy: holds {number}, and ids are 0 to 65,535; "):
@@ -74,7 +79,10 @@ def test_what_is_no_id_is_named_by_its_value(tmp_path: Path, number: int, dtype:
 
 def test_npy_that_is_cut_or_damaged(tmp_path: Path) -> None:
     whole = saved(MANY.astype(np.uint16))
-    for content, expected in ((whole[:-1], "a header of 128 and 300,000 ids of 2"), (whole[:50], "damaged, no NumPy")):
+    for content, expected in (
+        (whole[:-1], "a header of 128 and 300,000 ids of 2"),
+        (whole[:50], "damaged, no NumPy"),
+    ):
         with pytest.raises(UserError, match=expected):
             cut_ids(written(tmp_path / "a.npy", content), "uint16", EOS, HUGE)
     for at in range(128):
@@ -84,10 +92,15 @@ def test_npy_that_is_cut_or_damaged(tmp_path: Path) -> None:
             cut_ids(written(tmp_path / "a.npy", bytes(flipped)), "uint16", EOS, HUGE)
 
 
-@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")]
+)
 def test_llm_c_headers_tell_the_width(tmp_path: Path, magic: int, version: int, dtype: str) -> None:
     ids = np.array([EOS, 1, 2, EOS, 3, EOS], dtype)
-    assert read_all(written(tmp_path / "a.bin", llm_c(magic, version, ids)), "uint16") == [[1, 2], [3], []][:2]
+    assert (
+        read_all(written(tmp_path / "a.bin", llm_c(magic, version, ids)), "uint16")
+        == [[1, 2], [3], []][:2]
+    )
     with pytest.raises(UserError, match=f"llm.c's header {magic} of version 99, not known"):
         cut_ids(written(tmp_path / "a.bin", llm_c(magic, 99, ids)), "uint16", EOS, HUGE)
 
@@ -95,18 +108,25 @@ def test_llm_c_headers_tell_the_width(tmp_path: Path, magic: int, version: int, 
 WIDE = MANY.astype("<u4")
 WITH_LARGE = np.where(np.arange(len(WIDE)) % 7 == 1, WIDE + 65_536, WIDE).astype("<u4")
 OTHER_WIDTHS = {
-    "uint32": WIDE.tobytes(), "int64": MANY.astype("<i8").tobytes(), "uint32, some above 65,535": WITH_LARGE.tobytes(),
+    "uint32": WIDE.tobytes(),
+    "int64": MANY.astype("<i8").tobytes(),
+    "uint32, some above 65,535": WITH_LARGE.tobytes(),
     "uint32 shifted by 2 bytes": WIDE.tobytes()[2:-2],
     "uint16 and then uint32": MANY.astype("<u2").tobytes() + WIDE.tobytes(),
-    "uint32 and then uint16": WIDE.tobytes() + MANY.astype("<u2").tobytes(), "a few": WIDE[:9].tobytes(),
-    "20 bytes": np.array([7, EOS, 8, 9, 300], "<u4").tobytes(), "big-endian": WIDE.astype(">u4").tobytes(),
-}  # fmt: skip
+    "uint32 and then uint16": WIDE.tobytes() + MANY.astype("<u2").tobytes(),
+    "a few": WIDE[:9].tobytes(),
+    "20 bytes": np.array([7, EOS, 8, 9, 300], "<u4").tobytes(),
+    "big-endian": WIDE.astype(">u4").tobytes(),
+}
 
 
 @pytest.mark.parametrize("kind", OTHER_WIDTHS)
 def test_ids_of_another_width_are_refused(tmp_path: Path, kind: str) -> None:
     file = written(tmp_path / "a.bin", OTHER_WIDTHS[kind])
-    with pytest.raises(UserError, match=r"a\.bin: every second id is at most 3, as in ids of 4 or 8 bytes; write them"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.bin: every second id is at most 3, as in ids of 4 or 8 bytes; write them",
+    ):
         cut_ids(file, "uint16", EOS, HUGE)
 
 
@@ -125,7 +145,9 @@ def test_what_lies_between_the_places_looked_at_is_seen_when_it_is_read(tmp_path
 @pytest.mark.parametrize("dtype", ["<u4", "<i8", ">u4"])
 @pytest.mark.parametrize("at", [0, 70_001, 300_000])
 @pytest.mark.parametrize("run", [1023, 5000])
-def test_a_run_of_wider_ids_is_refused_wherever_it_lies(tmp_path: Path, dtype: str, at: int, run: int) -> None:
+def test_a_run_of_wider_ids_is_refused_wherever_it_lies(
+    tmp_path: Path, dtype: str, at: int, run: int
+) -> None:
     narrow = MANY.astype("<u2")
     wide = np.frombuffer(MANY.astype(dtype).tobytes(), "<u2")[:run]
     ids = np.concatenate([narrow[:at], wide, narrow[at:]])
@@ -138,7 +160,9 @@ def test_a_run_of_wider_ids_is_refused_wherever_it_lies(tmp_path: Path, dtype: s
 
 def test_a_text_of_few_ids_in_turns_is_no_run_of_wider_ones(tmp_path: Path) -> None:
     ids = np.concatenate([MANY[:70_000], [0, 30, 0, 31] * 600, [0] * 3000, MANY[70_000:]])
-    assert read_all(written(tmp_path / "a.bin", ids.astype("<u2").tobytes()), "uint16") == documents_of(ids)
+    assert read_all(
+        written(tmp_path / "a.bin", ids.astype("<u2").tobytes()), "uint16"
+    ) == documents_of(ids)
 
 
 @settings(max_examples=50, deadline=None)
@@ -150,7 +174,9 @@ def test_ordinary_ids_are_not_refused(largest: int, length: int, seed: int) -> N
 
 
 def test_a_leading_empty_document_is_one(tmp_path: Path) -> None:
-    """nanoGPT's files end with the id that follows each document; llm.c's begin with the one that precedes it."""
+    """nanoGPT's files end with the id that follows each document; llm.c's begin with the one
+    that precedes it.
+    """
     ids = [0, 45, 46, 0, 48, 49, 0, 51, 52, 0]
 
     def rows(values: list[int], header: bytes = b"") -> list[tuple[int, list[int]]]:
@@ -170,14 +196,22 @@ def test_a_leading_empty_document_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[EOS] * 90, [7, EOS] * 50, [7, 8, 9, *[EOS] * 20] * 9])
-def test_a_source_of_hardly_any_tokens_a_document_is_refused(tmp_path: Path, ids: list[int]) -> None:
+def test_a_source_of_hardly_any_tokens_a_document_is_refused(
+    tmp_path: Path, ids: list[int]
+) -> None:
     files = [written(tmp_path / f"{i}.bin", np.array(ids, "<u2").tobytes()) for i in range(3)]
-    with pytest.raises(UserError, match=r"source 's': .* documents looked at have one token or none; see"):
+    with pytest.raises(
+        UserError, match=r"source 's': .* documents looked at have one token or none; see"
+    ):
         cut_units(files, source="s", format="uint16", text_field=None, eos_id=EOS)
-    check_lengths([written(tmp_path / "good.bin", MANY.astype("<u2").tobytes()), *files[:1]], EOS, "here")
+    check_lengths(
+        [written(tmp_path / "good.bin", MANY.astype("<u2").tobytes()), *files[:1]], EOS, "here"
+    )
 
 
 def test_a_file_of_another_kind_says_so(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    with pytest.raises(UserError, match=r"a git-lfs pointer by its first bytes, not uint16; .*git lfs pull"):
+    with pytest.raises(
+        UserError, match=r"a git-lfs pointer by its first bytes, not uint16; .*git lfs pull"
+    ):
         cut_ids(written(tmp_path / "a.bin", pointer), "uint16", EOS, HUGE)

@@ -1,4 +1,6 @@
-"""Arithmetic stands for the model: parameters, FLOPs a token, and which device a driver's name means."""
+"""Arithmetic stands for the model: parameters, FLOPs a token, and which device a driver's name
+means.
+"""
 
 import pytest
 import torch
@@ -64,7 +66,13 @@ def test_flops_are_those_that_torch_counts_with_half_of_attention_for_causality(
     from torch.utils.flop_counter import FlopCounterMode
 
     model = ModelRecipe(
-        vocab_size=96, d_model=64, num_layers=3, num_heads=2, seq_len=32, input_embedding="binary_code", code_bits=16
+        vocab_size=96,
+        d_model=64,
+        num_layers=3,
+        num_heads=2,
+        seq_len=32,
+        input_embedding="binary_code",
+        code_bits=16,
     )
     built = TableFreeForCausalLM(model_config(model))
     ids_BT = torch.zeros(2, 32, dtype=torch.long)
@@ -95,7 +103,9 @@ def test_flops_are_those_that_torch_counts_with_half_of_attention_for_causality(
         *((device.name, device.name) for device in DEVICES),
     ],
 )
-def test_a_device_is_found_by_its_driver_s_name_and_by_its_short_one(name: str, device: str) -> None:
+def test_a_device_is_found_by_its_driver_s_name_and_by_its_short_one(
+    name: str, device: str
+) -> None:
     found = find_device(name)
     assert found is not None
     assert found.name == device
@@ -129,7 +139,9 @@ def test_a_part_or_a_namesake_of_a_known_device_is_not_taken_for_it(name: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_a_device_whose_driver_reports_other_memory_than_its_data_sheet_is_another_one(device: Device) -> None:
+def test_a_device_whose_driver_reports_other_memory_than_its_data_sheet_is_another_one(
+    device: Device,
+) -> None:
     """Drivers report 0.98 to 1.08 times the data sheet's gigabytes."""
     assert find_device(device.name) == device
     for share in (0.95, 1.0, 1.08):

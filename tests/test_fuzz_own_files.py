@@ -1,4 +1,5 @@
-"""Damage in any file of ours that a command reads: it works, or ends with its one line. No traceback, no hang.
+"""Damage in any file of ours that a command reads: it works, or ends with its one line. No
+traceback, no hang.
 
 For the long form set FUZZ_CASES to 700: so many cases for each file, above 10,000 in all.
 """
@@ -40,25 +41,60 @@ pytest_plugins = ("prep_fixtures",)
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
 fuzz = settings(
-    max_examples=CASES, deadline=None, derandomize="FUZZ_CASES" not in os.environ,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=CASES,
+    deadline=None,
+    derandomize="FUZZ_CASES" not in os.environ,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
 ODD = (
-    None, True, -1, 0, 1, 2**63, -(2**70), 1.5, 1e308, float("nan"), float("inf"), "", "x", "..", "/", "\ud800", "é",
-    [], [[]], [None], {}, {"a": 1}, "0" * 5000,
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**63,
+    -(2**70),
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "..",
+    "/",
+    "\ud800",
+    "é",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    "0" * 5000,
+)
 WORLD = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def places(content: Any) -> list[tuple[Any, Any]]:
     """Every value in JSON content, as what holds it and its key there."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    inner = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     return [place for key, value in inner for place in [(content, key), *places(value)]]
 
 
 @st.composite
 def other_values(draw: st.DrawFn, whole: bytes) -> bytes:
-    """The same JSON, written as ours is, with values of other kinds, names that are gone, or names that are new."""
+    """The same JSON, written as ours is, with values of other kinds, names that are gone, or
+    names that are new.
+    """
     is_lines = whole.count(b"\n{") > 0
     content = [json.loads(line) for line in whole.splitlines()] if is_lines else json.loads(whole)
     for _ in range(draw(st.integers(1, 3))):
@@ -72,7 +108,8 @@ def other_values(draw: st.DrawFn, whole: bytes) -> bytes:
         elif how == 1 and isinstance(holder, dict):
             holder["new"] = 1
         else:
-            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD)))  # or it might come to hold itself
+            # or it might come to hold itself
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
     lines = content if is_lines else [content]
     form: dict[str, Any] = {} if is_lines else {"indent": 1, "sort_keys": True}
     text = "".join(json.dumps(line, ensure_ascii=False, **form) + "\n" for line in lines)
@@ -81,15 +118,31 @@ def other_values(draw: st.DrawFn, whole: bytes) -> bytes:
 
 @st.composite
 def spoilt(draw: st.DrawFn, whole: bytes, is_json: bool) -> bytes:
-    """Damage by bytes, other values, or a form that readers of JSON and YAML are known to trip over."""
+    """Damage by bytes, other values, or a form that readers of JSON and YAML are known to trip
+    over.
+    """
     kind = draw(st.integers(0, 9))
     if kind == 0:
-        odd = ["[" * 100_000, '{"a":' * 100_000, "[]", "{}", "null", "1", '"x"', "", "\n", "[1]\n{}\n", "\0" * 50]
+        odd = [
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            "[]",
+            "{}",
+            "null",
+            "1",
+            '"x"',
+            "",
+            "\n",
+            "[1]\n{}\n",
+            "\0" * 50,
+        ]
         return draw(st.sampled_from(odd)).encode()
     return draw(other_values(whole) if is_json and kind < 6 else damaged(whole))
 
 
-def ends_well(command: Callable[[], object], capsys: pytest.CaptureFixture[str], path: Path) -> None:
+def ends_well(
+    command: Callable[[], object], capsys: pytest.CaptureFixture[str], path: Path
+) -> None:
     """It works, or ends with one line; any other exception gets out of `exit_code`."""
     capsys.readouterr()
 
@@ -105,12 +158,17 @@ def ends_well(command: Callable[[], object], capsys: pytest.CaptureFixture[str],
 
 
 def fuzz_file(
-    data: st.DataObject, path: Path, command: Callable[[], object], capsys: pytest.CaptureFixture[str]
+    data: st.DataObject,
+    path: Path,
+    command: Callable[[], object],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One case: spoil the file, run the command, bring the file back."""
     whole = path.read_bytes()
     try:
-        path.write_bytes(data.draw(spoilt(whole, path.suffix in (".json", ".jsonl") or path.name == "latest")))
+        path.write_bytes(
+            data.draw(spoilt(whole, path.suffix in (".json", ".jsonl") or path.name == "latest"))
+        )
         ends_well(command, capsys, path)
     finally:
         path.unlink(missing_ok=True)
@@ -137,15 +195,20 @@ def plan(dataset: Path) -> Plan:
 def files_of(data_dir: Path) -> dict[str, Path]:
     shard = load_manifest(data_dir).shards[0]
     return {
-        "manifest": data_dir / "manifest.json", "build": data_dir / "build.json", "shard": data_dir / shard.path,
-        "index": data_dir / shard.index_path, "tokenizer": data_dir / "tokenizer" / "tokenizer.json",
+        "manifest": data_dir / "manifest.json",
+        "build": data_dir / "build.json",
+        "shard": data_dir / shard.path,
+        "index": data_dir / shard.index_path,
+        "tokenizer": data_dir / "tokenizer" / "tokenizer.json",
         "tokenizer config": data_dir / "tokenizer" / "tokenizer_config.json",
-    }  # fmt: skip
+    }
 
 
 @fuzz
 @given(st.data())
-@pytest.mark.parametrize("kind", ["manifest", "build", "shard", "index", "tokenizer", "tokenizer config"])
+@pytest.mark.parametrize(
+    "kind", ["manifest", "build", "shard", "index", "tokenizer", "tokenizer config"]
+)
 def test_a_data_set_with_a_spoilt_file(
     built: Path, plan: Plan, kind: str, capsys: pytest.CaptureFixture[str], data: st.DataObject
 ) -> None:
@@ -181,7 +244,8 @@ def test_an_unfinished_build_with_a_spoilt_file(
     try:
         fuzz_file(data, path, lambda: build(dataset.parent / "mixture.yaml", built), capsys)
     finally:
-        if (built / "manifest.json").exists():  # built again, from whatever was there: the same bits
+        # built again, from whatever was there: the same bits
+        if (built / "manifest.json").exists():
             assert (built / "manifest.json").read_bytes() == manifest
         (built / "manifest.json").write_bytes(manifest)
         (built / "build.json").write_bytes(build_json)
@@ -195,9 +259,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, text_run: Path) -> Path:
     """A run to spoil, with a record of each kind."""
     copy = tmp_path_factory.mktemp("fuzz") / "run"
     shutil.copytree(text_run, copy)
-    skips = [{"step": step, "policy": "skip", "reason": "loss nan", "loss": None} for step in (2, 4)]
+    skips = [
+        {"step": step, "policy": "skip", "reason": "loss nan", "loss": None} for step in (2, 4)
+    ]
     (copy / "skips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in skips))
-    figures = {"step": 20, "loss": 1.5, "perplexity": 4.5, "bits_per_byte": 2.0, "targets": 99, "text_bytes": 99}
+    figures = {
+        "step": 20,
+        "loss": 1.5,
+        "perplexity": 4.5,
+        "bits_per_byte": 2.0,
+        "targets": 99,
+        "text_bytes": 99,
+    }
     (copy / "evaluation.json").write_text(json.dumps({**figures, "sources": {"sotu": figures}}))
     return copy
 
@@ -227,9 +300,19 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
     def figures() -> None:
         found = figures_of(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
-        render("model_card.md.jinja", manifest=checkpoint.manifest, architecture="tablefree", dtype="float32",
-               trained_parameters=1, figures=found, one_input={}, starts=[], engines=[], gguf_name="",
-               end_token="")  # fmt: skip
+        render(
+            "model_card.md.jinja",
+            manifest=checkpoint.manifest,
+            architecture="tablefree",
+            dtype="float32",
+            trained_parameters=1,
+            figures=found,
+            one_input={},
+            starts=[],
+            engines=[],
+            gguf_name="",
+            end_token="",
+        )
 
     return {
         "checkpoint manifest": (newest / "manifest.json", load),
@@ -240,22 +323,37 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         "metrics": (run_dir / "metrics.jsonl", metrics),
         "skips": (run_dir / "skips.jsonl", skips),
         "recipe": (run_dir / "recipe.yaml", lambda: load_recipe(str(run_dir / "recipe.yaml"))),
-        "engine": (run_dir / "engine.json", lambda: load_engine_config(str(run_dir / "engine.json"))),
+        "engine": (
+            run_dir / "engine.json",
+            lambda: load_engine_config(str(run_dir / "engine.json")),
+        ),
         "evaluation": (run_dir / "evaluation.json", figures),
     }
 
 
 RUN_FILES = (
-    "checkpoint manifest", "sidecar", "tensors", "latest", "state", "metrics", "skips", "recipe", "engine",
+    "checkpoint manifest",
+    "sidecar",
+    "tensors",
+    "latest",
+    "state",
+    "metrics",
+    "skips",
+    "recipe",
+    "engine",
     "evaluation",
-)  # fmt: skip
+)
 
 
 @fuzz
 @given(st.data())
 @pytest.mark.parametrize("kind", RUN_FILES)
 def test_a_run_with_a_spoilt_file(
-    run_dir: Path, text_data: Path, kind: str, capsys: pytest.CaptureFixture[str], data: st.DataObject
+    run_dir: Path,
+    text_data: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    data: st.DataObject,
 ) -> None:
     if not (run_dir / "engine.json").exists():
         shutil.copyfile("ds_configs/zero2_fp32.json", run_dir / "engine.json")
@@ -265,16 +363,34 @@ def test_a_run_with_a_spoilt_file(
 
 @fuzz
 @given(st.data())
-def test_a_spoilt_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject) -> None:
+def test_a_spoilt_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject
+) -> None:
     path = write_recipe(tmp_path / "recipe.yaml")
     fuzz_file(data, path, lambda: load_recipe(str(path)), capsys)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["!!bool x", "!!timestamp x", "!!int x", "!!float x", "2020-13-45", "!!binary é", "? [a]\n: b", "&a [*a]", "a: *b",
-     "!!python/object:os.system x", "[" * 3_000, "\0", "!!set {[]: }", "{[]: 1}", "!!omap [1]", "a: 1\na: 2"],
-)  # fmt: skip
+    [
+        "!!bool x",
+        "!!timestamp x",
+        "!!int x",
+        "!!float x",
+        "2020-13-45",
+        "!!binary é",
+        "? [a]\n: b",
+        "&a [*a]",
+        "a: *b",
+        "!!python/object:os.system x",
+        "[" * 3_000,
+        "\0",
+        "!!set {[]: }",
+        "{[]: 1}",
+        "!!omap [1]",
+        "a: 1\na: 2",
+    ],
+)
 def test_yaml_that_its_reader_trips_over(text: str) -> None:
     with contextlib.suppress(UserError):
         content = parse_yaml(text, "here")

@@ -1,4 +1,6 @@
-"""Damaged files of every format give documents or a UserError: no other exception, no crash of the process, no hang."""
+"""Damaged files of every format give documents or a UserError: no other exception, no crash of
+the process, no hang.
+"""
 
 import os
 from collections.abc import Callable
@@ -37,19 +39,30 @@ def write_arrow_file(path: Path, texts: list[str]) -> Path:
 
 
 TEXT_FORMATS: dict[str, tuple[str, Callable[..., Path]]] = {
-    "jsonl": ("jsonl", write_jsonl), "jsonl.gz": ("jsonl.gz", write_jsonl), "jsonl.zst": ("jsonl.zst", write_jsonl),
-    "parquet": ("parquet", write_parquet), "arrow": ("arrow", write_arrow), "arrow file": ("arrow", write_arrow_file),
-    "csv": ("csv", write_csv), "txt": ("txt", write_text),
-}  # fmt: skip
+    "jsonl": ("jsonl", write_jsonl),
+    "jsonl.gz": ("jsonl.gz", write_jsonl),
+    "jsonl.zst": ("jsonl.zst", write_jsonl),
+    "parquet": ("parquet", write_parquet),
+    "arrow": ("arrow", write_arrow),
+    "arrow file": ("arrow", write_arrow_file),
+    "csv": ("csv", write_csv),
+    "txt": ("txt", write_text),
+}
 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
     """Bytes flipped, cut off, inserted, deleted or repeated; or others altogether."""
     content = draw(st.just(whole) if draw(st.integers(0, 9)) else st.binary(max_size=200))
-    for kind in draw(st.lists(st.sampled_from(["flip", "flip", "cut", "insert", "delete", "repeat"]), max_size=4)):
+    for kind in draw(
+        st.lists(st.sampled_from(["flip", "flip", "cut", "insert", "delete", "repeat"]), max_size=4)
+    ):
         last = len(content)
-        at = draw(st.integers(0, last) | st.integers(max(0, last - 400), last) | st.integers(0, min(50, last)))
+        at = draw(
+            st.integers(0, last)
+            | st.integers(max(0, last - 400), last)
+            | st.integers(0, min(50, last))
+        )
         head, tail = content[:at], content[at:]
         if kind == "flip":
             tail = bytes([tail[0] ^ draw(st.integers(1, 255))]) + tail[1:] if tail else tail
@@ -69,7 +82,9 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 @given(st.data())
 @pytest.mark.parametrize("kind", TEXT_FORMATS)
 def test_damaged_files_of_text(tmp_path: Path, kind: str, data: st.DataObject) -> None:
-    """For the long form, set the environment's FUZZ_CASES to 2000: so many cases for each format."""
+    """For the long form, set the environment's FUZZ_CASES to 2000: so many cases for each
+    format.
+    """
     format, write = TEXT_FORMATS[kind]
     path = write(tmp_path / f"a.{format}", TEXTS)
     path.write_bytes(data.draw(damaged(path.read_bytes())))
@@ -77,7 +92,12 @@ def test_damaged_files_of_text(tmp_path: Path, kind: str, data: st.DataObject) -
     rows, message = 0, ""
     try:
         for unit in cut_units(
-            input_files(path), source="s", format=format, text_field=field, skip_bad=skip_bad, unit_bytes=1000
+            input_files(path),
+            source="s",
+            format=format,
+            text_field=field,
+            skip_bad=skip_bad,
+            unit_bytes=1000,
         ):
             for batch in read_documents(unit):
                 assert all(batch.texts.to_pylist())

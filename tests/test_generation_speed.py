@@ -1,4 +1,6 @@
-"""The benchmark of generation: that it runs, and what it finds of memory. Speeds are for a machine that rests."""
+"""The benchmark of generation: that it runs, and what it finds of memory. Speeds are for a
+machine that rests.
+"""
 
 import re
 import sys
@@ -21,7 +23,9 @@ def test_loading_an_export_takes_the_memory_of_its_weights_and_no_more(tmp_path:
 
 
 def test_the_benchmark_of_generation_runs() -> None:
-    result = run_command(sys.executable, "tests/benchmarks/generation_speed.py", "--quick", "--rounds=1")
+    result = run_command(
+        sys.executable, "tests/benchmarks/generation_speed.py", "--quick", "--rounds=1"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"\| tiny, (.*?) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.]+) \|", result.stdout)
     assert [row[0] for row in rows] == ["a prompt", "new tokens"]

@@ -1,9 +1,11 @@
 """The first steps of a tiny run, digit for digit: what a refactor must not change.
 
-python tests/test_golden.py --record        writes this build's figures into tests/golden.json; see WHEN_IT_FAILS
+python tests/test_golden.py --record        writes this build's figures into tests/golden.json; see
+WHEN_IT_FAILS
 
-The record holds the figures of several builds (torch, system, processor). On each of these they are exact; on any
-other they agree to 1e-5, since matrix products come from libraries that choose their kernels by the processor.
+The record holds the figures of several builds (torch, system, processor). On each of these they are
+exact; on any other they agree to 1e-5, since matrix products come from libraries that choose their
+kernels by the processor.
 """
 
 import json
@@ -22,7 +24,8 @@ from pretrain.modeling_tablefree import INPUT_EMBEDDINGS
 
 RECORD = Path(__file__).parent / "golden.json"
 STEPS = 4
-FIXED_KERNELS = {"ATEN_CPU_CAPABILITY": "default"}  # torch's own kernels for any x86_64; read at its first operation
+# torch's own kernels for any x86_64; read at its first operation
+FIXED_KERNELS = {"ATEN_CPU_CAPABILITY": "default"}
 RECIPE = """
 model: {vocab_size: 512, d_model: 48, num_layers: 2, num_heads: 4, seq_len: 32, input_embedding: binary_code,
         code_bits: 16, code_seed: 3}
@@ -51,10 +54,14 @@ A step is a function of recipe, engine, data set, seed and step number, so somet
 
 
 def this_build() -> dict[str, str]:
-    """What decides the last digits: torch, and the kernels that its libraries choose for this processor."""
+    """What decides the last digits: torch, and the kernels that its libraries choose for this
+    processor.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     words = cpuinfo.read_text().split("\n\n")[0].split() if cpuinfo.exists() else []
-    vendor = next((word for word in words if word in ("AuthenticAMD", "GenuineIntel")), platform.processor())
+    vendor = next(
+        (word for word in words if word in ("AuthenticAMD", "GenuineIntel")), platform.processor()
+    )
     widest = next((flag for flag in ("amx_bf16", "avx512f", "avx2", "avx") if flag in words), "")
     return {
         "torch": torch.__version__,
@@ -64,7 +71,9 @@ def this_build() -> dict[str, str]:
 
 
 def counting(first: int, stride: int) -> list[int]:
-    """A document of 40 ids; only arithmetic, so that no library's random numbers are in the figures."""
+    """A document of 40 ids; only arithmetic, so that no library's random numbers are in the
+    figures.
+    """
     return [1 + (first + stride * i) % 511 for i in range(40)]
 
 
@@ -72,12 +81,18 @@ def first_steps(input_embedding: str, home: Path) -> Figures:
     """Train a few steps in a process of its own, one thread, fixed kernels."""
     data = home / "data"
     ups = write_source(data, "train", "up", [counting(17 * i, 1) for i in range(40)], eos_id=0)
-    threes = write_source(data, "train", "by-threes", [counting(29 * i, 3) for i in range(20)], eos_id=0)
-    held_out = write_source(data, "validation", "up", [counting(31 * i, 1) for i in range(4)], eos_id=0)
+    threes = write_source(
+        data, "train", "by-threes", [counting(29 * i, 3) for i in range(20)], eos_id=0
+    )
+    held_out = write_source(
+        data, "validation", "up", [counting(31 * i, 1) for i in range(4)], eos_id=0
+    )
     write_dataset(data, [ups, threes, held_out], {"up": 2.0, "by-threes": 1.0}, vocab_size=512)
     recipe = home / "golden.yaml"
     recipe.write_text(RECIPE)
-    ended = run_ranks(1, recipe, data, home / "run", f"--model.input_embedding={input_embedding}", **FIXED_KERNELS)
+    ended = run_ranks(
+        1, recipe, data, home / "run", f"--model.input_embedding={input_embedding}", **FIXED_KERNELS
+    )
     assert ended.exit_codes == [0], ended.output
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     return {name: [line[name] for line in lines] for name in ("loss", "gradient_norm")}
@@ -105,14 +120,18 @@ def agrees(record: dict[str, Any], figures: dict[str, Figures]) -> bool:
 
 
 def record() -> None:
-    """Write this build's figures into tests/golden.json; records of other builds stay where they agree."""
+    """Write this build's figures into tests/golden.json; records of other builds stay where they
+    agree.
+    """
     figures = {}
     for input_embedding in INPUT_EMBEDDINGS:
         with TemporaryDirectory() as directory:
             figures[input_embedding] = first_steps(input_embedding, Path(directory))
     others = [each for each in json.loads(RECORD.read_text()) if each["build"] != this_build()]
     kept = [each for each in others if agrees(each, figures)]
-    RECORD.write_text(json.dumps([*kept, {"build": this_build(), "figures": figures}], indent=1) + "\n")
+    RECORD.write_text(
+        json.dumps([*kept, {"build": this_build(), "figures": figures}], indent=1) + "\n"
+    )
     print(f"wrote {RECORD}")
 
 

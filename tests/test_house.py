@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-SOURCES = sorted(path for folder in ("data_prep", "pretrain", "launch") for path in (REPOSITORY / folder).rglob("*.py"))
+SOURCES = sorted(
+    path
+    for folder in ("data_prep", "pretrain", "launch")
+    for path in (REPOSITORY / folder).rglob("*.py")
+)
 DATA_PREP = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "data_prep")]
 PRETRAIN = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "pretrain")]
-# The wings of pretrain/ from the ground up: a module imports from its own floor and from those below it.
+# The wings of pretrain/ from the ground up: a module imports from its own floor and from those
+# below it.
 FLOORS = (
     {"config", "distributed"},
     {"data", "checkpoint", "costs"},
@@ -53,7 +58,10 @@ def is_part_of(name: str, modules: set[str]) -> bool:
 
 def test_imports_sees_through_every_way_of_importing(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("import os.path as p\nfrom a.b import c\ndef f():\n    import torch.nn\n    from d import e\n")
+    path.write_text(
+        "import os.path as p\nfrom a.b import c\ndef f():\n    import torch.nn\n    from d import "
+        "e\n"
+    )
     assert imports(path) == {"os.path", "a.b", "a.b.c", "torch.nn", "d", "d.e"}
 
 
@@ -70,20 +78,29 @@ def test_data_prep_never_sees_pretrain_or_torch(path: Path) -> None:
 
 
 def test_data_prep_imports_what_takes_seconds_only_where_it_is_needed() -> None:
-    program = "import sys, data_prep.build_shards, data_prep.verify, data_prep.train_tokenizer; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    program = (
+        "import sys, data_prep.build_shards, data_prep.verify, data_prep.train_tokenizer; "
+        "print(*sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert not {"transformers", "datasets", "pandas", "mpi4py"} & set(result.stdout.split())
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=relative)
 def test_pretrain_takes_only_the_shard_format_and_the_errors_from_data_prep(path: Path) -> None:
     taken = {name for name in imports(path) if name.startswith("data_prep")} - {"data_prep"}
-    assert not {name for name in taken if not is_part_of(name, {"data_prep.shards", "data_prep.errors"})}
+    assert not {
+        name for name in taken if not is_part_of(name, {"data_prep.shards", "data_prep.errors"})
+    }
     assert "launch" not in packages(path)
 
 
 def test_only_engine_py_imports_deepspeed() -> None:
-    assert [relative(path) for path in SOURCES if "deepspeed" in packages(path)] == ["pretrain/engine/engine.py"]
+    assert [relative(path) for path in SOURCES if "deepspeed" in packages(path)] == [
+        "pretrain/engine/engine.py"
+    ]
 
 
 def test_imports_of_wings_go_down() -> None:
@@ -105,13 +122,17 @@ def test_imports_of_wings_go_down() -> None:
 
 
 def test_the_modelling_file_is_self_contained() -> None:
-    others = packages(REPOSITORY / "pretrain" / "modeling_tablefree.py") - set(sys.stdlib_module_names)
+    others = packages(REPOSITORY / "pretrain" / "modeling_tablefree.py") - set(
+        sys.stdlib_module_names
+    )
     assert others == {"torch", "transformers"}
 
 
 def test_no_module_hides_one_of_python_s() -> None:
     rarely_imported = {"trace"}  # a tool of Python's for its own programs
-    assert not [relative(path) for path in SOURCES if path.stem in sys.stdlib_module_names - rarely_imported]
+    assert not [
+        relative(path) for path in SOURCES if path.stem in sys.stdlib_module_names - rarely_imported
+    ]
 
 
 def test_imports_of_our_own_modules_run_in_no_circle() -> None:
@@ -122,7 +143,9 @@ def test_imports_of_our_own_modules_run_in_no_circle() -> None:
     assert not uses, f"these import each other: {sorted(uses)}"
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=relative)
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.name == "__init__.py"], ids=relative
+)
 def test_an_init_file_holds_a_docstring_and_nothing_else(path: Path) -> None:
     statements = ast.parse(path.read_text(encoding="utf-8")).body
     assert len(statements) == 1
@@ -154,7 +177,9 @@ def test_the_top_level_holds_what_the_readme_s_map_says_and_nothing_else() -> No
 
 
 def test_links_and_files_that_texts_name_are_there() -> None:
-    """Relative links of every page, and every path in backquotes below the folders of the project."""
+    """Relative links of every page, and every path in backquotes below the folders of the
+    project.
+    """
     pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
     pages += sorted(REPOSITORY.glob("[a-z]*/README.md"))
     assert len(pages) > 5
@@ -163,6 +188,8 @@ def test_links_and_files_that_texts_name_are_there() -> None:
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)\s]*\)", text):
             missing += [f"{relative(page)}: {link}"] if not (page.parent / link).exists() else []
-        for name in re.findall(r"`(?:python )?((?:pretrain|data_prep|launch|tests|ds_configs)/[\w./-]+)", text):
+        for name in re.findall(
+            r"`(?:python )?((?:pretrain|data_prep|launch|tests|ds_configs)/[\w./-]+)", text
+        ):
             missing += [f"{relative(page)}: {name}"] if not (REPOSITORY / name).exists() else []
     assert not missing

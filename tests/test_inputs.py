@@ -1,4 +1,6 @@
-"""Inputs from here and from afar: local paths, a web server, S3, and the hub, through the clients that users have."""
+"""Inputs from here and from afar: local paths, a web server, S3, and the hub, through the
+clients that users have.
+"""
 
 import io
 import json
@@ -77,7 +79,9 @@ def http(web: HubServer, tmp_path: Path) -> HubServer:
 
 
 def write_wide_parquet(path: Path) -> Path:
-    """Text of about 20 kB in each of 6 row groups, before and behind it columns of five times that."""
+    """Text of about 20 kB in each of 6 row groups, before and behind it columns of five times
+    that.
+    """
     other = [os.urandom(2000) for _ in TEXTS]
     table = pa.table({"before": other, "text": TEXTS, "behind": other})
     pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
@@ -86,11 +90,18 @@ def write_wide_parquet(path: Path) -> Path:
 
 def text_bytes(path: Path) -> int:
     metadata = pq.read_metadata(path)
-    return sum(metadata.row_group(i).column(1).total_compressed_size for i in range(metadata.num_row_groups))
+    return sum(
+        metadata.row_group(i).column(1).total_compressed_size
+        for i in range(metadata.num_row_groups)
+    )
 
 
 def read_texts(file: InputFile) -> list[str]:
-    return pq.ParquetFile(open_input(file, 0), pre_buffer=True).read(columns=["text"])["text"].to_pylist()
+    return (
+        pq.ParquetFile(open_input(file, 0), pre_buffer=True)
+        .read(columns=["text"])["text"]
+        .to_pylist()
+    )
 
 
 def read_all(file: InputFile) -> bytes:
@@ -110,8 +121,13 @@ def find_error(pattern: str, base: Path = Path("/nowhere")) -> str:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, data_prep.inputs; print({'datasets', 'huggingface_hub', 'torch'} & sys.modules.keys())"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, data_prep.inputs; print({'datasets', 'huggingface_hub', 'torch'} & "
+        "sys.modules.keys())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert printed.stdout == "set()\n"
 
 
@@ -140,7 +156,9 @@ def test_a_file_url_is_the_local_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abc")
     (file,) = find_inputs(tmp_path, "a.txt", "here")
-    assert file == InputFile(name="a.txt", url=str(path), size=3, version=str(path.stat().st_mtime_ns))
+    assert file == InputFile(
+        name="a.txt", url=str(path), size=3, version=str(path.stat().st_mtime_ns)
+    )
     by_url = the_one(f"file://{path}")
     assert (by_url.name, by_url.url, by_url.size) == (f"file://{path}", f"file://{path}", 3)
     assert the_one(f"file://{tmp_path}/*.txt") == by_url
@@ -161,7 +179,10 @@ OPERATIONS = st.lists(
 )
 
 
-@given(content=st.binary(max_size=100).map(lambda content: content.replace(b"\1", b"\n")), operations=OPERATIONS)
+@given(
+    content=st.binary(max_size=100).map(lambda content: content.replace(b"\1", b"\n")),
+    operations=OPERATIONS,
+)
 @pytest.mark.parametrize("ahead_bytes", [0, 16])
 def test_a_remote_file_reads_like_a_local_one(
     ahead_bytes: int, content: bytes, operations: Sequence[tuple[str, int]]
@@ -179,13 +200,18 @@ def test_a_remote_file_reads_like_a_local_one(
 
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(
-        UserError, match=r"Protocol not known: what\); expected a path, or a URL such as s3://bucket/key"
+        UserError,
+        match=r"Protocol not known: what\); expected a path, or a URL such as s3://bucket/key",
     ):
         find_inputs(Path(), "what://x", "here")
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://bucket/key", "s3fs"), ("https://host/file", "aiohttp")])
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "package"), [("s3://bucket/key", "s3fs"), ("https://host/file", "aiohttp")]
+)
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, url: str, package: str
+) -> None:
     protocol = url.partition(":")[0]
     monkeypatch.delitem(fsspec_registry, protocol, raising=False)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
@@ -195,7 +221,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, p
     message = str(caught.value)
     assert message.startswith(f"{protocol}:// needs a package (")
     assert package in message
-    assert message.endswith("; pip install -e '.[remote]' in this project's folder, or what it says")
+    assert message.endswith(
+        "; pip install -e '.[remote]' in this project's folder, or what it says"
+    )
 
 
 # A web server
@@ -223,13 +251,18 @@ def test_reading_on_reads_ahead(http: HubServer) -> None:
 
 
 def test_a_glob_goes_by_the_server_s_index(http: HubServer) -> None:
-    names = [file.name for file in find_inputs(Path(), f"{http.url}/owner/corpus/books/train-*.parquet", "here")]
+    names = [
+        file.name
+        for file in find_inputs(Path(), f"{http.url}/owner/corpus/books/train-*.parquet", "here")
+    ]
     assert names == [f"{http.url}/owner/corpus/books/train-{i}.parquet" for i in (0, 1)]
     assert "no file matches" in find_error(f"{http.url}/owner/corpus/books/*.txt")
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_listing_and_reading_are_tried_again(http: HubServer, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listing_and_reading_are_tried_again(
+    http: HubServer, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     http.failures.next["a.bin"] = [status] * 2  # fsspec asks by HEAD, then by GET
     file = the_one(f"{http.url}/a.bin")
     http.failures.next["a.bin"] = [status] * 2
@@ -237,7 +270,8 @@ def test_listing_and_reading_are_tried_again(http: HubServer, status: int, capsy
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2
     assert all(
-        note.startswith(f"note: {'here: ' * i}{http.url}/a.bin: ") for i, note in zip((1, 0), notes, strict=True)
+        note.startswith(f"note: {'here: ' * i}{http.url}/a.bin: ")
+        for i, note in zip((1, 0), notes, strict=True)
     )
     assert all(note.endswith("; retrying in 0.01 s") for note in notes)
     assert all(f"HTTP status {status}" in note for note in notes)
@@ -255,7 +289,9 @@ def test_the_last_try_fails(http: HubServer, capsys: pytest.CaptureFixture[str])
     assert waits == ["0.01 s", "0.02 s"] * 2
 
 
-@pytest.mark.parametrize(("status", "reason"), [(404, "not found"), (403, "access refused"), (401, "access refused")])
+@pytest.mark.parametrize(
+    ("status", "reason"), [(404, "not found"), (403, "access refused"), (401, "access refused")]
+)
 def test_what_stays_wrong_is_tried_once(
     http: HubServer, status: int, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,17 +301,23 @@ def test_what_stays_wrong_is_tried_once(
 
 
 @pytest.mark.parametrize("cut", [1, 1000])
-def test_a_body_cut_short_is_asked_for_again(http: HubServer, cut: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_body_cut_short_is_asked_for_again(
+    http: HubServer, cut: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = the_one(f"{http.url}/a.bin")
     http.failures.cut_bytes["a.bin"] = [cut]
     assert read_all(file) == (http.root / "a.bin").read_bytes()
     assert capsys.readouterr().err.count("retrying in") == 1
 
 
-def test_a_file_shorter_than_it_was_said_to_be(http: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_shorter_than_it_was_said_to_be(
+    http: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = the_one(f"{http.url}/a.bin")
     monkeypatch.setattr(inputs, "_open_remote", lambda file: io.BytesIO(bytes(2000)))
-    with pytest.raises(UserError, match=r"a.bin: the answer ended at byte 2000 of 3000 after 3 tries"):
+    with pytest.raises(
+        UserError, match=r"a.bin: the answer ended at byte 2000 of 3000 after 3 tries"
+    ):
         read_all(file)
 
 
@@ -303,7 +345,9 @@ def test_a_server_without_ranges(http: HubServer) -> None:
     http.failures.ignore_ranges = True
     with open_input(file) as stream:
         stream.seek(1000)
-        with pytest.raises(UserError, match=r"support range requests.*; download it and name its path"):
+        with pytest.raises(
+            UserError, match=r"support range requests.*; download it and name its path"
+        ):
             stream.read(10)
 
 
@@ -364,7 +408,9 @@ def test_lines_of_an_object(bucket: Any, tmp_path: Path) -> None:
 
 def test_unusable_objects(bucket: Any, capsys: pytest.CaptureFixture[str]) -> None:
     bucket.pipe("corpus/in/x.txt", b"x")
-    assert "is a directory; name its files, for example s3://corpus/in/*" in find_error("s3://corpus/in")
+    assert "is a directory; name its files, for example s3://corpus/in/*" in find_error(
+        "s3://corpus/in"
+    )
     assert "no file matches s3://corpus/*.gz; check the URL" in find_error("s3://corpus/*.gz")
     assert "s3://corpus/none: " in find_error("s3://corpus/none")
     assert "s3://nobody/none: " in find_error("s3://nobody/none")
@@ -405,8 +451,16 @@ class HubUser:
     """A process whose hub is a given server; calls are lists of JSON values, as the answers are."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGING"))
+        }
+        environment |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -428,8 +482,13 @@ class HubUser:
         assert not answer["torch"]
         return answer
 
-    def find(self, name: str = "owner/corpus", configs: Sequence[str] = ("books",), split: str = "train",
-             revision: str | None = None) -> dict[str, Any]:  # fmt: skip
+    def find(
+        self,
+        name: str = "owner/corpus",
+        configs: Sequence[str] = ("books",),
+        split: str = "train",
+        revision: str | None = None,
+    ) -> dict[str, Any]:
         """find_hub_inputs."""
         return self.call("find", name, list(configs), split, revision)
 
@@ -446,13 +505,18 @@ def test_the_files_of_a_split(http: HubServer, hub_user: HubUser) -> None:
     assert [file["name"] for file in found["files"]] == names
     size = (http.root / "owner/corpus/books/train-0.parquet").stat().st_size
     assert found["files"][1] == {
-        "name": names[1], "url": f"hf://datasets/owner/corpus@{COMMIT}/{names[1]}", "size": size, "version": COMMIT,
+        "name": names[1],
+        "url": f"hf://datasets/owner/corpus@{COMMIT}/{names[1]}",
+        "size": size,
+        "version": COMMIT,
         "secret_url": None,
-    }  # fmt: skip
+    }
     assert (found["commit"], found["notes"]) == (COMMIT, "")
     mixed = hub_user.find(configs=("mixed",))["files"]
     assert [file["name"] for file in mixed] == ["web/train-0.parquet", "more.jsonl.gz"]
-    assert [file["name"] for file in hub_user.find(split="test")["files"]] == ["books/test-0.parquet"]
+    assert [file["name"] for file in hub_user.find(split="test")["files"]] == [
+        "books/test-0.parquet"
+    ]
 
 
 def test_a_column_of_a_hub_s_file(http: HubServer, hub_user: HubUser) -> None:
@@ -466,21 +530,34 @@ def test_a_column_of_a_hub_s_file(http: HubServer, hub_user: HubUser) -> None:
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        ({"name": "owner/none"}, "owner/none: no such data set; check the name, or, if private, run `hf auth login`"),
+        (
+            {"name": "owner/none"},
+            "owner/none: no such data set; check the name, or, if private, run `hf auth login`",
+        ),
         ({"name": "a/b/c"}, "a/b/c: no such data set"),
-        ({"name": "owner/gated", "configs": []}, "owner/gated: gated: accept its terms, then run `hf auth"),
+        (
+            {"name": "owner/gated", "configs": []},
+            "owner/gated: gated: accept its terms, then run `hf auth",
+        ),
         (
             {"name": "owner/script", "configs": []},
             "owner/script: datasets can't use it (Dataset scripts are no longer supported",
         ),
-        ({"configs": ["none"]}, "BuilderConfig 'none' not found. Available: ['books', 'web', 'both',"),
+        (
+            {"configs": ["none"]},
+            "BuilderConfig 'none' not found. Available: ['books', 'web', 'both',",
+        ),
         (
             {"configs": []},
-            "owner/corpus: datasets can't use it (Config name is missing. Please pick one among the available",
+            "owner/corpus: datasets can't use it (Config name is missing. Please pick one among "
+            "the available",
         ),
         ({"configs": ["books", "both"]}, "owner/corpus: the configs books, both share files"),
         ({"split": "none"}, "owner/corpus: no split 'none', it has: train, test"),
-        ({"revision": "none"}, "owner/corpus: no revision 'none'; name a branch, a tag or a commit"),
+        (
+            {"revision": "none"},
+            "owner/corpus: no revision 'none'; name a branch, a tag or a commit",
+        ),
     ],
 )
 def test_what_the_hub_does_not_have(
@@ -510,9 +587,17 @@ def test_a_hub_that_stays_away(http: HubServer, hub_user: HubUser, tmp_path: Pat
     expected = "HTTP status 503 after 6 tries; check the name, your access and the network"
     answer = hub_user.find()
     assert answer["error"] == f"here: owner/corpus: {expected}"
-    assert [line.rpartition(" in ")[2] for line in answer["notes"].splitlines()] == ["1 s", "2 s", "4 s", "8 s", "16 s"]
+    assert [line.rpartition(" in ")[2] for line in answer["notes"].splitlines()] == [
+        "1 s",
+        "2 s",
+        "4 s",
+        "8 s",
+        "16 s",
+    ]
     assert hub_user.call("read", file)["error"] == f"books/train-0.parquet: {expected}"
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with HubUser(endpoint, tmp_path) as user:
-        assert user.find()["error"].startswith("here: owner/corpus: [Errno 111] Connection refused after 6 tries")
+        assert user.find()["error"].startswith(
+            "here: owner/corpus: [Errno 111] Connection refused after 6 tries"
+        )

@@ -1,6 +1,8 @@
-"""The project as somebody installs it: from its folder, with the newest release of all that pyproject.toml allows.
+"""The project as somebody installs it: from its folder, with the newest release of all that
+pyproject.toml allows.
 
-The other tests run with the versions of .ci/constraints.txt, so they say nothing of a release that comes tomorrow.
+The other tests run with the versions of .ci/constraints.txt, so they say nothing of a release that
+comes tomorrow.
 """
 
 import shutil
@@ -13,8 +15,21 @@ from matrix.environments import make_environment, python_of, skip_without_regist
 from prep_helpers import source, write_jsonl, write_mixture
 
 STEPS = 2
-NOT_SOURCES = (".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
-TEXTS = [f"Number {n} comes after {n - 1} and before {n + 1}; there is no more to say of {n}." for n in range(400)]
+NOT_SOURCES = (
+    ".git",
+    ".venv",
+    "runs",
+    "build",
+    "dist",
+    "__pycache__",
+    "*.egg-info",
+    ".*_cache",
+    ".hypothesis",
+)
+TEXTS = [
+    f"Number {n} comes after {n - 1} and before {n + 1}; there is no more to say of {n}."
+    for n in range(400)
+]
 GENERATE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,31 +41,63 @@ print(len(output[0]) - len(tokenizer("Number 7")["input_ids"]))
 
 
 @pytest.mark.slow
-def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(tmp_path: Path) -> None:
-    """All but torch, which is this environment's: from its default index come gigabytes for a GPU."""
+def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(
+    tmp_path: Path,
+) -> None:
+    """All but torch, which is this environment's: from its default index come gigabytes for a
+    GPU.
+    """
     shutil.copytree(REPOSITORY, tmp_path / "project", ignore=shutil.ignore_patterns(*NOT_SOURCES))
     with skip_without_registry():
         make_environment(tmp_path / "environment", [str(tmp_path / "project")], shared=("torch",))
     python = python_of(tmp_path / "environment")
-    env = environment(PATH=f"{python.parent}:/usr/bin:/bin", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    env = environment(
+        PATH=f"{python.parent}:/usr/bin:/bin", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")
+    )
     del env["PYTHONPATH"]  # what runs is what was installed, not this checkout
 
     def run(*command: str) -> str:
         result = subprocess.run(
-            [str(python), *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+            [str(python), *command],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
     assert "site-packages" in run("-c", "import pretrain; print(pretrain.__file__)")
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    mixture = write_mixture(tmp_path, tmp_path / "tokenizer", [source("texts", texts.name, format="jsonl")])
+    mixture = write_mixture(
+        tmp_path, tmp_path / "tokenizer", [source("texts", texts.name, format="jsonl")]
+    )
     size = ["--algorithm", "byte_bpe", "--vocab-size", str(TINY_VOCAB_SIZE)]
-    run("-m", "data_prep.train_tokenizer", *size, "--source", str(texts), "--output-dir", "tokenizer")
+    run(
+        "-m",
+        "data_prep.train_tokenizer",
+        *size,
+        "--source",
+        str(texts),
+        "--output-dir",
+        "tokenizer",
+    )
     run("-m", "data_prep.build_shards", "--mixture", str(mixture), "--output-dir", "dataset")
     recipe = write_recipe(tmp_path / "recipe.yaml")
     until = ["--stop-at-step", str(STEPS)]
-    run("-m", "pretrain.train", "--recipe", str(recipe), "--data-dir", "dataset", "--run-dir", "run", *until)
+    run(
+        "-m",
+        "pretrain.train",
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        "dataset",
+        "--run-dir",
+        "run",
+        *until,
+    )
     assert len(losses(tmp_path / "run")) == STEPS
     run("-m", "pretrain.export_hf", "--run-dir", "run", "--output-dir", "export")
     assert run("-c", GENERATE, "export").split() == ["3"]

@@ -1,6 +1,8 @@
-"""A build that is killed, or finds the disk full, goes on where it was and ends with the same bits on any ranks.
+"""A build that is killed, or finds the disk full, goes on where it was and ends with the same bits
+on any ranks.
 
-Real processes and real kills. `TABLEFREE_KILLS=20 pytest tests/test_interrupted_builds.py` kills that often.
+Real processes and real kills. `TABLEFREE_KILLS=20 pytest tests/test_interrupted_builds.py` kills
+that often.
 """
 
 import contextlib
@@ -53,8 +55,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pa
     (base / "d").mkdir()
     for i, text in enumerate(texts[180:]):
         (base / "d" / f"{i:02d}.txt").write_text(text, encoding="utf-8", newline="")
-    sources = [source("a", "a.parquet", weight=3), source("b", "b.jsonl", format="jsonl"),
-               source("c", "c/*.jsonl.gz", format="jsonl.gz"), source("d", "d/*.txt", format="txt")]  # fmt: skip
+    sources = [
+        source("a", "a.parquet", weight=3),
+        source("b", "b.jsonl", format="jsonl"),
+        source("c", "c/*.jsonl.gz", format="jsonl.gz"),
+        source("d", "d/*.txt", format="txt"),
+    ]
     return write_mixture(base, tokenizer_dir, sources, validation_fraction=0.1)
 
 
@@ -73,13 +79,18 @@ def assert_builds(mixture: Path, output_dir: Path, ranks: int = 1) -> None:
 
 
 def finished_files(output_dir: Path) -> dict[str, tuple[int, int]]:
-    """Stamps of the records, and of the shards and indexes they speak of, each with the digest in its record."""
+    """Stamps of the records, and of the shards and indexes they speak of, each with the digest
+    in its record.
+    """
     now, finished = stamps(output_dir), {}
     for record in (name for name in now if name.startswith("units/") and name.endswith(".json")):
         finished[record] = now[record]
         for shard in json.loads((output_dir / record).read_bytes())["shards"]:
             stem = record.replace("units/", f"shards/{shard['split']}/").removesuffix(".json")
-            for name, digest in ((f"{stem}.npy", "xxh3_128"), (f"{stem}.documents.npy", "index_xxh3_128")):
+            for name, digest in (
+                (f"{stem}.npy", "xxh3_128"),
+                (f"{stem}.documents.npy", "index_xxh3_128"),
+            ):
                 assert digest_file(output_dir / name) == shard[digest]
                 finished[name] = now[name]
     return finished
@@ -92,13 +103,17 @@ def records(output_dir: Path) -> int:
 
 def units_begun(output_dir: Path) -> set[str]:
     """Names of the units that have left anything at all."""
-    names = (name.split("/") for name in stamps(output_dir) if name.startswith(("units/", "shards/")))
+    names = (
+        name.split("/") for name in stamps(output_dir) if name.startswith(("units/", "shards/"))
+    )
     return {f"{parts[-2]}/{parts[-1].split('.')[0]}" for parts in names}
 
 
 @needs_mpi
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_same_bits_from_any_number_of_ranks(tmp_path: Path, mixture: Path, reference: Path, ranks: int) -> None:
+def test_the_same_bits_from_any_number_of_ranks(
+    tmp_path: Path, mixture: Path, reference: Path, ranks: int
+) -> None:
     assert_builds(mixture, tmp_path / "out", ranks)
     assert contents(tmp_path / "out") == contents(reference)
     about = json.loads((tmp_path / "out" / "build.json").read_bytes())
@@ -111,12 +126,18 @@ def family(pid: int) -> list[int]:
     children = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            children += [int(path.parent.name)] if int(path.read_text().rpartition(")")[2].split()[1]) == pid else []
+            children += (
+                [int(path.parent.name)]
+                if int(path.read_text().rpartition(")")[2].split()[1]) == pid
+                else []
+            )
     return [pid, *(one for child in children for one in family(child))]
 
 
 def rank_processes(pid: int) -> list[int]:
-    """Those of a launcher's family that build; the references beside them, which come and go, do not."""
+    """Those of a launcher's family that build; the references beside them, which come and go, do
+    not.
+    """
     found = []
     for one in family(pid):
         with contextlib.suppress(OSError):
@@ -141,12 +162,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_at(mixture: Path, output_dir: Path, ranks: int, moment: tuple[int, float], *, one_rank: bool) -> None:
-    """Begin a build; kill it, or one rank of it, so many seconds after so many units are finished."""
+def kill_at(
+    mixture: Path, output_dir: Path, ranks: int, moment: tuple[int, float], *, one_rank: bool
+) -> None:
+    """Begin a build; kill it, or one rank of it, so many seconds after so many units are
+    finished.
+    """
     command = build_command(mixture, output_dir, ranks=ranks, unit_bytes=UNIT_BYTES)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     units, delay_s = moment
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
 
         def is_time() -> bool:
             is_there = records(output_dir) >= units and len(rank_processes(process.pid)) == ranks
@@ -165,18 +192,25 @@ def kill_at(mixture: Path, output_dir: Path, ranks: int, moment: tuple[int, floa
 @needs_mpi
 @pytest.mark.timeout(600 + 20 * KILLS)
 def test_killed_at_any_moment(tmp_path: Path, mixture: Path, reference: Path) -> None:
-    """Each life of the build has its own number of ranks; what is finished is never written again."""
+    """Each life of the build has its own number of ranks; what is finished is never written
+    again.
+    """
     output_dir, chance, units = tmp_path / "out", random.Random(), records(reference)
     finished: dict[str, tuple[int, int]] = {}
     killed_at_work, lost_before = 0, set[str]()
     for number in range(KILLS):
         ranks = (1, 3, 2, 2)[number % 4]
         was_full = records(output_dir) == units
-        moment = (min(records(output_dir) + chance.randrange(units // 3), units), 0.02 * chance.random())
+        moment = (
+            min(records(output_dir) + chance.randrange(units // 3), units),
+            0.02 * chance.random(),
+        )
         if ranks == 1 or was_full:
             moment = (0, 2 * chance.random())
         kill_at(mixture, output_dir, ranks, moment, one_rank=number % 4 == 2)
-        print(f"{ranks} ranks killed with {records(output_dir)} of {units} units finished, {moment}")
+        print(
+            f"{ranks} ranks killed with {records(output_dir)} of {units} units finished, {moment}"
+        )
         after = finished_files(output_dir) if output_dir.exists() else {}
         assert after.items() >= finished.items()
         lost = units_begun(output_dir) - {name[len("units/") : -len(".json")] for name in after}
@@ -186,8 +220,11 @@ def test_killed_at_any_moment(tmp_path: Path, mixture: Path, reference: Path) ->
         killed_at_work += 0 < records(output_dir) < units
         finished = after
         is_complete = (output_dir / "manifest.json").exists()  # it was faster
-        if is_complete:  # a kill between the manifest and the end leaves the lock's file, which nobody holds
-            assert {name: c for name, c in contents(output_dir).items() if name != LOCK_NAME} == contents(reference)
+        # a kill between the manifest and the end leaves the lock's file, which nobody holds
+        if is_complete:
+            assert {
+                name: c for name, c in contents(output_dir).items() if name != LOCK_NAME
+            } == contents(reference)
         if is_complete or was_full:
             shutil.rmtree(output_dir)
             finished = {}
@@ -202,7 +239,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, in memory."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip(f"a small disk can't be mounted: {mounted.stderr.strip()}")
     yield path
@@ -220,9 +259,16 @@ def test_a_full_disk(disk: Path, mixture: Path, reference: Path, ranks: int) -> 
     command = build_command(mixture, disk / "out", ranks=ranks, unit_bytes=UNIT_BYTES)
     line = error_line(run(command))
     assert f"{disk / 'out'}: can't write unit" in line
-    assert "(No space left on device); make space or choose another --output-dir, and build again" in line
+    assert (
+        "(No space left on device); make space or choose another --output-dir, and build again"
+        in line
+    )
     assert not (disk / "out" / "manifest.json").exists()
-    assert {path.name.split(".", 1)[1] for path in disk.rglob("*.tmp")} <= {"documents.npy.tmp", "json.tmp"}  # small
+    # small
+    assert {path.name.split(".", 1)[1] for path in disk.rglob("*.tmp")} <= {
+        "documents.npy.tmp",
+        "json.tmp",
+    }
     finished = finished_files(disk / "out")
     assert 10 < records(disk / "out") < records(reference)
     resize(disk, "size=64m")
@@ -233,7 +279,9 @@ def test_a_full_disk(disk: Path, mixture: Path, reference: Path, ranks: int) -> 
 
 @needs_mpi
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_is_full_at_the_very_end(disk: Path, mixture: Path, reference: Path, ranks: int) -> None:
+def test_a_disk_that_is_full_at_the_very_end(
+    disk: Path, mixture: Path, reference: Path, ranks: int
+) -> None:
     shutil.copytree(reference, disk / "out")
     (disk / "out" / "manifest.json").unlink()
     resize(disk, f"size={sum(path.stat().st_blocks for path in disk.rglob('*')) // 2 + 40}k")
@@ -243,7 +291,9 @@ def test_a_disk_that_is_full_at_the_very_end(disk: Path, mixture: Path, referenc
             pass
     os.truncate(disk / "filler", (disk / "filler").stat().st_size - (32 << 10))
     command = build_command(mixture, disk / "out", ranks=ranks, unit_bytes=UNIT_BYTES)
-    assert f"{disk / 'out'}: can't write the manifest (No space left on device)" in error_line(run(command))
+    assert f"{disk / 'out'}: can't write the manifest (No space left on device)" in error_line(
+        run(command)
+    )
     (disk / "filler").unlink()
     resize(disk, "size=64m")
     assert run(command).returncode == 0
@@ -253,4 +303,7 @@ def test_a_disk_that_is_full_at_the_very_end(disk: Path, mixture: Path, referenc
 def test_a_disk_that_cannot_be_written_to(disk: Path, mixture: Path) -> None:
     resize(disk, "ro")
     line = error_line(run(build_command(mixture, disk / "out")))
-    assert f"{disk / 'out'}: can't write the tokenizer (Read-only file system); make space or choose another" in line
+    assert (
+        f"{disk / 'out'}: can't write the tokenizer (Read-only file system); make space or choose "
+        "another" in line
+    )

@@ -1,4 +1,6 @@
-"""Every line of JSON lines is a document, blank, or listed as bad, however the bytes are cut into blocks."""
+"""Every line of JSON lines is a document, blank, or listed as bad, however the bytes are cut
+into blocks.
+"""
 
 import gzip
 import io
@@ -18,7 +20,9 @@ from data_prep.json_lines import blocks, line_cuts, parse_block, read_chunks
 fuzz = settings(deadline=None, max_examples=int(os.environ.get("FUZZ_CASES", "200")))
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-BESIDE = st.dictionaries(st.sampled_from(["id", "", "texts", "é"]), st.none() | st.booleans() | st.integers() | TEXT)
+BESIDE = st.dictionaries(
+    st.sampled_from(["id", "", "texts", "é"]), st.none() | st.booleans() | st.integers() | TEXT
+)
 NESTED = st.fixed_dictionaries(
     {}, optional={"meta": st.just({"text": [{"text": None}]}), "tags": st.just([None, None])}
 )
@@ -29,18 +33,55 @@ GOOD_LINES = st.builds(
     TEXT, BESIDE, NESTED, st.booleans(), st.sampled_from([b"", b"", b" ", b"\t"]),
     st.sampled_from([b"", b"", b"\r", b" \r"]),
 )  # fmt: skip
-ODD_LINES = st.sampled_from([
-    b"", b" ", b"\r", b"\x0b", b"null", b"1", b'"text"', b"[]", b"{}", b"{", b"}", b'{"text"', b': "b"}', b"\0",
-    b"\xff", b"\xef\xbb\xbf", b'\xef\xbb\xbf{"text": "mark"}', b'{"text": null}', b'{"text": 5}',
-    b'{"text": {"text": "x"}}',
-    b'{"body": "x"}', b'{"text": "a"} {"text": "b"}', b'{"text": "a"}{"text": "b"}', b'{"text": "a"} null',
-    b'{"text": "a"},',
-    b'{"text": "a"}\r{"text": "b"}', b'{"text": "first", "text": "last"}', b'{"text": null, "text": "last"}',
-    b'{"text": "a", "text": null}', b'{"text": "a", "n": ' + b"7" * 5000 + b"}", b'{"text": "a", "n": 1e999}',
-    b'{"text": "a", "n": NaN}', b'{"text": "a", "n": 01}', b'{"text": "a",}', b"{'text': 'a'}", b'{"text": "\\ud800"}',
-    b'{"text": "a", "n": "\\udc00"}', b'{"text": "a", "n": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'{"text": "\0"}',
-    b'{"text": "\\u0000"}', b'{"te\\u0078t": "escaped"}', b'{"text": "a"}\0', b'{"text": "a\tb"}', b'{"text": "\\x41"}',
-])  # fmt: skip
+ODD_LINES = st.sampled_from(
+    [
+        b"",
+        b" ",
+        b"\r",
+        b"\x0b",
+        b"null",
+        b"1",
+        b'"text"',
+        b"[]",
+        b"{}",
+        b"{",
+        b"}",
+        b'{"text"',
+        b': "b"}',
+        b"\0",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b'\xef\xbb\xbf{"text": "mark"}',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": {"text": "x"}}',
+        b'{"body": "x"}',
+        b'{"text": "a"} {"text": "b"}',
+        b'{"text": "a"}{"text": "b"}',
+        b'{"text": "a"} null',
+        b'{"text": "a"},',
+        b'{"text": "a"}\r{"text": "b"}',
+        b'{"text": "first", "text": "last"}',
+        b'{"text": null, "text": "last"}',
+        b'{"text": "a", "text": null}',
+        b'{"text": "a", "n": ' + b"7" * 5000 + b"}",
+        b'{"text": "a", "n": 1e999}',
+        b'{"text": "a", "n": NaN}',
+        b'{"text": "a", "n": 01}',
+        b'{"text": "a",}',
+        b"{'text': 'a'}",
+        b'{"text": "\\ud800"}',
+        b'{"text": "a", "n": "\\udc00"}',
+        b'{"text": "a", "n": "\xff"}',
+        b'{"text": "\xed\xa0\x80"}',
+        b'{"text": "\0"}',
+        b'{"text": "\\u0000"}',
+        b'{"te\\u0078t": "escaped"}',
+        b'{"text": "a"}\0',
+        b'{"text": "a\tb"}',
+        b'{"text": "\\x41"}',
+    ]
+)
 TOKENS = [
     b"{",
     b"}",
@@ -61,7 +102,9 @@ TOKENS = [
 ]
 SCRAPS = st.lists(st.sampled_from(TOKENS), max_size=9).map(b"".join)
 BRACED = SCRAPS.map(lambda scrap: b"{" + scrap + b"}")
-LINES = st.lists(st.one_of(GOOD_LINES, GOOD_LINES, GOOD_LINES, ODD_LINES, SCRAPS, BRACED)) | st.lists(GOOD_LINES)
+LINES = st.lists(
+    st.one_of(GOOD_LINES, GOOD_LINES, GOOD_LINES, ODD_LINES, SCRAPS, BRACED)
+) | st.lists(GOOD_LINES)
 BAD = object()
 
 
@@ -103,13 +146,17 @@ def parse_by_hand(line: bytes) -> object:
 
 
 @fuzz
-@given(LINES, st.booleans(), st.lists(st.integers(1, 99), min_size=1, max_size=3), st.integers(1, 200))
+@given(
+    LINES, st.booleans(), st.lists(st.integers(1, 99), min_size=1, max_size=3), st.integers(1, 200)
+)
 def test_no_line_is_lost_however_the_bytes_are_cut(
     lines: list[bytes], ends: bool, sizes: list[int], block_bytes: int
 ) -> None:
     """For the long form, set the environment's FUZZ_CASES to 20000."""
     content = b"\n".join(lines) + b"\n" * (ends and bool(lines))
-    expected = {row: parse_by_hand(line) for row, line in enumerate(lines) if line and not line.isspace()}
+    expected = {
+        row: parse_by_hand(line) for row, line in enumerate(lines) if line and not line.isspace()
+    }
     if content.startswith(b"\xef\xbb\xbf"):
         expected[0] = parse_by_hand(lines[0].removeprefix(b"\xef\xbb\xbf"))
     assert read(content, sizes, block_bytes) == expected
@@ -134,7 +181,9 @@ def test_a_line_too_long_is_one_bad_line_however_the_bytes_are_cut(
         patch.setattr(json_lines, "MAX_LINE_BYTES", 5)
         patch.setattr(json_lines, "TOO_LONG", b"!")
         found = b"".join(blocks(iter(cut(content, [size])), block_bytes))
-    assert found == b"\n".join(b"!" if len(line) > 5 else line for line in lines) + b"\n" * (ends and bool(lines))
+    assert found == b"\n".join(b"!" if len(line) > 5 else line for line in lines) + b"\n" * (
+        ends and bool(lines)
+    )
 
 
 def test_a_line_too_long_is_not_kept_in_memory() -> None:
@@ -154,13 +203,23 @@ def test_a_line_too_long_is_not_kept_in_memory() -> None:
         patch.setattr(json_lines, "MAX_LINE_BYTES", 5000)
         reader = blocks(chunks(), 1 << 20)
         texts, rows, bad = parse_block(b"".join(reader), "text", True)
-        assert (texts.to_pylist(), rows.tolist(), bad) == (["a", "b"], [0, 2], [(1, "a line of more than 0 MB")])
+        assert (texts.to_pylist(), rows.tolist(), bad) == (
+            ["a", "b"],
+            [0, 2],
+            [(1, "a line of more than 0 MB")],
+        )
     assert held <= 5100
 
 
 def test_a_first_line_of_null_does_not_reach_arrow() -> None:
     """It would crash there, and take the build with it (pyarrow 26)."""
-    for content in (b"null", b"null\nnull\n", b" null\n", b"\xef\xbb\xbfnull\n", b'null\n{"text": "a"}'):
+    for content in (
+        b"null",
+        b"null\nnull\n",
+        b" null\n",
+        b"\xef\xbb\xbfnull\n",
+        b'null\n{"text": "a"}',
+    ):
         assert read(content, [99], 99)[0] is BAD
 
 
@@ -172,19 +231,26 @@ def test_nesting_beside_the_text_is_refused_line_by_line_alone() -> None:
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 20), st.booleans())
-def test_cuts_are_line_starts_that_cover_the_file(lengths: list[int], unit_bytes: int, ends: bool) -> None:
+def test_cuts_are_line_starts_that_cover_the_file(
+    lengths: list[int], unit_bytes: int, ends: bool
+) -> None:
     content = b"\n".join(b"x" * length for length in lengths) + b"\n" * ends
     cuts = line_cuts(io.BytesIO(content), len(content), unit_bytes)
     assert (cuts[0], cuts[-1]) == (0, len(content))
     assert all(start < stop for start, stop in itertools.pairwise(cuts)) or not content
     assert all(content[at - 1 : at] == b"\n" for at in cuts[1:-1])
-    parts = [b"".join(read_chunks(io.BytesIO(content), "jsonl", *part)) for part in itertools.pairwise(cuts)]
+    parts = [
+        b"".join(read_chunks(io.BytesIO(content), "jsonl", *part))
+        for part in itertools.pairwise(cuts)
+    ]
     assert b"".join(parts) == content
 
 
 @given(st.lists(st.binary(max_size=50), min_size=1), st.integers(1, 9), st.integers(0, 3))
 @pytest.mark.parametrize("format", ["jsonl.gz", "jsonl.zst"])
-def test_joined_streams_are_one(format: str, parts: list[bytes], read_bytes: int, padding: int) -> None:
+def test_joined_streams_are_one(
+    format: str, parts: list[bytes], read_bytes: int, padding: int
+) -> None:
     compress = gzip.compress if format == "jsonl.gz" else zstandard.compress
     whole = b"".join(compress(part) for part in parts)
     with pytest.MonkeyPatch.context() as patch:

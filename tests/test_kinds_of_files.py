@@ -1,4 +1,6 @@
-"""A file that is not what it is to be read as says so, and is never left out as if it were a document."""
+"""A file that is not what it is to be read as says so, and is never left out as if it were a
+document.
+"""
 
 import bz2
 import gzip
@@ -15,7 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from prep_helpers import build, build_error, decoded, source, write_jsonl, write_mixture, write_parquet
+from prep_helpers import (
+    build,
+    build_error,
+    decoded,
+    source,
+    write_jsonl,
+    write_mixture,
+    write_parquet,
+)
 from test_corpus import read, read_error, units_of
 
 from data_prep.errors import UserError
@@ -78,8 +88,14 @@ RECORDS_ELSEWISE = {
 JSON = {
     "a JSON array": (json.dumps(RECORDS).encode(), "one object on each line"),
     "a JSON array ": (json.dumps(RECORDS, indent=1).encode(), "one object on each line"),
-    "a JSON array  ": (b"\xef\xbb\xbf[\r\n" + json.dumps(RECORDS[0]).encode() + b"]", "one object on each line"),
-    "JSON over several lines": (json.dumps(RECORDS[0], indent=1).encode(), "one object on each line"),
+    "a JSON array  ": (
+        b"\xef\xbb\xbf[\r\n" + json.dumps(RECORDS[0]).encode() + b"]",
+        "one object on each line",
+    ),
+    "JSON over several lines": (
+        json.dumps(RECORDS[0], indent=1).encode(),
+        "one object on each line",
+    ),
 }
 CASES = [
     *((format, kind) for kind in BINARY for format in ("jsonl", "txt", "csv", "parquet", "arrow")),
@@ -89,7 +105,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("format", "kind"), CASES)
-def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path: Path, format: str, kind: str) -> None:
+def test_a_file_of_another_kind_is_named_with_what_to_do(
+    tmp_path: Path, format: str, kind: str
+) -> None:
     content, advice = (BINARY | RECORDS_ELSEWISE | JSON)[kind]
     path = tmp_path / "a"
     path.write_bytes(content)
@@ -103,7 +121,10 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path: Path, format:
 @pytest.mark.parametrize("format", ["jsonl.gz", "jsonl.zst"])
 def test_so_is_what_a_compressed_file_holds(tmp_path: Path, format: str, kind: str) -> None:
     compress = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[format]
-    twice = {"gzip": (gzip.compress(b"{}"), "packed twice"), "zstd": (zstandard.compress(b"{}"), "packed twice")}
+    twice = {
+        "gzip": (gzip.compress(b"{}"), "packed twice"),
+        "zstd": (zstandard.compress(b"{}"), "packed twice"),
+    }
     content, advice = (BINARY | RECORDS_ELSEWISE | JSON | twice)[kind]
     path = tmp_path / f"a.{format}"
     path.write_bytes(compress(content))
@@ -113,7 +134,15 @@ def test_so_is_what_a_compressed_file_holds(tmp_path: Path, format: str, kind: s
 
 
 def test_texts_may_begin_like_records_of_another_kind(tmp_path: Path) -> None:
-    texts = ["<!doctype html> is how a page begins", "[", "{\n", "PK", "BZh", "%PDF", "version https://example.org"]
+    texts = [
+        "<!doctype html> is how a page begins",
+        "[",
+        "{\n",
+        "PK",
+        "BZh",
+        "%PDF",
+        "version https://example.org",
+    ]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     assert read(units_of(*sorted(tmp_path.glob("*.txt")), format="txt"))[0] == texts
@@ -138,13 +167,19 @@ BAD_WHOLES = {
 
 @pytest.mark.parametrize("name", BAD_WHOLES)
 def test_a_file_without_one_good_row_is_an_error_also_with_skip(
-    tmp_path: Path, tokenizer_dir: Path, texts: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    texts: list[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A unit by itself, cut into several, or one of many files in a unit."""
     write_jsonl(tmp_path / "good.jsonl", texts[:5])
     (tmp_path / name).write_bytes(BAD_WHOLES[name])
     sources = [source("s", "*.jsonl", format="jsonl")]
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1
+    )
     expected = f"source 's': {tmp_path / name}: not one good row in it, bad: "
     assert expected in build_error(mixture, tmp_path / "few")
     with monkeypatch.context() as patch:
@@ -164,27 +199,38 @@ def test_more_bad_rows_than_a_share_are_an_error_naming_the_first(
     write_parquet(tmp_path / "a.parquet", [*(texts * 3)[:95], None, "", None, *texts[:2]])
     parquet = [source("a", "a.parquet")]
 
-    def error(sources: list[dict[str, Any]], output_dir: Path = tmp_path / "out", **more: float) -> str:
+    def error(
+        sources: list[dict[str, Any]], output_dir: Path = tmp_path / "out", **more: float
+    ) -> str:
         mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", **more)
         return build_error(mixture, output_dir)
 
     reason = "'text' is null, expected text"
     assert error(parquet).startswith(
         "source 'a': 2 of 100 rows are bad (2.00%, max_bad_fraction: 0.01), the first: "
-        f"a.parquet, row 95: {reason}; a.parquet, row 97: {reason}; mend them, or raise max_bad_fraction"
+        f"a.parquet, row 95: {reason}; a.parquet, row 97: {reason}; mend them, or raise "
+        "max_bad_fraction"
     )
     assert "2 of 100 rows" in error(parquet, max_bad_fraction=0.0199)
-    mixture = write_mixture(tmp_path, tokenizer_dir, parquet, on_bad_document="skip", max_bad_fraction=0.02)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, parquet, on_bad_document="skip", max_bad_fraction=0.02
+    )
     manifest = build(mixture, tmp_path / "out")
     assert [(bad.row, bad.reason) for bad in manifest.bad_documents] == [(95, reason), (97, reason)]
     for number, text in enumerate(texts[:20]):
         (tmp_path / f"{number:02}.txt").write_bytes(b"\xe9" if number == 7 else text.encode())
     message = error([source("t", "*.txt", format="txt")], tmp_path / "txt")
-    assert "source 't': 1 of 20 rows are bad (5.00%, max_bad_fraction: 0.01), the first: 07.txt, row 0: inv" in message
+    assert (
+        "source 't': 1 of 20 rows are bad (5.00%, max_bad_fraction: 0.01), the first: 07.txt, row "
+        "0: inv" in message
+    )
 
 
 BAD_ROWS = {
-    "NULs": (bytes(20_000), "20,000 NULs, the first at byte 0 of the line (a crash or a full disk may leave them)"),
+    "NULs": (
+        bytes(20_000),
+        "20,000 NULs, the first at byte 0 of the line (a crash or a full disk may leave them)",
+    ),
     "NULs and a line": (bytes(20_000) + LINES.encode()[:30], "20,000 NULs, the first at byte 0"),
     "lines without their ends": (LINES.encode().replace(b"\n", b" "), "not valid JSON (Extra data"),
     "invalid UTF-8": (b'{"text": "' + b"\xff" * 20_000 + b'"}', "invalid UTF-8 at byte"),
@@ -198,14 +244,20 @@ def test_one_bad_row_that_is_most_of_a_file_is_an_error_also_with_skip(
 ) -> None:
     row, reason = BAD_ROWS[kind]
     content = LINES.encode() + row + b"\n"
-    (tmp_path / f"a.{format}").write_bytes(gzip.compress(content) if format == "jsonl.gz" else content)
+    (tmp_path / f"a.{format}").write_bytes(
+        gzip.compress(content) if format == "jsonl.gz" else content
+    )
     sources = [source("s", f"a.{format}", format=format)]
     mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip")
     message = build_error(mixture, tmp_path / "out")
-    expected = f"source 's': 1 of 301 rows are bad, and hold {len(row):,} of {len(content):,} bytes ("
+    expected = (
+        f"source 's': 1 of 301 rows are bad, and hold {len(row):,} of {len(content):,} bytes ("
+    )
     assert message.startswith(expected)
     assert f"max_bad_fraction: 0.01), the first: a.{format}, row 300: {reason}" in message
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.9)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.9
+    )
     (bad,) = build(mixture, tmp_path / "out").bad_documents
     assert bad.row == 300
 
@@ -218,7 +270,9 @@ def test_so_is_one_that_is_most_of_a_work_unit(
     monkeypatch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 5000)
     (tmp_path / "a.jsonl").write_bytes(LINES.encode() + bytes(4000) + b"\n" + LINES.encode())
     sources = [source("s", "a.jsonl", format="jsonl")]
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.3)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=0.3
+    )
     assert " are of bad rows (4,000 NULs, the first" in build_error(mixture, tmp_path / "out")
 
 
@@ -226,15 +280,22 @@ def test_a_text_file_of_nuls_or_a_program_is_no_text(tmp_path: Path) -> None:
     for content in (b"some text" + bytes(8), b"a\0" * 600, b"text " * 200 + bytes(4096)):
         (tmp_path / "a.txt").write_bytes(content)
         message = read_error(tmp_path / "a.txt", "txt", skip_bad=True)
-        assert f"no text: {content.count(0):,} of its {len(content):,} bytes are NULs" in message or "UTF-16" in message
+        assert (
+            f"no text: {content.count(0):,} of its {len(content):,} bytes are NULs" in message
+            or "UTF-16" in message
+        )
     (tmp_path / "a.txt").write_bytes(b"\x7fELF\x02\x01\x01")
-    assert "ELF by its first bytes, not txt; a program" in read_error(tmp_path / "a.txt", "txt", skip_bad=True)
+    assert "ELF by its first bytes, not txt; a program" in read_error(
+        tmp_path / "a.txt", "txt", skip_bad=True
+    )
     (tmp_path / "a.txt").write_bytes(b"\0\0 NUL")
     assert read(units_of(tmp_path / "a.txt", format="txt"))[0] == ["\0\0 NUL"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, "much"])
 def test_what_is_no_share_is_refused(tmp_path: Path, tokenizer_dir: Path, share: object) -> None:
-    mixture = write_mixture(tmp_path, tokenizer_dir, [source("a", "a.parquet")], max_bad_fraction=share)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, [source("a", "a.parquet")], max_bad_fraction=share
+    )
     with pytest.raises(UserError, match="max_bad_fraction"):
         build(mixture, tmp_path / "out")

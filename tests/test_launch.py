@@ -37,7 +37,14 @@ SUMMARY_KEYS = {
 
 def test_pretrain_prints_the_command_it_runs_and_trains(tiny_data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", train_tokens=3 * 6 * 32, engine="zero2_bf16")
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     result = run_command("launch/pretrain.sh", *flags)
     assert result.returncode == 0, result.stderr
     printed = re.search(r"^\+ (deepspeed .*)$", result.stdout, re.MULTILINE)
@@ -72,9 +79,18 @@ def test_a_missing_hostfile_is_one_clear_line() -> None:
 def test_a_missing_launcher_is_one_clear_line(tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "nproc"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
-    result = run_command(str(REPOSITORY / "launch/build_shards.sh"), "--mixture", "m", "--ranks=2", PATH=str(tmp_path))
+    result = run_command(
+        str(REPOSITORY / "launch/build_shards.sh"),
+        "--mixture",
+        "m",
+        "--ranks=2",
+        PATH=str(tmp_path),
+    )
     assert result.returncode == 2
-    assert result.stderr == "error: mpiexec: not found; activate the environment that holds the project\n"
+    assert (
+        result.stderr
+        == "error: mpiexec: not found; activate the environment that holds the project\n"
+    )
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "pretrain.sh", "build_shards.sh"])
@@ -90,7 +106,9 @@ def quick_start(run_dir: Path) -> subprocess.CompletedProcess[str]:
     for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
         del env[name]
     command = [str(REPOSITORY / "launch" / "quickstart.sh"), str(run_dir)]
-    return subprocess.run(command, cwd=run_dir.parent, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=run_dir.parent, env=env, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.slow
@@ -105,7 +123,9 @@ def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
     assert summary["steps"] == len(losses(tmp_path / "run")) == 320
     assert summary["stopped_at_step"] == 160
     assert summary["sample"].startswith(summary["prompt"])
-    assert summary["val_bits_per_byte"] < summary["xz_bits_per_byte"] < summary["gzip_bits_per_byte"]
+    assert (
+        summary["val_bits_per_byte"] < summary["xz_bits_per_byte"] < summary["gzip_bits_per_byte"]
+    )
     for key in ("hf_dir", "gpt_neox_dir"):
         assert Path(summary[key], "model.safetensors").is_file()
     assert "continuing from" in first.stderr
@@ -120,40 +140,72 @@ def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
 def test_the_benchmark_of_training_runs() -> None:
     result = run_command(sys.executable, "tests/benchmarks/training_throughput.py", "--quick")
     assert result.returncode == 0, result.stderr
-    assert re.search(r"engine \(DeepSpeed ZeRO-2\), chunked loss \| [\d,]+ \| \d\.\d\d", result.stdout)
+    assert re.search(
+        r"engine \(DeepSpeed ZeRO-2\), chunked loss \| [\d,]+ \| \d\.\d\d", result.stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "variables", "line"),
     [
         ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: abc: expected a number"),
-        ([*PRETRAIN, "--ranks", "0"], {}, "error: argument --ranks: 0: expected a number of 1 or more, such as"),
+        (
+            [*PRETRAIN, "--ranks", "0"],
+            {},
+            "error: argument --ranks: 0: expected a number of 1 or more, such as",
+        ),
         ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --max-restarts -1: expected a number, 0"),
-        (["launch/pretrain.sh"], {}, "error: the following arguments are required: --recipe, --data-dir, --run-dir"),
+        (
+            ["launch/pretrain.sh"],
+            {},
+            "error: the following arguments are required: --recipe, --data-dir, --run-dir",
+        ),
         ([*PRETRAIN, "--hostfile", "README.md"], {}, "error: --hostfile README.md: line 3: **Pre"),
         (["launch/quickstart.sh", "/tmp"], {"STEPS": "1"}, "error: STEPS 1: expected"),
         (["launch/quickstart.sh", "--steps", "9"], {}, "error: --steps: not a known flag"),
         (["launch/quickstart.sh", "/tmp", "20"], {}, "error: 20: not known beside the directory"),
-        (["launch/quickstart.sh", "/tmp", "--steps=9", "x"], {}, "error: --steps=9 x: not known beside the directory"),
-        (["python", "-m", "pretrain", "train", "--recipe"], {}, "error: python -m pretrain train: it only lists the "),
+        (
+            ["launch/quickstart.sh", "/tmp", "--steps=9", "x"],
+            {},
+            "error: --steps=9 x: not known beside the directory",
+        ),
+        (
+            ["python", "-m", "pretrain", "train", "--recipe"],
+            {},
+            "error: python -m pretrain train: it only lists the ",
+        ),
         (
             ["python", "-m", "data_prep", "verfy"],
             {},
             "error: python -m data_prep verfy: it only lists the commands; did",
         ),
         (["launch/build_shards.sh"], {}, "error: no flags; launch/build_shards.sh --help"),
-        (["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"], {}, "error: --hostfile README.md:"),
-        ([*PRETRAIN, "--hostfile", "README.md", "--ranks=2"], {}, "error: argument --ranks: not allowed with"),
+        (
+            ["launch/build_shards.sh", "--mixture", "m", "--hostfile", "README.md"],
+            {},
+            "error: --hostfile README.md:",
+        ),
+        (
+            [*PRETRAIN, "--hostfile", "README.md", "--ranks=2"],
+            {},
+            "error: argument --ranks: not allowed with",
+        ),
         ([*PRETRAIN, "--ranks"], {}, "error: argument --ranks: expected one argument"),
         ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: : expected a number"),
         ([*PRETRAIN, "--hostfile="], {}, "error: --hostfile .: no such file"),
         *(
-            (["launch/build_shards.sh", *flags], {}, f"error: {flags[0].removesuffix('=')}: expected a value after it")
+            (
+                ["launch/build_shards.sh", *flags],
+                {},
+                f"error: {flags[0].removesuffix('=')}: expected a value after it",
+            )
             for flags in (["--ranks"], ["--hostfile"], ["--ranks="], ["--hostfile", "", "--seed=1"])
         ),
     ],
 )
-def test_bad_flags_are_one_clear_line(command: list[str], variables: dict[str, str], line: str) -> None:
+def test_bad_flags_are_one_clear_line(
+    command: list[str], variables: dict[str, str], line: str
+) -> None:
     result = run_command(*command, **variables)
     assert result.returncode == 2
     assert result.stderr.startswith(line)
@@ -161,9 +213,13 @@ def test_bad_flags_are_one_clear_line(command: list[str], variables: dict[str, s
 
 
 def run_begun_with(run_dir: Path, steps: int) -> Path:
-    """A directory in which the quick start began a run of so many steps, as far as its script looks."""
+    """A directory in which the quick start began a run of so many steps, as far as its script
+    looks.
+    """
     run_dir.mkdir()
-    recipe = yaml.safe_load((REPOSITORY / "pretrain" / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(
+        (REPOSITORY / "pretrain" / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    )
     content = {**recipe, "train_tokens": steps * recipe["batch"]["global_batch_tokens"]}
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return run_dir
@@ -190,7 +246,11 @@ def test_the_quick_start_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     mixture.parent.mkdir(parents=True)
     for own in (file, mixture):
         own.write_text("my own work\n")
-    for given, named in ((file, file), (file / "below", file / "below"), (tmp_path / "mine", mixture)):
+    for given, named in (
+        (file, file),
+        (file / "below", file / "below"),
+        (tmp_path / "mine", mixture),
+    ):
         result = run_command("launch/quickstart.sh", str(given))
         assert result.returncode == 2
         assert result.stderr.startswith(f"error: {named}: ")
@@ -207,7 +267,11 @@ def test_a_package_lists_its_commands_with_a_line_each(package: str) -> None:
     listed = [line.split("  ")[0].strip() for line in lines[:-1]]
     folder = REPOSITORY / package
     main = '\nif __name__ == "__main__":\n    sys.exit('
-    ours = [path.stem for path in sorted(folder.glob("*.py")) if main in path.read_text(encoding="utf-8")]
+    ours = [
+        path.stem
+        for path in sorted(folder.glob("*.py"))
+        if main in path.read_text(encoding="utf-8")
+    ]
     assert listed == [f"python -m {package}.{name}" for name in ours if name != "__main__"]
     assert len(listed) >= 4
     assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in lines[:-1])

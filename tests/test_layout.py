@@ -1,4 +1,6 @@
-"""Paths of a data set are those that its layout gives, whatever a manifest says; what is somebody's own stays."""
+"""Paths of a data set are those that its layout gives, whatever a manifest says; what is
+somebody's own stays.
+"""
 
 import json
 import shutil
@@ -33,7 +35,9 @@ def rewrite(data_dir: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = data_dir / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def of_first(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
@@ -62,7 +66,9 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("kind", ELSEWHERE)
-def test_a_shard_lies_where_the_layout_puts_it_or_is_refused_by_every_reader(copy: Path, kind: str) -> None:
+def test_a_shard_lies_where_the_layout_puts_it_or_is_refused_by_every_reader(
+    copy: Path, kind: str
+) -> None:
     elsewhere = copy.parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "a.npy").write_bytes(b"another's")
@@ -75,7 +81,10 @@ def test_a_shard_lies_where_the_layout_puts_it_or_is_refused_by_every_reader(cop
     ):
         with pytest.raises(UserError) as caught:
             reads()
-        expected = f"{copy / 'manifest.json'}: {ELSEWHERE[kind]!r} is not where a shard of split 'train' and source"
+        expected = (
+            f"{copy / 'manifest.json'}: {ELSEWHERE[kind]!r} is not where a shard of split 'train' "
+            "and source"
+        )
         assert str(caught.value).startswith(expected)
     assert stamps(copy.parent) == before
 
@@ -85,8 +94,14 @@ def test_a_shard_lies_where_the_layout_puts_it_or_is_refused_by_every_reader(cop
     [
         (of_first("split", ".."), "is not where a shard"),
         (of_first("source", "nobody"), "is not where a shard"),
-        (lambda content: content["sources"][0].update(name=".."), "source name '..' can't name a directory"),
-        (lambda content: content["sources"][0].update(name="a/b"), "source name 'a/b' can't name a directory"),
+        (
+            lambda content: content["sources"][0].update(name=".."),
+            "source name '..' can't name a directory",
+        ),
+        (
+            lambda content: content["sources"][0].update(name="a/b"),
+            "source name 'a/b' can't name a directory",
+        ),
         (lambda content: content["shards"].append(content["shards"][0]), "two shards of one path"),
         (of_first("tokens", 2**63), "figures that no build gives"),
         (of_first("documents", 0), "figures that no build gives"),
@@ -96,17 +111,25 @@ def test_a_shard_lies_where_the_layout_puts_it_or_is_refused_by_every_reader(cop
         (lambda content: content.update(vocab_size=65_537), "don't fit"),
     ],
 )
-def test_names_and_figures_that_no_build_gives(copy: Path, change: Callable[..., object], expected: str) -> None:
+def test_names_and_figures_that_no_build_gives(
+    copy: Path, change: Callable[..., object], expected: str
+) -> None:
     rewrite(copy, change)
     with pytest.raises(UserError, match=expected) as caught:
         load_manifest(copy)
-    assert "fetch the data set again from where it was built, or remove its manifest.json" in str(caught.value)
+    assert "fetch the data set again from where it was built, or remove its manifest.json" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("kind", ["a shard", "an index", "a source", "a split"])
 def test_a_link_that_leads_out_is_refused(copy: Path, kind: str) -> None:
     shard = load_manifest(copy).shards[0]
-    paths = {"a shard": shard.path, "an index": shard.index_path, "a source": Path(shard.path).parent}
+    paths = {
+        "a shard": shard.path,
+        "an index": shard.index_path,
+        "a source": Path(shard.path).parent,
+    }
     linked = copy / paths.get(kind, Path(shard.path).parent.parent)
     target = copy.parent / "elsewhere"
     linked.rename(target)
@@ -131,7 +154,9 @@ def test_a_staged_copy_in_which_a_link_leads_out_is_refused(dataset: Path, tmp_p
 
 
 def test_links_of_a_data_set_on_larger_disks_are_followed(dataset: Path, copy: Path) -> None:
-    """Its directory, `shards/` in it, and links that stay inside: read, verified and repaired where they lie."""
+    """Its directory, `shards/` in it, and links that stay inside: read, verified and repaired
+    where they lie.
+    """
     larger, name = copy.parent / "larger disk", copy.parent / "by another name"
     larger.mkdir()
     (copy / "shards").rename(larger / "shards")
@@ -147,13 +172,17 @@ def test_links_of_a_data_set_on_larger_disks_are_followed(dataset: Path, copy: P
     assert load_manifest(name).fingerprint == load_manifest(dataset).fingerprint
 
 
-def test_a_folder_linked_into_another_data_set_is_not_written_through(dataset: Path, copy: Path) -> None:
+def test_a_folder_linked_into_another_data_set_is_not_written_through(
+    dataset: Path, copy: Path
+) -> None:
     other = copy.parent / "other"
     other.mkdir()
     (other / "shards").symlink_to(copy / "shards")
     shutil.copyfile(copy / "build.json", other / "build.json")
     before = stamps(copy)
-    with pytest.raises(UserError, match=f"shards: is a link into another data set, {copy}; remove it"):
+    with pytest.raises(
+        UserError, match=f"shards: is a link into another data set, {copy}; remove it"
+    ):
         build(dataset.parent / "mixture.yaml", other)
     assert stamps(copy) == before
 
@@ -168,24 +197,34 @@ def test_a_record_s_splits_are_those_there_are(copy: Path) -> None:
         changed = {**content, "shards": shards}
         path.write_text(json.dumps({"seal": _seal("signature", changed), **changed}))
 
-    for splits, is_good in ((["train"], True), (["train", "train"], False), (["../../elsewhere"], False)):
+    for splits, is_good in (
+        (["train"], True),
+        (["train", "train"], False),
+        (["../../elsewhere"], False),
+    ):
         write(splits)
         assert (read_record(path, "signature") is not None) == is_good
 
 
-@pytest.mark.parametrize("told", [3, None, "", "mixture.yaml", "/nowhere\n.yaml", ["/a"], "/nowhere\0"])
+@pytest.mark.parametrize(
+    "told", [3, None, "", "mixture.yaml", "/nowhere\n.yaml", ["/a"], "/nowhere\0"]
+)
 def test_what_build_json_tells_of_a_mixture_is_a_path_or_nothing(copy: Path, told: Any) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
     built = json.loads((copy / "build.json").read_bytes())
     (copy / "build.json").write_text(json.dumps(built | {"mixture": told, "tokenizer": told}))
-    with pytest.raises(UserError, match=r"its mixture file: not there, .* say where it is with --mixture FILE"):
+    with pytest.raises(
+        UserError, match=r"its mixture file: not there, .* say where it is with --mixture FILE"
+    ):
         verify.main([str(copy), "--repair"])
 
 
 # What is somebody's own
 
 
-def test_the_copy_of_a_tokenizer_leaves_what_it_did_not_write(copy: Path, tokenizer_dir: Path) -> None:
+def test_the_copy_of_a_tokenizer_leaves_what_it_did_not_write(
+    copy: Path, tokenizer_dir: Path
+) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     (copy / "tokenizer" / "notes.txt").write_text("mine")
     (copy / "tokenizer" / "special_tokens_map.json").write_text("{}")
@@ -194,7 +233,9 @@ def test_the_copy_of_a_tokenizer_leaves_what_it_did_not_write(copy: Path, tokeni
     assert names == {"tokenizer.json", "tokenizer_config.json", "notes.txt"}
 
 
-def test_a_linked_tokenizer_is_replaced_and_its_target_kept(copy: Path, tokenizer_dir: Path) -> None:
+def test_a_linked_tokenizer_is_replaced_and_its_target_kept(
+    copy: Path, tokenizer_dir: Path
+) -> None:
     target = copy.parent / "another"
     (copy / "tokenizer").rename(target)
     (target / "tokenizer.json").write_text("another's")
@@ -252,12 +293,17 @@ def test_a_directory_that_can_t_be_replaced_is_put_back(
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"signature": "somebody\'s"}', '{"signature": "x", "state": "built"}', "[" * 9999]
+    "content",
+    ["{}", '{"signature": "somebody\'s"}', '{"signature": "x", "state": "built"}', "[" * 9999],
 )
-def test_a_build_json_of_something_else_is_not_a_data_set_s(dataset: Path, tmp_path: Path, content: str) -> None:
+def test_a_build_json_of_something_else_is_not_a_data_set_s(
+    dataset: Path, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "build.json").write_text(content)
-    with pytest.raises(UserError, match=r"out: exists, and is not a data set of this command.*; choose another"):
+    with pytest.raises(
+        UserError, match=r"out: exists, and is not a data set of this command.*; choose another"
+    ):
         build(dataset.parent / "mixture.yaml", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.json"]
     assert (tmp_path / "out" / "build.json").read_text() == content

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain import train
-from pretrain.data.loader import READ_AHEAD_WINDOWS, Prefetch, TokenStream, TrainingLoader, ValidationWindows, permute
+from pretrain.data.loader import (
+    READ_AHEAD_WINDOWS,
+    Prefetch,
+    TokenStream,
+    TrainingLoader,
+    ValidationWindows,
+    permute,
+)
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
 
@@ -24,13 +31,19 @@ Streams = dict[str, list[int]]  # the lengths of each source's shards
 shard_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
-def count_up(data_dir: Path, streams: Streams, weights: list[float] | None = None, split: str = "train") -> ShardReader:
-    """A data set whose ids count 0, 1, 2, ... through the first source, on through the next, and so on."""
+def count_up(
+    data_dir: Path, streams: Streams, weights: list[float] | None = None, split: str = "train"
+) -> ShardReader:
+    """A data set whose ids count 0, 1, 2, ... through the first source, on through the next, and
+    so on.
+    """
     written, first = [], 0
     for name, lengths in streams.items():
         for unit, length in enumerate(lengths):
             ids = list(range(first, first + length))
-            written.append(write_source(data_dir, split, name, [ids[:-1]], ids[-1], unit=f"{unit:05d}"))
+            written.append(
+                write_source(data_dir, split, name, [ids[:-1]], ids[-1], unit=f"{unit:05d}")
+            )
             first += length
     named = dict(zip(streams, weights or [1.0] * len(streams), strict=True))
     return ShardReader(write_dataset(data_dir, written, named, vocab_size=65_536))
@@ -46,21 +59,33 @@ def first_ids(streams: Streams) -> dict[str, int]:
 
 
 @settings(max_examples=25)
-@given(up=shard_lengths, more=shard_lengths, seq_len=st.integers(1, 8), weight=st.integers(1, 9), seed=st.integers(0))
+@given(
+    up=shard_lengths,
+    more=shard_lengths,
+    seq_len=st.integers(1, 8),
+    weight=st.integers(1, 9),
+    seed=st.integers(0),
+)
 def test_each_epoch_of_a_source_draws_every_window_exactly_once(
     up: list[int], more: list[int], seq_len: int, weight: int, seed: int
 ) -> None:
     streams = {"up": up, "more": more}
     assume(min(sum(up), sum(more)) > seq_len)
     with TemporaryDirectory() as directory:
-        loader = TrainingLoader(count_up(Path(directory), streams, [1, weight]), seq_len=seq_len, seed=seed)
+        loader = TrainingLoader(
+            count_up(Path(directory), streams, [1, weight]), seq_len=seq_len, seed=seed
+        )
         rows = loader.samples(np.arange(BLOCK_SAMPLES)).astype(int)
-    assert (rows == rows[:, :1] + np.arange(seq_len + 1)).all()  # consecutive ids, across shards too
+    # consecutive ids, across shards too
+    assert (rows == rows[:, :1] + np.arange(seq_len + 1)).all()
     for name, first in first_ids(streams).items():
         tokens = sum(streams[name])
         starts = rows[(rows[:, 0] >= first) & (rows[:, 0] < first + tokens), 0] - first
         every_window = list(range(0, tokens - seq_len, seq_len))
-        orders = [starts[i : i + len(every_window)].tolist() for i in range(0, len(starts), len(every_window))]
+        orders = [
+            starts[i : i + len(every_window)].tolist()
+            for i in range(0, len(starts), len(every_window))
+        ]
         assert len(orders) > 1
         for order in orders[:-1]:
             assert sorted(order) == every_window
@@ -70,8 +95,14 @@ def test_each_epoch_of_a_source_draws_every_window_exactly_once(
 
 
 @settings(max_examples=15)
-@given(weights=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4), block=st.integers(0, 1000), seed=st.integers(0))
-def test_every_block_holds_exactly_the_shares_of_its_sources(weights: list[float], block: int, seed: int) -> None:
+@given(
+    weights=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4),
+    block=st.integers(0, 1000),
+    seed=st.integers(0),
+)
+def test_every_block_holds_exactly_the_shares_of_its_sources(
+    weights: list[float], block: int, seed: int
+) -> None:
     streams = {f"source-{i}": [20 + i] for i in range(len(weights))}
     with TemporaryDirectory() as directory:
         reader = count_up(Path(directory), streams, weights)
@@ -133,24 +164,36 @@ def test_a_sample_is_the_same_in_another_process_and_after_any_other_calls(tiny_
     loader.place(7)
     np.testing.assert_array_equal(loader.samples(numbers), before)
     elsewhere = run_command(sys.executable, "-c", DIGEST, str(tiny_data))
-    assert elsewhere.stdout.strip() == hashlib.sha256(before.tobytes()).hexdigest(), elsewhere.stderr
+    assert elsewhere.stdout.strip() == hashlib.sha256(before.tobytes()).hexdigest(), (
+        elsewhere.stderr
+    )
 
 
 @settings(max_examples=30)
 @given(numbers=st.lists(st.integers(0, 10**9), min_size=1, max_size=12))
-def test_a_sample_does_not_depend_on_what_is_asked_for_with_it(numbers: list[int], tiny_data: Path) -> None:
+def test_a_sample_does_not_depend_on_what_is_asked_for_with_it(
+    numbers: list[int], tiny_data: Path
+) -> None:
     loader = TrainingLoader(ShardReader(tiny_data), seq_len=32, seed=3)
     together = loader.samples(np.array(numbers))
     for number, row in zip(numbers, together, strict=True):
         np.testing.assert_array_equal(loader.samples(np.array([number]))[0], row)
         place = loader.place(number)
-        stream = TokenStream(ShardReader(tiny_data), loader.manifest.shards_of("train", place.source))
+        stream = TokenStream(
+            ShardReader(tiny_data), loader.manifest.shards_of("train", place.source)
+        )
         np.testing.assert_array_equal(stream.read(place.start, 33), row)
 
 
 def test_seed_and_data_set_each_change_the_order(tmp_path: Path) -> None:
-    first, longer = count_up(tmp_path / "a", {"up": [400]}), count_up(tmp_path / "b", {"up": [400, 1]})
-    loaders = [TrainingLoader(reader, seq_len=4, seed=seed) for reader, seed in ((first, 1), (first, 2), (longer, 1))]
+    first, longer = (
+        count_up(tmp_path / "a", {"up": [400]}),
+        count_up(tmp_path / "b", {"up": [400, 1]}),
+    )
+    loaders = [
+        TrainingLoader(reader, seq_len=4, seed=seed)
+        for reader, seed in ((first, 1), (first, 2), (longer, 1))
+    ]
     orders = [loader.samples(np.arange(99))[:, 0].tolist() for loader in loaders]
     assert sorted(orders[0]) == sorted(orders[1])
     assert len(set(map(tuple, orders))) == 3
@@ -165,7 +208,9 @@ def test_permute_is_a_permutation_of_any_size(size: int, key: int) -> None:
 
 @settings(max_examples=30)
 @given(size=st.integers(1, 2**48), key=st.integers(0, 2**64 - 1), data=st.data())
-def test_permute_stays_inside_and_apart_at_sizes_no_memory_holds(size: int, key: int, data: st.DataObject) -> None:
+def test_permute_stays_inside_and_apart_at_sizes_no_memory_holds(
+    size: int, key: int, data: st.DataObject
+) -> None:
     ordinals = data.draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1, max_size=50))
     images = permute(np.array(ordinals, np.uint64), size, np.array(key, np.uint64)).tolist()
     assert all(0 <= image < size for image in images)
@@ -184,7 +229,9 @@ def test_permute_takes_a_key_for_each_ordinal() -> None:
 
 
 def batch_over_ranks(arguments: list[str], ranks: int, step: int) -> list[np.ndarray]:
-    """What each rank takes in each micro-step of a step: the training command's own arithmetic, without a launch."""
+    """What each rank takes in each micro-step of a step: the training command's own arithmetic,
+    without a launch.
+    """
     taken: dict[tuple[int, int], np.ndarray] = {}
     for rank in range(ranks):
         world = World(rank=rank, world_size=ranks, local_rank=rank, local_world_size=ranks)
@@ -205,8 +252,17 @@ def test_1_2_and_4_ranks_consume_the_batch_that_the_sample_numbers_say(
 ) -> None:
     batch = {"global_batch_tokens": 8 * 32, "micro_batch_size": micro_batch_size}
     recipe = write_recipe(tmp_path / "r.yaml", batch=batch, seed=5)
-    arguments = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
-    expected = TrainingLoader(ShardReader(tiny_data), seq_len=32, seed=5).samples(np.arange(step * 8, (step + 1) * 8))
+    arguments = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    expected = TrainingLoader(ShardReader(tiny_data), seq_len=32, seed=5).samples(
+        np.arange(step * 8, (step + 1) * 8)
+    )
     for ranks in (1, 2, 4):
         pieces = batch_over_ranks(arguments, ranks, step)
         assert {len(piece) for piece in pieces} == {micro_batch_size}
@@ -232,7 +288,9 @@ def test_ids_where_integers_turn_over_survive_from_shard_to_device(tmp_path: Pat
 
 @settings(max_examples=30)
 @given(lengths=shard_lengths, seq_len=st.integers(1, 12))
-def test_validation_windows_hold_every_id_after_the_first_as_a_target_once(lengths: list[int], seq_len: int) -> None:
+def test_validation_windows_hold_every_id_after_the_first_as_a_target_once(
+    lengths: list[int], seq_len: int
+) -> None:
     assume(sum(lengths) >= 2)
     with TemporaryDirectory() as directory:
         reader = count_up(Path(directory), {"up": lengths}, split="validation")
@@ -251,12 +309,16 @@ def test_validation_windows_hold_every_id_after_the_first_as_a_target_once(lengt
 
 def test_a_source_shorter_than_one_window_is_refused_by_name(tmp_path: Path) -> None:
     reader = count_up(tmp_path, {"long": [50], "short": [4, 4]})
-    with pytest.raises(UserError, match="source short has 8 training tokens, fewer than one window of 9"):
+    with pytest.raises(
+        UserError, match="source short has 8 training tokens, fewer than one window of 9"
+    ):
         TrainingLoader(reader, seq_len=8, seed=1)
 
 
 def test_a_data_set_without_validation_tokens_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fewer than two validation tokens; raise validation_fraction"):
+    with pytest.raises(
+        UserError, match="fewer than two validation tokens; raise validation_fraction"
+    ):
         ValidationWindows(count_up(tmp_path, {"up": [50]}), seq_len=8)
 
 
@@ -268,7 +330,9 @@ def test_a_truncated_shard_is_found_before_training(cut: int) -> None:
         reader.check_files()
         path = Path(directory) / reader.manifest.shards[1].path
         path.write_bytes(path.read_bytes()[:-cut])
-        with pytest.raises(UserError, match=r"00001\.npy: .* bytes, expected 248: truncated or damaged; python -m"):
+        with pytest.raises(
+            UserError, match=r"00001\.npy: .* bytes, expected 248: truncated or damaged; python -m"
+        ):
             reader.check_files()  # 248 = 128 of header + 2 x 60
 
 
@@ -320,7 +384,10 @@ def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
     raised = run_command(sys.executable, "-c", READ_ALL, str(tmp_path), "40", "80")
     assert raised.stdout.strip() == "74", raised.stderr  # every window, of all 60 shards
     too_many = run_command(sys.executable, "-c", READ_ALL, str(tmp_path), "40", "70")
-    assert "60 shards to keep open, and this process may open 70 files at most; allow it 80" in too_many.stdout
+    assert (
+        "60 shards to keep open, and this process may open 70 files at most; allow it 80"
+        in too_many.stdout
+    )
 
 
 def test_a_window_is_the_same_among_few_and_among_more_than_are_read_ahead(tmp_path: Path) -> None:
@@ -338,7 +405,9 @@ def test_the_benchmark_of_the_loader_runs() -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"^\| the loader \| [\d,]+ \| [\d,]+ \|$", result.stdout, re.MULTILINE)
     assert re.search(
-        r"^\| then its first batch, 512 windows \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE
+        r"^\| then its first batch, 512 windows \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$",
+        result.stdout,
+        re.MULTILINE,
     )
     assert re.search(r"waited \d+\.\d+% of its time for its batch", result.stdout)
 
@@ -346,7 +415,9 @@ def test_the_benchmark_of_the_loader_runs() -> None:
 def test_the_benchmark_of_the_first_step_runs() -> None:
     result = run_command(sys.executable, "tests/benchmarks/first_step.py", "--quick")
     assert result.returncode == 0, result.stderr
-    rows = [line.split(" | ")[0] for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    rows = [line.split(" | ")[0] for line in result.stdout.splitlines() if line.startswith("| ")][
+        1:
+    ]
     assert rows[0] == "| launcher, interpreter"
     assert rows[-2:] == ["| first step", "| from the command to the end of the first step"]
 

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prep_helpers import build, run, source, speeches, stamps, write_jsonl, write_mixture, write_parquet
+from prep_helpers import (
+    build,
+    run,
+    source,
+    speeches,
+    stamps,
+    write_jsonl,
+    write_mixture,
+    write_parquet,
+)
 
 from data_prep import train_tokenizer
 from data_prep.errors import UserError
@@ -33,7 +42,10 @@ def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path, pattern: str, tar
     (base / "b.txt").write_text("b")
     (base / "a.txt").symlink_to(target)
     message = find_error(base, pattern)
-    assert f"a.txt: is a link that leads nowhere (to {target}); bring back what it leads to, or remove it" in message
+    assert (
+        f"a.txt: is a link that leads nowhere (to {target}); bring back what it leads to, or "
+        "remove it" in message
+    )
 
 
 def test_a_folder_s_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
@@ -100,27 +112,54 @@ def test_a_command_prints_names_that_are_not_utf8(tmp_path: Path) -> None:
     """Of a directory given on the command line: no traceback at the end of the work."""
     write_jsonl(tmp_path / "a.jsonl", speeches(5))
     out = tmp_path / os.fsdecode(b"caf\xe9")
-    flags = ["--vocab-size", "300", "--source", str(tmp_path / "a.jsonl"), "--output-dir", os.fsdecode(out)]
+    flags = [
+        "--vocab-size",
+        "300",
+        "--source",
+        str(tmp_path / "a.jsonl"),
+        "--output-dir",
+        os.fsdecode(out),
+    ]
     result = run([sys.executable, "-m", "data_prep.train_tokenizer", *flags])
     assert result.returncode == 0, result.stderr
     assert "caf\\udce9" in result.stdout
     assert (out / "tokenizer.json").is_file()
-    assert os.fsencode(out) in os.fsencode(json.loads((out / "training.json").read_bytes())["command"])
+    assert os.fsencode(out) in os.fsencode(
+        json.loads((out / "training.json").read_bytes())["command"]
+    )
 
 
 GAPS = {
-    "a gap": ([0, 1, 3], 5, "2 of 5 parts are not there: in/x-00002-of-00005.txt, in/x-00004-of-00005.txt; fetch them"),
-    "counted from 1": ([1, 2, 4, 5], 5, "1 of 5 parts are not there: in/x-00003-of-00005.txt; fetch"),
-    "the first": ([1, 2, 3, 4, 6], 7, "2 of 7 parts are not there: in/x-00000-of-00007.txt, in/x-00005-of-00007.txt;"),
-    "many": ([0], 900, "899 of 900 parts are not there: in/x-00001-of-00900.txt, in/x-00002-of-00900.txt, "
-                       "in/x-00003-of-00900.txt and 896 more; fetch"),
+    "a gap": (
+        [0, 1, 3],
+        5,
+        "2 of 5 parts are not there: in/x-00002-of-00005.txt, in/x-00004-of-00005.txt; fetch them",
+    ),
+    "counted from 1": (
+        [1, 2, 4, 5],
+        5,
+        "1 of 5 parts are not there: in/x-00003-of-00005.txt; fetch",
+    ),
+    "the first": (
+        [1, 2, 3, 4, 6],
+        7,
+        "2 of 7 parts are not there: in/x-00000-of-00007.txt, in/x-00005-of-00007.txt;",
+    ),
+    "many": (
+        [0],
+        900,
+        "899 of 900 parts are not there: in/x-00001-of-00900.txt, in/x-00002-of-00900.txt, "
+        "in/x-00003-of-00900.txt and 896 more; fetch",
+    ),
     "whole": (range(5), 5, ""),
     "whole, from 1": (range(1, 6), 5, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", GAPS)
-def test_missing_parts_are_warned_of(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_parts_are_warned_of(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     numbers, total, expected = GAPS[kind]
     (tmp_path / "in").mkdir()
     for number in numbers:
@@ -130,25 +169,36 @@ def test_missing_parts_are_warned_of(tmp_path: Path, kind: str, capsys: pytest.C
     said = capsys.readouterr().err
     assert said.startswith(f"warning: here: {expected}") if expected else said == ""
     assert said.count("\n") == bool(expected)
-    find_inputs(tmp_path, f"in/x-{next(iter(numbers)):05d}-of-{total:05d}.txt", "here")  # named by itself: it is meant
+    # named by itself: it is meant
+    find_inputs(tmp_path, f"in/x-{next(iter(numbers)):05d}-of-{total:05d}.txt", "here")
     assert capsys.readouterr().err == ""
 
 
 def test_parts_of_several_families_and_of_remote_files(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f"s3://bucket/{split}-0000{i}-of-00003.parquet" for split in ("train", "test") for i in (0, 2)]
+    names = [
+        f"s3://bucket/{split}-0000{i}-of-00003.parquet"
+        for split in ("train", "test")
+        for i in (0, 2)
+    ]
     warn_of_gaps([*names, "s3://bucket/other.parquet", "x-1-of-2"], "here")
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: here: 1 of 3 parts are not there: s3://bucket/{split}-00001-of-00003.parquet; fetch them unless "
-        "that is meant" for split in ("train", "test")
-    ]  # fmt: skip
+        f"warning: here: 1 of 3 parts are not there: s3://bucket/{split}-00001-of-00003.parquet; "
+        "fetch them unless that is meant"
+        for split in ("train", "test")
+    ]
 
 
 def test_parts_with_hashes_of_their_own_are_one_family(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f"data/train-{i:05d}-of-00003-{'0123456789abcdef'[i:]}{'0' * i}.parquet" for i in range(3)]
+    names = [
+        f"data/train-{i:05d}-of-00003-{'0123456789abcdef'[i:]}{'0' * i}.parquet" for i in range(3)
+    ]
     warn_of_gaps(names, "here")
     assert capsys.readouterr().err == ""
     warn_of_gaps(names[1:], "here")
-    expected = "1 of 3 parts are not there: data/train-00000-of-00003-*.parquet; fetch them unless that is meant"
+    expected = (
+        "1 of 3 parts are not there: data/train-00000-of-00003-*.parquet; fetch them unless that "
+        "is meant"
+    )
     assert capsys.readouterr().err == f"warning: here: {expected}\n"
 
 
@@ -169,7 +219,9 @@ def test_one_file_by_two_names_of_a_source_is_said(
 # Inputs inside of the output
 
 
-@pytest.mark.parametrize("kind", ["a glob", "a recursive glob", "a directory", "a tokenizer", "through a link"])
+@pytest.mark.parametrize(
+    "kind", ["a glob", "a recursive glob", "a directory", "a tokenizer", "through a link"]
+)
 def test_inputs_inside_the_output_are_refused_and_a_complete_data_set_stays(
     tmp_path: Path, tokenizer_dir: Path, kind: str
 ) -> None:
@@ -191,18 +243,25 @@ def test_inputs_inside_the_output_are_refused_and_a_complete_data_set_stays(
         for name in ("state.json", "data-00000-of-00001.arrow"):
             (out / "units" / "a" / name).write_text("{}")
         before = stamps(out)
-    mixture = write_mixture(tmp_path, out / "tokenizer" if kind == "a tokenizer" else tokenizer_dir, [entry])
+    mixture = write_mixture(
+        tmp_path, out / "tokenizer" if kind == "a tokenizer" else tokenizer_dir, [entry]
+    )
     with pytest.raises(UserError) as caught:
         build(mixture, out)
-    assert f"lies inside --output-dir {out}, which holds what is built; name other files, or choose" in str(
-        caught.value
+    assert (
+        f"lies inside --output-dir {out}, which holds what is built; name other files, or choose"
+        in str(caught.value)
     )
     assert stamps(out) == before
     assert load_manifest(out)
 
 
 def test_what_lies_beside_the_output_is_no_part_of_it(tmp_path: Path) -> None:
-    refuse_inside(tmp_path / "out", [str(tmp_path / "out.txt"), str(tmp_path / "output" / "a"), "s3://out/a"], "here")
+    refuse_inside(
+        tmp_path / "out",
+        [str(tmp_path / "out.txt"), str(tmp_path / "output" / "a"), "s3://out/a"],
+        "here",
+    )
     for inside in (tmp_path / "out" / "a", tmp_path / "out" / "deep" / "a"):
         for name in (str(inside), f"file://{inside}"):
             with pytest.raises(UserError, match="lies inside"):
@@ -212,6 +271,13 @@ def test_what_lies_beside_the_output_is_no_part_of_it(tmp_path: Path) -> None:
 def test_a_tokenizer_is_trained_on_all_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("gone")
     (tmp_path / "b.txt").write_text("text")
-    flags = ["--vocab-size", "300", "--source", f"{tmp_path}/*.txt", "--output-dir", str(tmp_path / "tokenizer")]
+    flags = [
+        "--vocab-size",
+        "300",
+        "--source",
+        f"{tmp_path}/*.txt",
+        "--output-dir",
+        str(tmp_path / "tokenizer"),
+    ]
     with pytest.raises(UserError, match="is a link that leads nowhere"):
         train_tokenizer.main(flags)

@@ -58,7 +58,9 @@ no_flock = pytest.mark.usefixtures("_no_flock")
 
 
 @pytest.mark.parametrize("target", ["a file", "nothing"])
-def test_a_link_in_the_lock_s_place_is_neither_followed_nor_emptied(tmp_path: Path, target: str) -> None:
+def test_a_link_in_the_lock_s_place_is_neither_followed_nor_emptied(
+    tmp_path: Path, target: str
+) -> None:
     other = tmp_path / "other"
     if target == "a file":
         other.write_text("another's")
@@ -76,7 +78,9 @@ def test_a_lock_s_file_is_left_as_it_is(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_NAME).read_text() == "somebody's"
 
 
-def test_a_file_that_its_holder_has_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_its_holder_has_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who opened it before that must not think to hold it beside the next one."""
     flock, removed = fcntl.flock, []
 
@@ -87,12 +91,17 @@ def test_a_file_that_its_holder_has_removed_is_no_lock(tmp_path: Path, monkeypat
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with lock(tmp_path, "at work", "DIR"), pytest.raises(UserError, match="another process is at work"):
+    with (
+        lock(tmp_path, "at work", "DIR"),
+        pytest.raises(UserError, match="another process is at work"),
+    ):
         lock(tmp_path, "at work", "DIR")
 
 
 @pytest.mark.parametrize("without_flock", [False, True])
-def test_waiting_for_a_lock(tmp_path: Path, request: pytest.FixtureRequest, without_flock: bool) -> None:
+def test_waiting_for_a_lock(
+    tmp_path: Path, request: pytest.FixtureRequest, without_flock: bool
+) -> None:
     if without_flock:
         request.getfixturevalue("_no_flock")
     held = lock(tmp_path, "at work", "DIR")
@@ -112,14 +121,18 @@ def test_waiting_for_a_lock(tmp_path: Path, request: pytest.FixtureRequest, with
 
 @no_flock
 @pytest.mark.parametrize("_no_flock", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], indirect=True)
-def test_without_flock_a_file_holds_the_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_flock_a_file_holds_the_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with lock(tmp_path, "at work", "DIR"):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"note: {tmp_path / HOLDER_NAME}: no flock here (")
         about = json.loads((tmp_path / HOLDER_NAME).read_bytes())
         assert about["pid"] == os.getpid()
         assert about["host"]
-        with pytest.raises(UserError, match="another process is at work; wait for it, or give another DIR"):
+        with pytest.raises(
+            UserError, match="another process is at work; wait for it, or give another DIR"
+        ):
             lock(tmp_path, "at work", "DIR")
     assert not (tmp_path / HOLDER_NAME).exists()
     lock(tmp_path, "at work", "DIR").close()
@@ -134,7 +147,9 @@ def test_other_errors_of_flock_stay_errors(tmp_path: Path) -> None:
 
 
 @no_flock
-def test_what_a_killed_process_left_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_killed_process_left_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = holder(tmp_path)
     with pytest.raises(UserError, match="another process is at work"):
         lock(tmp_path, "at work", "DIR")

@@ -2,10 +2,11 @@
 
     python tests/test_matrix.py --record      writes the tables of pretrain/README.md, pretrain/hf/engines.yaml
 
-Each release has an environment of its own (matrix/environments.py), made by pip once and kept; the newest is asked of
-the registry each time, so a release that breaks something turns these tests red on the day that it comes. A row is
-right in every release and both forms, or stands in SHORTFALLS with the sentence that a user gets: nothing passes
-unseen, and a row that starts to work must leave that list.
+Each release has an environment of its own (matrix/environments.py), made by pip once and kept; the
+newest is asked of the registry each time, so a release that breaks something turns these tests red
+on the day that it comes. A row is right in every release and both forms, or stands in SHORTFALLS
+with the sentence that a user gets: nothing passes unseen, and a row that starts to work must leave
+that list.
 """
 
 import ast
@@ -29,17 +30,23 @@ from pretrain.hf.engines import EngineRecord, engines_of, read_engine_records
 
 ROWS_PROGRAM = REPOSITORY / "tests" / "matrix" / "rows.py"
 README = REPOSITORY / "pretrain" / "README.md"
-TABLE_BEGINS, TABLE_ENDS = "<!-- python tests/test_matrix.py --record -->", "<!-- end of the record -->"
+TABLE_BEGINS, TABLE_ENDS = (
+    "<!-- python tests/test_matrix.py --record -->",
+    "<!-- end of the record -->",
+)
 NEWEST = "newest"
 RELEASES = ("4.57.6", "5.0.0", "5.12.1", NEWEST)
 BESIDE = "accelerate>=1.1"  # what Trainer and device_map want
-ADDRESSES, CHARACTERS = 8, 1500  # so little text that the model has it by heart: greedy text is no stammer
+# so little text that the model has it by heart: greedy text is no stammer
+ADDRESSES, CHARACTERS = 8, 1500
 SIDE_BY_SIDE = 2
 ROWS_TIMEOUT_S = 300
 
 
 class Shortfall(NamedTuple):
-    """What a release can't do in some forms: what a user gets, and why, in a note below the table."""
+    """What a release can't do in some forms: what a user gets, and why, in a note below the
+    table.
+    """
 
     row: str
     releases: tuple[str, ...]
@@ -49,7 +56,9 @@ class Shortfall(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What one release made of all rows: by form and row None where right, else the error in one line."""
+    """What one release made of all rows: by form and row None where right, else the error in one
+    line.
+    """
 
     version: str
     forms: dict[str, dict[str, str | None]]
@@ -77,11 +86,17 @@ SHORTFALLS: tuple[Shortfall, ...] = (
 def rows_of(program: Path) -> list[str]:
     """The names of the rows of a program, in order, without running it."""
     functions = [
-        node for node in ast.parse(program.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+        node
+        for node in ast.parse(program.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
     ]
-    calls = [call for node in functions for call in node.decorator_list if isinstance(call, ast.Call)]
+    calls = [
+        call for node in functions for call in node.decorator_list if isinstance(call, ast.Call)
+    ]
     return [
-        ast.literal_eval(call.args[0]) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "row"
+        ast.literal_eval(call.args[0])
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "row"
     ]
 
 
@@ -90,7 +105,9 @@ ROWS = rows_of(ROWS_PROGRAM)
 
 def requirement_of(package: str) -> str:
     """What pyproject.toml says of a package."""
-    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]["dependencies"]
     (requirement,) = (text for text in dependencies if re.match(rf"{package}\b", text))
     return str(requirement)
 
@@ -100,10 +117,17 @@ def run_rows(release: str, home: Path) -> Outcomes:
     version = newest_version(requirement_of("transformers")) if release == NEWEST else release
     python = prepare_environment([f"transformers=={version}", BESIDE])
     written = home / f"outcomes-{version}.json"
-    command = [str(python), "-I", str(ROWS_PROGRAM), str(home), str(written)]  # nothing of this project on its path
+    # nothing of this project on its path
+    command = [str(python), "-I", str(ROWS_PROGRAM), str(home), str(written)]
     env = environment(HF_HOME=str(home / f"hf-{version}"), HF_HUB_OFFLINE="1")
     result = subprocess.run(
-        command, cwd=home, env=env, capture_output=True, text=True, timeout=ROWS_TIMEOUT_S, check=False
+        command,
+        cwd=home,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=ROWS_TIMEOUT_S,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     content = json.loads(written.read_bytes())
@@ -162,7 +186,9 @@ def test_a_row(release: str, form: str, row: str, matrix: dict[str, "Future[Outc
         assert wrong is None, f"{where}: {wrong}"
     else:
         assert wrong is not None, f"{where} works now: take it out of SHORTFALLS and --record"
-        assert re.fullmatch(shortfall.sentence, wrong), f"{where} is refused in other words: {wrong}"
+        assert re.fullmatch(shortfall.sentence, wrong), (
+            f"{where} is refused in other words: {wrong}"
+        )
 
 
 def cell(row: str, release: str, notes: list[str]) -> str:
@@ -181,11 +207,18 @@ def cell(row: str, release: str, notes: list[str]) -> str:
 
 
 def table(newest: str) -> str:
-    """The table of pretrain/README.md. It tells SHORTFALLS, which the tests hold against what happens."""
+    """The table of pretrain/README.md. It tells SHORTFALLS, which the tests hold against what
+    happens.
+    """
     notes: list[str] = []
     lines = [f"| | {' | '.join(RELEASES)} |", "|---" * (1 + len(RELEASES)) + "|"]
-    lines += [f"| {row} | {' | '.join(cell(row, release, notes) for release in RELEASES)} |" for row in ROWS]
-    lines += [""] + [f"{number}. {note}" for number, note in enumerate(notes, 1)] + [""] * bool(notes)
+    lines += [
+        f"| {row} | {' | '.join(cell(row, release, notes) for release in RELEASES)} |"
+        for row in ROWS
+    ]
+    lines += (
+        [""] + [f"{number}. {note}" for number, note in enumerate(notes, 1)] + [""] * bool(notes)
+    )
     return "\n".join([*lines, f"Newest when this was written: {newest}."])
 
 
@@ -199,15 +232,23 @@ def test_the_readme_holds_the_table() -> None:
     recorded = recorded_table()
     newest = re.search(r"Newest when this was written: (5[\d.]+\d)\.$", recorded)
     assert newest, f"{README} has no table; record it: {__doc__}"
-    assert recorded == table(newest[1]), "the table is another: python tests/test_matrix.py --record"
+    assert recorded == table(newest[1]), (
+        "the table is another: python tests/test_matrix.py --record"
+    )
 
 
 def test_cards_say_of_every_release_what_the_table_says() -> None:
     newest = recorded_table().rpartition("written: ")[2].removesuffix(".")
     for form in FORMS:
-        said = {record.version: record.error for record in engines_of(form) if record.engine == "transformers"}
+        said = {
+            record.version: record.error
+            for record in engines_of(form)
+            if record.engine == "transformers"
+        }
         assert said == {
-            newest if release == NEWEST else release: "; ".join(row for row in ROWS if shortfall_of(row, release, form))
+            newest if release == NEWEST else release: "; ".join(
+                row for row in ROWS if shortfall_of(row, release, form)
+            )
             or None
             for release in RELEASES
         }
@@ -223,24 +264,37 @@ def engine_record(outcomes: Outcomes, form: str) -> EngineRecord:
     """What cards say of a release."""
     not_right = [row for row, error in outcomes.forms[form].items() if error]
     return EngineRecord(
-        engine="transformers", version=outcomes.version, form=form, by="tests/test_matrix.py",
-        tried=f"{len(ROWS)} uses: logits, caches, beams, padding, assistants, tokenizer, training, saving",
+        engine="transformers",
+        version=outcomes.version,
+        form=form,
+        by="tests/test_matrix.py",
+        tried=f"{len(ROWS)} uses: logits, caches, beams, padding, assistants, tokenizer, training, "
+        "saving",
         error="; ".join(not_right) or None,
-    )  # fmt: skip
+    )
 
 
 def record() -> None:
     """Run the matrix; where it is as expected, write the table and what cards say."""
     with TemporaryDirectory() as directory:
-        outcomes = {release: future.result() for release, future in run_matrix(Path(directory)).items()}
+        outcomes = {
+            release: future.result() for release, future in run_matrix(Path(directory)).items()
+        }
     wrong = 0
     for release, (version, forms) in outcomes.items():
         for form, by_row in forms.items():
             for row, error in by_row.items():
                 shortfall = shortfall_of(row, release, form)
-                if not (error is None if shortfall is None else error and re.fullmatch(shortfall.sentence, error)):
+                if not (
+                    error is None
+                    if shortfall is None
+                    else error and re.fullmatch(shortfall.sentence, error)
+                ):
                     wrong += 1
-                    print(f"{version}, {form}: {row}: {error or 'works now, though it is in SHORTFALLS'}")
+                    print(
+                        f"{version}, {form}: {row}: "
+                        f"{error or 'works now, though it is in SHORTFALLS'}"
+                    )
     if wrong:
         sys.exit(f"{wrong} cells are not as expected; nothing recorded")
     replace_records([engine_record(result, form) for result in outcomes.values() for form in FORMS])

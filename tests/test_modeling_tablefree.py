@@ -29,7 +29,14 @@ Floats = npt.NDArray[np.float64]
 
 
 def small_config(input_embedding: str = "binary_code", **changes: int) -> TableFreeConfig:
-    sizes = {"vocab_size": 300, "d_model": 48, "num_layers": 3, "num_heads": 4, "seq_len": 32, "code_bits": 12}
+    sizes = {
+        "vocab_size": 300,
+        "d_model": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "seq_len": 32,
+        "code_bits": 12,
+    }
     return model_config(ModelRecipe(input_embedding=input_embedding, **{**sizes, **changes}))  # type: ignore[arg-type]
 
 
@@ -40,7 +47,9 @@ def small_model(input_embedding: str = "binary_code") -> TableFreeForCausalLM:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
+            parameter.normal_(
+                1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator
+            )
     return model
 
 
@@ -84,7 +93,8 @@ def test_binary_codes_are_the_bits_of_all_65536_ids() -> None:
 def test_binary_code_of_the_ids_where_integers_turn_over(token: int, code: list[int]) -> None:
     tokens = torch.tensor([[token]])
     embedded = token_code("binary_code", 48, 16)(tokens, torch.float32)
-    assert embedded.tolist() == [[code * 3]]  # least significant bit first, the whole code repeated d_model / K times
+    # least significant bit first, the whole code repeated d_model / K times
+    assert embedded.tolist() == [[code * 3]]
 
 
 def test_a_code_wider_than_needed_is_zero_above_and_still_injective() -> None:
@@ -96,7 +106,9 @@ def test_a_code_wider_than_needed_is_zero_above_and_still_injective() -> None:
 
 
 @pytest.mark.parametrize("code_seed", [0, 1, 2])
-def test_affine_code_is_a_bijection_of_all_65536_ids_and_equals_a_bits_xor_b(code_seed: int) -> None:
+def test_affine_code_is_a_bijection_of_all_65536_ids_and_equals_a_bits_xor_b(
+    code_seed: int,
+) -> None:
     codes = token_code("affine_code", 16, 16, code_seed).code(ALL_IDS)[0].numpy()
     as_numbers = codes @ (1 << np.arange(16))
     assert sorted(as_numbers) == list(range(65_536))
@@ -132,7 +144,11 @@ def test_bits_needed_is_the_ceiling_of_the_binary_logarithm(vocab_size: int) -> 
 @pytest.mark.parametrize("input_embedding", ["binary_code", "affine_code"])
 def test_a_fixed_code_has_neither_parameter_nor_buffer(input_embedding: str) -> None:
     model = TableFreeForCausalLM(small_config(input_embedding))
-    assert list(model.model.input_embedding.parameters()) == list(model.model.input_embedding.buffers()) == []
+    assert (
+        list(model.model.input_embedding.parameters())
+        == list(model.model.input_embedding.buffers())
+        == []
+    )
     assert not [name for name in model.state_dict() if "input_embedding" in name]
     assert list(model.buffers()) == []  # a non-persistent one would load as uninitialised memory
 
@@ -141,11 +157,15 @@ def test_a_fixed_code_has_neither_parameter_nor_buffer(input_embedding: str) -> 
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats) -> Floats:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + 1e-5
+    ) * weight + bias
 
 
 def numpy_logits(model: TableFreeForCausalLM, ids: npt.NDArray[np.int64]) -> Floats:
-    """The decoder of design.md section 1, one sequence, written out from the paper's description in NumPy."""
+    """The decoder of design.md section 1, one sequence, written out from the paper's description
+    in NumPy.
+    """
     c = model.config
     p = {name: value.detach().double().numpy() for name, value in checkpoint_parameters(model)}
     if c.input_embedding == "learned":
@@ -171,17 +191,24 @@ def numpy_logits(model: TableFreeForCausalLM, ids: npt.NDArray[np.int64]) -> Flo
     for i in range(c.num_layers):
         at = f"layers.{i}"
         normed = layer_norm(x, p[f"{at}.attention_norm.weight"], p[f"{at}.attention_norm.bias"])
-        grouped = linear(normed, f"{at}.attention.query_key_value").reshape(tokens, c.num_heads, 3, 2 * half)
+        grouped = linear(normed, f"{at}.attention.query_key_value").reshape(
+            tokens, c.num_heads, 3, 2 * half
+        )
         q, k, v = turn(grouped[:, :, 0]), turn(grouped[:, :, 1]), grouped[:, :, 2]
         scores = np.einsum("qhc,khc->hqk", q, k) / math.sqrt(2 * half)
         scores = np.where(np.tri(tokens, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         attended = np.einsum("hqk,khc->qhc", weights / weights.sum(-1, keepdims=True), v)
         x = x + linear(attended.reshape(tokens, -1), f"{at}.attention.output")
-        up = linear(layer_norm(x, p[f"{at}.mlp_norm.weight"], p[f"{at}.mlp_norm.bias"]), f"{at}.mlp.up")
+        up = linear(
+            layer_norm(x, p[f"{at}.mlp_norm.weight"], p[f"{at}.mlp_norm.bias"]), f"{at}.mlp.up"
+        )
         gelu = up * (1 + np.vectorize(math.erf)(up / math.sqrt(2))) / 2
         x = x + linear(gelu, f"{at}.mlp.down")
-    return layer_norm(x, p["final_norm.weight"], p["final_norm.bias"]) @ p["output_projection.weight"].T
+    return (
+        layer_norm(x, p["final_norm.weight"], p["final_norm.bias"])
+        @ p["output_projection.weight"].T
+    )
 
 
 @pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
@@ -224,7 +251,9 @@ def as_gpt_neox(model: TableFreeForCausalLM) -> GPTNeoXForCausalLM:
         "final_norm": "gpt_neox.final_layer_norm",
         "output_projection": head,
     }
-    weights = {"gpt_neox.embed_in.weight": model.model.embed(torch.arange(c.vocab_size)[None])[0].detach()}
+    weights = {
+        "gpt_neox.embed_in.weight": model.model.embed(torch.arange(c.vocab_size)[None])[0].detach()
+    }
     for name, value in checkpoint_parameters(model):
         if not name.startswith("input_embedding"):
             for ours, theirs in stock_names.items():
@@ -232,7 +261,9 @@ def as_gpt_neox(model: TableFreeForCausalLM) -> GPTNeoXForCausalLM:
             weights[name] = value.detach()
     missing, unexpected = stock.load_state_dict(weights, strict=False)
     assert not unexpected
-    assert not [name for name in missing if not name.endswith(("inv_freq", "attention.bias", "masked_bias"))]
+    assert not [
+        name for name in missing if not name.endswith(("inv_freq", "attention.bias", "masked_bias"))
+    ]
     return stock
 
 
@@ -240,7 +271,9 @@ def as_gpt_neox(model: TableFreeForCausalLM) -> GPTNeoXForCausalLM:
 def test_logits_equal_stock_gpt_neox_with_the_codes_in_its_table(input_embedding: str) -> None:
     model, ids = small_model(input_embedding), some_ids(2, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, as_gpt_neox(model)(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(ids).logits, as_gpt_neox(model)(ids).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @settings(max_examples=15)
@@ -279,7 +312,9 @@ def test_logits_to_keep_are_the_last_ones() -> None:
 
 @settings(max_examples=10)
 @given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
-def test_feeding_a_text_in_pieces_through_the_cache_gives_the_logits_of_the_whole(cuts: list[int]) -> None:
+def test_feeding_a_text_in_pieces_through_the_cache_gives_the_logits_of_the_whole(
+    cuts: list[int],
+) -> None:
     model, ids = small_model(), some_ids(2, sum(cuts))
     pieces, cache = [], None
     with torch.no_grad():
@@ -290,14 +325,18 @@ def test_feeding_a_text_in_pieces_through_the_cache_gives_the_logits_of_the_whol
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def greedy(model: torch.nn.Module, ids: Tensor, mask: Tensor | None, use_cache: bool) -> list[list[int]]:
+def greedy(
+    model: torch.nn.Module, ids: Tensor, mask: Tensor | None, use_cache: bool
+) -> list[list[int]]:
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     output = model.generate(ids, attention_mask=mask, use_cache=use_cache, **options)  # type: ignore[operator]
     return output[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
-def test_generation_with_a_cache_equals_without_and_equals_greedy_by_hand(input_embedding: str) -> None:
+def test_generation_with_a_cache_equals_without_and_equals_greedy_by_hand(
+    input_embedding: str,
+) -> None:
     model, ids = small_model(input_embedding), some_ids(2, 5)
     by_hand = ids
     with torch.no_grad():
@@ -346,7 +385,11 @@ def test_shared_weights_of_the_three_inputs_start_bitwise_equal() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
-    first, again, other = initialised("learned"), initialised("learned"), initialised("learned", seed=2)
+    first, again, other = (
+        initialised("learned"),
+        initialised("learned"),
+        initialised("learned", seed=2),
+    )
     matrices = [name for name, value in first.items() if value.ndim == 2]
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in matrices)
@@ -360,7 +403,9 @@ def test_initial_weights_have_the_stated_spread() -> None:
     for name, value in model.named_parameters():
         if value.ndim == 2:  # 36,864 or more values each: the spread is known to half a percent
             to_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-            assert value.std().item() == pytest.approx(residual if to_residual else 0.02, rel=0.02), name
+            assert value.std().item() == pytest.approx(
+                residual if to_residual else 0.02, rel=0.02
+            ), name
             assert abs(value.mean().item()) < 5e-4, name
         else:
             assert torch.all(value == (1.0 if name.endswith("norm.weight") else 0.0)), name

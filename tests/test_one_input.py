@@ -1,4 +1,6 @@
-"""A data set that holds both ids of constant code says so when it is built and shown; others say nothing."""
+"""A data set that holds both ids of constant code says so when it is built and shown; others say
+nothing.
+"""
 
 from pathlib import Path
 
@@ -21,7 +23,9 @@ def tokenizer_without_padding(directory: Path, vocab_size: int) -> Path:
     return directory
 
 
-def said(tokenizer: Path, texts: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+def said(
+    tokenizer: Path, texts: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, str]:
     """What the build says on stderr, and what show prints."""
     write_jsonl(home / "s.jsonl", texts)
     build(write_mixture(home, tokenizer, [source("s", "s.jsonl", format="jsonl")]), home / "data")
@@ -35,9 +39,16 @@ def test_both_ids_are_named_with_their_counts_and_the_remedy(
 ) -> None:
     tokenizer = tokenizer_without_padding(tmp_path / "t", 512)
     built, shown = said(tokenizer, speeches(20), tmp_path, capsys)
-    line = next(line for line in built.splitlines() if line.startswith("warning: ids 0 ('<|endoftext|>') and 511 ('"))
+    line = next(
+        line
+        for line in built.splitlines()
+        if line.startswith("warning: ids 0 ('<|endoftext|>') and 511 ('")
+    )
     assert "they occur 20 and " in line
-    assert "model.code_bits at the next divisor of model.d_model above 9, such as 16 at width 1,024" in line
+    assert (
+        "model.code_bits at the next divisor of model.d_model above 9, such as 16 at width 1,024"
+        in line
+    )
     assert line.removeprefix("warning: ") in shown
 
 
@@ -45,9 +56,15 @@ def test_both_ids_are_named_with_their_counts_and_the_remedy(
 def test_nothing_is_said_where_there_is_nothing_to_tell_apart(
     case: str, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["0123456789 " * 9] * 9 + [f"{i}" for i in range(99)] if case.startswith("the last") else speeches(20)
+    texts = (
+        ["0123456789 " * 9] * 9 + [f"{i}" for i in range(99)]
+        if case.startswith("the last")
+        else speeches(20)
+    )
     tokenizer = (
-        tokenizer_dir if case == "ours" else tokenizer_without_padding(tmp_path / "t", 511 + ("odd" not in case))
+        tokenizer_dir
+        if case == "ours"
+        else tokenizer_without_padding(tmp_path / "t", 511 + ("odd" not in case))
     )
     built, shown = said(tokenizer, texts, tmp_path, capsys)
     assert "one input" not in built + shown

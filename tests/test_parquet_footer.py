@@ -1,6 +1,8 @@
-"""A parquet file with encrypted columns is refused by its footer, before a library is asked about its columns.
+"""A parquet file with encrypted columns is refused by its footer, before a library is asked about
+its columns.
 
-No such file is made here: the field that says so is put into the footers of ordinary ones, which stay harmless.
+No such file is made here: the field that says so is put into the footers of ordinary ones, which
+stay harmless.
 """
 
 from pathlib import Path
@@ -15,7 +17,8 @@ from data_prep.errors import UserError
 from data_prep.parquet_footer import is_encrypted, refuse_encrypted
 from data_prep.work_units import open_parquet
 
-# field 8 (1 behind the last), a struct; in it field 1, a struct (AES_GCM_V1) that is empty; the ends of both
+# field 8 (1 behind the last), a struct; in it field 1, a struct (AES_GCM_V1) that is empty; the
+# ends of both
 ALGORITHM = b"\x1c\x1c\x00\x00"
 
 
@@ -36,13 +39,17 @@ def marked(path: Path) -> Path:
     content, footer = path.read_bytes(), footer_of(path)
     assert footer.endswith(b"\0")
     changed = footer[:-1] + ALGORITHM + b"\0"
-    path.write_bytes(content[: -8 - len(footer)] + changed + len(changed).to_bytes(4, "little") + b"PAR1")
+    path.write_bytes(
+        content[: -8 - len(footer)] + changed + len(changed).to_bytes(4, "little") + b"PAR1"
+    )
     return path
 
 
 @pytest.mark.parametrize("columns", [1, 2, 300])
 @pytest.mark.parametrize("version", ["1.0", "2.6"])
-def test_footers_of_ordinary_and_of_marked_files(tmp_path: Path, columns: int, version: str) -> None:
+def test_footers_of_ordinary_and_of_marked_files(
+    tmp_path: Path, columns: int, version: str
+) -> None:
     path = write(tmp_path / "a.parquet", columns, version=version)
     created_by = pq.read_metadata(path).created_by.encode()
     for known in (created_by, b"", b"of another writer"):
@@ -60,7 +67,9 @@ def test_the_end_of_a_large_footer_is_enough_or_all_is_read(
     path = write(tmp_path / "a.parquet", 50)
     texts = [f"text {i}" for i in range(3)]
     assert read(units_of(path, format="parquet")) == (texts, [0, 1, 2], [])
-    with pytest.raises(UserError, match=r"a\.parquet: has encrypted columns; decrypt it, and write it again"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet: has encrypted columns; decrypt it, and write it again"
+    ):
         open_parquet(input_files(marked(path))[0], "text")
 
 
@@ -77,5 +86,8 @@ def test_a_footer_that_ends_early_is_damaged(tmp_path: Path, keep: int) -> None:
     cut = footer_of(path)[:keep]
     (tmp_path / "cut").write_bytes(cut + len(cut).to_bytes(4, "little") + b"PAR1")
     (file,) = input_files(tmp_path / "cut")
-    with open(file.url, "rb") as stream, pytest.raises(UserError, match="damaged, its footer can't be read"):
+    with (
+        open(file.url, "rb") as stream,
+        pytest.raises(UserError, match="damaged, its footer can't be read"),
+    ):
         refuse_encrypted(file, stream, None)

@@ -1,4 +1,6 @@
-"""The plan's arithmetic against torch's own shapes, its answers to bad input, and what it says beside what happens."""
+"""The plan's arithmetic against torch's own shapes, its answers to bad input, and what it says
+beside what happens.
+"""
 
 import re
 import subprocess
@@ -54,7 +56,9 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
-def test_every_recipe_can_be_planned_on_one_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_can_be_planned_on_one_gpu(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan(["--recipe", name, "--device", "mi300x", *overrides_of(name)])
     printed = capsys.readouterr().out
     assert all(mode in printed for mode in MODES)
@@ -67,17 +71,29 @@ def test_the_larger_siblings_fit_eight_gpus_of_80_gb_as_they_are() -> None:
 
 
 def test_a_plan_says_what_is_assumed_and_what_it_comes_to() -> None:
-    result = run_plan("--recipe", "paper_binary_code", "--device", "h200", "--mfu", "0.5", "--price-per-gpu-hour", "2")
+    result = run_plan(
+        "--recipe",
+        "paper_binary_code",
+        "--device",
+        "h200",
+        "--mfu",
+        "0.5",
+        "--price-per-gpu-hour",
+        "2",
+    )
     assert "470,190,080 trained, 0 of them in the input" in result.stdout
     assert "3.020 G a token = 6 x (12 L D^2 + V D) + 6 L T D" in result.stdout
     assert "checkpoint   5.64 GB" in result.stdout
     assert "data set     34.00 GB" in result.stdout
     assert "an assumption" in result.stdout
     hours = float(re.search(r"([\d.]+) GPU-hours", result.stdout)[1])  # type: ignore[index]
-    assert 28 <= hours <= 31  # 17e9 tokens x 3.02 GFLOP at half of 989 TFLOP/s: 28.8 hours, and the updates
+    # 17e9 tokens x 3.02 GFLOP at half of 989 TFLOP/s: 28.8 hours, and the updates
+    assert 28 <= hours <= 31
 
 
-def test_a_plan_of_a_data_set_says_how_often_it_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_of_a_data_set_says_how_often_it_is_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = counting_dataset(tmp_path / "dataset")
     plan(["--recipe", "quickstart", "--device", "l4", "--data-dir", str(data)])
     assert "of training tokens, seen" in capsys.readouterr().out
@@ -85,7 +101,9 @@ def test_a_plan_of_a_data_set_says_how_often_it_is_seen(tmp_path: Path, capsys: 
 
 def test_a_plan_loads_neither_torch_nor_deepspeed() -> None:
     program = "import sys, pretrain.plan; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert not {"torch", "deepspeed", "transformers"} & set(result.stdout.split())
 
 
@@ -97,21 +115,42 @@ def test_a_plan_loads_neither_torch_nor_deepspeed() -> None:
             ["--device", "NVIDIA A100-SXM-64GB"],
             "not known; expected one of a100, a100 80gb, a100 pcie, a100 pcie 80gb (or",
         ),
-        (["--device", "h300", "--peak-tflops", "900"], "--device h300: not known; did you mean h200? (or give --peak"),
-        (["--device", "h300", "--peak-tflops", "900", "--memory-gb", "0"], "--memory-gb 0.0: expected a number above"),
-        (["--device", "h200", "--peak-tflops", "nan"], "--peak-tflops nan: expected a number above 0"),
-        (["--device", "cpu", "--peak-tflops", "1"], "--device cpu: --peak-tflops and --memory-gb are for GPUs"),
+        (
+            ["--device", "h300", "--peak-tflops", "900"],
+            "--device h300: not known; did you mean h200? (or give --peak",
+        ),
+        (
+            ["--device", "h300", "--peak-tflops", "900", "--memory-gb", "0"],
+            "--memory-gb 0.0: expected a number above",
+        ),
+        (
+            ["--device", "h200", "--peak-tflops", "nan"],
+            "--peak-tflops nan: expected a number above 0",
+        ),
+        (
+            ["--device", "cpu", "--peak-tflops", "1"],
+            "--device cpu: --peak-tflops and --memory-gb are for GPUs",
+        ),
         (["--device", "cpu"], "add --calibrate"),
         (["--device", "h200", "--gpus", "0"], "--gpus 0: expected a number above 0"),
         (["--device", "h200", "--gpus", "7"], "does not divide over 7 ranks"),
         (["--device", "h200", "--mfu", "35"], "--mfu 35.0: expected a number above 0, at most 1"),
         (["--device", "h200", "--mfu", "nan"], "--mfu nan: expected a number above 0"),
-        (["--device", "h200", "--price-per-gpu-hour", "-1"], "--price-per-gpu-hour -1.0: expected a number above 0"),
+        (
+            ["--device", "h200", "--price-per-gpu-hour", "-1"],
+            "--price-per-gpu-hour -1.0: expected a number above 0",
+        ),
         (["--device", "h200", "--interconnect", "ndrr"], "--interconnect ndrr: did you mean ndr?"),
-        (["--device", "h200", "--interconnect", "1,2,3"], "expected GB/s above 0, within a node and between nodes"),
+        (
+            ["--device", "h200", "--interconnect", "1,2,3"],
+            "expected GB/s above 0, within a node and between nodes",
+        ),
         (["--device", "h200", "--interconnect", "0"], "expected GB/s above 0"),
         (["--device", "h200", "--mfu", "0.4", "--calibrate"], "not allowed with argument"),
-        (["--device", "rtx 4090", "--gpus", "8"], "GB too much; what fits: batch.micro_batch_size 8 with"),
+        (
+            ["--device", "rtx 4090", "--gpus", "8"],
+            "GB too much; what fits: batch.micro_batch_size 8 with",
+        ),
     ],
 )
 def test_what_cannot_be_planned_gets_one_line(flags: list[str], said: str) -> None:
@@ -119,8 +158,12 @@ def test_what_cannot_be_planned_gets_one_line(flags: list[str], said: str) -> No
         plan(["--recipe", "paper_binary_code", *flags])
 
 
-def test_a_device_that_nobody_knows_is_planned_by_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    """As if it were a known one, but for the update's memory traffic, of which the output says that it is left out."""
+def test_a_device_that_nobody_knows_is_planned_by_its_figures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As if it were a known one, but for the update's memory traffic, of which the output says
+    that it is left out.
+    """
 
     def planned(*flags: str) -> str:
         plan(["--recipe", "paper_binary_code", "--interconnect", "nvlink4,ndr", *flags])
@@ -129,26 +172,39 @@ def test_a_device_that_nobody_knows_is_planned_by_its_figures(capsys: pytest.Cap
     known = planned("--device", "h200")
     given = planned("--device", "NVIDIA H999", "--peak-tflops", "989.5", "--memory-gb", "141")
     assert "1 x 1 NVIDIA H999, peak 990 TFLOP/s" in given
-    assert "the memory bandwidth of NVIDIA H999 is not known: the update's traffic is left out" in given
-    memory_of = [text[text.index("memory of a rank") : text.index("speed ")] for text in (known, given)]
+    assert (
+        "the memory bandwidth of NVIDIA H999 is not known: the update's traffic is left out"
+        in given
+    )
+    memory_of = [
+        text[text.index("memory of a rank") : text.index("speed ")] for text in (known, given)
+    ]
     assert memory_of[0] == memory_of[1]
-    speeds = [float(text.split("speed")[1].split(" tokens/s")[0].replace(",", "")) for text in (known, given)]
+    speeds = [
+        float(text.split("speed")[1].split(" tokens/s")[0].replace(",", ""))
+        for text in (known, given)
+    ]
     assert speeds[0] < speeds[1] < 1.01 * speeds[0]
 
 
-def test_a_figure_that_was_given_takes_the_place_of_the_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_figure_that_was_given_takes_the_place_of_the_known_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     plan(["--recipe", "paper_binary_code", "--device", "a100", "--memory-gb", "64"])
     printed = capsys.readouterr().out
     assert "1 x 1 a100, peak 312 TFLOP/s" in printed
     size = largest_micro_batch(PAPER, merged(PAPER, 1), 1, "cuda", 64e9, "none")
-    assert f"{size}\n" in next(line + "\n" for line in printed.splitlines() if line.startswith("  none"))
+    assert f"{size}\n" in next(
+        line + "\n" for line in printed.splitlines() if line.startswith("  none")
+    )
 
 
 def test_bad_input_is_one_line_and_exit_code_2() -> None:
     result = run_plan("--recipe", "paper_binary_code", "--device", "h300")
     assert result.returncode == 2
     assert result.stderr == (
-        "error: --device h300: not known; did you mean h200? (or give --peak-tflops and --memory-gb)\n"
+        "error: --device h300: not known; did you mean h200? (or give --peak-tflops and "
+        "--memory-gb)\n"
     )
 
 
@@ -180,16 +236,30 @@ def test_memory_falls_with_ranks_and_with_checkpointing_and_grows_with_the_micro
 def test_a_rank_in_fp32_counts_the_parameters_whole_of_which_it_owns_a_part() -> None:
     assert whole_parameters([10, 10, 10, 10], 1) == 40
     assert whole_parameters([10, 10, 10, 10], 2) == 20
-    assert whole_parameters([30, 10], 2) == 40  # the second rank owns a third of one and all of the other
+    # the second rank owns a third of one and all of the other
+    assert whole_parameters([30, 10], 2) == 40
     assert whole_parameters([40], 4) == 40
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", ["zero2_fp32", "zero2_bf16"])
-def test_activations_are_the_bytes_that_a_model_keeps_for_its_backward_pass(engine: str, mode: str) -> None:
-    """One layer more keeps as many bytes more as the plan says: counted in the tensors that autograd holds."""
-    overrides = ["--model.vocab_size=64", "--model.d_model=64", "--model.num_heads=2", "--model.seq_len=64"]
-    overrides += ["--batch.global_batch_tokens=256", "--batch.micro_batch_size=4", f"--engine={engine}"]
+def test_activations_are_the_bytes_that_a_model_keeps_for_its_backward_pass(
+    engine: str, mode: str
+) -> None:
+    """One layer more keeps as many bytes more as the plan says: counted in the tensors that
+    autograd holds.
+    """
+    overrides = [
+        "--model.vocab_size=64",
+        "--model.d_model=64",
+        "--model.num_heads=2",
+        "--model.seq_len=64",
+    ]
+    overrides += [
+        "--batch.global_batch_tokens=256",
+        "--batch.micro_batch_size=4",
+        f"--engine={engine}",
+    ]
     recipe = load_recipe("quickstart", [*overrides, f"--activation_checkpointing.mode={mode}"])
     dtype = torch.bfloat16 if engine == "zero2_bf16" else torch.float32
     kept = bytes_alive_after_forward(recipe, 5, dtype) - bytes_alive_after_forward(recipe, 2, dtype)
@@ -202,7 +272,9 @@ def load_deeper(recipe: Recipe, layers: int) -> Recipe:
 
 
 def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -> int:
-    """What torch's CPU allocator has handed out and not got back while the graph of a forward pass lives."""
+    """What torch's CPU allocator has handed out and not got back while the graph of a forward
+    pass lives.
+    """
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
@@ -247,7 +319,9 @@ def test_gpus_that_a_step_does_not_divide_over_are_one_line_with_the_batch_that_
     *_, last = printed(capsys, "--device", "h200").splitlines()
     assert last.startswith(" 1024+  a step's 512 windows do not divide")
     tokens = re.search(r"batch.global_batch_tokens (\d+)", last)[1]  # type: ignore[index]
-    *_, last = printed(capsys, "--device", "h200", f"--batch.global_batch_tokens={tokens}").splitlines()
+    *_, last = printed(
+        capsys, "--device", "h200", f"--batch.global_batch_tokens={tokens}"
+    ).splitlines()
     assert last.startswith("  1024        1 x 1")
 
 
@@ -263,7 +337,9 @@ def test_what_does_not_fit_on_few_gpus_has_no_speed_and_efficiency_counts_from_t
     assert "100%" in two
 
 
-def test_the_speed_of_fp32_and_of_an_offloaded_optimizer_is_not_made_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_speed_of_fp32_and_of_an_offloaded_optimizer_is_not_made_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     fp32 = ("--device", "h200", "--engine=zero2_fp32", "--batch.micro_batch_size=4")
     assert "not estimated: the peak is bf16's and this run is fp32" in printed(capsys, *fp32)
     assert "computing at 4% MFU" in printed(capsys, *fp32, "--mfu", "0.04")
@@ -280,16 +356,24 @@ def test_a_step_s_time_is_that_of_the_formula() -> None:
         merged(PAPER, 1),
         470_190_080,
     )
-    assert step_seconds(PAPER, config, costs, 1, 1.0, 32) == pytest.approx(512 + parameters * (32 * 2e-9 + 3e-9))
-    wire = 3 / 4 * parameters * (8 * 2 * 4 + 2) / 1e9  # eight all-reduces of fp32 gradients, one gathering of bf16
+    assert step_seconds(PAPER, config, costs, 1, 1.0, 32) == pytest.approx(
+        512 + parameters * (32 * 2e-9 + 3e-9)
+    )
+    # eight all-reduces of fp32 gradients, one gathering of bf16
+    wire = 3 / 4 * parameters * (8 * 2 * 4 + 2) / 1e9
     local = parameters * (8 * 2e-9 + 3e-9 / 4)
     assert step_seconds(PAPER, config, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire)
     once = {**config, "zero_optimization": {**config["zero_optimization"], "stage": 1}}
     wire_once = 3 / 4 * parameters * (2 * 4 + 2) / 1e9
     assert step_seconds(PAPER, once, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire_once)
-    overlapping = {**config, "zero_optimization": {**config["zero_optimization"], "overlap_comm": True}}
+    overlapping = {
+        **config,
+        "zero_optimization": {**config["zero_optimization"], "overlap_comm": True},
+    }
     hidden = min(2 / 3 * 128, 3 / 4 * parameters * 64 / 1e9)
-    assert step_seconds(PAPER, overlapping, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire - hidden)
+    assert step_seconds(PAPER, overlapping, costs, 4, 1e9, 8) == pytest.approx(
+        128 + local + wire - hidden
+    )
 
 
 def test_an_interconnect_is_names_or_figures_of_which_four_fifths_are_reached() -> None:
@@ -300,12 +384,19 @@ def test_an_interconnect_is_names_or_figures_of_which_four_fifths_are_reached() 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--device", "h200"], "360 GB/s a rank in a node of 8, 320 beyond"),  # 8 network cards of 40, together
+        # 8 network cards of 40, together
+        (["--device", "h200"], "360 GB/s a rank in a node of 8, 320 beyond"),
         (["--device", "a100", "--gpus", "4"], "240 GB/s a rank in a node of 8, 240 beyond"),
         (["--device", "mi300x", "--gpus", "16"], "358.4 GB/s a rank in a node of 16, 358.4 beyond"),
-        (["--device", "l40s", "--gpus", "2", "--nodes", "2"], "25.6 GB/s a rank in a node of 2, 25.6 beyond"),
+        (
+            ["--device", "l40s", "--gpus", "2", "--nodes", "2"],
+            "25.6 GB/s a rank in a node of 2, 25.6 beyond",
+        ),
         (["--device", "h200", "--nodes", "2"], "360 GB/s a rank in a node of 1, 40 beyond"),
-        (["--device", "h200", "--interconnect", "100,1"], "80 GB/s a rank in a node of 8, 6.4 beyond"),
+        (
+            ["--device", "h200", "--interconnect", "100,1"],
+            "80 GB/s a rank in a node of 8, 6.4 beyond",
+        ),
     ],
 )
 def test_ranks_send_over_their_device_s_link_in_a_node_and_over_all_its_network_cards_beyond(
@@ -328,7 +419,10 @@ def test_every_device_has_a_link_that_is_known() -> None:
 
 def test_an_offloaded_optimizer_leaves_the_device() -> None:
     config = merged(PAPER, 1)
-    config["zero_optimization"] = {**config["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+    config["zero_optimization"] = {
+        **config["zero_optimization"],
+        "offload_optimizer": {"device": "cpu"},
+    }
     own = phase_bytes(Sizes(PAPER, merged(PAPER, 1), 1, "cuda"))
     offloaded = phase_bytes(Sizes(PAPER, config, 1, "cuda"))
     assert own["blocks, backward"] - offloaded["blocks, backward"] == 12 * 470_190_080
@@ -342,7 +436,12 @@ def test_measured_memory_is_within_a_tenth_of_the_plan() -> None:
 
 
 def test_calibration_measures_this_machine() -> None:
-    tiny = ["--model.vocab_size=64", "--model.seq_len=32", "--model.num_layers=2", "--batch.global_batch_tokens=192"]
+    tiny = [
+        "--model.vocab_size=64",
+        "--model.seq_len=32",
+        "--model.num_layers=2",
+        "--batch.global_batch_tokens=192",
+    ]
     recipe = load_recipe("quickstart", tiny)
     costs = calibrate(recipe, None, low_precision=False, budget_s=0.1)
     deeper = calibrate(load_deeper(recipe, 40), None, low_precision=False, budget_s=0.1)

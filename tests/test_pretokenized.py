@@ -1,4 +1,6 @@
-"""Documents out of Megatron's and uint16 files come back whole, and ids become the very text they were made of."""
+"""Documents out of Megatron's and uint16 files come back whole, and ids become the very text
+they were made of.
+"""
 
 import itertools
 import json
@@ -29,7 +31,8 @@ HUGE = 1 << 40
 CODES = {"u1": 1, "<i4": 4, "<i8": 5, "<u2": 8}  # of Megatron's DType
 ID = st.integers(1, 255).filter(lambda id_: id_ != EOS)
 DOCUMENTS = st.lists(st.lists(ID, max_size=6), max_size=12)  # empty ones too
-SEQUENCES = st.lists(st.lists(st.lists(ID, max_size=4), max_size=3), max_size=12)  # a document is several
+# a document is several
+SEQUENCES = st.lists(st.lists(st.lists(ID, max_size=4), max_size=3), max_size=12)
 reuse_path = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -47,7 +50,11 @@ def llm_c_header(tokens: int) -> bytes:
 
 
 def write_megatron(
-    path: Path, documents: Sequence[Sequence[Sequence[int]]], dtype: str = "<u2", *, append_eod: bool = False
+    path: Path,
+    documents: Sequence[Sequence[Sequence[int]]],
+    dtype: str = "<u2",
+    *,
+    append_eod: bool = False,
 ) -> InputFile:
     """The two files by the format's definition; a document is a list of sequences."""
     sequences = [
@@ -57,15 +64,24 @@ def write_megatron(
     ]
     path.write_bytes(b"".join(np.array(sequence, dtype).tobytes() for sequence in sequences))
     lengths = [len(sequence) for sequence in sequences]
-    pointers = [np.dtype(dtype).itemsize * before for before in itertools.accumulate(lengths[:-1], initial=0)]
+    pointers = [
+        np.dtype(dtype).itemsize * before
+        for before in itertools.accumulate(lengths[:-1], initial=0)
+    ]
     bounds = [*itertools.accumulate((len(document) for document in documents), initial=0)]
     header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, CODES[dtype], len(lengths), len(bounds))
-    parts = (np.array(lengths, "<i4"), np.array(pointers[: len(lengths)], "<i8"), np.array(bounds, "<i8"))
+    parts = (
+        np.array(lengths, "<i4"),
+        np.array(pointers[: len(lengths)], "<i8"),
+        np.array(bounds, "<i8"),
+    )
     path.with_suffix(".idx").write_bytes(header + b"".join(part.tobytes() for part in parts))
     return input_file(path)
 
 
-def read_all(file: InputFile, format: str, unit_bytes: int = HUGE, batch_tokens: int = 4 << 20) -> list[list[int]]:
+def read_all(
+    file: InputFile, format: str, unit_bytes: int = HUGE, batch_tokens: int = 4 << 20
+) -> list[list[int]]:
     """Every document of a file, through units and batches of the sizes given."""
     documents = []
     with mock.patch.object(pretokenized, "BATCH_TOKENS", batch_tokens):
@@ -75,18 +91,33 @@ def read_all(file: InputFile, format: str, unit_bytes: int = HUGE, batch_tokens:
         for start, stop, _ in units:
             batches = list(read_ids(file, format, start, stop, EOS))
             for ids, offsets in batches:
-                assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (np.uint32, np.int64, 0, len(ids))
-                documents += [ids[first:last].tolist() for first, last in itertools.pairwise(offsets)]
+                assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (
+                    np.uint32,
+                    np.int64,
+                    0,
+                    len(ids),
+                )
+                documents += [
+                    ids[first:last].tolist() for first, last in itertools.pairwise(offsets)
+                ]
     return documents
 
 
 @reuse_path
 @given(
-    documents=SEQUENCES, dtype=st.sampled_from([*CODES]), append_eod=st.booleans(), unit_bytes=st.integers(1, 60),
+    documents=SEQUENCES,
+    dtype=st.sampled_from([*CODES]),
+    append_eod=st.booleans(),
+    unit_bytes=st.integers(1, 60),
     batch_tokens=st.integers(1, 20),
-)  # fmt: skip
+)
 def test_megatron_round_trip(
-    tmp_path: Path, documents: list[list[list[int]]], dtype: str, append_eod: bool, unit_bytes: int, batch_tokens: int
+    tmp_path: Path,
+    documents: list[list[list[int]]],
+    dtype: str,
+    append_eod: bool,
+    unit_bytes: int,
+    batch_tokens: int,
 ) -> None:
     file = write_megatron(tmp_path / "a_text_document.bin", documents, dtype, append_eod=append_eod)
     expected = [[id_ for sequence in document for id_ in sequence] for document in documents]
@@ -96,13 +127,22 @@ def test_megatron_round_trip(
 
 @reuse_path
 @given(
-    documents=DOCUMENTS, last=st.lists(ID, min_size=1), layout=st.sampled_from(["nanogpt", "llm.c", "llm.c header"]),
-    unit_bytes=st.integers(2, 30), batch_tokens=st.integers(1, 20), ends=st.booleans(),
-)  # fmt: skip
+    documents=DOCUMENTS,
+    last=st.lists(ID, min_size=1),
+    layout=st.sampled_from(["nanogpt", "llm.c", "llm.c header"]),
+    unit_bytes=st.integers(2, 30),
+    batch_tokens=st.integers(1, 20),
+    ends=st.booleans(),
+)
 def test_uint16_round_trip(
-    tmp_path: Path, documents: list[list[int]], last: list[int], layout: str, unit_bytes: int, batch_tokens: int,
+    tmp_path: Path,
+    documents: list[list[int]],
+    last: list[int],
+    layout: str,
+    unit_bytes: int,
+    batch_tokens: int,
     ends: bool,
-) -> None:  # fmt: skip
+) -> None:
     if layout == "nanogpt":
         documents = [[1], *documents]  # an empty first one could be either layout's
         ids = [id_ for document in documents for id_ in [*document, EOS]] + last + [EOS] * ends
@@ -130,7 +170,9 @@ def test_ids_beyond_every_vocabulary_are_named(tmp_path: Path, ids: list[int], f
 
 def test_only_one_end_is_dropped_and_none_may_be_inside(tmp_path: Path) -> None:
     file = write_megatron(tmp_path / "a.bin", [[[1]], [[]], [[2], [EOS]], [[3, EOS, 4]]])
-    with pytest.raises(UserError, match=r"a\.bin: document 3 \(from 0\) has eos_id 5 inside; was it made with"):
+    with pytest.raises(
+        UserError, match=r"a\.bin: document 3 \(from 0\) has eos_id 5 inside; was it made with"
+    ):
         read_all(file, "megatron")
     file = write_megatron(tmp_path / "a.bin", [[[1]], [[EOS]], [[2, EOS, EOS]]])
     with pytest.raises(UserError, match="document 2 "):
@@ -140,16 +182,26 @@ def test_only_one_end_is_dropped_and_none_may_be_inside(tmp_path: Path) -> None:
 def test_what_is_refused_of_uint16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "train.bin"
     for ids in ([], [1, 2, 3]):
-        with pytest.raises(UserError, match=r"train\.bin: eos_id 5 never occurs, so where documents end is not known"):
+        with pytest.raises(
+            UserError,
+            match=r"train\.bin: eos_id 5 never occurs, so where documents end is not known",
+        ):
             read_all(write_uint16(path, ids), "uint16")
     with pytest.raises(UserError, match="1,027 bytes, expected ids of 2; check the format"):
         read_all(write_uint16(path, [1] * 512, b"..."), "uint16")
     with pytest.raises(UserError, match="1,030 bytes, expected a header of 1,024 and 4 ids of 2"):
         read_all(write_uint16(path, [EOS, 1, 2], llm_c_header(4)), "uint16")
     with pytest.raises(UserError, match=r"s3://bucket/a.bin: .* copy it to a local disk"):
-        cut_ids(InputFile(name="a.bin", url="s3://bucket/a.bin", size=4, version=""), "uint16", EOS, HUGE)
+        cut_ids(
+            InputFile(name="a.bin", url="s3://bucket/a.bin", size=4, version=""),
+            "uint16",
+            EOS,
+            HUGE,
+        )
     monkeypatch.setattr(pretokenized, "MAX_DOCUMENT_BYTES", 100)
-    with pytest.raises(UserError, match="a document after byte 2 takes over 0 MB; cut it into documents"):
+    with pytest.raises(
+        UserError, match="a document after byte 2 takes over 0 MB; cut it into documents"
+    ):
         read_all(write_uint16(path, [EOS, *[1] * 99, EOS, 1]), "uint16", unit_bytes=64)
 
 
@@ -175,8 +227,11 @@ def test_what_is_refused_of_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "a.idx: truncated, damaged" in error(keep=30)
     assert "a.idx: truncated, damaged" in error(at=18, put=b"\xff" * 8)
     assert "a.idx: truncated, damaged" in error(at=34, put=b"\1")  # sizes against pointers
-    assert "a.idx: truncated, damaged" in error(at=34 + 12 + 24 + 8, put=b"\4")  # documents against sequences
-    assert "a.bin: 8 bytes, its .idx says 10; copy or write both again" in error(at=34 + 8, put=b"\2")
+    # documents against sequences
+    assert "a.idx: truncated, damaged" in error(at=34 + 12 + 24 + 8, put=b"\4")
+    assert "a.bin: 8 bytes, its .idx says 10; copy or write both again" in error(
+        at=34 + 8, put=b"\2"
+    )
     file = write_megatron(path, documents)
     index.unlink()
     for name in (path, write_uint16(tmp_path / "a.ids", []).url):
@@ -184,7 +239,9 @@ def test_what_is_refused_of_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyP
             read_all(input_file(Path(name)), "megatron")
     monkeypatch.setattr(pretokenized, "MAX_DOCUMENT_BYTES", 100)
     file = write_megatron(path, [[[1]], [[2] * 99], [[3]]])
-    with pytest.raises(UserError, match=r"a\.bin: a document after byte 0 takes over 0 MB; cut it into documents"):
+    with pytest.raises(
+        UserError, match=r"a\.bin: a document after byte 0 takes over 0 MB; cut it into documents"
+    ):
         read_all(file, "megatron", unit_bytes=64)
 
 
@@ -233,7 +290,9 @@ def decode(tokenizer: LoadedTokenizer, *documents: Sequence[int]) -> pa.LargeStr
 
 
 @pytest.mark.parametrize("encoder", ["gigatoken", "tokenizers"])
-def test_decoding_gives_the_texts_back(encoder: str, tokenizer: LoadedTokenizer, texts: list[str]) -> None:
+def test_decoding_gives_the_texts_back(
+    encoder: str, tokenizer: LoadedTokenizer, texts: list[str]
+) -> None:
     documents = pa.array([*texts, "", "end", ""], pa.large_string())
     ids, offsets = new_encoder(tokenizer, prefer=encoder).encode(documents)
     decoded = decode_ids(tokenizer, np.asarray(ids), np.asarray(offsets))
@@ -267,7 +326,9 @@ def new_tokenizer_dir(directory: Path, tokenizer: Tokenizer, eos_token: str) -> 
 def test_added_tokens_and_ids_without_a_token(tmp_path: Path, tokenizer_dir: Path) -> None:
     model = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
     # moved, not removed: an added token's id is read back only where as many tokens come before it
-    model["model"]["vocab"] = {token: 512 if id_ == 300 else id_ for token, id_ in model["model"]["vocab"].items()}
+    model["model"]["vocab"] = {
+        token: 512 if id_ == 300 else id_ for token, id_ in model["model"]["vocab"].items()
+    }
     model["model"]["merges"] = []
     changed = Tokenizer.from_str(json.dumps(model))
     changed.add_tokens(["é Ġ"])
@@ -284,12 +345,16 @@ def test_other_tokenizers_decode_by_the_reference(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     loaded = load_tokenizer(new_tokenizer_dir(tmp_path / "t", tokenizer, "<s>"))
     documents = pa.array(["ab", "", "b 日\n"], pa.large_string())
-    assert decode_ids(loaded, *new_encoder(loaded, prefer="tokenizers").encode(documents)).equals(documents)
+    assert decode_ids(loaded, *new_encoder(loaded, prefer="tokenizers").encode(documents)).equals(
+        documents
+    )
 
 
 def test_ids_of_four_bytes_are_no_uint16(tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
     path.write_bytes(np.arange(1, 100, dtype="<u4").tobytes())
     file = InputFile(name="ids.bin", url=str(path), size=path.stat().st_size, version="")
-    with pytest.raises(UserError, match=r"ids\.bin: every second id is at most 3, as in ids of 4 or 8 bytes"):
+    with pytest.raises(
+        UserError, match=r"ids\.bin: every second id is at most 3, as in ids of 4 or 8 bytes"
+    ):
         cut_ids(file, "uint16", 0, 1 << 20)

@@ -30,7 +30,9 @@ print(f"rank {{world.rank}} of {{world.size}}: {{threads}} threads")
         ("set(range(8)) if rank else {0, 1}", (2, 4)),
     ],
 )
-def test_ranks_share_the_cores_of_their_machine(tmp_path: Path, cores: str, threads: tuple[int, int]) -> None:
+def test_ranks_share_the_cores_of_their_machine(
+    tmp_path: Path, cores: str, threads: tuple[int, int]
+) -> None:
     result = run_ranks(tmp_path, CONNECT.format(cores=cores))
     found = re.findall(r"rank (\d) of 2: (\d) threads", result.stdout)
     assert sorted((int(rank), int(number)) for rank, number in found) == [*enumerate(threads)]

@@ -7,7 +7,15 @@ import torch
 import yaml
 from conftest import REPOSITORY, overrides_of
 
-from pretrain.config.recipe import RECIPES_DIR, Recipe, build_recipe, flatten, load_recipe, model_config, recipe_to_dict
+from pretrain.config.recipe import (
+    RECIPES_DIR,
+    Recipe,
+    build_recipe,
+    flatten,
+    load_recipe,
+    model_config,
+    recipe_to_dict,
+)
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -64,17 +72,33 @@ def test_the_three_paper_recipes_differ_in_one_key() -> None:
     assert flat[0].keys() == flat[1].keys() == flat[2].keys()
     differing = {key for key in flat[0] if len({str(recipe[key]) for recipe in flat}) > 1}
     assert differing == {"model.input_embedding"}
-    assert [recipe["model.input_embedding"] for recipe in flat] == ["affine_code", "binary_code", "learned"]
+    assert [recipe["model.input_embedding"] for recipe in flat] == [
+        "affine_code",
+        "binary_code",
+        "learned",
+    ]
 
 
 def test_the_paper_recipes_are_the_runs_that_design_md_states() -> None:
     recipe = load_recipe("paper_binary_code")
     assert recipe.total_steps == 32_425
     assert recipe.global_batch_size == 512  # 524,288 tokens in windows of 1,024
-    assert (recipe.model.d_model, recipe.model.num_layers, recipe.model.num_heads) == (1_024, 32, 32)
-    assert (recipe.model.vocab_size, recipe.model.code_bits, recipe.model.seq_len) == (65_536, 16, 1_024)
+    assert (recipe.model.d_model, recipe.model.num_layers, recipe.model.num_heads) == (
+        1_024,
+        32,
+        32,
+    )
+    assert (recipe.model.vocab_size, recipe.model.code_bits, recipe.model.seq_len) == (
+        65_536,
+        16,
+        1_024,
+    )
     assert (recipe.optimizer.peak_learning_rate, recipe.optimizer.weight_decay) == (6e-4, 0.1)
-    assert (recipe.optimizer.beta1, recipe.optimizer.beta2, recipe.optimizer.gradient_clipping) == (0.9, 0.95, 1.0)
+    assert (recipe.optimizer.beta1, recipe.optimizer.beta2, recipe.optimizer.gradient_clipping) == (
+        0.9,
+        0.95,
+        1.0,
+    )
     assert (recipe.schedule.warmup_fraction, recipe.schedule.final_fraction) == (0.01, 0.1)
     assert recipe.validation.eval_tokens == 2_097_152
     assert recipe.engine == "zero2_bf16"

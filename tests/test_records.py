@@ -1,4 +1,6 @@
-"""Files of a record a line: what a crash left at their end is cut off in its place, anything else is refused."""
+"""Files of a record a line: what a crash left at their end is cut off in its place, anything
+else is refused.
+"""
 
 import json
 import subprocess
@@ -31,7 +33,9 @@ def lines(*steps: int) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("step", [0, 2, 4])
-def test_damage_behind_the_steps_of_a_checkpoint_is_cut_off_and_said(damage: bytes, step: int, tmp_path: Path) -> None:
+def test_damage_behind_the_steps_of_a_checkpoint_is_cut_off_and_said(
+    damage: bytes, step: int, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(0, 1, 2, 3) + damage)
     inode = path.stat().st_ino
@@ -47,11 +51,15 @@ def test_damage_behind_the_steps_of_a_checkpoint_is_cut_off_and_said(damage: byt
 
 
 @pytest.mark.parametrize("damage", [damage for damage in DAMAGE if damage.endswith(b"\n")])
-def test_damage_among_the_steps_of_a_checkpoint_is_refused_and_left(damage: bytes, tmp_path: Path) -> None:
+def test_damage_among_the_steps_of_a_checkpoint_is_refused_and_left(
+    damage: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     content = lines(0, 1, 2) + damage + lines(4, 5)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged \(line 4: .*\); mend or remove it"):
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: damaged \(line 4: .*\); mend or remove it"
+    ):
         MetricsFile(tmp_path, 4)
     assert path.read_bytes() == content
 
@@ -59,10 +67,26 @@ def test_damage_among_the_steps_of_a_checkpoint_is_refused_and_left(damage: byte
 @pytest.mark.parametrize(
     ("content", "step", "says"),
     [
-        (lines(0, 1) + b'{"st', 2, "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again"),
-        (lines(0, 1) + b'{"st', 0, "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again"),
-        (lines(0, 1) + b'{"st', 5, "after step 1: 4 bytes cut off; the lines of 3 steps are lost; the checkpoint has"),
-        (b'{"st', 5, "line 1 is torn after its beginning: 4 bytes cut off; the lines of 5 steps are lost"),
+        (
+            lines(0, 1) + b'{"st',
+            2,
+            "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again",
+        ),
+        (
+            lines(0, 1) + b'{"st',
+            0,
+            "line 3 is torn after step 1: 4 bytes cut off; those steps are trained again",
+        ),
+        (
+            lines(0, 1) + b'{"st',
+            5,
+            "after step 1: 4 bytes cut off; the lines of 3 steps are lost; the checkpoint has",
+        ),
+        (
+            b'{"st',
+            5,
+            "line 1 is torn after its beginning: 4 bytes cut off; the lines of 5 steps are lost",
+        ),
     ],
 )
 def test_a_torn_line_is_said_to_be_trained_again_only_if_it_is(
@@ -103,7 +127,9 @@ def test_of_skips_nothing_is_cut_off_that_no_crash_leaves(damage: bytes, tmp_pat
     assert path.read_bytes() == lines(3, 9) + damage
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 4, "lo', *(damage for damage in DAMAGE if b"\0" in damage)])
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 4, "lo', *(damage for damage in DAMAGE if b"\0" in damage)]
+)
 def test_of_skips_an_end_that_a_crash_left_is_cut_off(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "skips.jsonl"
     path.write_bytes(lines(3, 9) + damage)
@@ -121,7 +147,10 @@ def test_of_skips_an_end_that_a_crash_left_is_cut_off(damage: bytes, tmp_path: P
 def test_a_run_goes_on_over_what_a_crash_left_and_who_follows_its_metrics_does_too(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    recipe, run_dir = write_recipe(tmp_path / "tiny.yaml", train_tokens=10 * 6 * 32), tmp_path / "run"
+    recipe, run_dir = (
+        write_recipe(tmp_path / "tiny.yaml", train_tokens=10 * 6 * 32),
+        tmp_path / "run",
+    )
     train_on(1, recipe, tiny_data, run_dir, "--stop-at-step=6")
     metrics, seen = run_dir / "metrics.jsonl", tmp_path / "seen"
     whole = metrics.read_bytes()
@@ -130,7 +159,9 @@ def test_a_run_goes_on_over_what_a_crash_left_and_who_follows_its_metrics_does_t
     metrics.write_bytes(whole + b"\0" * 64 + b"\n")
     (run_dir / "skips.jsonl").write_bytes(b"\0" * 64 + b"\n")
     with seen.open("wb") as output:
-        follower = subprocess.Popen(["tail", "-n", "+1", "-f", str(metrics)], stdout=output, stderr=subprocess.DEVNULL)
+        follower = subprocess.Popen(
+            ["tail", "-n", "+1", "-f", str(metrics)], stdout=output, stderr=subprocess.DEVNULL
+        )
     try:
         said = train_on(1, recipe, tiny_data, run_dir)
         end = time.monotonic() + 30

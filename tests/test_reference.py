@@ -1,4 +1,6 @@
-"""The reference tokenizer in a process of its own: it does what the one here does, and its end is no build's end."""
+"""The reference tokenizer in a process of its own: it does what the one here does, and its end
+is no build's end.
+"""
 
 import os
 import signal
@@ -34,7 +36,9 @@ def test_it_answers_as_the_one_here(tokenizer_dir: Path) -> None:
         assert beside.by_reference.traits(question) == here.by_reference.traits(question)
     rows = here.by_reference.encode(NASTY_TEXTS)
     assert beside.by_reference.encode(NASTY_TEXTS) == rows
-    assert [beside.by_reference.decode(ids) for ids in rows] == [here.by_reference.decode(ids) for ids in rows]
+    assert [beside.by_reference.decode(ids) for ids in rows] == [
+        here.by_reference.decode(ids) for ids in rows
+    ]
 
 
 def test_one_that_is_killed_is_replaced_here_and_that_is_said(
@@ -46,7 +50,9 @@ def test_one_that_is_killed_is_replaced_here_and_that_is_said(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert tokenizer.by_reference.encode(NASTY_TEXTS) == expected
-    assert tokenizer.by_reference.decode(expected[0]) == load_tokenizer(tokenizer_dir).by_reference.decode(expected[0])
+    assert tokenizer.by_reference.decode(expected[0]) == load_tokenizer(
+        tokenizer_dir
+    ).by_reference.decode(expected[0])
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].startswith("note: the process of the reference tokenizer has ended")
@@ -62,7 +68,9 @@ def test_a_build_goes_on_where_it_cannot_be_started(
     assert build(mixture, tmp_path / "without") == with_it
 
 
-def test_a_tokenizer_that_it_cannot_load_is_refused_here(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_tokenizer_that_it_cannot_load_is_refused_here(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
     for file in tokenizer_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "Unheard"}}')

@@ -1,7 +1,8 @@
-"""A data set built from the hub, S3 or a web server, through the clients that users have, is the one built from here.
+"""A data set built from the hub, S3 or a web server, through the clients that users have, is the
+one built from here.
 
-The servers are local and fail on the way; the builds are processes of their own, on one rank and on two, as the hub's
-clients read HF_ENDPOINT when they are imported.
+The servers are local and fail on the way; the builds are processes of their own, on one rank and on
+two, as the hub's clients read HF_ENDPOINT when they are imported.
 """
 
 import shutil
@@ -59,15 +60,26 @@ def sources(books: dict[str, str], web: dict[str, str]) -> list[dict[str, Any]]:
     """The entries of a mixture; where the two lie is all that differs."""
     entries = []
     for place, format, weight in ((books, "parquet", 3), (web, "jsonl", 1)):
-        entry: dict[str, Any] = source("books" if weight == 3 else "web", "", format=format, weight=weight)
+        entry: dict[str, Any] = source(
+            "books" if weight == 3 else "web", "", format=format, weight=weight
+        )
         del entry["path"]
         entries.append(entry | place)
     return entries
 
 
-def build_from(base: Path, tokenizer_dir: Path, books: dict[str, str], web: dict[str, str], *, ranks: int = 1,
-               **environment: str) -> tuple[Path, str]:  # fmt: skip
-    """Build in other processes, which don't wait between tries; the data set, and what they said on the way."""
+def build_from(
+    base: Path,
+    tokenizer_dir: Path,
+    books: dict[str, str],
+    web: dict[str, str],
+    *,
+    ranks: int = 1,
+    **environment: str,
+) -> tuple[Path, str]:
+    """Build in other processes, which don't wait between tries; the data set, and what they said
+    on the way.
+    """
     base.mkdir()
     mixture = write_mixture(base, tokenizer_dir, sources(books, web))
     command = build_command(mixture, base / "out", ranks=ranks, unit_bytes=UNIT_BYTES)
@@ -78,11 +90,15 @@ def build_from(base: Path, tokenizer_dir: Path, books: dict[str, str], web: dict
 
 
 @pytest.fixture(scope="module")
-def here(hub: HubServer, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, texts: list[str]) -> Path:
+def here(
+    hub: HubServer, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, texts: list[str]
+) -> Path:
     """The data set of the same files, read from the disk."""
     base = tmp_path_factory.mktemp("here")
     shutil.copytree(hub.root / "owner" / "corpus", base / "files")
-    books, web = ({"path": f"{base}/files/{name}"} for name in ("books/train-*.parquet", "web/*.jsonl"))
+    books, web = (
+        {"path": f"{base}/files/{name}"} for name in ("books/train-*.parquet", "web/*.jsonl")
+    )
     built, _ = build_from(base / "build", tokenizer_dir, books, web)
     assert len(load_manifest(built).shards) > 10
     assert [*decoded(built).values()].count(texts[7]) == 3
@@ -91,19 +107,32 @@ def here(hub: HubServer, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir
 
 def without_places(manifest: Manifest) -> Manifest:
     """The manifest without what says where the files were found: all digests are still in it."""
-    shards = (replace(s, inputs=tuple(name.rpartition("/")[2] for name in s.inputs)) for s in manifest.shards)
+    shards = (
+        replace(s, inputs=tuple(name.rpartition("/")[2] for name in s.inputs))
+        for s in manifest.shards
+    )
     unplaced = (replace(source, origin="", revision=None) for source in manifest.sources)
     return replace(manifest, shards=tuple(shards), sources=tuple(unplaced))
 
 
 @on_one_rank_and_on_two
-def test_from_the_hub(hub: HubServer, here: Path, tmp_path: Path, tokenizer_dir: Path, ranks: int) -> None:
+def test_from_the_hub(
+    hub: HubServer, here: Path, tmp_path: Path, tokenizer_dir: Path, ranks: int
+) -> None:
     hub.reset()
     hub.failures.next = {"v1": [503, DROPPED], "train-0.parquet": [503] * 8, "0.jsonl": [503, 503]}
     hub.failures.cut_bytes = {"train-1.parquet": [10]}
-    books, web = ({"hub": "owner/corpus", "config": name, "revision": "v1"} for name in ("books", "web"))
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    built, said = build_from(tmp_path / "hub", tokenizer_dir, books, web, ranks=ranks, **environment)
+    books, web = (
+        {"hub": "owner/corpus", "config": name, "revision": "v1"} for name in ("books", "web")
+    )
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    built, said = build_from(
+        tmp_path / "hub", tokenizer_dir, books, web, ranks=ranks, **environment
+    )
     manifest = load_manifest(built)
     assert [source.revision for source in manifest.sources] == [COMMIT, COMMIT]
     assert manifest.sources[0].origin == "hf://datasets/owner/corpus books train"
@@ -116,7 +145,9 @@ def test_from_the_hub(hub: HubServer, here: Path, tmp_path: Path, tokenizer_dir:
 
 
 @on_one_rank_and_on_two
-def test_from_a_web_server(hub: HubServer, here: Path, tmp_path: Path, tokenizer_dir: Path, ranks: int) -> None:
+def test_from_a_web_server(
+    hub: HubServer, here: Path, tmp_path: Path, tokenizer_dir: Path, ranks: int
+) -> None:
     hub.reset()
     hub.failures.next = {"train-0.parquet": [503] * 4, "0.jsonl": [503]}
     hub.failures.cut_bytes = {"train-1.parquet": [10], "0.jsonl": [10]}

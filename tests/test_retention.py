@@ -1,4 +1,6 @@
-"""What may disappear from a run's checkpoints: files of ours alone, and none at the cost of a save."""
+"""What may disappear from a run's checkpoints: files of ours alone, and none at the cost of a
+save.
+"""
 
 import errno
 import os
@@ -9,8 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.reader import Checkpoint, Fragment, checkpoints_dir, newest_good, saved_steps
-from pretrain.checkpoint.retention import discard, is_own_file, leftovers_in, prune, step_name, step_of, sweep
+from pretrain.checkpoint.reader import (
+    Checkpoint,
+    Fragment,
+    checkpoints_dir,
+    newest_good,
+    saved_steps,
+)
+from pretrain.checkpoint.retention import (
+    discard,
+    is_own_file,
+    leftovers_in,
+    prune,
+    step_name,
+    step_of,
+    sweep,
+)
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
@@ -54,7 +70,15 @@ def test_every_step_has_one_name(step: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["step-7", "step-0000007", "step-000000007", "step-00000007.x", "step--0000001", "step-0000000a", "latest"],
+    [
+        "step-7",
+        "step-0000007",
+        "step-000000007",
+        "step-00000007.x",
+        "step--0000001",
+        "step-0000000a",
+        "latest",
+    ],
 )
 def test_what_is_no_name_of_a_step_is_none(name: str) -> None:
     assert step_of(name) is None
@@ -93,7 +117,10 @@ def test_a_checkpoint_in_which_somebody_keeps_a_file_is_not_removed(
     save_all(tmp_path, 2, 3)
     assert mine.read_text() == "mine"
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000003", "step-00000001"]
-    assert f"{mine.parent}: kept, since it holds {name}, which is no part of a checkpoint" in capsys.readouterr().err
+    assert (
+        f"{mine.parent}: kept, since it holds {name}, which is no part of a checkpoint"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -112,7 +139,9 @@ def test_what_has_the_name_of_a_checkpoint_to_be_is_set_aside(
     assert steps_there(tmp_path) == [2]
 
 
-def test_what_was_passed_over_as_damaged_stays_and_pushes_out_nothing_until_it_is_saved_anew(tmp_path: Path) -> None:
+def test_what_was_passed_over_as_damaged_stays_and_pushes_out_nothing_until_it_is_saved_anew(
+    tmp_path: Path,
+) -> None:
     for step in (1, 5, 9):
         save(tmp_path, step)
     for step in (5, 9):
@@ -162,7 +191,9 @@ def test_a_link_in_place_of_a_checkpoint_s_file_may_not_lead_out_of_it(tmp_path:
     good, (said,) = newest_good(tmp_path)
     assert good is not None
     assert good.step == 1
-    assert said.endswith(f"step-00000002: {file.name} is a link that leads out of the checkpoint; passed over")
+    assert said.endswith(
+        f"step-00000002: {file.name} is a link that leads out of the checkpoint; passed over"
+    )
 
 
 # Leftovers, and what can't be removed
@@ -182,7 +213,9 @@ def test_leftovers_of_all_kinds_go_with_the_next_save(tmp_path: Path) -> None:
 
 @pytest.fixture
 def busy() -> Iterator[list[Path]]:
-    """Directories of this list have something mounted on them, so that they can't be removed until it is unmounted."""
+    """Directories of this list have something mounted on them, so that they can't be removed
+    until it is unmounted.
+    """
     mounted: list[Path] = []
     yield mounted
     for path in mounted:
@@ -190,9 +223,13 @@ def busy() -> Iterator[list[Path]]:
 
 
 def keep_busy(path: Path, busy: list[Path]) -> None:
-    """Like a file that a reader on NFS has open: what holds it can be renamed, and not be removed."""
+    """Like a file that a reader on NFS has open: what holds it can be renamed, and not be
+    removed.
+    """
     path.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(path)], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(path)], capture_output=True, check=False
+    )
     if made.returncode != 0:
         pytest.skip(f"mounting takes root: {made.stderr.decode().strip()}")
     busy.append(path)
@@ -235,7 +272,9 @@ def test_a_directory_that_cannot_be_listed_ends_no_save(
     assert capsys.readouterr().err.count("Stale file handle") == 2
 
 
-def test_a_leftover_of_the_same_step_that_cannot_be_removed_ends_no_save(tmp_path: Path, busy: list[Path]) -> None:
+def test_a_leftover_of_the_same_step_that_cannot_be_removed_ends_no_save(
+    tmp_path: Path, busy: list[Path]
+) -> None:
     keep_busy(checkpoints_dir(tmp_path) / ".step-00000002.tmp" / "held", busy)
     assert save_all(tmp_path, 2, 3) == [3]
     assert newest_good(tmp_path)[1] == []
@@ -247,6 +286,9 @@ def test_a_directory_that_cannot_even_be_renamed_is_said_and_kept(
     keep_busy(checkpoints_dir(tmp_path) / step_name(1), busy)
     saved = save(tmp_path, 2)
     prune(saved, 1)
-    assert f"{saved.with_name(step_name(1))}: not removed (Device or resource busy)" in capsys.readouterr().err
+    assert (
+        f"{saved.with_name(step_name(1))}: not removed (Device or resource busy)"
+        in capsys.readouterr().err
+    )
     with pytest.raises(OSError, match="busy"):
         discard(saved.with_name(step_name(1)))

@@ -16,7 +16,13 @@ from data_prep.shards import lock
 from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
 from pretrain.metrics.records import read_lines
 from pretrain.run.claim import METRICS_NAME, WRITTEN
-from pretrain.run.directory import MetricsFile, check_same_run, note_failure, read_state, write_state
+from pretrain.run.directory import (
+    MetricsFile,
+    check_same_run,
+    note_failure,
+    read_state,
+    write_state,
+)
 from pretrain.run.first_checks import check_arguments
 
 HOLD = """
@@ -54,14 +60,20 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "null", "3", '{"step": "x"}', '{"loss": 1.0}'])
-def test_a_line_that_is_no_step_is_a_damaged_file_where_it_is_needed(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_no_step_is_a_damaged_file_where_it_is_needed(
+    tmp_path: Path, line: str
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl: damaged \(line 2: a line without a step\)"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl: damaged \(line 2: a line without a step\)"
+    ):
         MetricsFile(tmp_path, 2)
 
 
 def test_lines_that_are_missing_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 4, 5)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}}}\n' for step in (0, 1, 4, 5))
+    )
     assert MetricsFile(tmp_path, 5).lacks == 2
 
 
@@ -74,7 +86,10 @@ def note(run_dir: Path, rank: int) -> None:
 
 def test_several_ranks_may_note_a_failure_at_once(tmp_path: Path) -> None:
     write_state(tmp_path, status="running")
-    processes = [multiprocessing.get_context("fork").Process(target=note, args=(tmp_path, rank)) for rank in range(3)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=note, args=(tmp_path, rank))
+        for rank in range(3)
+    ]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):
@@ -124,7 +139,9 @@ def test_what_a_run_would_replace_and_did_not_make_is_refused_and_left(
     mine = path / "tokenizer.json" if name == "tokenizer" else path
     mine.parent.mkdir(parents=True)
     mine.write_text('{"mine": 1}\n')
-    with pytest.raises(UserError, match=f"so {name} is somebody else's and would be replaced; move it away"):
+    with pytest.raises(
+        UserError, match=f"so {name} is somebody else's and would be replaced; move it away"
+    ):
         check_arguments(arguments_of(recipe, tiny_data, run_dir), 1)
     assert [found for found in run_dir.rglob("*") if found.is_file()] == [mine]
     assert mine.read_text() == '{"mine": 1}\n'
@@ -147,7 +164,14 @@ def test_a_run_may_begin_beside_what_it_does_not_write_and_goes_on_wherever_it_w
     tiny_data: Path, tmp_path: Path
 ) -> None:
     recipe, run_dir = write_recipe(tmp_path / "tiny.yaml"), tmp_path / "run"
-    for name in ("logs/out.txt", "corpus/corpus.txt", "dataset/manifest.json", "hostfile", ".lock", "notes.md"):
+    for name in (
+        "logs/out.txt",
+        "corpus/corpus.txt",
+        "dataset/manifest.json",
+        "hostfile",
+        ".lock",
+        "notes.md",
+    ):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("")
     train_on(1, recipe, tiny_data, run_dir, "--stop-at-step=1")
@@ -180,5 +204,9 @@ def test_a_run_writes_through_no_link(name: str, tiny_data: Path, tmp_path: Path
 def test_a_run_does_not_begin_in_its_data_set(place: str, tmp_path: Path) -> None:
     data = counting_dataset(tmp_path / "data")
     (tmp_path / "link").symlink_to(data)
-    with pytest.raises(UserError, match=r"--run-dir .*: is (the data set's directory|inside of the data set)"):
-        check_arguments(arguments_of(write_recipe(tmp_path / "r.yaml"), data, tmp_path / "link" / place), 1)
+    with pytest.raises(
+        UserError, match=r"--run-dir .*: is (the data set's directory|inside of the data set)"
+    ):
+        check_arguments(
+            arguments_of(write_recipe(tmp_path / "r.yaml"), data, tmp_path / "link" / place), 1
+        )

@@ -36,17 +36,37 @@ def write_dataset(data_dir: Path) -> Manifest:
     tokens = np.array([*BORDER_IDS, 5, 65_535, 5], TOKEN_DTYPE)
     index = np.array([[0, 0], [5, 3]], INDEX_DTYPE)
     shard = Shard(
-        split="train", source="web", path=path, tokens=7, documents=2, text_bytes=9, text_characters=8,
-        inputs=("web.txt",), first_row=10, rows=4, xxh3_128=write_array(data_dir / path, tokens),
+        split="train",
+        source="web",
+        path=path,
+        tokens=7,
+        documents=2,
+        text_bytes=9,
+        text_characters=8,
+        inputs=("web.txt",),
+        first_row=10,
+        rows=4,
+        xxh3_128=write_array(data_dir / path, tokens),
         index_xxh3_128=write_array(data_dir / "shards/train/web/0.documents.npy", index),
-    )  # fmt: skip
+    )
     source = Source(
-        name="web", share=4096, weight=1.0, origin="web.txt", format="txt", text_field=None, revision=None
-    )  # fmt: skip
+        name="web",
+        share=4096,
+        weight=1.0,
+        origin="web.txt",
+        format="txt",
+        text_field=None,
+        revision=None,
+    )
     manifest = Manifest(
-        vocab_size=65_536, eos_id=5, eos_token="é", tokenizer_sha256="", validation_fraction=0.1, sources=(source,),
+        vocab_size=65_536,
+        eos_id=5,
+        eos_token="é",
+        tokenizer_sha256="",
+        validation_fraction=0.1,
+        sources=(source,),
         shards=(shard,),
-    )  # fmt: skip
+    )
     write_durably(data_dir / "manifest.json", manifest.to_bytes())
     return manifest
 
@@ -67,7 +87,9 @@ def test_documents_carry_the_rows_of_the_input_file(tmp_path: Path) -> None:
 
 
 def test_documents_of_text_files_lead_back_to_their_file(tmp_path: Path) -> None:
-    shard = replace(write_dataset(tmp_path).shards[0], inputs=("a.txt", "b.txt"), first_row=0, rows=2)
+    shard = replace(
+        write_dataset(tmp_path).shards[0], inputs=("a.txt", "b.txt"), first_row=0, rows=2
+    )
     assert [shard.origin(row) for row in (0, 1)] == [("a.txt", 0), ("b.txt", 0)]
     assert replace(shard, inputs=("a.parquet",)).origin(7) == ("a.parquet", 7)
 
@@ -75,7 +97,11 @@ def test_documents_of_text_files_lead_back_to_their_file(tmp_path: Path) -> None
 def test_manifest_round_trip_and_fingerprint(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path)
     assert load_manifest(tmp_path) == manifest
-    assert load_manifest(tmp_path).fingerprint == manifest.fingerprint == digest_file(tmp_path / "manifest.json")
+    assert (
+        load_manifest(tmp_path).fingerprint
+        == manifest.fingerprint
+        == digest_file(tmp_path / "manifest.json")
+    )
     assert replace(manifest, eos_id=6).fingerprint != manifest.fingerprint
 
 
@@ -89,7 +115,12 @@ def test_arrays_round_trip(tmp_path_factory: pytest.TempPathFactory, ids: list[i
 
 
 @settings(max_examples=30)
-@given(st.lists(st.lists(st.lists(st.integers(0, 65_535), min_size=1, max_size=4), min_size=1, max_size=3), max_size=5))
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 65_535), min_size=1, max_size=4), min_size=1, max_size=3),
+        max_size=5,
+    )
+)
 def test_a_shard_written_in_pieces_is_the_shard_written_at_once(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[list[list[int]]]
 ) -> None:
@@ -100,15 +131,26 @@ def test_a_shard_written_in_pieces_is_the_shard_written_at_once(
     row = 0
     for piece in pieces:
         starts = np.cumsum([0, *map(len, piece)])[:-1]
-        writer.add(np.array([*chain(*piece)], TOKEN_DTYPE), starts, np.arange(row, row + len(piece), dtype=np.uint64))
+        writer.add(
+            np.array([*chain(*piece)], TOKEN_DTYPE),
+            starts,
+            np.arange(row, row + len(piece), dtype=np.uint64),
+        )
         row += len(piece)
-    index = np.stack([np.cumsum([0, *map(len, documents)])[:-1], np.arange(row)], axis=1).astype(INDEX_DTYPE)
+    index = np.stack([np.cumsum([0, *map(len, documents)])[:-1], np.arange(row)], axis=1).astype(
+        INDEX_DTYPE
+    )
     tokens = np.array([*chain(*documents)], TOKEN_DTYPE)
     facts = writer.finish()
     assert (facts.tokens, facts.documents) == (len(tokens), len(documents))
     assert facts.xxh3_128 == write_array(base / "b.npy", tokens)
     assert facts.index_xxh3_128 == write_array(base / "b.index.npy", index)
-    assert sorted(path.name for path in base.iterdir()) == ["a.documents.npy", "a.npy", "b.index.npy", "b.npy"]
+    assert sorted(path.name for path in base.iterdir()) == [
+        "a.documents.npy",
+        "a.npy",
+        "b.index.npy",
+        "b.npy",
+    ]
 
 
 def test_a_shard_given_up_leaves_nothing(tmp_path: Path) -> None:
@@ -121,18 +163,41 @@ def test_a_shard_given_up_leaves_nothing(tmp_path: Path) -> None:
 def test_epochs() -> None:
     def shard(source: str, tokens: int) -> Shard:
         return Shard(
-            split="train", source=source, path=f"{source}.npy", tokens=tokens, documents=1, text_bytes=1,
-            text_characters=1, inputs=("x",), first_row=0, rows=1, xxh3_128="", index_xxh3_128="",
-        )  # fmt: skip
+            split="train",
+            source=source,
+            path=f"{source}.npy",
+            tokens=tokens,
+            documents=1,
+            text_bytes=1,
+            text_characters=1,
+            inputs=("x",),
+            first_row=0,
+            rows=1,
+            xxh3_128="",
+            index_xxh3_128="",
+        )
 
     sources = tuple(
-        Source(name=name, share=share, weight=1.0, origin="x", format="txt", text_field=None, revision=None)
+        Source(
+            name=name,
+            share=share,
+            weight=1.0,
+            origin="x",
+            format="txt",
+            text_field=None,
+            revision=None,
+        )
         for name, share in (("a", 3072), ("b", 1024))
     )
     manifest = Manifest(
-        vocab_size=9, eos_id=0, eos_token="e", tokenizer_sha256="", validation_fraction=0.1, sources=sources,
+        vocab_size=9,
+        eos_id=0,
+        eos_token="e",
+        tokenizer_sha256="",
+        validation_fraction=0.1,
+        sources=sources,
         shards=(shard("a", 100), shard("b", 10), shard("b", 10)),
-    )  # fmt: skip
+    )
     assert manifest.epochs(400) == {"a": 3.0, "b": 5.0}
 
 
@@ -155,8 +220,14 @@ def test_shares_of_the_paper_mixture() -> None:
         ("", "not valid JSON"),
         ("[]", "not a manifest"),
         ("{}", "not a manifest"),
-        (json.dumps({"format": "tablefree-shards", "format_version": 99}), "format version 99, expected 2"),
-        (json.dumps({"format": "tablefree-shards", "format_version": 1}), "format version 1, expected 2; remove its"),
+        (
+            json.dumps({"format": "tablefree-shards", "format_version": 99}),
+            "format version 99, expected 2",
+        ),
+        (
+            json.dumps({"format": "tablefree-shards", "format_version": 1}),
+            "format version 1, expected 2; remove its",
+        ),
         (json.dumps({"format": "tablefree-shards", "format_version": 2}), "damaged manifest"),
     ],
 )

@@ -35,7 +35,11 @@ def test_the_table(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, str(dataset), "--samples", "0")
     manifest = ShardReader(dataset).manifest
     assert f"fingerprint  {manifest.fingerprint}" in out
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines() if line.startswith(("train", "val"))}
+    rows = {
+        tuple(line.split()[:2]): line.split()[2:]
+        for line in out.splitlines()
+        if line.startswith(("train", "val"))
+    }
     for split, source, share in (
         ("train", "speeches", "75.00%"),
         ("train", "more", "25.00%"),
@@ -44,7 +48,11 @@ def test_the_table(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shards = manifest.shards_of(split, source)
         documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
         per_token = [sum(s.text_characters for s in shards), sum(s.text_bytes for s in shards)]
-        expected = [f"{documents:,}", f"{tokens:,}", *(f"{n / (tokens - documents):.2f}" for n in per_token)]
+        expected = [
+            f"{documents:,}",
+            f"{tokens:,}",
+            *(f"{n / (tokens - documents):.2f}" for n in per_token),
+        ]
         assert rows[split, source] == [*expected, share][: len(rows[split, source])]
         assert rows[split, source][4:] == [share] * bool(share)
 
@@ -72,8 +80,15 @@ def block(out: str, source: str) -> dict[str, list[str]]:
 
 
 def ids_of(reader: ShardReader, source: str) -> tuple[list[int], list[int]]:
-    """The length of every document, and every id, of a source in both splits: counted one by one."""
-    ids = [i for shard in reader.manifest.shards if shard.source == source for i in reader.tokens(shard).tolist()]
+    """The length of every document, and every id, of a source in both splits: counted one by
+    one.
+    """
+    ids = [
+        i
+        for shard in reader.manifest.shards
+        if shard.source == source
+        for i in reader.tokens(shard).tolist()
+    ]
     lengths, length = [], 0
     for i in ids:
         length += 1
@@ -84,32 +99,52 @@ def ids_of(reader: ShardReader, source: str) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("name", ["speeches", "more"])
-def test_figures_of_a_source_can_be_recounted(dataset: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_a_source_can_be_recounted(
+    dataset: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     reader = ShardReader(dataset)
     (lengths, ids), tokenizer = ids_of(reader, name), show.load_tokenizer(dataset / "tokenizer")
     facts = block(shown(capsys, str(dataset)), name)
-    assert facts["lengths"][0].startswith(f"median {np.median(lengths):,.0f} tokens, longest {max(lengths):,} (")
+    assert facts["lengths"][0].startswith(
+        f"median {np.median(lengths):,.0f} tokens, longest {max(lengths):,} ("
+    )
     bins = Counter(length.bit_length() for length in lengths)
     rows = [
-        re.fullmatch(r" *([\d,-]+) +([\d,]+) +([\d.]+)%(?:  ([█▏▎▍▌▋▊▉]+))?", line) for line in facts["lengths"][1:]
+        re.fullmatch(r" *([\d,-]+) +([\d,]+) +([\d.]+)%(?:  ([█▏▎▍▌▋▊▉]+))?", line)
+        for line in facts["lengths"][1:]
     ]
-    spans = [f"{1 << power >> 1:,}-{(1 << power) - 1:,}" for power in range(min(bins), max(bins) + 1)]
+    spans = [
+        f"{1 << power >> 1:,}-{(1 << power) - 1:,}" for power in range(min(bins), max(bins) + 1)
+    ]
     assert [row and row[1] for row in rows] == [span.removeprefix("1-") for span in spans]
-    assert [row and int(row[2].replace(",", "")) for row in rows] == [bins[i] for i in range(min(bins), max(bins) + 1)]
+    assert [row and int(row[2].replace(",", "")) for row in rows] == [
+        bins[i] for i in range(min(bins), max(bins) + 1)
+    ]
     assert max(len(row[4] or "") for row in rows if row) == show.BAR_CHARACTERS
     counts, unseen = Counter(ids), 512 - len(set(ids))
     assert facts["never seen"] == [f"{unseen:,} of 512 ids ({unseen / 512:.1%})"]
     assert tokenizer.token_bytes
-    in_bytes = sum(len(token) == 1 and token[0] >= 0x80 for token in tokenizer.token_bytes.take(ids).to_pylist())
+    in_bytes = sum(
+        len(token) == 1 and token[0] >= 0x80
+        for token in tokenizer.token_bytes.take(ids).to_pylist()
+    )
     assert in_bytes > 0 or name == "more"
     assert facts["raw bytes"][0].startswith(f"{in_bytes / len(ids):.3%} of tokens")
-    cells = [cell for line in facts["commonest"] for cell in re.findall(r" *(\d+) (.{14}) +([\d.]+%)", line)]
+    cells = [
+        cell
+        for line in facts["commonest"]
+        for cell in re.findall(r" *(\d+) (.{14}) +([\d.]+%)", line)
+    ]
     assert len(cells) == 20
-    assert [share for _, _, share in cells] == [f"{n / len(ids):.2%}" for _, n in counts.most_common(20)]
+    assert [share for _, _, share in cells] == [
+        f"{n / len(ids):.2%}" for _, n in counts.most_common(20)
+    ]
     for i, text, share in cells:
         assert share == f"{counts[int(i)] / len(ids):.2%}"
         assert (
-            text.strip(" …") in repr(tokenizer.reference.decode([int(i)], skip_special_tokens=False)) or text[0] == "<"
+            text.strip(" …")
+            in repr(tokenizer.reference.decode([int(i)], skip_special_tokens=False))
+            or text[0] == "<"
         )
     assert facts["left out"] == ["0 empty documents, 0 bad ones"]
     assert "counted" not in facts
@@ -149,7 +184,16 @@ def test_the_histogram_holds_every_document_once(lengths: list[int]) -> None:
 
 
 def test_raw_bytes_of_a_byte_fallback_tokenizer() -> None:
-    vocab = {"<unk>": 0, "<0x41>": 1, "<0x80>": 2, "<0xFF>": 3, "é": 4, "Ģ": 5, "\ufffd": 6, "<0x800>": 7}
+    vocab = {
+        "<unk>": 0,
+        "<0x41>": 1,
+        "<0x80>": 2,
+        "<0xFF>": 3,
+        "é": 4,
+        "Ģ": 5,
+        "\ufffd": 6,
+        "<0x800>": 7,
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     assert sorted(show.raw_bytes(tokenizer)) == [2, 3]
@@ -178,7 +222,9 @@ def test_what_was_left_out_and_the_tokenizer_s_special_tokens(
     out = shown(capsys, str(tmp_path / "dataset"))
     left_out = block(out, "a")["left out"]
     assert left_out[0] == "2 empty documents, 5 bad ones"
-    rows = [f"a.jsonl, row {len(texts) + 2 + i}: {manifest.bad_documents[i].reason}" for i in range(3)]
+    rows = [
+        f"a.jsonl, row {len(texts) + 2 + i}: {manifest.bad_documents[i].reason}" for i in range(3)
+    ]
     assert left_out[1:] == [show.cut(row, show.LINE_CHARACTERS) for row in rows]
     assert "\nspecial      <pad> = 511, <|endoftext|> = 0\n" in out
     assert "\nseparator    eos after every document: <|endoftext|> = 0\n" in out
@@ -190,15 +236,24 @@ def test_epochs_and_a_warning_of_many(dataset: Path, capsys: pytest.CaptureFixtu
     out = shown(capsys, str(dataset), "--train-tokens", f"{train_tokens:e}")
     lines = [line for line in out.splitlines() if line.startswith("epochs")]
     assert len(lines) == 2
-    assert f"speeches: {manifest.epochs(train_tokens)['speeches']:.2f} over {train_tokens:,}" in lines[0]
-    assert ["above 4" in line for line in lines] == [n > 4 for n in manifest.epochs(train_tokens).values()]
+    assert (
+        f"speeches: {manifest.epochs(train_tokens)['speeches']:.2f} over {train_tokens:,}"
+        in lines[0]
+    )
+    assert ["above 4" in line for line in lines] == [
+        n > 4 for n in manifest.epochs(train_tokens).values()
+    ]
     assert "epochs" not in shown(capsys, str(dataset))
     for bad in ("nan", "inf", "0", "-5", "1e400", "many"):
-        with pytest.raises(UserError, match=f"--train-tokens: {bad}: expected a number of 1 or more"):
+        with pytest.raises(
+            UserError, match=f"--train-tokens: {bad}: expected a number of 1 or more"
+        ):
             show.main([str(dataset), f"--train-tokens={bad}"])
 
 
-def test_lines_fit_100_columns_but_for_samples_and_advice(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_fit_100_columns_but_for_samples_and_advice(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shown(capsys, str(dataset), "--samples", "0").replace(str(dataset), "")
     assert max(map(len, out.splitlines())) <= 100
 
@@ -207,7 +262,11 @@ def test_samples_are_the_beginnings_of_documents(
     dataset: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shown(capsys, str(dataset), "--samples", "3")
-    samples = [block.splitlines() for block in out.split("\n\n") if re.match("(train|validation) · ", block)]
+    samples = [
+        block.splitlines()
+        for block in out.split("\n\n")
+        if re.match("(train|validation) · ", block)
+    ]
     lines = [text.removeprefix("  ").removesuffix("…") for _, text in samples]
     assert len(lines) == 6
     beginnings = {one_line(text)[: show.SAMPLE_CHARACTERS] for text in texts}
@@ -227,7 +286,8 @@ def test_trace_names_the_document_of_every_token(dataset: Path) -> None:
             assert "its token 0 of" in out
             text = one_line(documents[origin, row])
             around = out.split("text         ⟦", 1)[1].replace("⟧", "", 1)
-            assert text.startswith(around) or not text.isascii()  # a token may hold a part of a character
+            # a token may hold a part of a character
+            assert text.startswith(around) or not text.isascii()
 
 
 def test_trace_of_a_last_token(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,11 +331,15 @@ def test_ids_are_uint16(dataset: Path) -> None:
     assert all(reader.tokens(shard).dtype == np.dtype("<u2") for shard in reader.manifest.shards)
 
 
-def test_the_readme_s_commands_and_what_they_print(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_s_commands_and_what_they_print(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = (REPOSITORY / "data_prep" / "README.md").read_text(encoding="utf-8")
     commands = {
         command
-        for _, command in re.findall(r"(^|`|\$ )python -m data_prep\.show dataset([^`\n]*)", readme, re.MULTILINE)
+        for _, command in re.findall(
+            r"(^|`|\$ )python -m data_prep\.show dataset([^`\n]*)", readme, re.MULTILINE
+        )
     }
     assert len(commands) == 4
     outputs = {command: shown(capsys, str(dataset), *command.split()) for command in commands}

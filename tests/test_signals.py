@@ -1,4 +1,6 @@
-"""A run that is told to end: it finishes its step, saves, and goes on later as if nothing had happened."""
+"""A run that is told to end: it finishes its step, saves, and goes on later as if nothing had
+happened.
+"""
 
 import json
 import os
@@ -45,7 +47,12 @@ def has_three_steps(run_dir: Path) -> bool:
 def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
     """The training command, once it has taken three steps."""
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     end = time.monotonic() + 100
     while not has_three_steps(run_dir):
@@ -57,11 +64,17 @@ def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "tiny.yaml", checkpoints={"every_steps": 10**6}, validation={"every_steps": 10**6})
+    return write_recipe(
+        tmp_path / "tiny.yaml",
+        checkpoints={"every_steps": 10**6},
+        validation={"every_steps": 10**6},
+    )
 
 
 def assert_goes_on(called: str, output: str, recipe: Path, data: Path, run_dir: Path) -> None:
-    """That a run was ended well by a signal, and that the same command goes on as if it had not been."""
+    """That a run was ended well by a signal, and that the same command goes on as if it had not
+    been.
+    """
     state = json.loads((run_dir / "state.json").read_text())
     steps = len(losses(run_dir))
     assert (state["status"], state["saved_step"]) == ("preempted", steps)
@@ -113,8 +126,18 @@ def test_a_signal_to_one_rank_ends_all(recipe: Path, tiny_data: Path, tmp_path: 
     assert state["reason"].endswith(", as SIGUSR1 asked")  # rank 0, which writes it, got none
 
 
-def test_a_signal_to_the_launch_script_ends_its_ranks_well(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
+def test_a_signal_to_the_launch_script_ends_its_ranks_well(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--ranks=2",
+    ]
     process = start(["launch/pretrain.sh", *flags, LONG], tmp_path / "run")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -122,15 +145,29 @@ def test_a_signal_to_the_launch_script_ends_its_ranks_well(recipe: Path, tiny_da
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
     assert state["reason"].endswith(", as Ctrl-C (SIGINT) asked")
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(tmp_path / "run") in (p.info["cmdline"] or [])
+    ]
     assert not left
 
 
 def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_well(
     recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """As Slurm does when the time is up, or systemd: the launchers die of it, the ranks finish their step."""
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--ranks=2"]
+    """As Slurm does when the time is up, or systemd: the launchers die of it, the ranks finish
+    their step.
+    """
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--ranks=2",
+    ]
     long_steps = (LONG, f"--batch.global_batch_tokens={60 * 32}", "--model.num_layers=20")
     process = start(["launch/pretrain.sh", *flags, *long_steps], tmp_path / "run")
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -141,7 +178,11 @@ def test_a_signal_to_every_process_of_the_launch_script_s_job_ends_its_ranks_wel
     assert process.returncode == 0, output
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["saved_step"]) == ("preempted", len(losses(tmp_path / "run")))
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (p.info["cmdline"] or [])]
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(tmp_path / "run") in (p.info["cmdline"] or [])
+    ]
     assert not left
 
 
@@ -149,16 +190,28 @@ def test_a_signal_amid_a_line_of_the_log_ends_nothing_by_an_error() -> None:
     variables = environment()
     variables.pop("PYTHONUNBUFFERED", None)
     command = [sys.executable, "-c", SIGNALS_AMID_LINES]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=100, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stderr.count("SIGTERM: ending after this step") > 10
 
 
-def test_ctrl_c_before_training_is_no_traceback(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_before_training_is_no_traceback(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     command = launch_training(1, recipe, tiny_data, tmp_path / "run", LONG)
-    code = "import signal, sys, os; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    process = subprocess.Popen(  # Ctrl-C reaches nothing that was started in the background, as tests may be
-        [sys.executable, "-c", code, *command], cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    code = (
+        "import signal, sys, os; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], "
+        "sys.argv[1:])"
+    )
+    # Ctrl-C reaches nothing that was started in the background, as tests may be
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command],
+        cwd=REPOSITORY,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     time.sleep(1.5)  # it imports for longer
     process.send_signal(signal.SIGINT)
@@ -172,7 +225,9 @@ def test_ctrl_c_before_training_is_no_traceback(recipe: Path, tiny_data: Path, t
 def test_a_later_signal_ends_a_run_at_once(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     long_steps = (LONG, f"--batch.global_batch_tokens={200 * 32}", "--model.num_layers=100")
     command = launch_training(1, recipe, tiny_data, tmp_path / "run", *long_steps)
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr
     while "device cpu" not in process.stderr.readline():
         assert process.poll() is None

@@ -54,7 +54,12 @@ def test_documents_come_back_with_their_files_and_rows(
     assert files_below(tmp_path / "out") < 12
     assert manifest.sources[0].empty_documents == 1
     (shard,) = manifest.shards_of("train")
-    assert (shard.first_row, shard.rows, len(shard.inputs), len(shard.input_rows)) == (0, sum(shard.input_rows), 60, 60)
+    assert (shard.first_row, shard.rows, len(shard.inputs), len(shard.input_rows)) == (
+        0,
+        sum(shard.input_rows),
+        60,
+        60,
+    )
     assert not list(find_problems(tmp_path / "out", manifest))
     reader = ShardReader(tmp_path / "out")
     starts = reader.documents(shard)[:, 0].tolist()
@@ -74,7 +79,8 @@ def test_bad_documents_are_named_by_file_and_row(tmp_path: Path, tokenizer_dir: 
     with pytest.raises(Exception, match=rf"042\.jsonl: line {first + 1}: not valid JSON"):
         build(strict, tmp_path / "out")
     manifest = build(
-        small_mixture(tmp_path, tokenizer_dir, on_bad_document="skip", max_bad_fraction=1), tmp_path / "out"
+        small_mixture(tmp_path, tokenizer_dir, on_bad_document="skip", max_bad_fraction=1),
+        tmp_path / "out",
     )
     assert [(bad.input, bad.row) for bad in manifest.bad_documents] == [
         ("many/042.jsonl", first), ("many/042.jsonl", first + 1),
@@ -92,7 +98,9 @@ def test_few_files_and_large_ones_keep_the_units_that_they_had(tmp_path: Path) -
     for number in range(FEW_FILES):
         (tmp_path / "many" / f"{number:03}.jsonl").write_text('{"text": "x"}\n')
     few = cut(tmp_path)
-    assert [unit.name for unit in few] == [f"{number:05d}-{number:03}-00000" for number in range(FEW_FILES)]
+    assert [unit.name for unit in few] == [
+        f"{number:05d}-{number:03}-00000" for number in range(FEW_FILES)
+    ]
     (tmp_path / "many" / "001.jsonl").write_text('{"text": "x"}\n' * 100)
     (tmp_path / "many" / "999.jsonl").write_text('{"text": "x"}\n')
     units = cut(tmp_path, unit_bytes=1000)
@@ -109,7 +117,9 @@ def test_few_files_and_large_ones_keep_the_units_that_they_had(tmp_path: Path) -
 
 
 @pytest.fixture
-def built_before(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Manifest]:
+def built_before(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Manifest]:
     """A data set as it was built when each small file had a unit of its own; and its mixture."""
     write_small_files(tmp_path / "many")
     mixture = small_mixture(tmp_path, tokenizer_dir)
@@ -140,7 +150,9 @@ def test_a_data_set_built_before_stays_as_it_is(
     assert load_manifest(tmp_path / "out") == manifest
 
 
-def test_elsewhere_the_same_files_share_units(tmp_path: Path, built_before: tuple[Path, Manifest]) -> None:
+def test_elsewhere_the_same_files_share_units(
+    tmp_path: Path, built_before: tuple[Path, Manifest]
+) -> None:
     mixture, _ = built_before
     units = cut(tmp_path)
     tokenizer_sha256, fraction = (

@@ -23,7 +23,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
-def test_ranks_train_from_one_copy_as_from_the_data_set_itself(tiny_data: Path, tmp_path: Path) -> None:
+def test_ranks_train_from_one_copy_as_from_the_data_set_itself(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", train_tokens=4 * 6 * 32)
     stage = f"--data.stage_dir={tmp_path / 'local'}"
     train_on(2, recipe, tiny_data, tmp_path / "plain")
@@ -34,11 +36,14 @@ def test_ranks_train_from_one_copy_as_from_the_data_set_itself(tiny_data: Path, 
     assert losses(tmp_path / "staged") == losses(tmp_path / "plain")
 
 
-def test_a_copy_is_made_once_and_a_broken_off_one_is_completed(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_copy_is_made_once_and_a_broken_off_one_is_completed(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     reader = ShardReader(tiny_data)
     copy = staged(reader, tmp_path).data_dir
     times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.npy")}
-    (copy / "manifest.json").unlink()  # as a kill leaves it: some files whole, one in the making, no manifest
+    # as a kill leaves it: some files whole, one in the making, no manifest
+    (copy / "manifest.json").unlink()
     first = next(iter(times))
     first.rename(first.with_name(first.name + ".tmp"))
     again = staged(reader, tmp_path)
@@ -47,7 +52,9 @@ def test_a_copy_is_made_once_and_a_broken_off_one_is_completed(tiny_data: Path, 
     assert kept == {path: time for path, time in times.items() if path != first}
 
 
-def test_a_staged_copy_whose_files_went_missing_or_short_is_mended(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_staged_copy_whose_files_went_missing_or_short_is_mended(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     (data / "tokenizer").mkdir()
@@ -65,7 +72,9 @@ def test_a_staged_copy_whose_files_went_missing_or_short_is_mended(tiny_data: Pa
     assert times == {path: path.stat().st_mtime_ns for path in others}
 
 
-def test_a_staged_shard_with_a_damaged_header_is_copied_again(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_staged_shard_with_a_damaged_header_is_copied_again(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     reader = ShardReader(tiny_data)
     copy = staged(reader, tmp_path).data_dir
     shard = copy / reader.manifest.shards[0].path
@@ -80,7 +89,9 @@ OTHER_USER = 65_534  # nobody
 
 @pytest.fixture
 def open_to_all(tiny_data: Path) -> Iterator[Path]:
-    """A directory that every user can enter, with a data set in it that all can read, and a stage that all can fill."""
+    """A directory that every user can enter, with a data set in it that all can read, and a
+    stage that all can fill.
+    """
     if os.geteuid():
         pytest.skip("becoming another user needs root")
     with TemporaryDirectory() as home:
@@ -117,7 +128,9 @@ def stage_as_another_user(data: Path, stage: Path) -> str:
     return as_another_user(lambda: staged(reader, stage).data_dir)
 
 
-def test_a_copy_of_another_user_that_differs_is_not_trained_on_whatever_data_verify_says(open_to_all: Path) -> None:
+def test_a_copy_of_another_user_that_differs_is_not_trained_on_whatever_data_verify_says(
+    open_to_all: Path,
+) -> None:
     data, stage = open_to_all / "data", open_to_all / "stage"
     copy = staged(ShardReader(data), stage).data_dir
     shard = copy / ShardReader(data).manifest.shards[0].path
@@ -171,7 +184,9 @@ def test_where_another_user_may_not_write_the_line_says_what_to_do(open_to_all: 
     data, stage = open_to_all / "data", open_to_all / "stage"
     os.chmod(stage, 0o755)
     line = stage_as_another_user(data, stage)
-    assert line.startswith(f"data.stage_dir {stage}: you may not make a copy of the data there (Permission denied); ")
+    assert line.startswith(
+        f"data.stage_dir {stage}: you may not make a copy of the data there (Permission denied); "
+    )
     assert f"chmod 1777 {stage}" in line
 
 
@@ -194,14 +209,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False
+    )
     if mounted.returncode or os.geteuid():
         pytest.skip("mounting needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_too_small_is_one_line_with_the_bytes_needed(tiny_data: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_too_small_is_one_line_with_the_bytes_needed(
+    tiny_data: Path, small_disk: Path, tmp_path: Path
+) -> None:
     (small_disk / "full").write_bytes(bytes(60_000))
     recipe = write_recipe(tmp_path / "r.yaml")
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", f"--data.stage_dir={small_disk}")

@@ -26,7 +26,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_of_two_starts(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def run_of_two_starts(
+    recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A run of two ranks to step 5, then of one to step 7; and what the second start said."""
     run_dir = tmp_path_factory.mktemp("starts") / "run"
     train_on(2, recipe, tiny_data, run_dir, "--stop-at-step=5")
@@ -53,7 +55,9 @@ def test_each_start_is_a_line_with_what_its_bits_depend_on(
 def test_no_password_of_a_command_is_recorded() -> None:
     alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     of_ranks = [starts.surroundings(torch.device("cpu"))]
-    start = starts.describe_start(0, ["--x=https://me:hunter2@example.org/a?token=abc"], alone, of_ranks)
+    start = starts.describe_start(
+        0, ["--x=https://me:hunter2@example.org/a?token=abc"], alone, of_ranks
+    )
     assert "hunter2" not in json.dumps(start)
     assert "abc" not in start["command"]
 
@@ -70,7 +74,9 @@ def test_hosts_with_other_versions_are_both_recorded() -> None:
 def test_a_resumed_run_says_what_changed_in_one_line(run_of_two_starts: tuple[Path, str]) -> None:
     _, said = run_of_two_starts
     (line,) = [line for line in said.splitlines() if "since the start before" in line]
-    assert line.startswith("warning: changed since the start before: ranks 2 -> 1, devices 2 x cpu -> 1 x cpu, ")
+    assert line.startswith(
+        "warning: changed since the start before: ranks 2 -> 1, devices 2 x cpu -> 1 x cpu, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,15 +94,27 @@ def test_a_resumed_run_says_what_changed_in_one_line(run_of_two_starts: tuple[Pa
         ("time", "later", None),
     ],
 )
-def test_what_may_change_the_last_digits_is_named_and_nothing_else(key: str, value: object, words: str | None) -> None:
+def test_what_may_change_the_last_digits_is_named_and_nothing_else(
+    key: str, value: object, words: str | None
+) -> None:
     before = {
-        "step": 0, "time": "t", "command": "c", "commit": None, "ranks": 2, "hosts": {"a": 2}, "devices": {"cpu": 2},
-        "cpu_kernels": {"AVX2": 2}, "threads_per_rank": [1], "versions": {"torch": "2", "numpy": "2"},
-    }  # fmt: skip
+        "step": 0,
+        "time": "t",
+        "command": "c",
+        "commit": None,
+        "ranks": 2,
+        "hosts": {"a": 2},
+        "devices": {"cpu": 2},
+        "cpu_kernels": {"AVX2": 2},
+        "threads_per_rank": [1],
+        "versions": {"torch": "2", "numpy": "2"},
+    }
     assert changes(before, {**before, key: value}) == ([words] if words else [])
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 9, "ti', b"\0" * 40, b"[1]\n", b"{}\n", b"[" * 100_000 + b"\n", b"\xff\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 9, "ti', b"\0" * 40, b"[1]\n", b"{}\n", b"[" * 100_000 + b"\n", b"\xff\n"]
+)
 def test_a_torn_or_foreign_line_is_no_start_and_hides_none(torn: bytes, tmp_path: Path) -> None:
     append_start(tmp_path, {"step": 0})
     with (tmp_path / STARTS_NAME).open("ab") as file:
@@ -123,8 +141,16 @@ def test_a_branch_has_the_starts_of_the_steps_that_it_takes_over(
 
 
 def test_a_card_shows_the_starts_that_differ_and_no_hosts() -> None:
-    one = {"step": 0, "ranks": 2, "hosts": {"secret": 2}, "devices": {"cpu": 2}, "versions": {"torch": "2"}}
-    shown = for_card([one, {**one, "step": 5}, {**one, "step": 7, "ranks": 1}, {**one, "step": 9}], 9)
+    one = {
+        "step": 0,
+        "ranks": 2,
+        "hosts": {"secret": 2},
+        "devices": {"cpu": 2},
+        "versions": {"torch": "2"},
+    }
+    shown = for_card(
+        [one, {**one, "step": 5}, {**one, "step": 7, "ranks": 1}, {**one, "step": 9}], 9
+    )
     assert [start["step"] for start in shown] == [0, 7]
     assert "secret" not in str(shown)
     assert shown[0]["devices"] == "2 x cpu"
@@ -135,7 +161,10 @@ def test_an_export_s_card_names_what_the_run_was_made_with(text_run: Path, tmp_p
     run_dir = shutil.copytree(text_run, tmp_path / "run")
     export(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "export")])
     card = (tmp_path / "export" / "README.md").read_text()
-    assert f"| 1 | 1 x cpu | 1 x {torch.backends.cpu.get_cpu_capability()} | 1 | {version('torch')} |" in card
+    assert (
+        f"| 1 | 1 x cpu | 1 x {torch.backends.cpu.get_cpu_capability()} | 1 | {version('torch')} |"
+        in card
+    )
     (run_dir / STARTS_NAME).unlink()  # as runs of old have none
     export(["--run-dir", str(run_dir), "--output-dir", str(tmp_path / "of old")])
     assert "CPU kernels" not in (tmp_path / "of old" / "README.md").read_text()
@@ -151,7 +180,9 @@ def test_the_commit_is_that_of_a_checkout_which_has_this_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout = tmp_path / "checkout"
-    shutil.copytree(REPOSITORY / "pretrain", checkout / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "pretrain", checkout / "pretrain", ignore=shutil.ignore_patterns("__pycache__")
+    )
     module = checkout / "pretrain" / "run" / "starts.py"
     monkeypatch.setattr(starts, "PROJECT_DIR", checkout)
     monkeypatch.setattr(starts, "__file__", str(module))

@@ -23,7 +23,9 @@ def recipe(**sections: object) -> Recipe:
 @given(every=st.integers(1, 30), done=st.integers(0, 60), total=st.integers(1, 60))
 def test_what_is_due_is_counted_as_the_trainer_counts_it(every: int, done: int, total: int) -> None:
     steps = range(done, total)
-    assert times_due(every, done, total) == sum((step + 1) % every == 0 or step + 1 == total for step in steps)
+    assert times_due(every, done, total) == sum(
+        (step + 1) % every == 0 or step + 1 == total for step in steps
+    )
 
 
 def test_validations_and_saves_to_come_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,9 @@ def test_a_long_validation_says_how_far_it_is(
     monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)  # as if every batch took that long
     seen = list(progress.validating(iter("abcd"), 4))
     assert seen == list("abcd")
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validating: ")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("validating: ")
+    ]
     assert [line.split()[1] for line in lines] == ["25%", "50%", "75%"]
     assert all(line.endswith("min left of it") for line in lines)
 
@@ -68,7 +72,11 @@ def test_short_validations_and_other_ranks_say_nothing(
         yield from "abcd"
 
     other = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
-    assert list(Progress(recipe(), 0, torch.device("cpu"), ALONE).validating(batches(), 4)) == list("abcd")
+    assert list(Progress(recipe(), 0, torch.device("cpu"), ALONE).validating(batches(), 4)) == list(
+        "abcd"
+    )
     monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)
-    assert list(Progress(recipe(), 0, torch.device("cpu"), other).validating(batches(), 4)) == list("abcd")
+    assert list(Progress(recipe(), 0, torch.device("cpu"), other).validating(batches(), 4)) == list(
+        "abcd"
+    )
     assert "validating" not in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Two codes are one input to a decoder with LayerNorm: which ids that meets, that only these, and what is done."""
+"""Two codes are one input to a decoder with LayerNorm: which ids that meets, that only these,
+and what is done.
+"""
 
 import json
 from dataclasses import replace
@@ -28,7 +30,12 @@ from pretrain.model.token_codes import (
     solve_gf2,
     warnings,
 )
-from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, TokenCode, draw_affine_code
+from pretrain.modeling_tablefree import (
+    TableFreeConfig,
+    TableFreeForCausalLM,
+    TokenCode,
+    draw_affine_code,
+)
 from pretrain.plan import plan
 
 V = 512
@@ -81,7 +88,9 @@ def test_the_decoder_tells_all_ids_apart_but_the_two_of_constant_code(model: Mod
 
 
 @pytest.mark.parametrize("code_seed", range(5))
-def test_the_two_ids_of_an_affine_code_are_those_of_the_codes_of_zeros_and_of_ones(code_seed: int) -> None:
+def test_the_two_ids_of_an_affine_code_are_those_of_the_codes_of_zeros_and_of_ones(
+    code_seed: int,
+) -> None:
     config = model_config(recipe(vocab_size=65_536, d_model=64, code_bits=16, code_seed=code_seed))
     codes = TokenCode(config).code(torch.arange(65_536)[None])[0].sum(dim=1)
     constant = torch.nonzero((codes == 0) | (codes == 16)).flatten().tolist()
@@ -114,10 +123,15 @@ def test_a_new_affine_code_makes_an_id_of_no_text_one_of_the_two(
 
 
 def test_codes_are_drawn_once_where_that_harms_nobody(data: ShardReader) -> None:
-    """No two ids share an input; or the first draw is good already; or no id is free, and both are named."""
+    """No two ids share an input; or the first draw is good already; or no id is free, and both
+    are named.
+    """
     small = replace(data.manifest, vocab_size=300, special_tokens={"</s>": 0})
     all_seeds = [recipe(code_seed=seed) for seed in range(20)]
-    kept = [config_of_run(model, small).to_dict() == model_config(model).to_dict() for model in all_seeds]
+    kept = [
+        config_of_run(model, small).to_dict() == model_config(model).to_dict()
+        for model in all_seeds
+    ]
     harmless = [max(aliased_ids(model_config(model).to_dict()) or ()) >= 300 for model in all_seeds]
     assert kept == harmless
     assert {*kept} == {True, False}
@@ -129,7 +143,9 @@ def test_codes_are_drawn_once_where_that_harms_nobody(data: ShardReader) -> None
     assert all(f"id {i}" in line for i in aliased_ids(config.to_dict()) or ())
 
 
-def test_a_run_goes_on_with_the_code_that_its_checkpoints_hold(text_data: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_code_that_its_checkpoints_hold(
+    text_data: Path, tmp_path: Path
+) -> None:
     """As a run that was begun before codes were drawn around the tokenizer's special ids."""
     path = write_recipe(tmp_path / "r.yaml", model={**NINE_BITS, "input_embedding": "affine_code"})
     run_dir, model = tmp_path / "run", recipe()
@@ -156,10 +172,15 @@ def test_a_run_goes_on_with_the_code_that_its_checkpoints_hold(text_data: Path, 
 # What is said
 
 
-def test_a_start_names_both_ids_their_counts_and_the_remedy(data: ShardReader, tmp_path: Path) -> None:
+def test_a_start_names_both_ids_their_counts_and_the_remedy(
+    data: ShardReader, tmp_path: Path
+) -> None:
     path = write_recipe(tmp_path / "r.yaml", model=NINE_BITS)
     ids = np.concatenate([data.tokens(shard) for shard in data.manifest.shards])
-    counts = f"{np.count_nonzero(ids == 0)} and {np.count_nonzero(ids == 511)} times in all {len(ids):,} tokens"
+    counts = (
+        f"{np.count_nonzero(ids == 0)} and {np.count_nonzero(ids == 511)} times in all "
+        f"{len(ids):,} tokens"
+    )
     for flag in ("--dry-run", "--stop-at-step=1"):
         said = train_on(1, path, data.data_dir, tmp_path / "run", flag)
         assert "id 0 and id 511 are one input to this decoder" in said
@@ -170,16 +191,22 @@ def test_a_start_names_both_ids_their_counts_and_the_remedy(data: ShardReader, t
     )
 
 
-def test_nothing_is_said_where_one_of_the_two_never_occurs(data: ShardReader, text_data: Path, tmp_path: Path) -> None:
+def test_nothing_is_said_where_one_of_the_two_never_occurs(
+    data: ShardReader, text_data: Path, tmp_path: Path
+) -> None:
     config = model_config(recipe("binary_code"))
     assert warnings(config, ShardReader(text_data)) == []  # <pad> is the last id
-    written = [write_source(tmp_path, split, "a", [[1, 510]], 0) for split in ("train", "validation")]
+    written = [
+        write_source(tmp_path, split, "a", [[1, 510]], 0) for split in ("train", "validation")
+    ]
     assert warnings(config, ShardReader(write_dataset(tmp_path, written, {"a": 1}, V))) == []
     assert len(warnings(config, data)) == 1
     assert warnings(model_config(recipe("learned")), data) == []
 
 
-def test_of_a_large_data_set_some_tokens_are_counted_evenly(data: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_data_set_some_tokens_are_counted_evenly(
+    data: ShardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     total = sum(shard.tokens for shard in data.manifest.shards)
     monkeypatch.setattr(shards, "COUNTED_PIECE", 16)
     monkeypatch.setattr(shards, "COUNTED_TOKENS", total // 4)
@@ -195,11 +222,15 @@ def test_of_a_large_data_set_some_tokens_are_counted_evenly(data: ShardReader, m
 @pytest.mark.parametrize(
     ("d_model", "code_bits", "says"),
     [
-        (1024, 16, "model.code_bits=32"), (128, 16, "model.code_bits=32"), (48, 16, "model.code_bits=24"),
+        (1024, 16, "model.code_bits=32"),
+        (128, 16, "model.code_bits=32"),
+        (48, 16, "model.code_bits=24"),
         (16, 16, "a model.d_model with a divisor above 16"),
     ],
-)  # fmt: skip
-def test_the_remedy_is_the_next_divisor_of_the_width(d_model: int, code_bits: int, says: str) -> None:
+)
+def test_the_remedy_is_the_next_divisor_of_the_width(
+    d_model: int, code_bits: int, says: str
+) -> None:
     assert remedy(d_model, code_bits) == says
 
 
@@ -209,8 +240,14 @@ def test_a_plan_says_which_two_and_whether_it_matters(
     path = str(write_recipe(tmp_path / "r.yaml", model=NINE_BITS))
     for more, said in (
         ([], "one input    ids 0 and 511; harmless where no text gives one of them"),
-        (["--data-dir", str(data.data_dir)], "one input    ids 0 and 511; model.code_bits=12 tells them apart"),
-        (["--data-dir", str(text_data)], "one input    ids 0 and 511; harmless, no text gives one of them"),
+        (
+            ["--data-dir", str(data.data_dir)],
+            "one input    ids 0 and 511; model.code_bits=12 tells them apart",
+        ),
+        (
+            ["--data-dir", str(text_data)],
+            "one input    ids 0 and 511; harmless, no text gives one of them",
+        ),
     ):
         plan(["--recipe", path, "--device", "l4", *more])
         assert said in capsys.readouterr().out

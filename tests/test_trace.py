@@ -1,4 +1,6 @@
-"""From (step, row) to documents: the ids are the loader's, and the texts are those of the input files."""
+"""From (step, row) to documents: the ids are the loader's, and the texts are those of the input
+files.
+"""
 
 import json
 import re
@@ -23,7 +25,9 @@ from pretrain.data.provenance import parts_of
 pytest_plugins = ("prep_fixtures",)
 
 SEED, ROWS, STEPS = 5, 6, 3000
-PART = re.compile(r"(.+), row (\d+): its tokens \[(\d+):(\d+)\] of (\d+)\n  (\S+)\[(\d+):(\d+)\]\n  (…?)(.*?)(…?)\n?")
+PART = re.compile(
+    r"(.+), row (\d+): its tokens \[(\d+):(\d+)\] of (\d+)\n  (\S+)\[(\d+):(\d+)\]\n  (…?)(.*?)(…?)\n?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,9 @@ def run_dir(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("run")
     recipe = write_recipe(home / "r.yaml", seed=SEED, train_tokens=STEPS * ROWS * 32)
     (home / "recipe.yaml").write_text(recipe_to_yaml(load_recipe(str(recipe))), encoding="utf-8")
-    (home / "state.json").write_text(json.dumps({"fingerprint": ShardReader(dataset).manifest.fingerprint}))
+    (home / "state.json").write_text(
+        json.dumps({"fingerprint": ShardReader(dataset).manifest.fingerprint})
+    )
     return home
 
 
@@ -61,7 +67,9 @@ def read_part(printed: str) -> tuple[str, bool]:
     return match[10], not (match[9] or match[11])
 
 
-def traced(capsys: pytest.CaptureFixture[str], data_dir: Path, step: int, row: int, *more: str) -> str:
+def traced(
+    capsys: pytest.CaptureFixture[str], data_dir: Path, step: int, row: int, *more: str
+) -> str:
     capsys.readouterr()
     trace.main(["--data-dir", str(data_dir), "--step", str(step), "--row", str(row), *more])
     return capsys.readouterr().out
@@ -70,35 +78,50 @@ def traced(capsys: pytest.CaptureFixture[str], data_dir: Path, step: int, row: i
 @settings(max_examples=60)
 @given(sample=st.integers(0, ROWS * STEPS - 1), seq_len=st.sampled_from([1, 32, 700]))
 def test_every_window_is_made_of_the_documents_it_names(
-    sample: int, seq_len: int, dataset: Path, known: dict[tuple[str, int], str], tokenizer: Tokenizer
+    sample: int,
+    seq_len: int,
+    dataset: Path,
+    known: dict[tuple[str, int], str],
+    tokenizer: Tokenizer,
 ) -> None:
     reader = ShardReader(dataset)
     loader = TrainingLoader(reader, seq_len=seq_len, seed=SEED)
     parts = list(parts_of(loader, sample))
     from_shards = [np.load(dataset / p.shard.path)[p.offsets.start : p.offsets.stop] for p in parts]
-    np.testing.assert_array_equal(np.concatenate(from_shards), loader.samples(np.array([sample]))[0])
+    np.testing.assert_array_equal(
+        np.concatenate(from_shards), loader.samples(np.array([sample]))[0]
+    )
     for part, ids in zip(parts, from_shards, strict=True):
-        document = [*tokenizer.encode(known[part.origin], add_special_tokens=False).ids, reader.manifest.eos_id]
+        document = [
+            *tokenizer.encode(known[part.origin], add_special_tokens=False).ids,
+            reader.manifest.eos_id,
+        ]
         first = part.offsets.start - part.document.start
         assert len(part.document) == len(document)
         assert document[first : first + len(ids)] == ids.tolist()
         shown, whole = read_part(trace.describe_part(part, reader, tokenizer, 10**6))
-        assert shown == one_line(tokenizer.decode(ids[: len(document) - 1 - first].tolist(), skip_special_tokens=False))
-        assert shown.strip("\ufffd") in one_line(known[part.origin])  # a window may begin or end inside a character
+        assert shown == one_line(
+            tokenizer.decode(ids[: len(document) - 1 - first].tolist(), skip_special_tokens=False)
+        )
+        # a window may begin or end inside a character
+        assert shown.strip("\ufffd") in one_line(known[part.origin])
         assert whole == (shown == one_line(known[part.origin]))
 
 
 def test_the_printed_lines_lead_to_the_tokens_and_the_text(
-    dataset: Path, run_dir: Path, known: dict[tuple[str, int], str], capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    run_dir: Path,
+    known: dict[tuple[str, int], str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     loader = TrainingLoader(ShardReader(dataset), seq_len=32, seed=SEED)
     samples = np.linspace(0, ROWS * STEPS - 1, 80).astype(int)
     parts_seen = 0
     for sample, ids in zip(samples.tolist(), loader.samples(samples), strict=True):
         step, row = divmod(sample, ROWS)
-        head, *parts = traced(capsys, dataset, step, row, "--run-dir", str(run_dir), "--characters", "9999").split(
-            "\n\n"
-        )
+        head, *parts = traced(
+            capsys, dataset, step, row, "--run-dir", str(run_dir), "--characters", "9999"
+        ).split("\n\n")
         place = loader.place(sample)
         assert f"sample     {sample}: row {row} of step {step}, which has {ROWS} rows\n" in head
         assert f"source     {place.source}, epoch {place.epoch}, ordinal " in head
@@ -118,8 +141,14 @@ def test_the_printed_lines_lead_to_the_tokens_and_the_text(
 
 def test_each_ordinal_of_an_epoch_comes_once(dataset: Path) -> None:
     loader = TrainingLoader(ShardReader(dataset), seq_len=700, seed=SEED)
-    lines = [trace.describe_sample(loader, sample).splitlines()[0] for sample in range(3 * loader.window_counts[1])]
-    drawn = [re.fullmatch(r"source     (\w+), epoch (\d+), ordinal (\d+) of (\d+)", line) for line in lines]
+    lines = [
+        trace.describe_sample(loader, sample).splitlines()[0]
+        for sample in range(3 * loader.window_counts[1])
+    ]
+    drawn = [
+        re.fullmatch(r"source     (\w+), epoch (\d+), ordinal (\d+) of (\d+)", line)
+        for line in lines
+    ]
     for name, windows in zip(loader.names, loader.window_counts, strict=True):
         order = [(int(m[2]), int(m[3])) for m in drawn if m and m[1] == name]
         assert order == [divmod(i, windows) for i in range(len(order))]
@@ -150,21 +179,30 @@ def test_the_readme_s_command_and_what_it_prints(
 ) -> None:
     readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
     example = re.search(
-        r"\$ python -m pretrain\.trace --run-dir run --data-dir dataset ([^\n]*)\n(.*?)```", readme, re.DOTALL
+        r"\$ python -m pretrain\.trace --run-dir run --data-dir dataset ([^\n]*)\n(.*?)```",
+        readme,
+        re.DOTALL,
     )
     assert example
     capsys.readouterr()
     trace.main(["--run-dir", str(run_dir), "--data-dir", str(dataset), *example[1].split()])
     for printed in (example[2], capsys.readouterr().out):
         head, *parts = printed.strip("\n").split("\n\n")
-        assert [line[:11] for line in head.splitlines()] == ["sample     ", "source     ", "window     "]
+        assert [line[:11] for line in head.splitlines()] == [
+            "sample     ",
+            "source     ",
+            "window     ",
+        ]
         assert parts
         assert all(PART.fullmatch(part) for part in parts)
 
 
 def test_it_starts_without_torch(dataset: Path, run_dir: Path) -> None:
     flags = ["--run-dir", str(run_dir), "--data-dir", str(dataset), "--step", "0", "--row", "0"]
-    code = f"import sys; from pretrain import trace; trace.main({flags}); print('torch' in sys.modules)"
+    code = (
+        f"import sys; from pretrain import trace; trace.main({flags}); print('torch' in "
+        "sys.modules)"
+    )
     assert run_command(sys.executable, "-c", code).stdout.endswith("\nFalse\n")
 
 
@@ -193,17 +231,23 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "state.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "model: 1"])
-def test_a_damaged_run_is_one_line(dataset: Path, run_dir: Path, tmp_path: Path, name: str, content: str) -> None:
+def test_a_damaged_run_is_one_line(
+    dataset: Path, run_dir: Path, tmp_path: Path, name: str, content: str
+) -> None:
     for file in ("recipe.yaml", "state.json"):
         (tmp_path / file).write_bytes((run_dir / file).read_bytes())
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
-        trace.main(["--run-dir", str(tmp_path), "--data-dir", str(dataset), "--step", "0", "--row", "0"])
+        trace.main(
+            ["--run-dir", str(tmp_path), "--data-dir", str(dataset), "--step", "0", "--row", "0"]
+        )
 
 
 def test_another_data_set_is_refused(run_dir: Path, text_data: Path) -> None:
     with pytest.raises(UserError, match=r"--data-dir: fingerprint \w+, but .* was trained on \w+"):
-        trace.main(["--run-dir", str(run_dir), "--data-dir", str(text_data), "--step", "0", "--row", "0"])
+        trace.main(
+            ["--run-dir", str(run_dir), "--data-dir", str(text_data), "--step", "0", "--row", "0"]
+        )
 
 
 def test_a_shard_that_is_not_as_it_was_built_is_said_beside_what_it_holds(
@@ -222,8 +266,14 @@ def test_a_shard_that_is_not_as_it_was_built_is_said_beside_what_it_holds(
     assert all(": differs from its digest: " in line for line in lines)
 
 
-def test_a_real_run_s_first_step(text_run: Path, text_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_run_s_first_step(
+    text_run: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = traced(capsys, text_data, 0, 0, "--run-dir", str(text_run))
-    assert out.startswith("sample     0: row 0 of step 0, which has 6 rows\nsource     sotu, epoch 0, ordinal 0 of ")
+    assert out.startswith(
+        "sample     0: row 0 of step 0, which has 6 rows\nsource     sotu, epoch 0, ordinal 0 of "
+    )
     with pytest.raises(UserError, match="--step 20: expected a number from 0 to 19"):
-        trace.main(["--run-dir", str(text_run), "--data-dir", str(text_data), "--step", "20", "--row", "0"])
+        trace.main(
+            ["--run-dir", str(text_run), "--data-dir", str(text_data), "--step", "20", "--row", "0"]
+        )

@@ -42,7 +42,14 @@ from pretrain.run.directory import MetricsFile
 from pretrain.train import main
 
 STEPS = 20
-TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
+TIMINGS = (
+    "tokens_per_s",
+    "tokens_per_s_per_rank",
+    "step_s",
+    "seconds",
+    "peak_memory_bytes",
+    "slowest",
+)
 PHASES = ["data", "forward", "backward", "optimizer", "other"]
 
 
@@ -130,23 +137,40 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.
 
 
 @pytest.fixture(scope="module")
-def killed_run(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
-    """`deepspeed pretrain/train.py` with two ranks, SIGKILL for launcher and ranks, then the same command again."""
+def killed_run(
+    recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> KilledRun:
+    """`deepspeed pretrain/train.py` with two ranks, SIGKILL for launcher and ranks, then the
+    same command again.
+    """
     home = tmp_path_factory.mktemp("killed")
     run_dir, as_left, log = home / "run", home / "as-left", home / "log"
     flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(run_dir)]
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "pretrain/train.py", *flags]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "pretrain/train.py",
+        *flags,
+    ]
     with log.open("w") as output:
-        launcher = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output)
+        launcher = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output
+        )
     wait_until(
-        lambda: (run_dir / "checkpoints" / "latest").exists() or launcher.poll() is not None, "the first checkpoint"
+        lambda: (run_dir / "checkpoints" / "latest").exists() or launcher.poll() is not None,
+        "the first checkpoint",
     )
     ours = [launcher.pid, *descendants(launcher.pid)]
     for pid in ours:
         os.kill(pid, signal.SIGKILL)
     launcher.wait()
     assert len(ours) >= 4, log.read_text()  # the runner, the launcher on this node, two ranks
-    wait_until(lambda: not any(map(is_running, ours)), "the killed processes to be gone", timeout_s=10)
+    wait_until(
+        lambda: not any(map(is_running, ours)), "the killed processes to be gone", timeout_s=10
+    )
     shutil.copytree(run_dir, as_left)
 
     result = run_command(*command)
@@ -162,8 +186,11 @@ def test_a_run_learns_and_leaves_one_line_for_every_step(one_rank: Path, recipe:
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert [line["tokens"] for line in lines] == [192 * (step + 1) for step in range(STEPS)]
     schedule = load_recipe(str(recipe)).schedule
-    assert [line["learning_rate"] for line in lines] == [learning_rate(i, STEPS, 0.01, schedule) for i in range(STEPS)]
-    assert lines[0]["loss"] == pytest.approx(np.log(TINY_VOCAB_SIZE), rel=0.02)  # 6.24 nats: it knows nothing yet
+    assert [line["learning_rate"] for line in lines] == [
+        learning_rate(i, STEPS, 0.01, schedule) for i in range(STEPS)
+    ]
+    # 6.24 nats: it knows nothing yet
+    assert lines[0]["loss"] == pytest.approx(np.log(TINY_VOCAB_SIZE), rel=0.02)
     assert lines[-1]["loss"] < 5.3
     validated = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     assert list(validated) == [4, 9, 14, 19]
@@ -175,15 +202,22 @@ def test_a_run_s_directory_says_what_was_asked_for_and_how_it_stands(
 ) -> None:
     assert load_recipe(str(one_rank / "recipe.yaml")) == load_recipe(str(recipe))
     engine = json.loads((one_rank / "deepspeed.json").read_text())
-    assert (engine["train_batch_size"], engine["gradient_accumulation_steps"], engine["gradient_clipping"]) == (6, 6, 1)
+    assert (
+        engine["train_batch_size"],
+        engine["gradient_accumulation_steps"],
+        engine["gradient_clipping"],
+    ) == (6, 6, 1)
     assert state(one_rank) == {
         "status": "done",
         "reason": None,
         "fingerprint": ShardReader(tiny_data).manifest.fingerprint,
         "saved_step": STEPS,
     }
-    assert saved(one_rank) == ["latest", "step-00000015", "step-00000020"]  # the two newest are kept
-    manifest = json.loads((one_rank / "checkpoints" / "step-00000020" / "manifest.json").read_text())
+    # the two newest are kept
+    assert saved(one_rank) == ["latest", "step-00000015", "step-00000020"]
+    manifest = json.loads(
+        (one_rank / "checkpoints" / "step-00000020" / "manifest.json").read_text()
+    )
     assert (manifest["step"], manifest["optimizer_step"], manifest["seed"]) == (20, 20, 1)
     assert manifest["fingerprint"] == state(one_rank)["fingerprint"]
 
@@ -203,16 +237,26 @@ def test_every_step_says_where_its_time_went(one_rank: Path, two_ranks: Path) ->
         if ranks == 1:  # its own figures, a step later
             own = [line["seconds"] for line in lines]
             assert [line["slowest"]["seconds"] for line in lines[1:]] == own[:-1]
-        assert all(line["seconds"]["forward"] > 0 and line["seconds"]["backward"] > 0 for line in lines)
+        assert all(
+            line["seconds"]["forward"] > 0 and line["seconds"]["backward"] > 0 for line in lines
+        )
         assert all(line["seconds"]["optimizer"] > 0 for line in lines[1:])
-        assert sum(line["seconds"]["data"] for line in lines) < 0.2 * sum(line["step_s"] for line in lines)
-        assert lines[0]["seconds"]["data"] + lines[0]["seconds"]["other"] < 0.5  # setting up is part of no step
+        assert sum(line["seconds"]["data"] for line in lines) < 0.2 * sum(
+            line["step_s"] for line in lines
+        )
+        # setting up is part of no step
+        assert lines[0]["seconds"]["data"] + lines[0]["seconds"]["other"] < 0.5
 
 
-def test_a_profile_leaves_a_trace_and_the_ten_largest_costs(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_profile_leaves_a_trace_and_the_ten_largest_costs(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     train_on(1, recipe, tiny_data, tmp_path / "short", "--profile", "2", "--stop-at-step", "1")
-    assert (tmp_path / "short" / "profile" / "trace.json").exists()  # of the one step that there was
-    output = train_on(1, recipe, tiny_data, tmp_path / "run", "--profile", "2", "--stop-at-step", "6")
+    # of the one step that there was
+    assert (tmp_path / "short" / "profile" / "trace.json").exists()
+    output = train_on(
+        1, recipe, tiny_data, tmp_path / "run", "--profile", "2", "--stop-at-step", "6"
+    )
     events = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
     names = {event.get("name", "") for event in events}
     assert {"aten::addmm", "aten::_fused_adamw_"} <= names
@@ -225,7 +269,15 @@ def test_a_profile_leaves_a_trace_and_the_ten_largest_costs(recipe: Path, tiny_d
 def test_a_dry_run_says_what_would_be_trained_and_touches_nothing(
     recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
     assert main([*flags, "--schedule.kind=linear"]) == 0
     said = capsys.readouterr().out
     sections = said.split("# ")[1:]
@@ -253,7 +305,15 @@ def test_a_dry_run_says_what_would_be_trained_and_touches_nothing(
 def test_a_source_gone_through_more_than_four_times_gets_a_warning(
     recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
     assert main([*flags, "--train_tokens=36_000"]) == 0
     said = capsys.readouterr().out
     (warning,) = [line for line in said.splitlines() if "warning" in line]
@@ -271,13 +331,22 @@ def test_a_finished_run_says_so_and_changes_nothing(
     one_rank: Path, recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in one_rank.rglob("*")}
-    assert main(["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(one_rank)]) == 0
+    assert (
+        main(["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(one_rank)])
+        == 0
+    )
     assert "this run is finished" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in one_rank.rglob("*")} == before
 
 
-@given(lines=st.integers(0, 12), start_step=st.integers(0, 12), torn=st.sampled_from(["", "{", '{"step": 99, "lo']))
-def test_metrics_are_cut_back_to_the_step_at_which_a_run_goes_on(lines: int, start_step: int, torn: str) -> None:
+@given(
+    lines=st.integers(0, 12),
+    start_step=st.integers(0, 12),
+    torn=st.sampled_from(["", "{", '{"step": 99, "lo']),
+)
+def test_metrics_are_cut_back_to_the_step_at_which_a_run_goes_on(
+    lines: int, start_step: int, torn: str
+) -> None:
     with TemporaryDirectory() as directory:
         path = Path(directory) / "metrics.jsonl"
         path.write_text("".join(f'{{"step": {step}}}\n' for step in range(lines)) + torn)
@@ -297,9 +366,12 @@ def test_a_killed_run_had_saved_and_was_not_finished(killed_run: KilledRun) -> N
     assert len(metrics(killed_run.as_left)) < STEPS
 
 
-def test_a_killed_run_goes_on_bitwise_equal_to_one_that_was_not(killed_run: KilledRun, two_ranks: Path) -> None:
+def test_a_killed_run_goes_on_bitwise_equal_to_one_that_was_not(
+    killed_run: KilledRun, two_ranks: Path
+) -> None:
     assert "continuing from" in killed_run.log
-    assert metrics(killed_run.continued) == metrics(two_ranks)  # each step once, those before the kill too
+    # each step once, those before the kill too
+    assert metrics(killed_run.continued) == metrics(two_ranks)
     assert state(killed_run.continued) == state(two_ranks)
     assert saved(killed_run.continued) == saved(two_ranks)
 
@@ -316,8 +388,11 @@ def test_two_ranks_then_one_then_three_give_the_losses_of_two(
     newest = run_dir / "checkpoints" / "step-00000020"
     assert len(list(newest.glob("*.safetensors"))) == 3
     assert losses(run_dir) == pytest.approx(losses(two_ranks), rel=1e-4)
-    assert losses(run_dir) != losses(two_ranks)  # the order of sums differs, so this compares two computations
-    assert metrics(run_dir)[-1]["val_loss"] == pytest.approx(metrics(two_ranks)[-1]["val_loss"], rel=1e-4)
+    # the order of sums differs, so this compares two computations
+    assert losses(run_dir) != losses(two_ranks)
+    assert metrics(run_dir)[-1]["val_loss"] == pytest.approx(
+        metrics(two_ranks)[-1]["val_loss"], rel=1e-4
+    )
 
 
 def test_a_stopped_run_may_go_on_with_another_micro_batch_recomputation_and_intervals(
@@ -344,7 +419,9 @@ def test_a_stopped_run_may_go_on_with_another_micro_batch_recomputation_and_inte
 
 @pytest.fixture(scope="module")
 def stopped_run(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank stopped at step 12, with checkpoints of steps 10 and 12. Copy it before you go on."""
+    """A run of one rank stopped at step 12, with checkpoints of steps 10 and 12. Copy it before
+    you go on.
+    """
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
     train_on(1, recipe, tiny_data, run_dir, "--stop-at-step", "12")
     return run_dir
@@ -382,7 +459,9 @@ def test_a_run_whose_checkpoints_are_all_gone_is_refused_not_started_over(
 
 
 def test_a_run_that_diverges_stops_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", optimizer={"peak_learning_rate": 1e30, "gradient_clipping": 1e30})
+    recipe = write_recipe(
+        tmp_path / "r.yaml", optimizer={"peak_learning_rate": 1e30, "gradient_clipping": 1e30}
+    )
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run")
     assert ended.exit_codes == [2]
     (line,) = error_lines(ended.output)
@@ -401,8 +480,10 @@ def test_a_compiled_and_masked_run_goes_on_bitwise_equal_and_compiles_once(
     train_on(1, recipe, tiny_data, tmp_path / "broken", *keys, "--stop-at-step", "6")
     continued = train_on(1, recipe, tiny_data, tmp_path / "broken", *keys, "--stop-at-step", "12")
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
-    assert "compiled its blocks again" not in unbroken + continued  # validation after every fifth step did not
-    # Short documents: what masking takes away is a few tokens of others, so the losses are close but other ones.
+    # validation after every fifth step did not
+    assert "compiled its blocks again" not in unbroken + continued
+    # Short documents: what masking takes away is a few tokens of others, so the losses are close
+    # but other ones.
     assert losses(tmp_path / "broken") == pytest.approx(losses(one_rank)[:12], rel=0.05)
     assert losses(tmp_path / "broken")[3:] != losses(one_rank)[3:12]
 
@@ -413,9 +494,12 @@ def test_a_compiled_and_masked_run_goes_on_bitwise_equal_and_compiles_once(
 @pytest.mark.parametrize(
     ("variables", "by_mpi"),
     [
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, False),  # deepspeed
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, False),  # torchrun
-        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, True),  # MPICH
+        # deepspeed
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, False),
+        # torchrun
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, False),
+        # MPICH
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, True),
         (
             {
                 "OMPI_COMM_WORLD_RANK": "3",
@@ -453,7 +537,16 @@ def test_one_rank_computes_what_two_do(one_rank: Path, two_ranks: Path) -> None:
 def launched_by(launcher: str, flags: list[str]) -> list[str]:
     """A launcher's command for two ranks."""
     if launcher == "torchrun":
-        return ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "pretrain.train", *flags]
+        return [
+            "torchrun",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "-m",
+            "pretrain.train",
+            *flags,
+        ]
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip(f"needs {mpiexec}: pip install mpich mpi4py")
@@ -465,7 +558,16 @@ def test_another_launcher_gives_bitwise_the_losses_of_deepspeed(
     launcher: str, two_ranks: Path, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(run_dir), "--stop-at-step", "3"]
+    flags = [
+        "--recipe",
+        str(recipe),
+        "--data-dir",
+        str(tiny_data),
+        "--run-dir",
+        str(run_dir),
+        "--stop-at-step",
+        "3",
+    ]
     result = run_command(*launched_by(launcher, flags))
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(run_dir) == losses(two_ranks)[:3]
@@ -487,7 +589,10 @@ def test_bf16_zero2_on_two_ranks_learns_what_fp32_does(
 def test_bf16_zero2_on_two_ranks_takes_a_step_with_all_65536_ids(tmp_path: Path) -> None:
     edges = [0, 32_767, 32_768, 65_535]
     documents = [[*edges, *document] for document in counting_documents(20, 65_536, seed=4)]
-    written = [write_source(tmp_path / "data", split, "all", documents, 0) for split in ("train", "validation")]
+    written = [
+        write_source(tmp_path / "data", split, "all", documents, 0)
+        for split in ("train", "validation")
+    ]
     data = write_dataset(tmp_path / "data", written, {"all": 1.0}, vocab_size=65_536)
     recipe = write_recipe(
         tmp_path / "r.yaml",
@@ -518,33 +623,69 @@ def untouched(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--seed=2"], "/step-00000012: this run was started with seed=1, got 2; give the old value"),
+        (
+            ["--seed=2"],
+            "/step-00000012: this run was started with seed=1, got 2; give the old value",
+        ),
         (["--model.num_layers=3"], "started with model.num_layers=2, got 3"),
-        (["--model.input_embedding=learned"], "started with model.input_embedding='binary_code', got 'learned'"),
+        (
+            ["--model.input_embedding=learned"],
+            "started with model.input_embedding='binary_code', got 'learned'",
+        ),
         (["--train_tokens=7680"], "started with train_tokens=3840, got 7680"),
-        (["--optimizer.peak_learning_rate=0.02"], "started with optimizer.peak_learning_rate=0.01, got 0.02"),
+        (
+            ["--optimizer.peak_learning_rate=0.02"],
+            "started with optimizer.peak_learning_rate=0.01, got 0.02",
+        ),
         (
             ["--deepspeed-config=zero2_bf16"],
-            "/step-00000012 (chosen with --deepspeed-config): this run was started with bf16.enabled=None, got True",
+            "/step-00000012 (chosen with --deepspeed-config): this run was started with "
+            "bf16.enabled=None, got True",
         ),
         (["--deepspeed-config=zero3"], "engine zero3: no such file; did you mean zero2_"),
         (["--no-such-flag"], "--no-such-flag: not a known flag"),
         (["--model.layers=3"], "unknown key model.layers; did you mean model."),
-        (["--batch.micro_batch_size=4"], "a step of 6 windows does not divide over 1 ranks x micro-batch 4; nearest"),
+        (
+            ["--batch.micro_batch_size=4"],
+            "a step of 6 windows does not divide over 1 ranks x micro-batch 4; nearest",
+        ),
     ],
 )
 def test_a_run_is_not_continued_as_another(
-    more: list[str], says: str, stopped_run: Path, recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    says: str,
+    stopped_run: Path,
+    recipe: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = untouched(stopped_run)
-    assert main(["--recipe", str(recipe), "--data-dir", str(tiny_data), "--run-dir", str(stopped_run), *more]) == 2
+    assert (
+        main(
+            [
+                "--recipe",
+                str(recipe),
+                "--data-dir",
+                str(tiny_data),
+                "--run-dir",
+                str(stopped_run),
+                *more,
+            ]
+        )
+        == 2
+    )
     assert_one_line(capsys.readouterr().err, says)
     assert untouched(stopped_run) == before
 
 
 @pytest.mark.parametrize("lost", ["recipe.yaml", "deepspeed.json", "metrics.jsonl"])
 def test_a_run_is_not_continued_as_another_whatever_else_is_lost(
-    lost: str, stopped_run: Path, recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lost: str,
+    stopped_run: Path,
+    recipe: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = shutil.copytree(stopped_run, tmp_path / "run")
     (run_dir / lost).unlink()
@@ -560,7 +701,9 @@ def test_another_run_s_checkpoint_is_not_loaded_even_behind_a_damaged_one(
     train_on(1, recipe, tiny_data, other, "--seed=2", "--stop-at-step", "5")
     for file in (run_dir / "checkpoints").rglob("*.safetensors"):
         file.write_bytes(b"")
-    shutil.copytree(other / "checkpoints" / "step-00000005", run_dir / "checkpoints" / "step-00000005")
+    shutil.copytree(
+        other / "checkpoints" / "step-00000005", run_dir / "checkpoints" / "step-00000005"
+    )
     ended = run_ranks(1, recipe, tiny_data, run_dir)
     assert ended.exit_codes == [2]
     assert "step-00000005: this run was started with seed=2, got 1" in ended.output
@@ -574,12 +717,23 @@ def assert_one_line(output: str, says: str) -> None:
 
 
 def test_a_run_is_not_continued_on_other_data(
-    stopped_run: Path, recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped_run: Path,
+    recipe: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    written = write_source(tmp_path, "train", "up", counting_documents(100, TINY_VOCAB_SIZE, seed=9), 0)
-    held_out = write_source(tmp_path, "validation", "up", counting_documents(10, TINY_VOCAB_SIZE, seed=8), 0)
+    written = write_source(
+        tmp_path, "train", "up", counting_documents(100, TINY_VOCAB_SIZE, seed=9), 0
+    )
+    held_out = write_source(
+        tmp_path, "validation", "up", counting_documents(10, TINY_VOCAB_SIZE, seed=8), 0
+    )
     other = write_dataset(tmp_path, [written, held_out], {"up": 1.0}, TINY_VOCAB_SIZE)
-    assert main(["--recipe", str(recipe), "--data-dir", str(other), "--run-dir", str(stopped_run)]) == 2
+    assert (
+        main(["--recipe", str(recipe), "--data-dir", str(other), "--run-dir", str(stopped_run)])
+        == 2
+    )
     fingerprints = [ShardReader(data).manifest.fingerprint for data in (tiny_data, other)]
     says = f"started with fingerprint='{fingerprints[0]}', got '{fingerprints[1]}'"
     assert_one_line(capsys.readouterr().err, says)
@@ -614,11 +768,31 @@ def with_a_missing_shard(data: Path) -> None:
         (with_a_truncated_shard, [], "more/00000.npy: "),
         (with_a_missing_shard, [], "validation/up/00000.npy: missing, but the manifest lists it"),
         (shutil.rmtree, [], "no such directory; build a data set with"),
-        (None, ["--batch.global_batch_tokens=32000"], "training tokens are fewer than one batch of batch.global_batch"),
-        (None, ["--model.vocab_size=256"], "its tokenizer has 512 ids, model.vocab_size is 256; set --model.vocab"),
-        (None, ["--model.seq_len=9600", "--batch.global_batch_tokens=9600"], "fewer than one window of 9,601"),
-        (None, ["--model.d_model=1600000", "--model.num_heads=16"], "GB too much; what fits: nothing; take more ranks"),
-        (None, ["--model.code_bits=10"], "model.code_bits 10 does not divide model.d_model 48; set model.code_bits to"),
+        (
+            None,
+            ["--batch.global_batch_tokens=32000"],
+            "training tokens are fewer than one batch of batch.global_batch",
+        ),
+        (
+            None,
+            ["--model.vocab_size=256"],
+            "its tokenizer has 512 ids, model.vocab_size is 256; set --model.vocab",
+        ),
+        (
+            None,
+            ["--model.seq_len=9600", "--batch.global_batch_tokens=9600"],
+            "fewer than one window of 9,601",
+        ),
+        (
+            None,
+            ["--model.d_model=1600000", "--model.num_heads=16"],
+            "GB too much; what fits: nothing; take more ranks",
+        ),
+        (
+            None,
+            ["--model.code_bits=10"],
+            "model.code_bits 10 does not divide model.d_model 48; set model.code_bits to",
+        ),
     ],
 )
 def test_unusable_input_is_refused_before_anything_is_written(
@@ -632,17 +806,35 @@ def test_unusable_input_is_refused_before_anything_is_written(
     data = counting_dataset(tmp_path / "data")
     if damage is not None:
         damage(data)
-    assert main(["--recipe", str(recipe), "--data-dir", str(data), "--run-dir", str(tmp_path / "run"), *more]) == 2
+    assert (
+        main(
+            [
+                "--recipe",
+                str(recipe),
+                "--data-dir",
+                str(data),
+                "--run-dir",
+                str(tmp_path / "run"),
+                *more,
+            ]
+        )
+        == 2
+    )
     assert_one_line(capsys.readouterr().err, says)
     assert not (tmp_path / "run").exists()
 
 
-def test_two_launched_ranks_refuse_with_one_line_and_exit_code_2(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_two_launched_ranks_refuse_with_one_line_and_exit_code_2(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     command = launch_training(2, recipe, tiny_data, tmp_path / "run", "--batch.micro_batch_size=2")
     result = run_command(*command)
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = error_lines(result.stderr)
-    assert "a step of 6 windows does not divide over 2 ranks x micro-batch 2; nearest that do: " in line
+    assert (
+        "a step of 6 windows does not divide over 2 ranks x micro-batch 2; nearest that do: "
+        in line
+    )
     assert "Traceback" not in result.stdout + result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -652,5 +844,12 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    for flag in ("--recipe", "--data-dir", "--run-dir", "--deepspeed-config", "--stop-at-step", "--dotted.key=value"):
+    for flag in (
+        "--recipe",
+        "--data-dir",
+        "--run-dir",
+        "--deepspeed-config",
+        "--stop-at-step",
+        "--dotted.key=value",
+    ):
         assert flag in output

@@ -1,4 +1,6 @@
-"""A shard that is truncated under a running job: a line that names it, where reading on would be deadly."""
+"""A shard that is truncated under a running job: a line that names it, where reading on would be
+deadly.
+"""
 
 import os
 import re
@@ -29,7 +31,11 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "tiny.yaml", checkpoints={"every_steps": 10**6}, validation={"every_steps": 10**6})
+    return write_recipe(
+        tmp_path / "tiny.yaml",
+        checkpoints={"every_steps": 10**6},
+        validation={"every_steps": 10**6},
+    )
 
 
 def wait_for_steps(run_dir: Path, steps: int) -> None:
@@ -41,10 +47,15 @@ def wait_for_steps(run_dir: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("left", [0, 128, 200])
-def test_a_mapped_shard_that_was_cut_is_named_by_the_next_read(split: str, left: int, data: Path) -> None:
+def test_a_mapped_shard_that_was_cut_is_named_by_the_next_read(
+    split: str, left: int, data: Path
+) -> None:
     reader = ShardReader(data)
     shard = data / reader.manifest.shards_of(split)[0].path
-    samples, windows = TrainingLoader(reader, seq_len=8, seed=1), ValidationWindows(reader, seq_len=8)
+    samples, windows = (
+        TrainingLoader(reader, seq_len=8, seed=1),
+        ValidationWindows(reader, seq_len=8),
+    )
     reads: dict[str, list[Callable[[], object]]] = {
         "train": [lambda: samples.samples(np.arange(500))],
         "validation": [lambda: windows.window(0), lambda: windows.windows(np.arange(20))],
@@ -54,7 +65,8 @@ def test_a_mapped_shard_that_was_cut_is_named_by_the_next_read(split: str, left:
     os.truncate(shard, left)
     for read in reads[split]:
         with pytest.raises(
-            UserError, match=rf"{shard}: {left:,} bytes, expected [\d,]+: truncated while it was in use"
+            UserError,
+            match=rf"{shard}: {left:,} bytes, expected [\d,]+: truncated while it was in use",
         ):
             read()
 
@@ -71,16 +83,25 @@ def test_a_job_whose_shard_is_cut_ends_with_a_line_that_names_it(
     ended = end_of(processes, logs, timeout_s=60)
     assert ended.exit_codes == [2] * ranks, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
-    assert re.match(rf"error: (rank 1 \(.+\): )?{shard}: 200 bytes, expected [\d,]+: truncated while it was", line)
+    assert re.match(
+        rf"error: (rank 1 \(.+\): )?{shard}: 200 bytes, expected [\d,]+: truncated while it was",
+        line,
+    )
     assert read_state(run_dir)["status"] == "failed"
     assert f"{shard}: 200 bytes, expected " in read_state(run_dir)["reason"]
 
 
-def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(data: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(
+    data: Path, recipe: Path, tmp_path: Path
+) -> None:
     run_dir, shard = tmp_path / "run", data / "shards" / "train" / "up" / "00000.npy"
     logs = logs_of(3, run_dir)
     arguments = arguments_of(recipe, data, run_dir, LONG)
-    ended = end_of(start_ranks(arguments, logs, be_a_rank_that_loses_its_data, LOST=str(shard)), logs, timeout_s=60)
+    ended = end_of(
+        start_ranks(arguments, logs, be_a_rank_that_loses_its_data, LOST=str(shard)),
+        logs,
+        timeout_s=60,
+    )
     assert ended.exit_codes == [2, 2, 2], ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
     assert re.match(rf"error: rank 2 \(.+\): {shard}: ", line)
@@ -88,8 +109,12 @@ def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(data: Path, rec
     assert "Traceback" not in ended.output
 
 
-def be_a_rank_that_loses_its_data(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank; rank 2 finds a shard cut in its fourth step, as where its node alone is at fault."""
+def be_a_rank_that_loses_its_data(
+    arguments: list[str], variables: dict[str, str], log: Path
+) -> None:
+    """Body of a forked rank; rank 2 finds a shard cut in its fourth step, as where its node
+    alone is at fault.
+    """
     honest, calls = ShardReader.tokens, iter(range(10**9))
 
     def tokens(reader: ShardReader, shard: object) -> object:
@@ -101,8 +126,12 @@ def be_a_rank_that_loses_its_data(arguments: list[str], variables: dict[str, str
     be_a_rank(arguments, variables, log)
 
 
-def be_a_rank_killed_by_a_cut_shard(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank; rank 1 is killed as by reading a page that was cut off after the look at its length."""
+def be_a_rank_killed_by_a_cut_shard(
+    arguments: list[str], variables: dict[str, str], log: Path
+) -> None:
+    """Body of a forked rank; rank 1 is killed as by reading a page that was cut off after the
+    look at its length.
+    """
     from pretrain.engine.engine import Engine
 
     honest, calls = Engine.train_step, iter(range(10**9))
@@ -123,11 +152,18 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
     run_dir, shard = tmp_path / "run", data / "shards" / "train" / "up" / "00000.npy"
     logs = logs_of(2, run_dir)
     arguments = arguments_of(recipe, data, run_dir, LONG)
-    ended = end_of(start_ranks(arguments, logs, be_a_rank_killed_by_a_cut_shard, CUT=str(shard)), logs, timeout_s=60)
+    ended = end_of(
+        start_ranks(arguments, logs, be_a_rank_killed_by_a_cut_shard, CUT=str(shard)),
+        logs,
+        timeout_s=60,
+    )
     assert ended.exit_codes[1] == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in ended.output  # with the stack of the rank
     reason = read_state(run_dir)["reason"]
-    assert re.match(rf"rank 1 \(.+\) is gone: killed, or its machine failed; {shard}: 200 bytes, expected ", reason)
+    assert re.match(
+        rf"rank 1 \(.+\) is gone: killed, or its machine failed; {shard}: 200 bytes, expected ",
+        reason,
+    )
 
 
 def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> None:
@@ -136,7 +172,9 @@ def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> N
     assert describe_failure(249, before, now, data) == killed
     shard = data / "shards" / "train" / "up" / "00000.npy"
     os.truncate(shard, 200)
-    assert describe_failure(249, before, now, data).startswith(f"{killed}; {shard}: 200 bytes, expected ")
+    assert describe_failure(249, before, now, data).startswith(
+        f"{killed}; {shard}: 200 bytes, expected "
+    )
 
 
 def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_is(
@@ -148,8 +186,13 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
     monkeypatch.setattr(loader, "MAX_MAP_COUNT", limit)
     TrainingLoader(reader, seq_len=8, seed=1)
     limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
-    for look in (lambda: TrainingLoader(reader, seq_len=8, seed=1), lambda: ValidationWindows(reader, seq_len=8)):
-        with pytest.raises(UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*vm.max_map_count="):
+    for look in (
+        lambda: TrainingLoader(reader, seq_len=8, seed=1),
+        lambda: ValidationWindows(reader, seq_len=8),
+    ):
+        with pytest.raises(
+            UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*vm.max_map_count="
+        ):
             look()
     monkeypatch.setattr(loader, "MAX_MAP_COUNT", tmp_path / "not linux")
     TrainingLoader(reader, seq_len=8, seed=1)

@@ -1,4 +1,6 @@
-"""Secrets in URLs: out of every name, with what names the source kept; data sets built with them hold none."""
+"""Secrets in URLs: out of every name, with what names the source kept; data sets built with them
+hold none.
+"""
 
 import base64
 import functools
@@ -12,7 +14,16 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from prep_helpers import build, build_error, flip_byte, source, speeches, write_jsonl, write_mixture, write_parquet
+from prep_helpers import (
+    build,
+    build_error,
+    flip_byte,
+    source,
+    speeches,
+    write_jsonl,
+    write_mixture,
+    write_parquet,
+)
 
 from data_prep import inputs, show, verify
 from data_prep.errors import UserError, exit_code
@@ -34,8 +45,7 @@ CLEANED = {
     f"sftp://reader:{SECRET}@host/a": "sftp://reader@host/a",
     f"abfs://container:{SECRET}@account.dfs.core.windows.net/a": "abfs://account.dfs.core.windows.net/a",
     f"https://host/a?sv=2022-11-02&st=1&se=2&sr=b&sp=r&sig={SECRET}%3D&part=7": "https://host/a?part=7",
-    f"https://host/a?X-Amz-Algorithm=A&X-Amz-Credential=C&X-Amz-Signature={SECRET}&versionId=3":
-        "https://host/a?versionId=3",
+    f"https://host/a?X-Amz-Algorithm=A&X-Amz-Credential=C&X-Amz-Signature={SECRET}&versionId=3": "https://host/a?versionId=3",
     f"https://host/a?AWSAccessKeyId=I&Signature={SECRET}&Expires=9": "https://host/a",
     f"https://host/a?GoogleAccessId=I&Signature={SECRET}&Expires=9": "https://host/a",
     f"https://host/a?x-goog-signature={SECRET}&generation=5": "https://host/a?generation=5",
@@ -46,17 +56,43 @@ CLEANED = {
     f"https://host/a?access%5Ftoken={SECRET}": "https://host/a",
     f"https://host/a#access_token={SECRET}&page=2": "https://host/a#page=2",
     f"zip://a.csv::https://u:{SECRET}@host/x.zip?token={SECRET}": "zip://a.csv::https://host/x.zip",
-    f"can't read https://u:{SECRET}@host/a?sig={SECRET}: no; try 'https://host/b?token={SECRET}'.":
-        "can't read https://host/a: no; try 'https://host/b'.",
-    **{f"https://host/a?id=7&{name}={SECRET}&version=2": "https://host/a?id=7&version=2" for name in (
-        "rlkey", "apitoken", "resourcekey", "usertoken", "appsecret", "sharekey", "skey", "code", "accesskeyid",
-        "ToKeN", "%74oken", "%2574oken", "user_pwd", "authcode", "X-Credential", "verify", "md5", "key", "HMAC",
-    )},
-    **{f"https://user:pa{mark}{SECRET}@host/a?id=7": "https://host/a?id=7" for mark in (
-        "'", '"', "<", " ", "> ", "' '",
-    )},
-    f"can't read https://user:p {SECRET}@host/a: no; 'https://host:80' and me@home":
-        "can't read https://host/a: no; 'https://host:80' and me@home",
+    f"can't read https://u:{SECRET}@host/a?sig={SECRET}: no; try 'https://host/b?token={SECRET}'.": "can't read https://host/a: no; try 'https://host/b'.",
+    **{
+        f"https://host/a?id=7&{name}={SECRET}&version=2": "https://host/a?id=7&version=2"
+        for name in (
+            "rlkey",
+            "apitoken",
+            "resourcekey",
+            "usertoken",
+            "appsecret",
+            "sharekey",
+            "skey",
+            "code",
+            "accesskeyid",
+            "ToKeN",
+            "%74oken",
+            "%2574oken",
+            "user_pwd",
+            "authcode",
+            "X-Credential",
+            "verify",
+            "md5",
+            "key",
+            "HMAC",
+        )
+    },
+    **{
+        f"https://user:pa{mark}{SECRET}@host/a?id=7": "https://host/a?id=7"
+        for mark in (
+            "'",
+            '"',
+            "<",
+            " ",
+            "> ",
+            "' '",
+        )
+    },
+    f"can't read https://user:p {SECRET}@host/a: no; 'https://host:80' and me@home": "can't read https://host/a: no; 'https://host:80' and me@home",
     f"https://user%3A{SECRET}%40host/a": "https://host/a",
     f"https://user%253A{SECRET}%2540host/a": "https://host/a",
     f"https://host/a?token=it's{SECRET}&id=7": "https://host/a?id=7",
@@ -66,24 +102,35 @@ CLEANED = {
     f"https://host/a?a=1;sig={SECRET}": "https://host/a?a=1",
     f"https://host/a?token=x;{SECRET}&id=7": "https://host/a?id=7",
     f"https://host/a?token=x;{SECRET}==": "https://host/a",
-    f"https://host/a?url=https%3A%2F%2Fu%3A{SECRET}%40b%2Fc%3Ftoken%3D{SECRET}%26id%3D7&id=8":
-        "https://host/a?url=https%3A%2F%2Fb%2Fc%3Fid%3D7&id=8",
+    f"https://host/a?url=https%3A%2F%2Fu%3A{SECRET}%40b%2Fc%3Ftoken%3D{SECRET}%26id%3D7&id=8": "https://host/a?url=https%3A%2F%2Fb%2Fc%3Fid%3D7&id=8",
     f"https://host/a?url=https%253A%252F%252Fb%252Fc%253Ftoken%253D{SECRET}": "https://host/a?url=https%3A%2F%2Fb%2Fc",
     f"https://host/a?next=%2Fb%3Ftoken%3D{SECRET}%26id%3D7": "https://host/a?next=%2Fb%3Fid%3D7",
     f"https://host/a?url=https://u:{SECRET}@b/c?token={SECRET}": "https://host/a?url=https://b/c",
     f"https://host/https://u:{SECRET}@b/c": "https://host/https://b/c",
     f"https://host/https%3A%2F%2Fu%3A{SECRET}%40b%2Fc/d": "https://host/https%3A%2F%2Fb%2Fc/d",
-}  # fmt: skip
+}
 KEPT = (
-    "hf://datasets/owner/name@0ae6ec63/data/*.parquet", "abfs://container@account.dfs.core.windows.net/a",
-    "https://host/a?download=true&version=2", "https://host/a?author=Tolstoy&tokenizer=gpt2&keyword=war",
-    "https://host:80/a@b", "https://[::1]:80/a@b", "s3://bucket/key=1/year=2024/*.parquet", "memory://a/b?c=d",
+    "hf://datasets/owner/name@0ae6ec63/data/*.parquet",
+    "abfs://container@account.dfs.core.windows.net/a",
+    "https://host/a?download=true&version=2",
+    "https://host/a?author=Tolstoy&tokenizer=gpt2&keyword=war",
+    "https://host:80/a@b",
+    "https://[::1]:80/a@b",
+    "s3://bucket/key=1/year=2024/*.parquet",
+    "memory://a/b?c=d",
     "https://host/a?id=3&file=a.txt&path=%2Fdata%2Fa&revision=main&response-content-disposition=attachment%3B%20f%3Da",
     "https://host/a?language_code=en&key=data%2Fa.jsonl&design=2&passage=4&signal=5&credits=6&authors=7&lang=x;y",
-    "https://host/a;v=1/b%20c;w=2?url=https%3A%2F%2Fb%2Fc%3Fid%3D7", "https://host: refused; ask me@home",
-    "'https://host/a', \"https://host:80\", <https://host/b>: ask me@home", "https://host/a?q=~me;b&r=%3D%3D#token-auth",
-    "https://host/a?se=1&st=2", "sftp://reader@host/a", "relative/path?token=1", "user:password@host", "", "a://",
-)  # fmt: skip
+    "https://host/a;v=1/b%20c;w=2?url=https%3A%2F%2Fb%2Fc%3Fid%3D7",
+    "https://host: refused; ask me@home",
+    "'https://host/a', \"https://host:80\", <https://host/b>: ask me@home",
+    "https://host/a?q=~me;b&r=%3D%3D#token-auth",
+    "https://host/a?se=1&st=2",
+    "sftp://reader@host/a",
+    "relative/path?token=1",
+    "user:password@host",
+    "",
+    "a://",
+)
 
 
 @pytest.mark.parametrize("text", CLEANED)
@@ -109,7 +156,8 @@ class Guarded(http.server.SimpleHTTPRequestHandler):
     def respond(self) -> bytes | None:
         address = urlsplit(self.path)
         by_password = (
-            self.headers.get("Authorization", "") == "Basic " + base64.b64encode(f"reader:{SECRET}".encode()).decode()
+            self.headers.get("Authorization", "")
+            == "Basic " + base64.b64encode(f"reader:{SECRET}".encode()).decode()
         )
         by_signature = parse_qs(address.query).get("sig") == [SECRET]
         path = Path(self.directory, address.path.lstrip("/"))
@@ -125,7 +173,9 @@ class Guarded(http.server.SimpleHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", '"1"')
         if status == 206:
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}")
+            self.send_header(
+                "Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}"
+            )
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         return content
@@ -159,9 +209,14 @@ def everything_in(directory: Path) -> bytes:
 
 
 def test_a_data_set_of_guarded_files_holds_no_secret(
-    tmp_path: Path, guarded: tuple[Path, str], tokenizer_dir: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    guarded: tuple[Path, str],
+    tokenizer_dir: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """By password and by signature: built, shown, traced, resumed, repaired; nowhere a trace of the secret."""
+    """By password and by signature: built, shown, traced, resumed, repaired; nowhere a trace of
+    the secret.
+    """
     web, address = guarded
     write_jsonl(web / "a.jsonl", [*speeches(20), ""])
     with (web / "a.jsonl").open("a") as file:
@@ -170,14 +225,18 @@ def test_a_data_set_of_guarded_files_holds_no_secret(
     by_password = f"http://reader:{SECRET}@{address}/a.jsonl"
     by_signature = f"http://{address}/b.parquet?part=1&sig={SECRET}"
     sources = [source("password", by_password, format="jsonl"), source("signature", by_signature)]
-    mixture = write_mixture(tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1)
+    mixture = write_mixture(
+        tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1
+    )
     out = tmp_path / "out"
     manifest = build(mixture, out)
     assert [entry.origin for entry in manifest.sources] == [
         f"http://{address}/a.jsonl",
         f"http://{address}/b.parquet?part=1",
     ]
-    assert {shard.inputs for shard in manifest.shards} == {(entry.origin,) for entry in manifest.sources}
+    assert {shard.inputs for shard in manifest.shards} == {
+        (entry.origin,) for entry in manifest.sources
+    }
     assert manifest.bad_documents[0].input == f"http://{address}/a.jsonl"
     show.main([str(out), "--samples", "3"])
     show.main([str(out), "--trace", f"{manifest.shards[0].path}:0"])
@@ -191,7 +250,10 @@ def test_a_data_set_of_guarded_files_holds_no_secret(
 
 
 def test_a_new_password_is_the_same_source(
-    tmp_path: Path, guarded: tuple[Path, str], tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    guarded: tuple[Path, str],
+    tokenizer_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     web, address = guarded
     write_jsonl(web / "a.jsonl", speeches(20))
@@ -202,11 +264,17 @@ def test_a_new_password_is_the_same_source(
     assert "already complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["refused", "missing", "no server", "a directory", "unknown protocol", "bad line"])
+@pytest.mark.parametrize(
+    "kind", ["refused", "missing", "no server", "a directory", "unknown protocol", "bad line"]
+)
 def test_errors_hold_no_secret(
-    tmp_path: Path, guarded: tuple[Path, str], tokenizer_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    guarded: tuple[Path, str],
+    tokenizer_dir: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(inputs, "RETRY_WAITS_S", (0.01,))
     web, address = guarded
     (web / "bad.jsonl").write_text('{"text": "x"}\nnonsense\n' * 20)
@@ -227,9 +295,15 @@ def test_errors_hold_no_secret(
     assert place in message
 
 
-def test_whatever_error_ends_a_command_is_printed_without(capsys: pytest.CaptureFixture[str]) -> None:
+def test_whatever_error_ends_a_command_is_printed_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     url = f"https://user:{SECRET}@host/a?sig={SECRET}"
-    for error in (UserError(f"{url}: no"), OSError(f"no route to {url}"), FileNotFoundError(2, "No such file", url)):
+    for error in (
+        UserError(f"{url}: no"),
+        OSError(f"no route to {url}"),
+        FileNotFoundError(2, "No such file", url),
+    ):
 
         def main(error: Exception = error) -> None:
             raise error
@@ -248,8 +322,12 @@ def test_data_sets_of_before_are_shown_without(
     shutil.copytree(dataset, copy)
     content = json.loads((copy / "manifest.json").read_text())
     for shard in content["shards"]:
-        shard["inputs"] = [f"https://user:{SECRET}@host/{name}?sig={SECRET}" for name in shard["inputs"]]
-    bytes_before = (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        shard["inputs"] = [
+            f"https://user:{SECRET}@host/{name}?sig={SECRET}" for name in shard["inputs"]
+        ]
+    bytes_before = (
+        json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    ).encode()
     (copy / "manifest.json").write_bytes(bytes_before)
     shard = load_manifest(copy).shards[0]
     assert load_manifest(copy).to_bytes() == bytes_before

@@ -54,7 +54,9 @@ def test_a_good_data_set(dataset: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("at", [-1, 20, 200])
 @pytest.mark.parametrize("suffix", [".npy", ".documents.npy"])
-def test_one_flipped_byte(copy: Path, capsys: pytest.CaptureFixture[str], suffix: str, at: int) -> None:
+def test_one_flipped_byte(
+    copy: Path, capsys: pytest.CaptureFixture[str], suffix: str, at: int
+) -> None:
     path = copy / load_manifest(copy).shards[0].path.replace(".npy", suffix)
     flip_byte(path, at)
     (line,) = bad_lines(copy, capsys)
@@ -67,7 +69,9 @@ def test_every_flipped_bit_of_a_header(copy: Path, suffix: str) -> None:
     shard = load_manifest(copy).shards[0]
     is_index = suffix != ".npy"
     name = shard.index_path if is_index else shard.path
-    shape, dtype = ((shard.documents, 2), INDEX_DTYPE) if is_index else ((shard.tokens,), TOKEN_DTYPE)
+    shape, dtype = (
+        ((shard.documents, 2), INDEX_DTYPE) if is_index else ((shard.tokens,), TOKEN_DTYPE)
+    )
     whole = (copy / name).read_bytes()
     assert open_array(copy, name, dtype, shape).shape == shape
     with (copy / name).open("r+b") as file:
@@ -76,7 +80,9 @@ def test_every_flipped_bit_of_a_header(copy: Path, suffix: str) -> None:
             file.seek(place)
             file.write(bytes([whole[place] ^ (1 << bit % 8)]))
             file.flush()
-            with pytest.raises(UserError, match=r"truncated or damaged \(its header is not that of"):
+            with pytest.raises(
+                UserError, match=r"truncated or damaged \(its header is not that of"
+            ):
                 open_array(copy, name, dtype, shape)
             file.seek(place)
             file.write(whole[place : place + 1])
@@ -99,7 +105,9 @@ def test_a_damaged_build_json_says_that_it_can_go(
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".documents.npy"])
-def test_truncated_and_missing_files(copy: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+def test_truncated_and_missing_files(
+    copy: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
     path = copy / load_manifest(copy).shards[-1].path.replace(".npy", suffix)
     path.write_bytes(path.read_bytes()[:-2])
     (line,) = bad_lines(copy, capsys)
@@ -109,7 +117,9 @@ def test_truncated_and_missing_files(copy: Path, capsys: pytest.CaptureFixture[s
         verify.main([str(copy)])
     advice = f"{path}: missing, but the manifest lists it; --repair builds bad files again"
     assert str(caught.value) == f"{copy}: 1 bad file, the first: {advice}"
-    with pytest.raises(UserError, match=r"; python -m data_prep\.verify DATASET --repair builds it again"):
+    with pytest.raises(
+        UserError, match=r"; python -m data_prep\.verify DATASET --repair builds it again"
+    ):
         open_array(copy, path.relative_to(copy).as_posix(), TOKEN_DTYPE, (1,))
     (copy / "stray").touch()
     verify_and_repair = [str(copy), "--repair"]
@@ -139,7 +149,9 @@ def rewrite(data_dir: Path, change: Callable[[dict], None]) -> Manifest:
     path = data_dir / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (data_dir / "build.json").unlink(missing_ok=True)
     return load_manifest(data_dir)
 
@@ -175,7 +187,9 @@ def test_a_changed_figure_in_the_manifest(copy: Path, capsys: pytest.CaptureFixt
     path = copy / "manifest.json"
     text = path.read_text(encoding="utf-8")
     old = load_manifest(copy).shards[0].text_bytes
-    path.write_text(text.replace(f'"text_bytes": {old}', f'"text_bytes": {old + 1}', 1), encoding="utf-8")
+    path.write_text(
+        text.replace(f'"text_bytes": {old}', f'"text_bytes": {old + 1}', 1), encoding="utf-8"
+    )
     (line,) = bad_lines(copy, capsys)
     assert "is not the one in build.json; remove its manifest.json and run python -m" in line
 
@@ -183,13 +197,20 @@ def test_a_changed_figure_in_the_manifest(copy: Path, capsys: pytest.CaptureFixt
 def test_a_damaged_manifest_is_made_again_from_the_units(dataset: Path, copy: Path) -> None:
     """What the advice says."""
     flip_byte(copy / "manifest.json", 200)
-    with pytest.raises(UserError, match=r"; remove its manifest\.json and run python -m data_prep\.build_shards again"):
+    with pytest.raises(
+        UserError,
+        match=r"; remove its manifest\.json and run python -m data_prep\.build_shards again",
+    ):
         verify.main([str(copy)])
     (copy / "manifest.json").unlink()
     before = stamps(copy)
     build(dataset.parent / "mixture.yaml", copy)
     assert contents(copy) == contents(dataset)
-    assert all(stamps(copy)[name] == stamp for name, stamp in before.items() if name.startswith(("shards/", "units/")))
+    assert all(
+        stamps(copy)[name] == stamp
+        for name, stamp in before.items()
+        if name.startswith(("shards/", "units/"))
+    )
     verify.main([str(copy)])
 
 
@@ -197,7 +218,9 @@ def test_a_damaged_manifest_is_made_again_from_the_units(dataset: Path, copy: Pa
 def test_a_manifest_that_no_builder_wrote(copy: Path, damage: str) -> None:
     path = copy / "manifest.json"
     text = path.read_text(encoding="utf-8")
-    changed = re.sub(r'(?<="share": )\d', "9", text, count=1) if damage == "a share" else text + "\n"
+    changed = (
+        re.sub(r'(?<="share": )\d', "9", text, count=1) if damage == "a share" else text + "\n"
+    )
     assert changed != text
     path.write_text(changed, encoding="utf-8")
     with pytest.raises(UserError, match="damaged manifest"):
@@ -238,16 +261,23 @@ def test_repair_of_one_split_leaves_the_other_alone(dataset: Path, copy: Path) -
     assert contents(copy) == contents(dataset)
 
 
-def test_repair_leaves_strays_to_their_owner(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_leaves_strays_to_their_owner(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
     (copy / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"1 bad file, the first: .*notes\.txt: not part of the data set; remove it$"):
+    with pytest.raises(
+        UserError,
+        match=r"1 bad file, the first: .*notes\.txt: not part of the data set; remove it$",
+    ):
         verify.main([str(copy), "--repair"])
     assert (copy / "notes.txt").read_text() == "mine"
     assert "repaired: " in capsys.readouterr().out
 
 
-def test_repair_where_the_mixture_is_now(dataset: Path, tmp_path: Path, texts: list[str], tokenizer_dir: Path) -> None:
+def test_repair_where_the_mixture_is_now(
+    dataset: Path, tmp_path: Path, texts: list[str], tokenizer_dir: Path
+) -> None:
     base = tmp_path / "base"
     base.mkdir()
     write_jsonl(base / "a.jsonl", texts)
@@ -257,7 +287,9 @@ def test_repair_where_the_mixture_is_now(dataset: Path, tmp_path: Path, texts: l
     base.rename(tmp_path / "moved")
     flip_byte(tmp_path / "out" / shard.path)
     before = stamps(tmp_path / "out")
-    with pytest.raises(UserError, match=r"base/mixture\.yaml: not there, .* say where it is with --mixture FILE"):
+    with pytest.raises(
+        UserError, match=r"base/mixture\.yaml: not there, .* say where it is with --mixture FILE"
+    ):
         verify.main([str(tmp_path / "out"), "--repair"])
     assert stamps(tmp_path / "out") == before
     moved = ("--mixture", str(tmp_path / "moved" / "mixture.yaml"))
@@ -274,7 +306,9 @@ def test_a_repair_is_alone_in_its_directory(dataset: Path, copy: Path) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
     with lock(copy, "at work", "--output-dir"):
         before = contents(copy)
-        with pytest.raises(UserError, match="copy: another process is building or repairing it; wait for it"):
+        with pytest.raises(
+            UserError, match="copy: another process is building or repairing it; wait for it"
+        ):
             verify.main([str(copy), "--repair"])
         with pytest.raises(UserError, match="1 bad file"):
             verify.main([str(copy)])
@@ -283,7 +317,9 @@ def test_a_repair_is_alone_in_its_directory(dataset: Path, copy: Path) -> None:
     assert contents(copy) == contents(dataset)
 
 
-def test_a_build_waits_for_a_repair(dataset: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_waits_for_a_repair(
+    dataset: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
     honest, messages = verify.make_plan, []
 
@@ -298,7 +334,10 @@ def test_a_build_waits_for_a_repair(dataset: Path, copy: Path, monkeypatch: pyte
     monkeypatch.setattr(verify, "make_plan", make_plan)
     repair(copy)
     assert len(messages) == 1
-    assert "another process is building or repairing it; wait for it, or give another --output-dir" in messages[0]
+    assert (
+        "another process is building or repairing it; wait for it, or give another --output-dir"
+        in messages[0]
+    )
     assert contents(copy) == contents(dataset)
 
 
@@ -306,7 +345,10 @@ def test_repair_takes_the_name_of_a_shipped_mixture(copy: Path) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
     with pytest.raises(UserError, match=r"mixtures/example\.yaml: source 'web': no file matches"):
         verify.main([str(copy), "--repair", "--mixture", "example"])
-    with pytest.raises(UserError, match=r"--mixture exampel: no such mixture; give a \.yaml file or one of example, "):
+    with pytest.raises(
+        UserError,
+        match=r"--mixture exampel: no such mixture; give a \.yaml file or one of example, ",
+    ):
         verify.main([str(copy), "--repair", "--mixture", "exampel"])
 
 
@@ -315,7 +357,10 @@ def test_sources_that_are_not_what_they_were(
     tmp_path: Path, texts: list[str], tokenizer_dir: Path, change: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    build(write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")]), tmp_path / "out")
+    build(
+        write_mixture(tmp_path, tokenizer_dir, [source("a", "a.jsonl", format="jsonl")]),
+        tmp_path / "out",
+    )
     shard = load_manifest(tmp_path / "out").shards[0]
     flip_byte(tmp_path / "out" / shard.path)
     if change == "no file":
@@ -327,8 +372,14 @@ def test_sources_that_are_not_what_they_were(
     before = stamps(tmp_path / "out")
     with pytest.raises(UserError) as caught:
         verify.main([str(tmp_path / "out"), "--repair"])
-    rows = f"a.jsonl: rows 0 to {len(texts) - 1}: not the text any more that {shard.path} was made of; bring it back"
-    expected = {"no file": "no file matches a.jsonl", "not JSON": "a.jsonl: line 1: not valid JSON"}.get(change, rows)
+    rows = (
+        f"a.jsonl: rows 0 to {len(texts) - 1}: not the text any more that {shard.path} was made "
+        "of; bring it back"
+    )
+    expected = {
+        "no file": "no file matches a.jsonl",
+        "not JSON": "a.jsonl: line 1: not valid JSON",
+    }.get(change, rows)
     assert expected in str(caught.value)
     assert stamps(tmp_path / "out") == before
 

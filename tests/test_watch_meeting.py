@@ -1,4 +1,6 @@
-"""The door of the watch: ranks come in by their proof, whatever else connects is dropped, and holds nobody up."""
+"""The door of the watch: ranks come in by their proof, whatever else connects is dropped, and
+holds nobody up.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ def in_background(action: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def connect_soon(listener: socket.socket, rank: int, found: dict[int, object], after_s: float = 0.0) -> None:
+def connect_soon(
+    listener: socket.socket, rank: int, found: dict[int, object], after_s: float = 0.0
+) -> None:
     """Have a rank connect, as it does in its own process."""
 
     def body() -> None:
@@ -90,7 +94,9 @@ def test_ranks_come_in_by_their_proof_and_speak_with_rank_0(listener: socket.soc
         assert found[rank].recv_bytes() == b"to %d" % rank  # type: ignore[attr-defined]
 
 
-def test_strangers_that_send_rubbish_close_or_stay_silent_hold_no_rank_up(listener: socket.socket) -> None:
+def test_strangers_that_send_rubbish_close_or_stay_silent_hold_no_rank_up(
+    listener: socket.socket,
+) -> None:
     strangers: list[str] = []
     reception = Reception(listener, KEY, {1}, lambda _, why: strangers.append(why))
     found: dict[int, object] = {}
@@ -102,7 +108,11 @@ def test_strangers_that_send_rubbish_close_or_stay_silent_hold_no_rank_up(listen
         reception.receive(20)
         assert (reception.awaited, list(reception.arrived)) == (set(), [1])
     assert len(strangers) == len(RUBBISH) + 1
-    assert set(strangers) >= {"what it sent is no proof", "closed without a proof", "all ranks have come"}
+    assert set(strangers) >= {
+        "what it sent is no proof",
+        "closed without a proof",
+        "all ranks have come",
+    }
 
 
 def test_a_silent_one_is_dropped_when_its_time_is_up_and_a_slow_drip_of_bytes_gains_none(
@@ -199,7 +209,9 @@ def test_a_rank_does_not_wait_for_a_silent_rank_0_for_ever(listener: socket.sock
         connect(where(listener), KEY, 1, 0.3)
 
 
-def test_it_listens_where_the_ranks_met_and_on_one_machine_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_listens_where_the_ranks_met_and_on_one_machine_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = World(rank=0, world_size=2, local_rank=0, local_world_size=2)
     two = World(rank=0, world_size=2, local_rank=0, local_world_size=1)
     monkeypatch.setenv("MASTER_ADDR", "10.9.8.7")
@@ -221,7 +233,9 @@ def test_it_listens_where_the_ranks_met_and_on_one_machine_on_loopback(monkeypat
 
 
 def be_a_rank_among_strangers(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank that leaves its port's number, and connects only when strangers have."""
+    """Body of a forked rank that leaves its port's number, and connects only when strangers
+    have.
+    """
     from pretrain.run import watch
 
     honest_listen, honest_connect = watch.listen, watch.connect
@@ -241,8 +255,13 @@ def be_a_rank_among_strangers(arguments: list[str], variables: dict[str, str], l
     be_a_rank(arguments, variables, log)
 
 
-def test_a_run_among_strangers_starts_trains_and_says_so_once(tiny_data: Path, tmp_path: Path) -> None:
-    recipe, run_dir = write_recipe(tmp_path / "recipe.yaml", train_tokens=4 * 6 * 32), tmp_path / "run"
+def test_a_run_among_strangers_starts_trains_and_says_so_once(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, run_dir = (
+        write_recipe(tmp_path / "recipe.yaml", train_tokens=4 * 6 * 32),
+        tmp_path / "run",
+    )
     logs, port = logs_of(2, run_dir), tmp_path / "port"
     arguments = arguments_of(recipe, tiny_data, run_dir)
     processes = start_ranks(arguments, logs, be_a_rank_among_strangers, MARK=str(tmp_path))
@@ -259,6 +278,9 @@ def test_a_run_among_strangers_starts_trains_and_says_so_once(tiny_data: Path, t
         assert ended.exit_codes == [0, 0], ended.output
         with pytest.raises(OSError, match="refused"):  # nobody listens there any more
             socket.create_connection((address, number), timeout=5)
-    assert ended.output.count("note: dropped a connection from 127.0.0.1 that is no rank of this run") == 1
+    assert (
+        ended.output.count("note: dropped a connection from 127.0.0.1 that is no rank of this run")
+        == 1
+    )
     assert json.loads((run_dir / "state.json").read_text())["status"] == "done"
     assert os.listdir(run_dir / "checkpoints")

@@ -1,9 +1,12 @@
-"""What earlier code left behind: a data set, and a run that was stopped half-way. Both must stay what they are.
+"""What earlier code left behind: a data set, and a run that was stopped half-way. Both must stay
+what they are.
 
-python tests/test_witness.py --record        makes them anew, by the code of today; see WHEN_IT_FAILS
+python tests/test_witness.py --record        makes them anew, by the code of today; see
+WHEN_IT_FAILS
 
-`tests/data/witness` holds text, tokenizer, data set and run; `witness.json` beside them what the run's losses became,
-and the digests of both exports. The losses are exact on the build that made them and agree to 1e-5 on any other.
+`tests/data/witness` holds text, tokenizer, data set and run; `witness.json` beside them what the
+run's losses became, and the digests of both exports. The losses are exact on the build that made
+them and agree to 1e-5 on any other.
 """
 
 import json
@@ -41,7 +44,14 @@ def resume(home: Path) -> list[float]:
 
 def export(home: Path, form: str, output_dir: Path) -> dict[str, str]:
     """Export the run as it is; the digest of each file."""
-    flags = ["--run-dir", str(home / "run"), "--architecture", form, "--output-dir", str(output_dir)]
+    flags = [
+        "--run-dir",
+        str(home / "run"),
+        "--architecture",
+        form,
+        "--output-dir",
+        str(output_dir),
+    ]
     result = run_command(sys.executable, "-m", "pretrain.export_hf", *flags)
     assert result.returncode == 0, result.stderr
     return {path.name: digest_file(path) for path in sorted(output_dir.iterdir())}
@@ -60,7 +70,9 @@ def recorded() -> dict[str, Any]:
     return content
 
 
-def test_the_data_set_is_whole_and_is_what_its_text_gives_today(home: Path, recorded: dict[str, Any]) -> None:
+def test_the_data_set_is_whole_and_is_what_its_text_gives_today(
+    home: Path, recorded: dict[str, Any]
+) -> None:
     result = run_command(sys.executable, "-m", "data_prep.verify", str(home / "dataset"))
     assert result.returncode == 0, result.stderr
     flags = ["--mixture", str(home / "mixture.yaml"), "--output-dir", str(home / "today")]
@@ -68,7 +80,9 @@ def test_the_data_set_is_whole_and_is_what_its_text_gives_today(home: Path, reco
     assert result.returncode == 0, result.stderr
     before, today = load_manifest(home / "dataset"), load_manifest(home / "today")
     assert before.fingerprint == today.fingerprint == recorded["fingerprint"], WHEN_IT_FAILS
-    assert (home / "dataset" / "manifest.json").read_bytes() == (home / "today" / "manifest.json").read_bytes()
+    assert (home / "dataset" / "manifest.json").read_bytes() == (
+        home / "today" / "manifest.json"
+    ).read_bytes()
 
 
 def test_the_run_goes_on_as_if_it_had_never_stopped(home: Path, recorded: dict[str, Any]) -> None:
@@ -84,7 +98,10 @@ def test_its_export_is_byte_for_byte_what_it_was(
     form: str, home: Path, tmp_path: Path, recorded: dict[str, Any]
 ) -> None:
     if transformers.__version__ != recorded["transformers"]:
-        pytest.skip(f"recorded with transformers {recorded['transformers']}, which writes its version into files")
+        pytest.skip(
+            f"recorded with transformers {recorded['transformers']}, which writes its version "
+            "into files"
+        )
     assert export(home, form, tmp_path / form) == recorded["exports"][form], WHEN_IT_FAILS
 
 
@@ -95,7 +112,14 @@ def record() -> None:
         home.mkdir()
         text_dataset(home, 20, 3000)
         write_recipe(home / "witness.yaml", train_tokens=STEPS * 6 * 32)
-        train(1, home / "witness.yaml", home / "dataset", home / "run", "--stop-at-step", str(STOPPED_AT))
+        train(
+            1,
+            home / "witness.yaml",
+            home / "dataset",
+            home / "run",
+            "--stop-at-step",
+            str(STOPPED_AT),
+        )
         shutil.rmtree(home / "run" / "checked_data")  # a stamp of files that are not these
         for path in (home / "run" / "starts.jsonl", home / "dataset" / "build.json"):
             text = path.read_text().replace(socket.gethostname(), HOST)

@@ -1,9 +1,11 @@
-"""What N ranks saved is loaded by M, saved by them, and loaded by N again: the same state, batches and losses.
+"""What N ranks saved is loaded by M, saved by them, and loaded by N again: the same state, batches
+and losses.
 
-One launch for each number of ranks takes all configurations of the engine in turn, with the training command's own
-parts: its checks, its loader, its restore and its save. First every number of ranks trains from the start and saves
-half-way; then each loads what another saved, saves it again before a step is taken, and trains on; at last the first
-loads both, what came back untouched and what was trained meanwhile.
+One launch for each number of ranks takes all configurations of the engine in turn, with the
+training command's own parts: its checks, its loader, its restore and its save. First every number
+of ranks trains from the start and saves half-way; then each loads what another saved, saves it
+again before a step is taken, and trains on; at last the first loads both, what came back untouched
+and what was trained meanwhile.
 """
 
 import gc
@@ -43,13 +45,21 @@ ENGINES: dict[str, Json] = {
     "stage-0": {"zero_optimization": {"stage": 0}},
     "stage-1": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000}},
     "stage-1-bf16": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000}, **BF16},
-    "stage-2": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, "overlap_comm": True}},
+    "stage-2": {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, "overlap_comm": True}
+    },
     "stage-2-offload": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, **OFFLOAD}},
     "stage-2-bf16": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000}, **BF16},
-    "stage-2-bf16-offload": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, **OFFLOAD}, **BF16},
+    "stage-2-bf16-offload": {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, **OFFLOAD},
+        **BF16,
+    },
 }
-EVERY_PAIR = "stage-2"  # the other engines take pairs in which each number of ranks saves once and loads once
-PAIRS = {name: [(1, 3), (3, 2), (2, 4), (4, 1)] for name in ENGINES} | {EVERY_PAIR: [*permutations(RANKS, 2)]}
+# the other engines take pairs in which each number of ranks saves once and loads once
+EVERY_PAIR = "stage-2"
+PAIRS = {name: [(1, 3), (3, 2), (2, 4), (4, 1)] for name in ENGINES} | {
+    EVERY_PAIR: [*permutations(RANKS, 2)]
+}
 LOSS_LIMIT, BF16_LOSS_LIMIT = 1e-4, 2e-4  # measured: 1.4e-7 and 2.5e-5
 
 # The ranks
@@ -57,7 +67,9 @@ LOSS_LIMIT, BF16_LOSS_LIMIT = 1e-4, 2e-4  # measured: 1.4e-7 and 2.5e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """A run that some ranks go on with, where there is something to go on with, and where they save it."""
+    """A run that some ranks go on with, where there is something to go on with, and where they
+    save it.
+    """
 
     engine: str
     run_dir: Path
@@ -69,8 +81,10 @@ class Found:
     """What a rank found in a leg."""
 
     losses: dict[int, float] = field(default_factory=dict)
-    numbers: dict[int, list[int]] = field(default_factory=dict)  # of the samples that this rank took in each step
-    decays: dict[str, float] = field(default_factory=dict)  # of the group of each parameter of which it has a part
+    # of the samples that this rank took in each step
+    numbers: dict[int, list[int]] = field(default_factory=dict)
+    # of the group of each parameter of which it has a part
+    decays: dict[str, float] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)  # in that part
     optimizer_steps: list[int] = field(default_factory=list)  # of each group, as the leg began
     weights_differ: list[str] = field(default_factory=list)  # from the masters loaded
@@ -89,16 +103,22 @@ class NotingLoader:
 
 
 def look_at_groups(engine: Any, found: Found) -> None:
-    """Note which parameter groups this rank's parts are in, and how many steps each group has taken."""
+    """Note which parameter groups this rank's parts are in, and how many steps each group has
+    taken.
+    """
     groups = engine.optimizer.param_groups
     for name, parameter in checkpoint_parameters(engine.deepspeed.module.model):
         if not engine.deepspeed.zero_optimization():
-            (group,) = (group for group in groups if any(one is parameter for one in group["params"]))
+            (group,) = (
+                group for group in groups if any(one is parameter for one in group["params"])
+            )
             found.decays[name], found.elements[name] = group["weight_decay"], parameter.numel()
         elif (mapping := parameter._hp_mapping) is not None:
             found.decays[name] = groups[mapping.param_group_index]["weight_decay"]
             found.elements[name] = mapping.hp_fragment_address.numel
-    found.optimizer_steps = sorted({int(state["step"]) for state in engine.optimizer.state.values()})
+    found.optimizer_steps = sorted(
+        {int(state["step"]) for state in engine.optimizer.state.values()}
+    )
 
 
 def go(leg: Leg, flags: list[str], world: World) -> Found:
@@ -111,7 +131,9 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
     run = train.prepare([*flags, "--run-dir", str(leg.run_dir)], world)
     noting = NotingLoader(run.loader)
     run = replace(run, loader=noting)  # type: ignore[arg-type]
-    engine = Engine(train.build_model(run.recipe), run.recipe, run.engine_config, world, torch.device("cpu"))
+    engine = Engine(
+        train.build_model(run.recipe), run.recipe, run.engine_config, world, torch.device("cpu")
+    )
     bad_steps = train.BadSteps(leg.run_dir, run.recipe.bad_steps, world)
     found, first_step = Found(), train.restore(run, engine, bad_steps, world)
     look_at_groups(engine, found)
@@ -127,13 +149,19 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
                 train.save(run, engine, bad_steps, writer, step)
         if step < max(leg.saves):
             noting.numbers = []
-            rate = learning_rate(step, STEPS, run.recipe.optimizer.peak_learning_rate, run.recipe.schedule)
-            found.losses[step] = engine.train_step(train.micro_batches(run, engine, step), rate).loss
+            rate = learning_rate(
+                step, STEPS, run.recipe.optimizer.peak_learning_rate, run.recipe.schedule
+            )
+            found.losses[step] = engine.train_step(
+                train.micro_batches(run, engine, step), rate
+            ).loss
             found.numbers[step] = noting.numbers
     return found
 
 
-def be_a_rank(legs: list[Leg], recipe: Path, data: Path, variables: dict[str, str], result: Path) -> None:
+def be_a_rank(
+    legs: list[Leg], recipe: Path, data: Path, variables: dict[str, str], result: Path
+) -> None:
     """Body of a forked rank: every leg in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
     from pretrain.engine.engine import start_process_group
@@ -150,7 +178,13 @@ def be_a_rank(legs: list[Leg], recipe: Path, data: Path, variables: dict[str, st
     ]
     for leg in legs:
         try:
-            found.append(go(leg, [*flags, "--deepspeed-config", str(recipe.with_name(f"{leg.engine}.json"))], world))
+            found.append(
+                go(
+                    leg,
+                    [*flags, "--deepspeed-config", str(recipe.with_name(f"{leg.engine}.json"))],
+                    world,
+                )
+            )
         except Exception as error:
             traceback.print_exc()
             found.append(Found(error=f"{type(error).__name__}: {error}"))
@@ -160,7 +194,10 @@ def be_a_rank(legs: list[Leg], recipe: Path, data: Path, variables: dict[str, st
 
 def from_json(content: Json) -> Found:
     """What a rank wrote; the keys of JSON are strings."""
-    by_step = {key: {int(step): value for step, value in content[key].items()} for key in ("losses", "numbers")}
+    by_step = {
+        key: {int(step): value for step, value in content[key].items()}
+        for key in ("losses", "numbers")
+    }
     return Found(**{**content, **by_step})
 
 
@@ -171,13 +208,17 @@ def launch(ranks: int, legs: list[Leg], recipe: Path, data: Path, home: Path) ->
         result.unlink(missing_ok=True)
     processes = []
     for variables, result in zip(variables_of(ranks), results, strict=True):
-        processes.append(fork_server().Process(target=be_a_rank, args=(legs, recipe, data, variables, result)))
+        processes.append(
+            fork_server().Process(target=be_a_rank, args=(legs, recipe, data, variables, result))
+        )
         processes[-1].start()
     for process in processes:
         process.join(300)
         if process.is_alive():
             process.kill()
-    assert all(result.exists() for result in results), "".join(p.read_text() for p in home.glob(f"{ranks}-*.log"))
+    assert all(result.exists() for result in results), "".join(
+        p.read_text() for p in home.glob(f"{ranks}-*.log")
+    )
     found = [[from_json(one) for one in json.loads(result.read_text())] for result in results]
     return list(map(list, zip(*found, strict=True)))
 
@@ -187,7 +228,9 @@ def launch(ranks: int, legs: list[Leg], recipe: Path, data: Path, home: Path) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """All that was saved, below one directory, and what the ranks found in every leg, by where it saved first."""
+    """All that was saved, below one directory, and what the ranks found in every leg, by where
+    it saved first.
+    """
 
     home: Path
     found: dict[Path, list[Found]]
@@ -253,7 +296,10 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def test_every_leg_was_gone(launched: Launched) -> None:
-    errors = {place: [rank.error for rank in found if rank.error] for place, found in launched.found.items()}
+    errors = {
+        place: [rank.error for rank in found if rank.error]
+        for place, found in launched.found.items()
+    }
     assert not {str(place): error for place, error in errors.items() if error}
     assert len(launched.found) == 4 * len(ENGINES) + 3 * (4 * (len(ENGINES) - 1) + 12)
 
@@ -265,14 +311,27 @@ def assert_equal_states(one: Checkpoint, other: Checkpoint) -> None:
         for state in STATES:
             left, right = one.parameter(name, state), other.parameter(name, state)
             assert left.dtype == right.dtype == torch.float32
-            assert torch.equal(left.view(torch.int32), right.view(torch.int32)), f"{other.path}: {name}/{state}"
+            assert torch.equal(left.view(torch.int32), right.view(torch.int32)), (
+                f"{other.path}: {name}/{state}"
+            )
             assert left.any(), f"{one.path}: {name}/{state} is all zeros"
-    for key in ("step", "optimizer_step", "seed", "fingerprint", "data", "skips", "parameters", "model_config"):
+    for key in (
+        "step",
+        "optimizer_step",
+        "seed",
+        "fingerprint",
+        "data",
+        "skips",
+        "parameters",
+        "model_config",
+    ):
         assert one.manifest[key] == other.manifest[key], key
 
 
 @each_engine
-def test_what_other_ranks_loaded_and_saved_again_is_equal_element_by_element(launched: Launched, engine: str) -> None:
+def test_what_other_ranks_loaded_and_saved_again_is_equal_element_by_element(
+    launched: Launched, engine: str
+) -> None:
     for n, m in PAIRS[engine]:
         first = launched.saved(SAVED_AT, engine, n)
         assert first.optimizer_step == SAVED_AT
@@ -281,7 +340,9 @@ def test_what_other_ranks_loaded_and_saved_again_is_equal_element_by_element(lau
             assert len(again.files) == way[-1]
             assert_equal_states(first, again)
         back = launched.saved(SAVED_AT, engine, n, m, n)
-        assert [file["xxh3_128"] for file in back.files] == [file["xxh3_128"] for file in first.files]
+        assert [file["xxh3_128"] for file in back.files] == [
+            file["xxh3_128"] for file in first.files
+        ]
 
 
 @each_engine
@@ -289,7 +350,9 @@ def test_each_element_is_in_one_file_alone(launched: Launched, engine: str) -> N
     for way in [*((n,) for n in RANKS), *PAIRS[engine]]:
         checkpoint = launched.saved(SAVED_AT, engine, *way)
         for name, shape in checkpoint.shapes.items():
-            parts = sorted(file["fragments"][name] for file in checkpoint.files if name in file["fragments"])
+            parts = sorted(
+                file["fragments"][name] for file in checkpoint.files if name in file["fragments"]
+            )
             ends = [0, *(start + count for start, count in parts)]
             assert [start for start, _ in parts] == ends[:-1], (checkpoint.path, name)
             assert ends[-1] == torch.Size(shape).numel()
@@ -301,7 +364,11 @@ def test_the_step_count_and_both_parameter_groups_survive(launched: Launched, en
     expected = {name: WEIGHT_DECAY if len(shape) == 2 else 0.0 for name, shape in shapes.items()}
     assert {*expected.values()} == {WEIGHT_DECAY, 0.0}
     for n, m in PAIRS[engine]:
-        for way, first_step in (((n, m), SAVED_AT), ((n, m, n), SAVED_AT), ((n, m, "trained", n), TRAINED_ON_TO)):
+        for way, first_step in (
+            ((n, m), SAVED_AT),
+            ((n, m, n), SAVED_AT),
+            ((n, m, "trained", n), TRAINED_ON_TO),
+        ):
             ranks = launched.ranks(engine, *way)
             elements = dict.fromkeys(shapes, 0)
             for rank in ranks:
@@ -311,7 +378,9 @@ def test_the_step_count_and_both_parameter_groups_survive(launched: Launched, en
                 for name, count in rank.elements.items():
                     elements[name] += count
             copies = len(ranks) if engine == "stage-0" else 1
-            assert elements == {name: copies * torch.Size(shape).numel() for name, shape in shapes.items()}
+            assert elements == {
+                name: copies * torch.Size(shape).numel() for name, shape in shapes.items()
+            }
         end = launched.saved(STEPS, engine, n, m, "trained", n)
         assert (end.step, end.optimizer_step) == (STEPS, STEPS)
 
@@ -333,19 +402,31 @@ def test_every_step_takes_the_same_samples(launched: Launched, engine: str) -> N
 
 
 @each_engine
-def test_losses_are_those_of_the_run_that_stayed_on_its_ranks(launched: Launched, engine: str) -> None:
+def test_losses_are_those_of_the_run_that_stayed_on_its_ranks(
+    launched: Launched, engine: str
+) -> None:
     limit = BF16_LOSS_LIMIT if "bf16" in engine else LOSS_LIMIT
     for n, m in PAIRS[engine]:
         through = launched.ranks(engine, n)[0].losses
-        moved = {**launched.ranks(engine, n, m)[0].losses, **launched.ranks(engine, n, m, "trained", n)[0].losses}
+        moved = {
+            **launched.ranks(engine, n, m)[0].losses,
+            **launched.ranks(engine, n, m, "trained", n)[0].losses,
+        }
         assert sorted(moved) == [3, 4, 5]
         assert moved == pytest.approx({step: through[step] for step in moved}, rel=limit), (n, m)
     assert through[5] < through[0]
 
 
 @each_engine
-def test_a_state_that_other_ranks_only_saved_again_goes_on_bit_for_bit(launched: Launched, engine: str) -> None:
+def test_a_state_that_other_ranks_only_saved_again_goes_on_bit_for_bit(
+    launched: Launched, engine: str
+) -> None:
     for n, m in PAIRS[engine]:
-        through, back = launched.ranks(engine, n)[0].losses, launched.ranks(engine, n, m, n)[0].losses
+        through, back = (
+            launched.ranks(engine, n)[0].losses,
+            launched.ranks(engine, n, m, n)[0].losses,
+        )
         assert back == {step: through[step] for step in range(SAVED_AT, STEPS)}
-        assert_equal_states(launched.saved(STEPS, engine, n, "end"), launched.saved(STEPS, engine, n, m, n, "end"))
+        assert_equal_states(
+            launched.saved(STEPS, engine, n, "end"), launched.saved(STEPS, engine, n, m, n, "end")
+        )

@@ -1,7 +1,8 @@
 """Trying again where a disk or a file server failed: once in a run of weeks is no reason to end it.
 
-NFS answers ESTALE, EIO or ETIMEDOUT while a server fails over, and the next attempt succeeds. What is no such error (a
-full disk, a missing file, a permission) is raised at once: it does not pass by itself.
+NFS answers ESTALE, EIO or ETIMEDOUT while a server fails over, and the next attempt succeeds. What
+is no such error (a full disk, a missing file, a permission) is raised at once: it does not pass by
+itself.
 """
 
 import socket
@@ -14,13 +15,15 @@ from typing import TypeVar
 from data_prep.errors import is_passing, naming, os_error_line, unheard
 
 T = TypeVar("T")
-WAITS_S = (1.0, 5.0, 25.0)  # before the second, third and fourth attempt; a stalled run is one of 300 s
+# before the second, third and fourth attempt; a stalled run is one of 300 s
+WAITS_S = (1.0, 5.0, 25.0)
 
 
 def patiently(action: Callable[[], T]) -> T:
     """What an action gives, which is tried again where the disk failed; each time is said.
 
-    The action must be one that can start over, whatever its last attempt left. Raises what the last attempt raised.
+    The action must be one that can start over, whatever its last attempt left. Raises what the last
+    attempt raised.
     """
     for wait in WAITS_S:
         try:
@@ -30,7 +33,11 @@ def patiently(action: Callable[[], T]) -> T:
                 raise
             with unheard():
                 line = os_error_line(error)
-                print(f"{socket.gethostname()}: {line}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+                print(
+                    f"{socket.gethostname()}: {line}; trying again in {wait:g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(wait)
     return action()
 

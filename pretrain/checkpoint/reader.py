@@ -5,13 +5,15 @@
     checkpoints/step-00000200/manifest.json.xxh3_128            the manifest's digest
     checkpoints/latest                                          names the newest checkpoint and its manifest's digest
 
-For every parameter there are three states, all fp32: `master`, `exp_avg` and `exp_avg_sq`. A fragment is a run
-of consecutive elements of the flattened parameter, stored as `<parameter>/<state>`. Any world size can load what
-any other saved, and the export reads the masters with plain safetensors.
+For every parameter there are three states, all fp32: `master`, `exp_avg` and `exp_avg_sq`. A
+fragment is a run of consecutive elements of the flattened parameter, stored as
+`<parameter>/<state>`. Any world size can load what any other saved, and the export reads the
+masters with plain safetensors.
 
-Save (pretrain/checkpoint/saving.py): stage, digest, fsync, barrier, rename, then publish the pointer. Load: digests
-first; a file that the manifest does not name, or names otherwise, makes the directory no checkpoint, and is not opened.
-So do states that are no numbers. Nothing here is a pickle.
+Save (pretrain/checkpoint/saving.py): stage, digest, fsync, barrier, rename, then publish the
+pointer. Load: digests first; a file that the manifest does not name, or names otherwise, makes the
+directory no checkpoint, and is not opened. So do states that are no numbers. Nothing here is a
+pickle.
 """
 
 import contextlib
@@ -33,7 +35,14 @@ from torch import Tensor
 from data_prep.errors import UserError, is_passing, naming, os_error_line, refusal
 from data_prep.shards import digest_file
 from pretrain.checkpoint.patience import patiently, read_patiently
-from pretrain.checkpoint.retention import MANIFEST_NAME, OWN_FILE, SIDECAR_NAME, step_name, step_of, steps_in
+from pretrain.checkpoint.retention import (
+    MANIFEST_NAME,
+    OWN_FILE,
+    SIDECAR_NAME,
+    step_name,
+    step_of,
+    steps_in,
+)
 from pretrain.distributed.ranks import barrier, gather, together
 from pretrain.distributed.world import World
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, checkpoint_parameters
@@ -43,7 +52,15 @@ FORMAT_VERSION = 1
 POINTER_NAME = "latest"
 BLOCK_BYTES = 4 << 20
 # What damage raises; of OSErrors, those that `examine` takes for it.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
 # What says something of this process or its rights, and nothing of the file.
 NO_DAMAGE = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -73,7 +90,10 @@ class Checkpoint:
         with naming(path / MANIFEST_NAME):
             sidecar = (path / SIDECAR_NAME).read_bytes()
             if sidecar != (expected := sidecar_of(path)):
-                digest, said = expected.decode().split()[0], sidecar.decode(errors="replace").strip()
+                digest, said = (
+                    expected.decode().split()[0],
+                    sidecar.decode(errors="replace").strip(),
+                )
                 raise ValueError(f"{MANIFEST_NAME}: digest {digest}, {SIDECAR_NAME} says {said}")
             content = json.loads((path / MANIFEST_NAME).read_bytes())
         if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
@@ -85,8 +105,11 @@ class Checkpoint:
         self.shapes: dict[str, list[int]] = content["parameters"]
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         for file in self.files:
-            if not OWN_FILE.fullmatch(file["name"]):  # so that none outside of this directory is ever opened
-                raise ValueError(f"{MANIFEST_NAME} names {file['name']!r}, which is no file of a checkpoint")
+            # so that none outside of this directory is ever opened
+            if not OWN_FILE.fullmatch(file["name"]):
+                raise ValueError(
+                    f"{MANIFEST_NAME} names {file['name']!r}, which is no file of a checkpoint"
+                )
             for name, (start, count) in file["fragments"].items():
                 self._where[name].append((start, count, file["name"]))
         self._open: dict[str, Any] = {}
@@ -121,21 +144,30 @@ class Checkpoint:
         opened = self._file(name)  # raises unless its header is one of safetensors
         keys = opened.keys()
         for key in keys:
-            if not is_finite(opened.get_slice(key)[:]):  # of the mapped file, which was read just now
-                return f"{key} holds what is no number: the weights were spoilt before they were saved"
+            # of the mapped file, which was read just now
+            if not is_finite(opened.get_slice(key)[:]):
+                return (
+                    f"{key} holds what is no number: the weights were spoilt before they were saved"
+                )
         return None
 
     def read(self, name: str, state: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of a flattened parameter's state, fp32, whichever files hold them."""
+        """Elements [start, start + count) of a flattened parameter's state, fp32, whichever
+        files hold them.
+        """
         pieces = []
         for first, length, file_name in sorted(self._where[name]):
             low, high = max(start, first), min(start + count, first + length)
             if low < high:
                 stored = self._file(file_name).get_slice(f"{name}/{state}")
-                pieces.append(stored[low - first : high - first])  # of the mapped file: not copied yet
+                # of the mapped file: not copied yet
+                pieces.append(stored[low - first : high - first])
         filled = sum(map(len, pieces))
         if filled != count:
-            raise UserError(f"{self.path}: holds {filled:,} of {count:,} elements of {name}; the checkpoint is damaged")
+            raise UserError(
+                f"{self.path}: holds {filled:,} of {count:,} elements of {name}; the checkpoint "
+                "is damaged"
+            )
         return pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
 
     def parameter(self, name: str, state: str = "master") -> Tensor:
@@ -150,12 +182,16 @@ class Checkpoint:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether a vector holds numbers alone: no NaN, no infinity. NumPy, since torch would take all cores for it."""
+    """Whether a vector holds numbers alone: no NaN, no infinity. NumPy, since torch would take
+    all cores for it.
+    """
     return all(np.isfinite(block.cpu().numpy()).all() for block in values.split(BLOCK_BYTES // 4))
 
 
 def sidecar_of(path: Path) -> bytes:
-    """What a checkpoint's manifest makes the sidecar say, in the form that `xxh128sum --check` reads."""
+    """What a checkpoint's manifest makes the sidecar say, in the form that `xxh128sum --check`
+    reads.
+    """
     return f"{digest_file(path / MANIFEST_NAME)}  {MANIFEST_NAME}\n".encode()
 
 
@@ -167,7 +203,9 @@ def pointer_to(path: Path) -> bytes:
 
 def disk_of(path: Path) -> tuple[Path, int]:
     """The mount point of the disk that holds a path, and the bytes free there."""
-    mount = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.is_mount())
+    mount = next(
+        parent for parent in (path.resolve(), *path.resolve().parents) if parent.is_mount()
+    )
     return mount, shutil.disk_usage(mount).free
 
 
@@ -179,7 +217,9 @@ def naming_the_disk(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         mount, free = disk_of(run_dir)
         where = f"{os_error_line(error)}; the disk mounted at {mount} has {free:,} bytes free"
-        raise refusal(error, f"{run_dir}: {where}; mend that, and the same command continues") from error
+        raise refusal(
+            error, f"{run_dir}: {where}; mend that, and the same command continues"
+        ) from error
 
 
 def saved_steps(run_dir: Path) -> list[Path]:
@@ -188,9 +228,13 @@ def saved_steps(run_dir: Path) -> list[Path]:
 
 
 def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
-    """What is wrong with the pointer beside checkpoints, but for naming one that was passed over, or None."""
+    """What is wrong with the pointer beside checkpoints, but for naming one that was passed
+    over, or None.
+    """
     if not pointer.exists():
-        return f"{pointer}: missing (removed, or a kill came before it was first written); passed over"
+        return (
+            f"{pointer}: missing (removed, or a kill came before it was first written); passed over"
+        )
     try:
         content = read_patiently(pointer)
         name = json.loads(content)["checkpoint"]
@@ -209,8 +253,8 @@ def pointer_damage(pointer: Path, passed_over: list[Path]) -> str | None:
 def examine(path: Path, part: int, parts: int) -> str | None:
     """What is wrong with this rank's part of a checkpoint, or None.
 
-    Raises UserError where it can't be read for a reason that says nothing of its files; a disk that fails is tried
-    again first.
+    Raises UserError where it can't be read for a reason that says nothing of its files; a disk that
+    fails is tried again first.
     """
     try:
         return patiently(lambda: Checkpoint(path).damage(part, parts))
@@ -222,9 +266,11 @@ def examine(path: Path, part: int, parts: int) -> str | None:
 
 
 def newest_good(run_dir: Path, world: World | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose digests agree, and a line for a bad pointer and each newer one that was passed over.
+    """The newest checkpoint whose digests agree, and a line for a bad pointer and each newer one
+    that was passed over.
 
-    Ranks share the reading of the files and agree on the answer. Raises UserError on all of them where one can't read.
+    Ranks share the reading of the files and agree on the answer. Raises UserError on all of them
+    where one can't read.
     """
     part, parts = (world.rank, world.world_size) if world else (0, 1)
     bad: dict[Path, str] = {}
@@ -250,7 +296,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
-    """The run that a checkpoint belongs to, where --run-dir may name either; None where it lies by itself."""
+    """The run that a checkpoint belongs to, where --run-dir may name either; None where it lies
+    by itself.
+    """
     if not is_checkpoint(run_dir):
         return run_dir
     home = checkpoint.path.absolute().parent
@@ -258,7 +306,8 @@ def run_of(checkpoint: Checkpoint, run_dir: Path) -> Path | None:
 
 
 def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
-    """A good checkpoint of a run, for evaluation and export: the newest, or that of a step; or `run_dir` itself.
+    """A good checkpoint of a run, for evaluation and export: the newest, or that of a step; or
+    `run_dir` itself.
 
     Raises UserError if there is none.
     """
@@ -273,15 +322,24 @@ def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
         print(line, file=sys.stderr)
     if checkpoint is None:
         if passed_over:
-            raise UserError(f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one")
+            raise UserError(
+                f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one"
+            )
         if saved_steps(run_dir.parent) and run_dir.name == checkpoints_dir(run_dir.parent).name:
-            raise UserError(f"--run-dir {run_dir}: the folder of a run's checkpoints; give the run, {run_dir.parent}")
-        raise UserError(f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first")
+            raise UserError(
+                f"--run-dir {run_dir}: the folder of a run's checkpoints; give the run, "
+                f"{run_dir.parent}"
+            )
+        raise UserError(
+            f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first"
+        )
     return checkpoint
 
 
 def open_good(path: Path, step: int | None) -> Checkpoint:
-    """One checkpoint, once all of it was found good. Raises UserError if it isn't, naming those beside it."""
+    """One checkpoint, once all of it was found good. Raises UserError if it isn't, naming those
+    beside it.
+    """
     problem = examine(path, 0, 1) if path.is_dir() else "no such checkpoint"
     if problem is None:
         checkpoint = Checkpoint(path)

@@ -1,12 +1,13 @@
-"""What may disappear from a run's checkpoints, and how: only files of ours, never seen half gone, at no save's cost.
+"""What may disappear from a run's checkpoints, and how: only files of ours, never seen half gone,
+at no save's cost.
 
     step-00000200                      a checkpoint
     .step-00000200.tmp                 one being written
     .step-00000200.k2j8x0q_            one being copied for a branch
     .step-00000200.7f3a90c1.old.tmp    one being removed
 
-Removing can fail for a while: NFS keeps a file that somebody has open as `.nfsXXXX`, so that its directory is not
-empty. Then what is left keeps its hidden name, and the next save tries again.
+Removing can fail for a while: NFS keeps a file that somebody has open as `.nfsXXXX`, so that its
+directory is not empty. Then what is left keeps its hidden name, and the next save tries again.
 """
 
 import os
@@ -28,7 +29,9 @@ SET_ASIDE_PREFIX = "set-aside-"
 
 
 def step_name(step: int) -> str:
-    """The name of the checkpoint after so many steps: eight digits, more from step 100,000,000 on."""
+    """The name of the checkpoint after so many steps: eight digits, more from step 100,000,000
+    on.
+    """
     return f"{STEP_PREFIX}{step:08d}"
 
 
@@ -40,7 +43,9 @@ def step_of(name: str) -> int | None:
 
 
 def steps_in(home: Path) -> list[Path]:
-    """The directories that are called as checkpoints are, newest first; none where `home` is not there."""
+    """The directories that are called as checkpoints are, newest first; none where `home` is not
+    there.
+    """
     names = os.listdir(home) if home.is_dir() else []
     steps = [step for step in map(step_of, names) if step is not None]
     return [home / step_name(step) for step in sorted(steps, reverse=True)]
@@ -68,9 +73,11 @@ def hidden_name(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Have a checkpoint disappear by a rename, so that it is never seen half gone; of a link, the link alone.
+    """Have a checkpoint disappear by a rename, so that it is never seen half gone; of a link, the
+    link alone.
 
-    What can't be removed, or not yet, stays under a hidden name. Raises OSError where it can't be renamed.
+    What can't be removed, or not yet, stays under a hidden name. Raises OSError where it can't be
+    renamed.
     """
     if path.is_symlink():
         path.unlink()
@@ -97,7 +104,9 @@ def why_not(doomed: Path) -> str:
 
 
 def leftovers_in(home: Path) -> Iterator[Path]:
-    """Directories that saves, removals and branches left when they were killed, or when somebody held a file open."""
+    """Directories that saves, removals and branches left when they were killed, or when somebody
+    held a file open.
+    """
     for path in home.glob(f".{STEP_PREFIX}*"):
         if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             yield path
@@ -115,7 +124,8 @@ def sweep(home: Path) -> None:
 def new_staging(final: Path) -> Path:
     """An empty directory beside a checkpoint to be, to write it in.
 
-    It has another name than usual where a leftover can't be cleared away. Raises OSError where none can be made.
+    It has another name than usual where a leftover can't be cleared away. Raises OSError where none
+    can be made.
     """
     staging = final.with_name(f".{final.name}.tmp")
     if staging.is_dir():
@@ -125,7 +135,9 @@ def new_staging(final: Path) -> Path:
 
 
 def make_way(final: Path) -> None:
-    """See to it that nothing has a checkpoint's name: an older one goes, what holds anything else is set aside."""
+    """See to it that nothing has a checkpoint's name: an older one goes, what holds anything
+    else is set aside.
+    """
     if final.is_symlink() or (final.is_dir() and not strangers_in(final)):
         discard(final)
     elif final.exists():
@@ -134,16 +146,22 @@ def make_way(final: Path) -> None:
         warn(f"{final}: held what is no part of a checkpoint; it is now {aside.name}")
 
 
-def prune(saved: Path, keep_last: int, keep_every: int | None = None, passed_over: Collection[str] = ()) -> None:
-    """Remove all but the newest checkpoints and those of every `keep_every`-th step; one that can't be is said.
+def prune(
+    saved: Path, keep_last: int, keep_every: int | None = None, passed_over: Collection[str] = ()
+) -> None:
+    """Remove all but the newest checkpoints and those of every `keep_every`-th step; one that can't
+    be is said.
 
-    Counts from the one just saved, and without those of the names in `passed_over`, which stay: what is damaged must
-    not crowd out what is good.
+    Counts from the one just saved, and without those of the names in `passed_over`, which stay:
+    what is damaged must not crowd out what is good.
     """
     try:
         steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
     except OSError as error:
-        warn(f"{saved.parent}: can't be listed ({error.strerror}), so nothing is removed; the next save tries again")
+        warn(
+            f"{saved.parent}: can't be listed ({error.strerror}), so nothing is removed; the next "
+            "save tries again"
+        )
         return
     newest = step_of(saved.name) or 0
     so_far = [step for step in steps if step <= newest and step_name(step) not in passed_over]
@@ -157,7 +175,10 @@ def prune_one(path: Path) -> None:
     try:
         strangers = [] if path.is_symlink() else strangers_in(path)
         if strangers:
-            warn(f"{path}: kept, since it holds {strangers[0]}, which is no part of a checkpoint; move that away")
+            warn(
+                f"{path}: kept, since it holds {strangers[0]}, which is no part of a checkpoint; "
+                "move that away"
+            )
         else:
             discard(path)
     except OSError as error:

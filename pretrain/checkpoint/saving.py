@@ -1,8 +1,9 @@
-"""Saving a checkpoint: on all ranks, into a staging directory that gets its name when all of it is on the disk.
+"""Saving a checkpoint: on all ranks, into a staging directory that gets its name when all of it is
+on the disk.
 
-What a checkpoint is, and how it is read, is in pretrain/checkpoint/reader.py. A disk or a file server that fails once
-is tried again (pretrain/checkpoint/patience.py); one that goes on failing ends the run by a failure, a full one by what
-to do about it.
+What a checkpoint is, and how it is read, is in pretrain/checkpoint/reader.py. A disk or a file
+server that fails once is tried again (pretrain/checkpoint/patience.py); one that goes on failing
+ends the run by a failure, a full one by what to do about it.
 """
 
 import errno
@@ -32,7 +33,14 @@ from pretrain.checkpoint.reader import (
     pointer_to,
     sidecar_of,
 )
-from pretrain.checkpoint.retention import MANIFEST_NAME, SIDECAR_NAME, make_way, new_staging, step_name, sweep
+from pretrain.checkpoint.retention import (
+    MANIFEST_NAME,
+    SIDECAR_NAME,
+    make_way,
+    new_staging,
+    step_name,
+    sweep,
+)
 from pretrain.distributed.ranks import Group, SharedError, gather, together
 from pretrain.distributed.world import World
 
@@ -40,7 +48,9 @@ Callback = Callable[[], None] | None
 
 
 def safetensors_blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of fp32 vectors, a few MB at a time and as they lie in memory."""
+    """The bytes of a safetensors file of fp32 vectors, a few MB at a time and as they lie in
+    memory.
+    """
     header, end = {}, 0
     for name, values in tensors.items():
         begin, end = end, end + values.nbytes
@@ -53,8 +63,12 @@ def safetensors_blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
             yield block.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def write_fragments(path: Path, fragments: list[Fragment], on_block: Callback = None) -> dict[str, Any]:
-    """Write one rank's file, digested on the way, and flush it to disk; returns its entry in the manifest."""
+def write_fragments(
+    path: Path, fragments: list[Fragment], on_block: Callback = None
+) -> dict[str, Any]:
+    """Write one rank's file, digested on the way, and flush it to disk; returns its entry in the
+    manifest.
+    """
     tensors = {f"{f.name}/{state}": values for f in fragments for state, values in f.states.items()}
     digest, on_its_way = xxhash.xxh3_128(), 0
     with naming(path), path.open("wb") as file:
@@ -63,7 +77,8 @@ def write_fragments(path: Path, fragments: list[Fragment], on_block: Callback = 
             file.write(block)
             if on_block:
                 on_block()
-            if file.tell() - on_its_way > BLOCK_BYTES:  # have the disk begin, so that little is left to the fsync
+            # have the disk begin, so that little is left to the fsync
+            if file.tell() - on_its_way > BLOCK_BYTES:
                 os.posix_fadvise(file.fileno(), on_its_way, 0, os.POSIX_FADV_DONTNEED)
                 on_its_way = file.tell()
         file.flush()
@@ -88,19 +103,26 @@ def save_checkpoint(
 ) -> Path:
     """Save on all ranks; the checkpoint exists, whole, once its directory has its final name.
 
-    `about` is what the manifest says beside step and files; `on_block` is called as writing moves on. Raises UserError
-    on every rank if any rank fails (a full disk, say, naming disk and bytes), with the exit code of a RetryableError
-    where its disk fails or its state is no numbers; what was saved before stays as it was.
+    `about` is what the manifest says beside step and files; `on_block` is called as writing moves
+    on. Raises UserError on every rank if any rank fails (a full disk, say, naming disk and bytes),
+    with the exit code of a RetryableError where its disk fails or its state is no numbers; what was
+    saved before stays as it was.
     """
     final = checkpoints_dir(run_dir) / step_name(step)
     together(lambda: refuse_what_is_no_number(final, fragments), group)
-    needed = sum(gather(sum(values.nbytes for f in fragments for values in f.states.values()), group))
+    needed = sum(
+        gather(sum(values.nbytes for f in fragments for values in f.states.values()), group)
+    )
     staging = None
     try:
-        own_staging = together(lambda: prepare_staging(final, needed) if world.is_main else None, group)
+        own_staging = together(
+            lambda: prepare_staging(final, needed) if world.is_main else None, group
+        )
         staging = gather(own_staging, group)[0]
         own_file = staging / f"rank-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
-        own_entry = together(lambda: patiently(lambda: write_fragments(own_file, fragments, on_block)), group)
+        own_entry = together(
+            lambda: patiently(lambda: write_fragments(own_file, fragments, on_block)), group
+        )
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, **about}
         manifest["files"] = gather(own_entry, group)
         together(lambda: complete(staging, final, manifest) if world.is_main else None, group)
@@ -112,18 +134,23 @@ def save_checkpoint(
 
 
 def refuse_what_is_no_number(final: Path, fragments: list[Fragment]) -> None:
-    """Raise `RetryableError` for weights or moments that hold NaN or infinity: nothing could be trained from them."""
+    """Raise `RetryableError` for weights or moments that hold NaN or infinity: nothing could be
+    trained from them.
+    """
     for fragment in fragments:
         for state, values in fragment.states.items():
             if not is_finite(values):
                 raise RetryableError(
-                    f"{final}: not written: {fragment.name}/{state} holds what is no number, so training diverged or a "
-                    f"device failed; the checkpoints before it stay, and the same command goes on from the newest"
+                    f"{final}: not written: {fragment.name}/{state} holds what is no number, so "
+                    "training diverged or a device failed; the checkpoints before it stay, and "
+                    "the same command goes on from the newest"
                 )
 
 
 def prepare_staging(final: Path, needed: int) -> Path:
-    """Clear away what saves before left, and make a directory to write in. Raises OSError for too small a disk."""
+    """Clear away what saves before left, and make a directory to write in. Raises OSError for
+    too small a disk.
+    """
     home = final.parent
     patiently(lambda: home.mkdir(parents=True, exist_ok=True))
     sweep(home)
@@ -147,7 +174,8 @@ def complete(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def publish(staging: Path, final: Path) -> None:
     """Give a complete checkpoint its final name and point to it."""
-    if staging.is_dir():  # else an attempt before this one renamed it, whatever the file server answered
+    # else an attempt before this one renamed it, whatever the file server answered
+    if staging.is_dir():
         make_way(final)
         os.rename(staging, final)
     fsync_directory(final.parent)
@@ -157,9 +185,12 @@ def publish(staging: Path, final: Path) -> None:
 def why_not_written(final: Path, needed: int, error: UserError) -> str:
     """The line on a save that failed."""
     if error.exit_code != USER_ERROR_EXIT_CODE:
-        return f"{final}: not written: {error}; the checkpoint before it stays, and the same command continues"
+        return (
+            f"{final}: not written: {error}; the checkpoint before it stays, and the same command "
+            "continues"
+        )
     mount, free = disk_of(final.parent)
     return (
-        f"{final}: not written: {error}; it needs {needed:,} bytes, the disk mounted at {mount} has {free:,} free; "
-        f"make room or mend that, and the same command continues"
+        f"{final}: not written: {error}; it needs {needed:,} bytes, the disk mounted at {mount} "
+        f"has {free:,} free; make room or mend that, and the same command continues"
     )

@@ -1,7 +1,8 @@
-"""Saving off the critical path: a copy of the rank's state in host memory, written by a thread while training goes on.
+"""Saving off the critical path: a copy of the rank's state in host memory, written by a thread
+while training goes on.
 
-The ranks' threads meet in a process group of their own, so that they never mix with the exchanges of training. What
-they write, and how, is in pretrain/checkpoint/saving.py.
+The ranks' threads meet in a process group of their own, so that they never mix with the exchanges
+of training. What they write, and how, is in pretrain/checkpoint/saving.py.
 """
 
 import threading
@@ -29,7 +30,8 @@ class AroundSaves:
     """What others do around a save; all of it is called in the thread that writes."""
 
     before: Callback = None  # on rank 0: make durable what a checkpoint counts on
-    saved: Callable[[int], None] | None = None  # on rank 0: note that a checkpoint after so many steps is there
+    # on rank 0: note that a checkpoint after so many steps is there
+    saved: Callable[[int], None] | None = None
     wrote_block: Callback = None  # on every rank, as writing moves on
     failed: Callback = None  # on every rank
 
@@ -37,11 +39,13 @@ class AroundSaves:
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
 
-    Where a save fails, every rank's next `save` or `wait` raises the error. The memory it takes is that of this rank's
-    fragments, once.
+    Where a save fails, every rank's next `save` or `wait` raises the error. The memory it takes is
+    that of this rank's fragments, once.
     """
 
-    def __init__(self, run_dir: Path, recipe: CheckpointsRecipe, world: World, around: AroundSaves) -> None:
+    def __init__(
+        self, run_dir: Path, recipe: CheckpointsRecipe, world: World, around: AroundSaves
+    ) -> None:
         self.run_dir, self.recipe, self.world, self.around = run_dir, recipe, world, around
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._memory = torch.empty(0)
@@ -50,17 +54,25 @@ class CheckpointWriter:
         self._passed_over: set[str] = set()
 
     def pass_over_newer(self, step: int) -> list[str]:
-        """Leave the checkpoints after a step, which was gone on from because they are damaged, out of the retention.
+        """Leave the checkpoints after a step, which was gone on from because they are damaged, out
+        of the retention.
 
         Returns the names of those that were not left out before. No save may be under way.
         """
-        names = [path.name for path in patiently(lambda: saved_steps(self.run_dir)) if (step_of(path.name) or 0) > step]
+        names = [
+            path.name
+            for path in patiently(lambda: saved_steps(self.run_dir))
+            if (step_of(path.name) or 0) > step
+        ]
         new = [name for name in names if name not in self._passed_over]
         self._passed_over.update(new)
         return new
 
-    def save(self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True) -> None:
-        """Have the state after `step` steps written as it is now, and the oldest checkpoints dropped, if it `prunes`.
+    def save(
+        self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True
+    ) -> None:
+        """Have the state after `step` steps written as it is now, and the oldest checkpoints
+        dropped, if it `prunes`.
 
         Waits for the save before, and raises its error.
         """
@@ -70,7 +82,9 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the checkpoint is there; raises UserError on all ranks if it could not be written."""
+        """Until the checkpoint is there; raises UserError on all ranks if it could not be
+        written.
+        """
         if self._thread:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
@@ -80,10 +94,14 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if kind is None:
             self.wait()
-        elif self._thread:  # what ended the run is to be told; the checkpoint before it is to be whole all the same
+        elif (
+            self._thread
+        ):  # what ended the run is to be told; the checkpoint before it is to be whole all the same
             self._thread.join()
 
     def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
@@ -93,16 +111,25 @@ class CheckpointWriter:
             self._memory = host_memory(sum(sizes))
         places = iter(self._memory.split(sizes))
         return [
-            replace(fragment, states={state: next(places).copy_(values) for state, values in fragment.states.items()})
+            replace(
+                fragment,
+                states={
+                    state: next(places).copy_(values) for state, values in fragment.states.items()
+                },
+            )
             for fragment in fragments
         ]
 
-    def _write(self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool) -> None:
+    def _write(
+        self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool
+    ) -> None:
         """Body of the thread."""
         try:
             together(self._begin, self._group)
             on_block = self.around.wrote_block
-            saved = save_checkpoint(self.run_dir, step, fragments, about, self.world, self._group, on_block)
+            saved = save_checkpoint(
+                self.run_dir, step, fragments, about, self.world, self._group, on_block
+            )
             together(lambda: self._conclude(saved, step, prunes), self._group)
         except Exception as error:
             self._error = error
@@ -127,9 +154,12 @@ class CheckpointWriter:
 def host_memory(elements: int) -> Tensor:
     """So many fp32 in host memory, from which and to which a GPU copies at full speed.
 
-    Registered, not `pin_memory()`, whose allocator rounds up to a power of two: up to twice as much.
+    Registered, not `pin_memory()`, whose allocator rounds up to a power of two: up to twice as
+    much.
     """
     memory = torch.empty(elements)
     if torch.cuda.is_available():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        torch.cuda.check_error(
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        )
     return memory

@@ -1,7 +1,8 @@
 """The recipe: everything that makes a run what it is, as frozen dataclasses read from YAML.
 
-The recipe owns model, data order, tokens, batch, optimizer, schedule, activation checkpointing and intervals.
-What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see pretrain/engine/engine.py.
+The recipe owns model, data order, tokens, batch, optimizer, schedule, activation checkpointing and
+intervals. What belongs to the engine (ZeRO, precision, offload) stays in the DeepSpeed JSON; see
+pretrain/engine/engine.py.
 """
 
 import difflib
@@ -30,10 +31,19 @@ NEAR = 0.6  # difflib's ratio from which two names of files are alike
 AUTO = "auto"  # in the place of model.vocab_size: that of the data set
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# What a resumed run may change, keys and sections: none of it alters what a step computes, but for the order of float
-# sums. Decisions on bad steps are recorded and replayed; of the engine, the merged configuration is compared instead.
+# What a resumed run may change, keys and sections: none of it alters what a step computes, but for
+# the order of float sums. Decisions on bad steps are recorded and replayed; of the engine, the
+# merged configuration is compared instead.
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"batch.micro_batch_size", "compile", "loss_head", "data", "activation_checkpointing", "validation", "checkpoints"}
+    {
+        "batch.micro_batch_size",
+        "compile",
+        "loss_head",
+        "data",
+        "activation_checkpointing",
+        "validation",
+        "checkpoints",
+    }
     | {"bad_steps", "stalls", "engine"}
 )
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
@@ -43,13 +53,15 @@ MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 class ModelRecipe:
     """Architecture of the decoder."""
 
-    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)  # in a recipe's file also `auto`, see load_recipe
+    # in a recipe's file also `auto`, see load_recipe
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
     d_model: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     seq_len: int = Field(ge=1)
     input_embedding: Literal["binary_code", "affine_code", "learned"]
-    code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)  # default: ceil(log2 vocab_size)
+    # default: ceil(log2 vocab_size)
+    code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)
     code_seed: int = 0  # draws A and b of an affine code
 
 
@@ -75,10 +87,11 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScheduleRecipe:
-    """Linear warm-up to the peak, then a decay to a fraction of it at the last step; see pretrain/engine/optim.py.
+    """Linear warm-up to the peak, then a decay to a fraction of it at the last step; see
+    pretrain/engine/optim.py.
 
-    `cosine` and `linear` decay from the end of the warm-up, `wsd` (warmup-stable-decay) over its last
-    `decay_steps`, or `decay_fraction` of all steps; `constant` stays at the peak.
+    `cosine` and `linear` decay from the end of the warm-up, `wsd` (warmup-stable-decay) over its
+    last `decay_steps`, or `decay_fraction` of all steps; `constant` stays at the peak.
     """
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -90,11 +103,19 @@ class ScheduleRecipe:
 
     def warmup(self, total_steps: int) -> int:
         """Steps of the warm-up."""
-        return math.ceil(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+        return (
+            math.ceil(self.warmup_fraction * total_steps)
+            if self.warmup_steps is None
+            else self.warmup_steps
+        )
 
     def decay(self, total_steps: int) -> int:
         """Steps of the decay of `wsd`."""
-        return math.ceil(self.decay_fraction * total_steps) if self.decay_steps is None else self.decay_steps
+        return (
+            math.ceil(self.decay_fraction * total_steps)
+            if self.decay_steps is None
+            else self.decay_steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,7 +123,8 @@ class DataRecipe:
     """How a node gets at the shards."""
 
     stage_dir: str | None = None  # a local disk of each node, to which the data set is copied once
-    verify: Literal["once", "always", "never"] = "once"  # the shards' digests, before a start's first step; once a node
+    # the shards' digests, before a start's first step; once a node
+    verify: Literal["once", "always", "never"] = "once"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -123,7 +145,9 @@ class ValidationRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointsRecipe:
-    """How often to save, and which checkpoints to keep: the newest ones, and those of each multiple of some steps."""
+    """How often to save, and which checkpoints to keep: the newest ones, and those of each
+    multiple of some steps.
+    """
 
     every_steps: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=1)
@@ -132,16 +156,21 @@ class CheckpointsRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BadStepsRecipe:
-    """What becomes of a step whose loss or gradient norm is no number, or a spike; see pretrain/run/bad_steps.py."""
+    """What becomes of a step whose loss or gradient norm is no number, or a spike; see
+    pretrain/run/bad_steps.py.
+    """
 
     policy: Literal["skip", "rewind", "stop"] = "skip"
-    spike_deviations: float | None = Field(default=None, gt=0)  # above the running median; default: none is a spike
+    # above the running median; default: none is a spike
+    spike_deviations: float | None = Field(default=None, gt=0)
     max_in_a_row: int = Field(default=10, ge=1)  # after so many the run has diverged, and stops
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StallsRecipe:
-    """When a run that does nothing has stalled: after so many median steps, but not before so many seconds."""
+    """When a run that does nothing has stalled: after so many median steps, but not before so
+    many seconds.
+    """
 
     after_medians: float = Field(default=30.0, ge=1)
     after_s: float = Field(default=300.0, gt=0)
@@ -156,14 +185,17 @@ class Recipe:
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
     data: DataRecipe = Field(default_factory=DataRecipe)
-    activation_checkpointing: ActivationCheckpointingRecipe = Field(default_factory=ActivationCheckpointingRecipe)
+    activation_checkpointing: ActivationCheckpointingRecipe = Field(
+        default_factory=ActivationCheckpointingRecipe
+    )
     validation: ValidationRecipe
     checkpoints: CheckpointsRecipe
     bad_steps: BadStepsRecipe = Field(default_factory=BadStepsRecipe)
     stalls: StallsRecipe = Field(default_factory=StallsRecipe)
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
-    intra_document_masking: bool = False  # no token sees another document of its window; positions restart
+    # no token sees another document of its window; positions restart
+    intra_document_masking: bool = False
     compile: bool = False  # torch.compile of the blocks
     loss_head: Literal["chunked", "whole", "liger"] = "chunked"  # see pretrain/model/loss.py
     deterministic: bool = False  # CUDA only: slower kernels that give the same bits each time
@@ -212,13 +244,17 @@ def nearest_file(name: str, directory: Path, suffix: str) -> str:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as YAML."""
+    """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as
+    YAML.
+    """
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             key = OURS.get(dotted.rpartition(".")[2].replace("-", "_"))
             form = f"--{key}=value" if key else "--dotted.key=value"
-            raise UserError(f"{argument}: not a known flag; a recipe key is set as {form}, with the sign =")
+            raise UserError(
+                f"{argument}: not a known flag; a recipe key is set as {form}, with the sign ="
+            )
         *sections, key = dotted.split(".")
         target = content
         for section in sections:
@@ -229,7 +265,9 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def as_numbers(value: Any) -> Any:
-    """Read the numbers that YAML takes for text, `6e-4` and `17e9`, and make whole ones integers."""
+    """Read the numbers that YAML takes for text, `6e-4` and `17e9`, and make whole ones
+    integers.
+    """
     if isinstance(value, dict):
         return {key: as_numbers(inner) for key, inner in value.items()}
     if not isinstance(value, str | float):
@@ -247,15 +285,24 @@ def nearest_key(dotted: str) -> str:
 
 
 def build_recipe(content: Any, origin: str) -> Recipe:
-    """Check a nested dictionary and make it a Recipe. Raises UserError for the first thing that is wrong."""
+    """Check a nested dictionary and make it a Recipe. Raises UserError for the first thing that
+    is wrong.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{origin}: not a recipe: expected keys and values in YAML")
     try:
-        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(as_numbers(content), default=str))
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(
+            json.dumps(as_numbers(content), default=str)
+        )
         check_recipe(recipe, origin)
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {first_problem(error, nearest_key)}") from None
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # keys that are lists, endless numbers
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # keys that are lists, endless numbers
         raise UserError(f"{origin}: {error}") from None
     return recipe
 
@@ -275,8 +322,8 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         below = recipe.global_batch_size * model.seq_len
         near = f"{below} and {below + model.seq_len}" if below else f"{model.seq_len}"
         raise UserError(
-            f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a whole number of "
-            f"windows of model.seq_len {model.seq_len}; the nearest are {near}"
+            f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a "
+            f"whole number of windows of model.seq_len {model.seq_len}; the nearest are {near}"
         )
 
 
@@ -284,13 +331,16 @@ def check_schedule(recipe: Recipe, origin: str) -> None:
     """Warm-up and decay must fit into the run."""
     schedule, total = recipe.schedule, recipe.total_steps
     if schedule.kind != "wsd" and schedule.decay_steps is not None:
-        raise UserError(f"{origin}: schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}")
+        raise UserError(
+            f"{origin}: schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}"
+        )
     warmup = schedule.warmup(total)
     decay = schedule.decay(total) if schedule.kind == "wsd" else 0
     if warmup + decay > total:
         raise UserError(
-            f"{origin}: schedule: {warmup:,} steps of warm-up{f' and {decay:,} of decay' if decay else ''} are longer "
-            f"than the run of {total:,} steps; make them shorter or train_tokens larger"
+            f"{origin}: schedule: {warmup:,} steps of "
+            f"warm-up{f' and {decay:,} of decay' if decay else ''} are longer than the run of "
+            f"{total:,} steps; make them shorter or train_tokens larger"
         )
 
 
@@ -300,12 +350,20 @@ def check_code_bits(model: ModelRecipe, origin: str) -> None:
     bits = model.code_bits or needed
     if bits < needed:
         raise UserError(
-            f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; set it to {needed} or more"
+            f"{origin}: model.code_bits {bits} cannot tell {model.vocab_size:,} ids apart; set it "
+            f"to {needed} or more"
         )
     if model.d_model % bits:
         fitting = next((k for k in range(bits, MAX_CODE_BITS + 1) if model.d_model % k == 0), None)
-        advice = f"set model.code_bits to {fitting}, the next that does" if fitting else "change model.d_model"
-        raise UserError(f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; {advice}")
+        advice = (
+            f"set model.code_bits to {fitting}, the next that does"
+            if fitting
+            else "change model.d_model"
+        )
+        raise UserError(
+            f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; "
+            f"{advice}"
+        )
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), data_dir: Path | None = None) -> Recipe:
@@ -322,13 +380,17 @@ def load_recipe(name: str, overrides: Sequence[str] = (), data_dir: Path | None 
 
 
 def resolve_vocab_size(content: dict[str, Any], data_dir: Path | None, origin: str) -> None:
-    """Put the number of the data set's ids in the place of `model.vocab_size: auto`. Raises UserError without one."""
+    """Put the number of the data set's ids in the place of `model.vocab_size: auto`. Raises
+    UserError without one.
+    """
     model = content.get("model")
     if not isinstance(model, dict) or model.get("vocab_size") != AUTO:
         return
     if data_dir is None:
         advice = "give --data-dir, or a number as --model.vocab_size=N"
-        raise UserError(f"{origin}: model.vocab_size is {AUTO}, the number of the data set's ids; {advice}")
+        raise UserError(
+            f"{origin}: model.vocab_size is {AUTO}, the number of the data set's ids; {advice}"
+        )
     model["vocab_size"] = ShardReader(data_dir).manifest.vocab_size
 
 
@@ -346,28 +408,38 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str) -> None:
-    """Raise UserError for the first dotted key whose value differs, unless it, or its section, may change."""
+def refuse_changes(
+    saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str
+) -> None:
+    """Raise UserError for the first dotted key whose value differs, unless it, or its section,
+    may change.
+    """
     old, new = flatten(saved), flatten(now)
     for key in [*old, *(k for k in new if k not in old)]:
         if old.get(key) != new.get(key) and may_change.isdisjoint((key, key.partition(".")[0])):
             raise UserError(
-                f"{origin}: this run was started with {key}={old.get(key)!r}, got {new.get(key)!r}; "
-                f"give the old value to continue it, or another --run-dir to start a new run"
+                f"{origin}: this run was started with {key}={old.get(key)!r}, got "
+                f"{new.get(key)!r}; give the old value to continue it, or another --run-dir to "
+                "start a new run"
             )
 
 
 def model_config(model: ModelRecipe) -> "TableFreeConfig":
     """The architecture as the modelling file wants it, the affine code drawn."""
-    from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code  # torch takes seconds
+    # torch takes seconds
+    from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code
 
     code_bits = model.code_bits or bits_needed(model.vocab_size)
     architecture = asdict(model) | {"code_bits": code_bits}  # type: ignore[call-overload]
     seed = architecture.pop("code_seed")
     if model.input_embedding == "affine_code":
-        architecture["affine_rows"], architecture["affine_offset"] = draw_affine_code(code_bits, seed)
+        architecture["affine_rows"], architecture["affine_offset"] = draw_affine_code(
+            code_bits, seed
+        )
     return TableFreeConfig(**architecture)

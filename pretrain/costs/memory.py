@@ -1,19 +1,22 @@
-"""How many bytes of its device a rank needs at its peak, by arithmetic: what fits, before anything is built. No torch.
+"""How many bytes of its device a rank needs at its peak, by arithmetic: what fits, before anything
+is built. No torch.
 
-Counted are tensors in eager mode; torch.compile keeps less. N tokens of a micro-batch, D width, V vocabulary, P
-parameters, e bytes of a number of the model, n ranks, u = e N D the bytes of one hidden tensor.
+Counted are tensors in eager mode; torch.compile keeps less. N tokens of a micro-batch, D width, V
+vocabulary, P parameters, e bytes of a number of the model, n ranks, u = e N D the bytes of one
+hidden tensor.
 
-Held throughout, by ZeRO-2: parameters e P, fp32 masters 4 P/n, both moments 8 P/n (the last two elsewhere, where the
-optimizer is offloaded).
-Activations: a block of mode `none` keeps 18 u: its input and first norm 2, query-key-value 3, rotated query and key 2,
-attention 1, second residual and norm 2, both sides of the GELU 8; and the statistics of norms and softmax. `selective`
-keeps the 11 u of input, products and attention, and recomputes 8 more of one block at a time; `full` keeps the input
-and recomputes 17. In flight are 5 u of gradients, inside the MLP.
-Gradients, as DeepSpeed 0.19 has them (runtime/zero/stage_1_and_2.py): each is copied into a bucket of
-`reduce_bucket_size` elements (two with overlap_comm); one larger than that stays where it is. A full bucket is copied,
-cast to the communication type, reduced, and added to the rank's fp32 partition of 4 P/n, which lives from a step's
-first bucket to its update. Of an fp32 model every micro-step has a partition of its own, with every parameter whole of
-which the rank owns a part, and the update takes a flat copy. The gradient norm takes an fp64 copy of one parameter.
+Held throughout, by ZeRO-2: parameters e P, fp32 masters 4 P/n, both moments 8 P/n (the last two
+elsewhere, where the optimizer is offloaded). Activations: a block of mode `none` keeps 18 u: its
+input and first norm 2, query-key-value 3, rotated query and key 2, attention 1, second residual and
+norm 2, both sides of the GELU 8; and the statistics of norms and softmax. `selective` keeps the 11
+u of input, products and attention, and recomputes 8 more of one block at a time; `full` keeps the
+input and recomputes 17. In flight are 5 u of gradients, inside the MLP. Gradients, as DeepSpeed
+0.19 has them (runtime/zero/stage_1_and_2.py): each is copied into a bucket of `reduce_bucket_size`
+elements (two with overlap_comm); one larger than that stays where it is. A full bucket is copied,
+cast to the communication type, reduced, and added to the rank's fp32 partition of 4 P/n, which
+lives from a step's first bucket to its update. Of an fp32 model every micro-step has a partition of
+its own, with every parameter whole of which the rank owns a part, and the update takes a flat copy.
+The gradient norm takes an fp64 copy of one parameter.
 """
 
 from collections.abc import Sequence
@@ -27,14 +30,17 @@ from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import count_parameters
 
 MODES = ("none", "selective", "full")
-KEPT = {"none": 18, "selective": 11, "full": 1}  # hidden tensors that a block keeps for its backward pass
+# hidden tensors that a block keeps for its backward pass
+KEPT = {"none": 18, "selective": 11, "full": 1}
 RECOMPUTED = {"none": 0, "selective": 8, "full": 17}  # and those that come back while it runs
 IN_FLIGHT = 5
-# Of a chunk's fp32 logits in the loss head. A CPU gains nothing from more. A GPU needs rows enough for a product of
-# (C, V) with (V, D) to fill it, and for passes over the fp32 weight gradient, one a chunk, to be few.
+# Of a chunk's fp32 logits in the loss head. A CPU gains nothing from more. A GPU needs rows enough
+# for a product of (C, V) with (V, D) to fill it, and for passes over the fp32 weight gradient, one
+# a chunk, to be few.
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# What a device must have besides tensors. Contexts of CUDA and NCCL, and what its allocator cannot use, are assumed; of
-# a process that trains on a CPU and keeps freed memory 0.59 to 0.79 were tensors (tests/benchmarks/plan_accuracy.py).
+# What a device must have besides tensors. Contexts of CUDA and NCCL, and what its allocator cannot
+# use, are assumed; of a process that trains on a CPU and keeps freed memory 0.59 to 0.79 were
+# tensors (tests/benchmarks/plan_accuracy.py).
 CONTEXT_BYTES, USABLE = {"cpu": 0.0, "cuda": 1.5e9}, {"cpu": 0.6, "cuda": 0.96}
 
 
@@ -44,10 +50,21 @@ class Sizes:
     Raises UserError where the batch does not divide over the ranks.
     """
 
-    def __init__(self, recipe: Recipe, engine_config: dict[str, Any], ranks: int, device_type: str) -> None:
+    def __init__(
+        self, recipe: Recipe, engine_config: dict[str, Any], ranks: int, device_type: str
+    ) -> None:
         zero, counts = engine_config.get("zero_optimization", {}), count_parameters(recipe.model)
-        blocks = [recipe.model.d_model**2 * part for _ in range(recipe.model.num_layers) for part in (3, 1, 4, 4)]
-        self.recipe, self.engine_config, self.ranks, self.device_type = recipe, engine_config, ranks, device_type
+        blocks = [
+            recipe.model.d_model**2 * part
+            for _ in range(recipe.model.num_layers)
+            for part in (3, 1, 4, 4)
+        ]
+        self.recipe, self.engine_config, self.ranks, self.device_type = (
+            recipe,
+            engine_config,
+            ranks,
+            device_type,
+        )
         self.element = 2 if engine_config.get("bf16", {}).get("enabled") else 4
         self.tokens = recipe.batch.micro_batch_size * recipe.model.seq_len
         self.hidden = self.element * self.tokens * recipe.model.d_model
@@ -56,7 +73,9 @@ class Sizes:
         self.parameters = sum(counts.values())
         self.bucket = float(zero.get("reduce_bucket_size", 5e8))
         self.buckets = self.element * self.bucket * (2 if zero.get("overlap_comm") else 1)
-        self.cast = 4 if self.element == 2 and engine_config.get("communication_data_type") == "fp32" else 0
+        self.cast = (
+            4 if self.element == 2 and engine_config.get("communication_data_type") == "fp32" else 0
+        )
         self.accumulates = accumulation_steps(recipe, ranks) > 1
         self.offloads = "offload_optimizer" in zero
 
@@ -64,7 +83,11 @@ class Sizes:
 def held_bytes(sizes: Sizes) -> dict[str, float]:
     """What stays on the device from step to step."""
     share = 0.0 if sizes.offloads else sizes.parameters / sizes.ranks
-    return {"parameters": float(sizes.element * sizes.parameters), "masters": 4 * share, "moments": 8 * share}
+    return {
+        "parameters": float(sizes.element * sizes.parameters),
+        "masters": 4 * share,
+        "moments": 8 * share,
+    }
 
 
 def whole_parameters(matrices: Sequence[int], ranks: int) -> int:
@@ -94,12 +117,16 @@ def activation_bytes(sizes: Sizes, blocks: int) -> float:
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk of the loss head: at V = 65,536 they are 256 on a CPU and 4,096 on a GPU."""
+    """Tokens of a chunk of the loss head: at V = 65,536 they are 256 on a CPU and 4,096 on a
+    GPU.
+    """
     return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
 
 
 def loss_head_bytes(sizes: Sizes) -> float:
-    """The most that the loss head holds in its forward pass, besides its input; see pretrain/model/loss.py."""
+    """The most that the loss head holds in its forward pass, besides its input; see
+    pretrain/model/loss.py.
+    """
     model, low_precision = sizes.recipe.model, sizes.element == 2
     if sizes.recipe.loss_head == "whole":
         return (8.0 + 2.0 * low_precision) * sizes.tokens * model.vocab_size
@@ -110,19 +137,27 @@ def loss_head_bytes(sizes: Sizes) -> float:
 
 
 def backward_bytes(sizes: Sizes) -> float:
-    """Activations, gradients on their way and the partition, at the worst block of the backward pass."""
+    """Activations, gradients on their way and the partition, at the worst block of the backward
+    pass.
+    """
     square, partition = sizes.recipe.model.d_model**2, partition_bytes(sizes)
     earlier = partition * sizes.accumulates
 
     def partitions(reduced: float) -> float:
-        """Once that many elements are reduced; on a CPU memory that nothing has written to does not exist."""
+        """Once that many elements are reduced; on a CPU memory that nothing has written to does
+        not exist.
+        """
         if sizes.element == 2:
             return partition  # written with zeros
         return earlier + (min(partition, 4 * reduced) if sizes.device_type == "cpu" else partition)
 
     def buckets(gradients: float) -> float:
         """Once that many elements have come."""
-        return min(sizes.buckets, sizes.element * gradients) if sizes.device_type == "cpu" else sizes.buckets
+        return (
+            min(sizes.buckets, sizes.element * gradients)
+            if sizes.device_type == "cpu"
+            else sizes.buckets
+        )
 
     by_itself = sizes.element * sizes.table * (sizes.table > sizes.bucket)
     copied = sizes.element * (sizes.element == 2 or sizes.ranks > 1) + sizes.cast
@@ -132,7 +167,13 @@ def backward_bytes(sizes: Sizes) -> float:
     gradients, worst = earlier, 0.0
     if by_itself:
         reduced, waiting, gradients = waiting, 0.0, partitions(waiting)
-        worst = activation_bytes(sizes, layers) + 2 * sizes.hidden + by_itself + gradients + copied * sizes.table
+        worst = (
+            activation_bytes(sizes, layers)
+            + 2 * sizes.hidden
+            + by_itself
+            + gradients
+            + copied * sizes.table
+        )
     for blocks in range(layers, 0, -1):
         waiting += 12 * square
         come, reducing = reduced + waiting, 0.0
@@ -140,27 +181,48 @@ def backward_bytes(sizes: Sizes) -> float:
             reducing = copied * min(waiting, max(sizes.bucket, 4 * square))
             reduced, waiting = come - 12 * square, 12.0 * square
             gradients = partitions(reduced)
-        worst = max(worst, activation_bytes(sizes, blocks) + work + gradients + reducing + buckets(come - 12 * square))
+        worst = max(
+            worst,
+            activation_bytes(sizes, blocks)
+            + work
+            + gradients
+            + reducing
+            + buckets(come - 12 * square),
+        )
     return worst
 
 
 def phase_bytes(sizes: Sizes) -> dict[str, float]:
     """The most in each phase: while the engine is built, and of a step."""
     held, partition = sum(held_bytes(sizes).values()), partition_bytes(sizes)
-    share, norm = 4 * sizes.parameters / sizes.ranks, 8.0 * min(sizes.table, sizes.parameters / sizes.ranks)
-    earlier, activations = partition * sizes.accumulates, activation_bytes(sizes, sizes.recipe.model.num_layers)
+    share, norm = (
+        4 * sizes.parameters / sizes.ranks,
+        8.0 * min(sizes.table, sizes.parameters / sizes.ranks),
+    )
+    earlier, activations = (
+        partition * sizes.accumulates,
+        activation_bytes(sizes, sizes.recipe.model.num_layers),
+    )
     gradients = 4.0 * (sizes.table + sizes.tokens * sizes.recipe.model.d_model)
     low_precision = sizes.hidden + sizes.element * sizes.table if sizes.element == 2 else 0
     return {
-        "building": sizes.element * sizes.parameters + max(float(sizes.element * sizes.parameters), 2 * share),
+        "building": sizes.element * sizes.parameters
+        + max(float(sizes.element * sizes.parameters), 2 * share),
         "loss head": held + earlier + activations + 2 * sizes.hidden + loss_head_bytes(sizes),
-        "loss head, backward": held + earlier + activations + sizes.hidden + gradients + low_precision,
+        "loss head, backward": held
+        + earlier
+        + activations
+        + sizes.hidden
+        + gradients
+        + low_precision,
         "blocks, backward": held + backward_bytes(sizes),
         "update": held + partition + max(norm, share * (sizes.element == 4)),
     }
 
 
-def needed_bytes(recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str) -> float:
+def needed_bytes(
+    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str
+) -> float:
     """What a rank's device must have: the largest phase, and what is not tensors."""
     peak = max(phase_bytes(Sizes(recipe, engine_config, world_size, device_type)).values())
     return peak / USABLE[device_type] + CONTEXT_BYTES[device_type]
@@ -174,7 +236,12 @@ def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe
 
 
 def largest_micro_batch(
-    recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str, available: float, mode: str
+    recipe: Recipe,
+    engine_config: dict[str, Any],
+    world_size: int,
+    device_type: str,
+    available: float,
+    mode: str,
 ) -> int | None:
     """The largest that divides the batch and fits in that mode; None: not even one window does."""
     for size in range(recipe.global_batch_size // world_size, 0, -1):
@@ -186,17 +253,37 @@ def largest_micro_batch(
 
 
 def check_it_fits(
-    recipe: Recipe, engine_config: dict[str, Any], world_size: int, available_bytes: float, device_type: str = "cuda"
+    recipe: Recipe,
+    engine_config: dict[str, Any],
+    world_size: int,
+    available_bytes: float,
+    device_type: str = "cuda",
 ) -> None:
-    """Raise UserError where a rank needs more than it has, saying how much more, and what would fit."""
+    """Raise UserError where a rank needs more than it has, saying how much more, and what would
+    fit.
+    """
     needed = needed_bytes(recipe, engine_config, world_size, device_type)
     if needed <= available_bytes:
         return
     ways = []
     for mode in MODES[MODES.index(recipe.activation_checkpointing.mode) :]:
-        size = largest_micro_batch(recipe, engine_config, world_size, device_type, available_bytes, mode)
-        ways += [f"batch.micro_batch_size {size} with activation_checkpointing.mode {mode}"] if size else []
-    fitting = " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
-    batch = f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens"
-    needs = f"needs {needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}"
-    raise UserError(f"{batch} {needs}: {(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}")
+        size = largest_micro_batch(
+            recipe, engine_config, world_size, device_type, available_bytes, mode
+        )
+        ways += (
+            [f"batch.micro_batch_size {size} with activation_checkpointing.mode {mode}"]
+            if size
+            else []
+        )
+    fitting = (
+        " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
+    )
+    batch = (
+        f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens"
+    )
+    needs = (
+        f"needs {needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}"
+    )
+    raise UserError(
+        f"{batch} {needs}: {(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}"
+    )

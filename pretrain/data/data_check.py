@@ -1,14 +1,16 @@
 """The digests of the data under a run: checked once per run and node, while the model is built.
 
-A disk or a copy that lost bytes shows neither in a file's size nor in its header, and the fingerprint is that of the
-manifest: without this a run would train on zeros. The ranks of a node share its files, each digests its part in
-threads, and no step is trained before all of them are done. What a node has checked stands in
+A disk or a copy that lost bytes shows neither in a file's size nor in its header, and the
+fingerprint is that of the manifest: without this a run would train on zeros. The ranks of a node
+share its files, each digests its part in threads, and no step is trained before all of them are
+done. What a node has checked stands in
 
     RUN_DIR/checked_data/<host>.json
 
-as one digest of size, time of change and inode of every file: as long as these stay as they are, the next start of
-the run takes the files for good (`data.verify: once`). It is in the run's directory because a data set may be
-read-only and may be shared, and because all ranks can write there anyway: that is where checkpoints go.
+as one digest of size, time of change and inode of every file: as long as these stay as they are,
+the next start of the run takes the files for good (`data.verify: once`). It is in the run's
+directory because a data set may be read-only and may be shared, and because all ranks can write
+there anyway: that is where checkpoints go.
 """
 
 import json
@@ -50,7 +52,9 @@ def stamp_of(found: dict[str, os.stat_result], digests: dict[str, str]) -> str:
 
 
 def read_stamp(path: Path) -> str | None:
-    """The stamp that a node left, or None: one that can't be read has the data checked again, no more."""
+    """The stamp that a node left, or None: one that can't be read has the data checked again, no
+    more.
+    """
     try:
         return str(json.loads(path.read_bytes())["stamp"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -64,13 +68,16 @@ def largest_first(sizes: dict[str, int], part: int, parts: int) -> list[str]:
 
 
 class DataCheck:
-    """A rank's part in checking the data that it reads, from entering its `with` block to `finish`; on all ranks.
+    """A rank's part in checking the data that it reads, from entering its `with` block to `finish`;
+    on all ranks.
 
-    `reader` reads the data set in `data_dir`, or a staged copy of it; a bad file of a copy of this user's is copied
-    again. `on_file` is called as the check moves on, from one of its threads.
+    `reader` reads the data set in `data_dir`, or a staged copy of it; a bad file of a copy of this
+    user's is copied again. `on_file` is called as the check moves on, from one of its threads.
     """
 
-    def __init__(self, reader: ShardReader, data_dir: Path, run_dir: Path, recipe: DataRecipe, world: World) -> None:
+    def __init__(
+        self, reader: ShardReader, data_dir: Path, run_dir: Path, recipe: DataRecipe, world: World
+    ) -> None:
         self.home, self.data_dir, self.world = reader.data_dir, data_dir, world
         self.digests = digests_of(reader.manifest.shards)
         self.stamp_path = run_dir / CHECKED_NAME / f"{socket.gethostname()}.json"
@@ -93,7 +100,9 @@ class DataCheck:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._waiting.clear()  # its threads end with the files that they have begun
 
     def _run(self) -> None:
@@ -106,7 +115,10 @@ class DataCheck:
         except OSError as error:
             self._failure = error
         cores = len(os.sched_getaffinity(0)) // max(1, self.world.local_world_size)
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(MOST_THREADS, max(1, cores)))]
+        threads = [
+            threading.Thread(target=self._work, daemon=True)
+            for _ in range(min(MOST_THREADS, max(1, cores)))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -144,7 +156,12 @@ class DataCheck:
         if not self.is_copy:
             check_file(self.home, path, self.digests[path], repair_advice(self.home))
         elif not is_ours(self.home):
-            check_file(self.home, path, self.digests[path], "another user staged it: give another data.stage_dir")
+            check_file(
+                self.home,
+                path,
+                self.digests[path],
+                "another user staged it: give another data.stage_dir",
+            )
         elif digest_file(self.home / path) != self.digests[path]:
             copy_checked(self.data_dir, self.home, path, self.digests[path])
             self.mended.append(path)
@@ -154,7 +171,9 @@ class DataCheck:
             raise self._failure
 
     def finish(self) -> None:
-        """Wait until all ranks are done. Raises UserError on all of them for the first bad file of any."""
+        """Wait until all ranks are done. Raises UserError on all of them for the first bad file
+        of any.
+        """
         next_line_at = time.monotonic() + FIRST_LINE_AFTER_S
         while True:
             is_done = not self._thread.is_alive()
@@ -164,8 +183,14 @@ class DataCheck:
                 break
             if time.monotonic() > next_line_at:
                 checked, total = (sum(figures) for figures in list(zip(*ranks, strict=True))[1:])
-                text = f"checking the digests of the data before the first step: {checked / 1e9:.1f} of "
-                say(self.world, f"{text}{total / 1e9:.1f} GB (--data.verify says whether, and how often)")
+                text = (
+                    f"checking the digests of the data before the first step: {checked / 1e9:.1f} "
+                    "of "
+                )
+                say(
+                    self.world,
+                    f"{text}{total / 1e9:.1f} GB (--data.verify says whether, and how often)",
+                )
                 next_line_at = time.monotonic() + LINE_EVERY_S
             time.sleep(POLL_S)
         self._conclude()
@@ -176,11 +201,20 @@ class DataCheck:
         mended = [path for paths in of_ranks for path in paths]
         if mended:
             first = f"{mended[0]}: differed from its digest"
-            say(self.world, f"warning: {first}; {len(mended)} such files were copied again from {self.data_dir}")
-        together(lambda: self._write_stamp() if not mended and self._part == 0 and self._stamp else None)
+            say(
+                self.world,
+                f"warning: {first}; {len(mended)} such files were copied again from "
+                f"{self.data_dir}",
+            )
+        together(
+            lambda: self._write_stamp() if not mended and self._part == 0 and self._stamp else None
+        )
 
     def _write_stamp(self) -> None:
         """For the next start of this run on this node."""
         content = {"data_dir": str(self.home), "files": len(self.digests), "stamp": self._stamp}
-        if read_stamp(self.stamp_path) != self._stamp:  # by a name of its own: hosts may share theirs
-            write_durably(self.stamp_path, json.dumps(content).encode(), f".{secrets.token_hex(8)}.tmp")
+        # by a name of its own: hosts may share theirs
+        if read_stamp(self.stamp_path) != self._stamp:
+            write_durably(
+                self.stamp_path, json.dumps(content).encode(), f".{secrets.token_hex(8)}.tmp"
+            )

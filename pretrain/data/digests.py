@@ -1,4 +1,6 @@
-"""Whether files of a data set are still as they were built. Without torch, which takes seconds to import."""
+"""Whether files of a data set are still as they were built. Without torch, which takes seconds
+to import.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,14 +11,18 @@ from pretrain.checkpoint.patience import patiently
 
 
 def digests_of(shards: Iterable[Shard]) -> dict[str, str]:
-    """Files of shards, ids and document indexes, relative to the data set, and their xxh3-128 digests."""
+    """Files of shards, ids and document indexes, relative to the data set, and their xxh3-128
+    digests.
+    """
     return {path: digest for shard in shards for path, digest in shard.digests.items()}
 
 
 def check_file(data_dir: Path, path: str, digest: str, advice: str) -> None:
     """Raise UserError unless a file of a data set has its digest."""
     if (got := patiently(lambda: digest_file(data_dir / path))) != digest:
-        raise UserError(f"{data_dir / path}: differs from its digest: {got}, expected {digest}; {advice}")
+        raise UserError(
+            f"{data_dir / path}: differs from its digest: {got}, expected {digest}; {advice}"
+        )
 
 
 def repair_advice(data_dir: Path) -> str:

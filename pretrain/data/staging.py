@@ -1,14 +1,16 @@
-"""Staging: a copy of the data set on a node's local disk, made once, for clusters whose shared disk is slow.
+"""Staging: a copy of the data set on a node's local disk, made once, for clusters whose shared disk
+is slow.
 
     <stage_dir>/<fingerprint>/             the data set; a file gets its name when it is whole and on the disk
     <stage_dir>/<fingerprint>.uid-<uid>/   the same, of a user who found another's copy there, and not a whole one
 
-Every node reads all shards, since each step draws its windows from all of them. Ranks of a node take turns at a lock,
-without a time limit: the first copies what is not there, the others find it. A node that is done waits for the others
-DEEPSPEED_TIMEOUT minutes, 10 unless that is set; if one of them fails, all end with its line.
+Every node reads all shards, since each step draws its windows from all of them. Ranks of a node
+take turns at a lock, without a time limit: the first copies what is not there, the others find it.
+A node that is done waits for the others DEEPSPEED_TIMEOUT minutes, 10 unless that is set; if one of
+them fails, all end with its line.
 
-Users of a node share a copy: the one who made it keeps it in order, others read it where it is whole. The digests of
-all of it are checked after that, by pretrain/data/data_check.py.
+Users of a node share a copy: the one who made it keeps it in order, others read it where it is
+whole. The digests of all of it are checked after that, by pretrain/data/data_check.py.
 """
 
 import contextlib
@@ -37,7 +39,9 @@ COPIES_AT_ONCE = 4
 
 
 def staged(reader: ShardReader, stage_dir: Path) -> ShardReader:
-    """The data set in its local copy, which is made, or mended, first. Raises UserError if there is no room for it."""
+    """The data set in its local copy, which is made, or mended, first. Raises UserError if there
+    is no room for it.
+    """
     home = home_of_copy(reader, stage_dir)
     if is_ours(home):
         with lock(home, "copying the data set there", "data.stage_dir", wait=True):
@@ -67,14 +71,23 @@ def home_of_copy(reader: ShardReader, stage_dir: Path) -> Path:
         return shared
     if not own.exists() and is_whole(reader, shared):
         return shared
-    advice = f"give a directory of your own, such as {stage_dir}-$USER, or have its owner chmod 1777 {stage_dir}"
-    with explained(PermissionError, f"data.stage_dir {stage_dir}: you may not make a copy of the data there", advice):
+    advice = (
+        f"give a directory of your own, such as {stage_dir}-$USER, or have its owner chmod 1777 "
+        f"{stage_dir}"
+    )
+    with explained(
+        PermissionError,
+        f"data.stage_dir {stage_dir}: you may not make a copy of the data there",
+        advice,
+    ):
         own.mkdir(parents=True, exist_ok=True)
     return own
 
 
 def is_whole(reader: ShardReader, home: Path) -> bool:
-    """Whether a copy holds every file in its full size, and may be read. Its manifest is written last."""
+    """Whether a copy holds every file in its full size, and may be read. Its manifest is written
+    last.
+    """
     try:
         has_manifest = (home / MANIFEST_NAME).read_bytes() == reader.manifest.to_bytes()
         check_links(home, reader.manifest)
@@ -84,7 +97,9 @@ def is_whole(reader: ShardReader, home: Path) -> bool:
 
 
 def missing_files(reader: ShardReader, home: Path) -> dict[str, int]:
-    """Files of the data set that a copy lacks, has in another size, or with another header; and their bytes."""
+    """Files of the data set that a copy lacks, has in another size, or with another header; and
+    their bytes.
+    """
     missing = {}
     for shard in reader.manifest.shards:
         headers = {shard.path: shard_header(shard.tokens), shard.index_path: b""}
@@ -103,19 +118,28 @@ def first_bytes(path: Path) -> bytes:
 
 
 def copy_data_set(reader: ShardReader, home: Path) -> None:
-    """Copy what is not there yet in its full size: shards and indexes, then the tokenizer and the manifest."""
+    """Copy what is not there yet in its full size: shards and indexes, then the tokenizer and
+    the manifest.
+    """
     digests = digests_of(reader.manifest.shards)
     missing = missing_files(reader, home)
     needed = sum(missing.values())
     free = shutil.disk_usage(home).free
     if needed > free:
         raise UserError(
-            f"data.stage_dir {home.parent}: {needed:,} bytes to copy, {free:,} are free; make room, give a larger "
-            f"disk, or leave data.stage_dir out"
+            f"data.stage_dir {home.parent}: {needed:,} bytes to copy, {free:,} are free; make "
+            "room, give a larger disk, or leave data.stage_dir out"
         )
     with ThreadPoolExecutor(COPIES_AT_ONCE) as threads:
-        list(threads.map(lambda path: copy_checked(reader.data_dir, home, path, digests[path]), missing))
-    last = {f"{TOKENIZER_NAME}/{name}": held for name, held in read_tokenizer(reader.data_dir / TOKENIZER_NAME).items()}
+        list(
+            threads.map(
+                lambda path: copy_checked(reader.data_dir, home, path, digests[path]), missing
+            )
+        )
+    last = {
+        f"{TOKENIZER_NAME}/{name}": held
+        for name, held in read_tokenizer(reader.data_dir / TOKENIZER_NAME).items()
+    }
     last[MANIFEST_NAME] = (reader.data_dir / MANIFEST_NAME).read_bytes()
     for path, content in last.items():
         copy = home / path
@@ -133,6 +157,9 @@ def copy_checked(data_dir: Path, home: Path, path: str, digest: str) -> None:
         os.fsync(written.fileno())
     if digest_file(copy) != digest:
         copy.unlink()
-        raise UserError(f"{data_dir / path}: differs from its digest; run python -m data_prep.verify on {data_dir}")
+        raise UserError(
+            f"{data_dir / path}: differs from its digest; run python -m data_prep.verify on "
+            f"{data_dir}"
+        )
     copy.rename(home / path)
     fsync_directory(copy.parent)

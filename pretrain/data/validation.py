@@ -1,4 +1,6 @@
-"""Validation while training: always the same windows, spread over the whole split, shared by the ranks."""
+"""Validation while training: always the same windows, spread over the whole split, shared by the
+ranks.
+"""
 
 from collections.abc import Iterator
 
@@ -16,8 +18,12 @@ def windows_to_validate(split: ValidationWindows, recipe: Recipe) -> int:
     return min(split.whole_windows, max(1, recipe.validation.eval_tokens // recipe.model.seq_len))
 
 
-def validation_batches(split: ValidationWindows, recipe: Recipe, world: World) -> tuple[int, Iterator[Tokens]]:
-    """How many batches this rank takes of a validation, and their ids, (windows, seq_len + 1) each."""
+def validation_batches(
+    split: ValidationWindows, recipe: Recipe, world: World
+) -> tuple[int, Iterator[Tokens]]:
+    """How many batches this rank takes of a validation, and their ids, (windows, seq_len + 1)
+    each.
+    """
     windows, at_once = windows_to_validate(split, recipe), recipe.batch.micro_batch_size
     spread = np.arange(windows) * split.whole_windows // max(1, windows)  # over all sources
     mine = spread[world.rank :: world.world_size]

@@ -1,7 +1,7 @@
 """How ranks share a machine, meet, and agree on an error.
 
-Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here that runs
-before the process group exists needs only the environment that the launcher set.
+Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here
+that runs before the process group exists needs only the environment that the launcher set.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ Group = dist.ProcessGroup | None  # None: all ranks, as training has them
 
 
 def set_up_rank(world: World) -> None:
-    """Give this process its part of the machine: a GPU, or cores unless the launcher set OMP_NUM_THREADS.
+    """Give this process its part of the machine: a GPU, or cores unless the launcher set
+    OMP_NUM_THREADS.
 
     Raises UserError where others of the machine leave no GPU for it.
     """
@@ -50,8 +51,9 @@ def set_up_rank(world: World) -> None:
 def keep_freed_memory() -> None:
     """On a CPU, have the C library keep the memory of freed tensors.
 
-    glibc returns every block above 32 MB to the system and fetches it anew, page by page: at V = 65,536 that was a
-    quarter of the loss head's time and a third of an evaluation's. Without glibc this does nothing.
+    glibc returns every block above 32 MB to the system and fetches it anew, page by page: at V =
+    65,536 that was a quarter of the loss head's time and a third of an evaluation's. Without glibc
+    this does nothing.
     """
     library = ctypes.CDLL(None)
     if torch.accelerator.is_available() or not hasattr(library, "mallopt"):
@@ -62,13 +64,17 @@ def keep_freed_memory() -> None:
 
 
 def memory_of_rank(world: World) -> tuple[str, float]:
-    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of the machine's.
+    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of
+    the machine's.
 
     Raises UserError where the machine has fewer GPUs than ranks.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus <= world.local_rank:
-        raise UserError(f"{world.local_world_size} ranks were started on a machine of {gpus} GPUs; start one for each")
+        raise UserError(
+            f"{world.local_world_size} ranks were started on a machine of {gpus} GPUs; start one "
+            "for each"
+        )
     if gpus:
         return "cuda", float(torch.cuda.get_device_properties(world.local_rank).total_memory)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -76,22 +82,32 @@ def memory_of_rank(world: World) -> tuple[str, float]:
 
 
 def check_kernels(device_type: str, *, is_bf16: bool) -> None:
-    """Raise UserError where the kernels that ATEN_CPU_CAPABILITY asks for can't attend in bf16 on this CPU.
+    """Raise UserError where the kernels that ATEN_CPU_CAPABILITY asks for can't attend in bf16 on
+    this CPU.
 
-    On processors with AMX, torch 2.13's bf16 attention over 64 tokens or more needs kernels of AVX-512 ("default" and
-    "avx2" are below it) and raises "pack_vnni2 is only supported when avx512 is supported". So it is tried.
+    On processors with AMX, torch 2.13's bf16 attention over 64 tokens or more needs kernels of
+    AVX-512 ("default" and "avx2" are below it) and raises "pack_vnni2 is only supported when avx512
+    is supported". So it is tried.
     """
     wanted = os.environ.get("ATEN_CPU_CAPABILITY")
     if not wanted or device_type != "cpu" or not is_bf16:
         return
     query_BHTC = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
     advice = "unset it, or train in fp32 (--deepspeed-config zero2_fp32)"
-    with explained(RuntimeError, f"ATEN_CPU_CAPABILITY={wanted}: bf16 attention fails with it on this CPU", advice):
-        torch.nn.functional.scaled_dot_product_attention(query_BHTC, query_BHTC, query_BHTC, is_causal=True)
+    with explained(
+        RuntimeError,
+        f"ATEN_CPU_CAPABILITY={wanted}: bf16 attention fails with it on this CPU",
+        advice,
+    ):
+        torch.nn.functional.scaled_dot_product_attention(
+            query_BHTC, query_BHTC, query_BHTC, is_causal=True
+        )
 
 
 def cgroup_limits() -> list[float]:
-    """Bytes that a container or Slurm allows this process, as cgroups (v2, v1) say; infinity where they say none."""
+    """Bytes that a container or Slurm allows this process, as cgroups (v2, v1) say; infinity
+    where they say none.
+    """
     own = Path("/proc/self/cgroup")
     group = own.read_text().rpartition("::")[2].strip("/\n") if own.is_file() else ""
     names = (f"{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes")
@@ -117,19 +133,27 @@ def interface_towards(host: str) -> str:
     """The network interface through which this machine reaches a host."""
     own = own_address(host)
     interfaces = psutil.net_if_addrs().items()
-    return next(name for name, addresses in interfaces if own in {each.address for each in addresses})
+    return next(
+        name for name, addresses in interfaces if own in {each.address for each in addresses}
+    )
 
 
 def set_rendezvous(world: World) -> None:
-    """Complete the environment that torch.distributed reads: an address and port that all ranks share."""
-    address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 0)) or free_port())
+    """Complete the environment that torch.distributed reads: an address and port that all ranks
+    share.
+    """
+    address = (
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        int(os.environ.get("MASTER_PORT", 0)) or free_port(),
+    )
     if world.launched_by_mpi:
         from mpi4py import MPI  # only under mpiexec: importing it starts MPI
 
         if MPI.COMM_WORLD.Get_size() != world.world_size:
             raise UserError(
-                f"mpiexec started {world.world_size} ranks but mpi4py sees a world of {MPI.COMM_WORLD.Get_size()}: "
-                f"its MPI library is another than mpiexec's; use the mpiexec that belongs to it"
+                f"mpiexec started {world.world_size} ranks but mpi4py sees a world of "
+                f"{MPI.COMM_WORLD.Get_size()}: its MPI library is another than mpiexec's; use the "
+                "mpiexec that belongs to it"
             )
         if world.world_size > world.local_world_size and "MASTER_ADDR" not in os.environ:
             address = (own_address(), address[1])
@@ -142,7 +166,8 @@ def set_rendezvous(world: World) -> None:
         MASTER_ADDR=address[0],
         MASTER_PORT=str(address[1]),
     )
-    if world.world_size > world.local_world_size:  # gloo would ask for the address of this machine's name
+    # gloo would ask for the address of this machine's name
+    if world.world_size > world.local_world_size:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address[0]))
 
 
@@ -169,7 +194,9 @@ class SharedError(UserError):
 
 
 class LoneError(SharedError):
-    """What one rank met amid a step, where the others wait for it: its watch tells them, and they end."""
+    """What one rank met amid a step, where the others wait for it: its watch tells them, and
+    they end.
+    """
 
 
 @contextlib.contextmanager
@@ -193,7 +220,9 @@ def together(action: Callable[[], T], group: Group = None) -> T:
     first_host = answers[0][2]
     for failure, exit_code, where in answers:
         if failure is not None:
-            raise SharedError(failure if where == first_host else f"on {where}: {failure}", exit_code)
+            raise SharedError(
+                failure if where == first_host else f"on {where}: {failure}", exit_code
+            )
     return result  # type: ignore[return-value]
 
 
@@ -208,7 +237,8 @@ def exit_with(error: UserError, world: World) -> int:
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
         with unheard():
             print(f"error{where}: {printable(one_line(error))}", file=sys.stderr, flush=True)
-    if world.world_size > 1:  # threads of a process group abort, now and then, a process that ends as usual
+    # threads of a process group abort, now and then, a process that ends as usual
+    if world.world_size > 1:
         os._exit(error.exit_code)
     return error.exit_code
 

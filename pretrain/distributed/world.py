@@ -43,7 +43,9 @@ def world_from_environment() -> World:
     """
     for names in (DEEPSPEED_VARIABLES, TORCH_VARIABLES, OPEN_MPI_VARIABLES, MPICH_VARIABLES):
         if all(name in os.environ for name in names):
-            rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
+            rank, world_size, local_rank, local_world_size = (
+                int(os.environ[name]) for name in names
+            )
             return World(
                 rank=rank,
                 world_size=world_size,
@@ -54,7 +56,8 @@ def world_from_environment() -> World:
     for name in SIZE_VARIABLES:
         if int(os.environ.get(name, 1)) > 1:
             raise UserError(
-                f"{name}={os.environ[name]} says that this is one of several ranks, but not all of RANK, WORLD_SIZE, "
-                f"LOCAL_RANK and LOCAL_WORLD_SIZE are set; start with deepspeed, torchrun or mpiexec, or set all four"
+                f"{name}={os.environ[name]} says that this is one of several ranks, but not all "
+                "of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set; start with "
+                "deepspeed, torchrun or mpiexec, or set all four"
             )
     return World(rank=0, world_size=1, local_rank=0, local_world_size=1)

@@ -31,7 +31,8 @@ from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: DeepSpeed warns when it has to guess
+    # said, not guessed: DeepSpeed warns when it has to guess
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
@@ -43,9 +44,10 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 def start_process_group(world: World) -> torch.device:
     """Join the other ranks, unless that is done; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
-    # DeepSpeed would ask a compiler about each of its extensions, for a second, and compile one on a CPU, for a minute,
-    # or hang on the lock of a killed build. None is needed.
+    # of DeepSpeed's calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed would ask a compiler about each of its extensions, for a second, and compile one on
+    # a CPU, for a minute, or hang on the lock of a killed build. None is needed.
     deepspeed.ops.__compatible_ops__ = {}
     import_muon_uncompiled()
     set_rendezvous(world)
@@ -55,7 +57,9 @@ def start_process_group(world: World) -> torch.device:
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except dist.DistError as error:  # after DEEPSPEED_TIMEOUT minutes, 10 unless set
-        why = f"another rank failed before all had met, or cannot reach this one ({one_line(error)})"
+        why = (
+            f"another rank failed before all had met, or cannot reach this one ({one_line(error)})"
+        )
         raise SystemExit(f"error: rank {world.rank} ({socket.gethostname()}): {why}") from None
     return torch.device(accelerator.current_device_name())
 
@@ -63,9 +67,9 @@ def start_process_group(world: World) -> torch.device:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon, which it asks every optimizer about, without torch's compiler.
 
-    Its functions are handed to torch.compile as the module is imported, and that loads the whole compiler: 1.1 of the
-    5.6 s of CPU time from a command to its first step (tests/benchmarks/first_step.py). No recipe trains with
-    DeepSpeed's Muon.
+    Its functions are handed to torch.compile as the module is imported, and that loads the whole
+    compiler: 1.1 of the 5.6 s of CPU time from a command to its first step
+    (tests/benchmarks/first_step.py). No recipe trains with DeepSpeed's Muon.
     """
     as_it_was = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
@@ -96,13 +100,17 @@ class Engine:
         eos_id: int | None = None,
         judge: Callable[[float, float], str | None] = no_number,
     ) -> None:
-        """`judge` sees loss and gradient norm before each update, alike on every rank, and says why not to take it."""
+        """`judge` sees loss and gradient norm before each update, alike on every rank, and says
+        why not to take it.
+        """
         self.recipe = recipe
         self.judge = judge
         self.world = world
         self.device = device
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
-        module = LanguageModelLoss(model, recipe.loss_head, eos_id if recipe.intra_document_masking else None)
+        module = LanguageModelLoss(
+            model, recipe.loss_head, eos_id if recipe.intra_document_masking else None
+        )
         self.optimizer = build_optimizer(module.to(device), recipe.optimizer)
         try:
             self.deepspeed, *_ = deepspeed.initialize(
@@ -113,10 +121,13 @@ class Engine:
         except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration: {error}") from error
         self.clock = StepClock(device)
-        # Why this rank wants the run to end, a signal's number or SAVE_FAILED; 0: it does not. Set it at any time.
+        # Why this rank wants the run to end, a signal's number or SAVE_FAILED; 0: it does not. Set
+        # it at any time.
         self.wants_end = 0
-        self.ends = 0  # the largest of all ranks' when the last step was exchanged, the same one on every rank
-        last_step = torch.zeros(len(PHASES) + 2, dtype=torch.float64)  # this rank's seconds and memory; wants_end
+        # the largest of all ranks' when the last step was exchanged, the same one on every rank
+        self.ends = 0
+        # this rank's seconds and memory; wants_end
+        last_step = torch.zeros(len(PHASES) + 2, dtype=torch.float64)
         self._last_step = last_step.pin_memory() if device.type == "cuda" else last_step
         self._figures: StepFigures | None = None
         self._have_norm_read()
@@ -142,7 +153,9 @@ class Engine:
         return wide_BT[:, :-1], wide_BT[:, 1:]
 
     def train_step(self, micro_batches: list[Tensor], learning_rate: float) -> StepFigures:
-        """One optimizer step over this rank's micro-batches, as `pinned` gives them; a no-op where it is refused."""
+        """One optimizer step over this rank's micro-batches, as `pinned` gives them; a no-op
+        where it is refused.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
@@ -155,35 +168,49 @@ class Engine:
             self._loss += loss.detach()
             self.clock.mark("backward")
             self.deepspeed.step()
-        figures = self._figures or self._read_before_update(math.inf)  # DeepSpeed passed over it before it was asked
+        # DeepSpeed passed over it before it was asked
+        figures = self._figures or self._read_before_update(math.inf)
         self.clock.mark("optimizer")
         return figures
 
     def _read_before_update(self, norm: Tensor | float) -> StepFigures:
-        """Note what this step gave, and what is thought of it, just before DeepSpeed clips and updates."""
+        """Note what this step gave, and what is thought of it, just before DeepSpeed clips and
+        updates.
+        """
         self.clock.mark("backward")
-        losses, norms, last_steps = self._synchronise(norm).split([1, 1, len(self._last_step)], dim=1)
+        losses, norms, last_steps = self._synchronise(norm).split(
+            [1, 1, len(self._last_step)], dim=1
+        )
         loss = float(losses.float().sum()) / (self.accumulation_steps * self.world.world_size)
-        # the same norm on every rank, whatever happens on one; DeepSpeed says -1 for what is no number
+        # the same norm on every rank, whatever happens on one; DeepSpeed says -1 for what is no
+        # number
         gradient_norm = float(norms.max()) if norms.min() >= 0 else math.inf
         seconds, peak = self.clock.split(), peak_memory_bytes(self.device)
         own = RankFigures(rank=self.world.rank, seconds=seconds, peak_memory_bytes=peak)
         self.ends = int(last_steps[:, -1].max())
         rank = int(last_steps[:, :2].sum(dim=1).argmax())
         *theirs, peak, _ = last_steps[rank].tolist()
-        slowest = RankFigures(rank=rank, seconds=dict(zip(PHASES, theirs, strict=True)), peak_memory_bytes=int(peak))
+        slowest = RankFigures(
+            rank=rank, seconds=dict(zip(PHASES, theirs, strict=True)), peak_memory_bytes=int(peak)
+        )
         refused = self.judge(loss, gradient_norm)
         self._figures = StepFigures(
-            loss=loss, gradient_norm=gradient_norm, own=own, slowest=slowest if peak else None, refused=refused
+            loss=loss,
+            gradient_norm=gradient_norm,
+            own=own,
+            slowest=slowest if peak else None,
+            refused=refused,
         )
-        self._last_step[:-1] = torch.tensor([*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64)
+        self._last_step[:-1] = torch.tensor(
+            [*own.seconds.values(), own.peak_memory_bytes], dtype=torch.float64
+        )
         return self._figures
 
     def _synchronise(self, norm: Tensor | float) -> Tensor:
         """The one place in a step where the host waits for the device.
 
-        For each rank the sum of its losses, the gradient norm, the seconds of PHASES and the memory of its last step,
-        and why it wants the run to end.
+        For each rank the sum of its losses, the gradient norm, the seconds of PHASES and the memory
+        of its last step, and why it wants the run to end.
         """
         self._last_step[-1] = self.wants_end
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).view(())
@@ -194,11 +221,18 @@ class Engine:
         return of_ranks.cpu().view(self.world.world_size, -1)
 
     def row_nats(self, micro_batches: list[Tensor]) -> list[float]:
-        """Mean cross-entropy in nats of every row of the global batch, in order, with the weights as they are now."""
+        """Mean cross-entropy in nats of every row of the global batch, in order, with the
+        weights as they are now.
+        """
         self.deepspeed.eval()
-        own = [self.deepspeed.module.nats(*self.to_device(wide)).mean(dim=1).tolist() for wide in micro_batches]
+        own = [
+            self.deepspeed.module.nats(*self.to_device(wide)).mean(dim=1).tolist()
+            for wide in micro_batches
+        ]
         of_ranks = gather(own)
-        return [nats for i in range(self.accumulation_steps) for rank in of_ranks for nats in rank[i]]
+        return [
+            nats for i in range(self.accumulation_steps) for rank in of_ranks for nats in rank[i]
+        ]
 
     def mean_nats(self, batches: Iterator[Tokens]) -> float:
         """Mean cross-entropy over the targets of all ranks' batches, in nats."""
@@ -214,20 +248,29 @@ class Engine:
 
     def parameter_shapes(self) -> dict[str, list[int]]:
         """Every trained parameter's name, as in checkpoints, and shape."""
-        return {name: list(parameter.shape) for name, parameter in checkpoint_parameters(self.deepspeed.module.model)}
+        return {
+            name: list(parameter.shape)
+            for name, parameter in checkpoint_parameters(self.deepspeed.module.model)
+        }
 
-    # What follows knows DeepSpeed's internals. Under ZeRO the optimizer steps one flat fp32 partition for each of its
-    # groups; each parameter's `_hp_mapping` says which part of it this rank owns, and where in the partition it lies.
-    # Stage 0 has neither: every rank's optimizer steps the whole parameters.
+    # What follows knows DeepSpeed's internals. Under ZeRO the optimizer steps one flat fp32
+    # partition for each of its groups; each parameter's `_hp_mapping` says which part of it this
+    # rank owns, and where in the partition it lies. Stage 0 has neither: every rank's optimizer
+    # steps the whole parameters.
 
     def _have_norm_read(self) -> None:
-        """Have `_read_before_update` see each step's gradient norm, wherever the stage's optimizer has it."""
+        """Have `_read_before_update` see each step's gradient norm, wherever the stage's
+        optimizer has it.
+        """
         zero = self.deepspeed.optimizer
         if hasattr(zero, "scaled_global_norm"):
             gradient_norm = zero.scaled_global_norm
             zero.scaled_global_norm = lambda: self._read(gradient_norm())
         elif not self.deepspeed.zero_optimization():  # DeepSpeed's own clipping forgets the norm
-            parameters, limit = list(self.deepspeed.module.parameters()), self.recipe.optimizer.gradient_clipping
+            parameters, limit = (
+                list(self.deepspeed.module.parameters()),
+                self.recipe.optimizer.gradient_clipping,
+            )
             clip = torch.nn.utils.clip_grad_norm_
             self.deepspeed.clip_fp32_gradients = lambda: self._read(clip(parameters, limit))
 
@@ -236,11 +279,14 @@ class Engine:
         return torch.tensor(self._read_before_update(norm).gradient_norm, dtype=torch.float32)
 
     def _have_refused_steps_update_nothing(self) -> None:
-        """A refused step goes its way through DeepSpeed, which clears its gradients, but for the update itself."""
+        """A refused step goes its way through DeepSpeed, which clears its gradients, but for the
+        update itself.
+        """
         update = self.optimizer.step
 
         def step() -> None:
-            if self._figures is None:  # BF16_Optimizer, which stage 1 gets in bf16, knows the norm by now
+            # BF16_Optimizer, which stage 1 gets in bf16, knows the norm by now
+            if self._figures is None:
                 self._read_before_update(self.deepspeed.optimizer._global_grad_norm)
             if self._figures and self._figures.refused is None:
                 update()
@@ -259,7 +305,11 @@ class Engine:
                 first = mapping.lp_fragment_address.start
                 start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
             state = {"master": flat, **(self.optimizer.state[flat] or self._moments(flat, steps=0))}
-            yield name, first, {key: state[key].detach().flatten().narrow(0, start, count) for key in STATES}
+            yield (
+                name,
+                first,
+                {key: state[key].detach().flatten().narrow(0, start, count) for key in STATES},
+            )
 
     def _moments(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
         """Fresh optimizer state of a partition, as after so many steps, to be filled."""
@@ -272,15 +322,22 @@ class Engine:
 
     def read_state(self) -> tuple[list[Fragment], int]:
         """This rank's fragments of masters and moments, and the number of optimizer steps taken."""
-        owns = self.deepspeed.zero_optimization() or self.world.is_main  # at stage 0 all ranks hold the same
-        fragments = [Fragment(name=name, start=start, states=views) for name, start, views in self._owned() if owns]
+        # at stage 0 all ranks hold the same
+        owns = self.deepspeed.zero_optimization() or self.world.is_main
+        fragments = [
+            Fragment(name=name, start=start, states=views)
+            for name, start, views in self._owned()
+            if owns
+        ]
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
         assert len(steps) == 1, f"parameter groups took different numbers of steps: {steps}"
         return fragments, steps.pop()
 
     def write_state(self, checkpoint: Checkpoint) -> None:
         """Fill this rank's fragments from a checkpoint saved at any world size and stage."""
-        for flat in [parameter for group in self.optimizer.param_groups for parameter in group["params"]]:
+        for flat in [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]:
             self._moments(flat, checkpoint.optimizer_step)
         for name, start, views in self._owned():
             for state, view in views.items():

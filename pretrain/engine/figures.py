@@ -20,9 +20,11 @@ class StepFigures:
     loss: float  # nats, mean over all targets of all ranks
     gradient_norm: float  # of all ranks' parameters, before clipping
     own: RankFigures
-    # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so None at the first.
+    # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so
+    # None at the first.
     slowest: RankFigures | None
-    refused: str | None  # why nothing of this step reached weights or moments, or None: it was trained
+    # why nothing of this step reached weights or moments, or None: it was trained
+    refused: str | None
 
 
 def no_number(loss: float, gradient_norm: float) -> str | None:

@@ -1,8 +1,8 @@
 """Where a step's time and memory go, measured without making the device wait.
 
-On a GPU the marks are events on its stream, read at the one place in a step where host and device meet anyway: where
-loss and gradient norm are read, just before the update. So a step is timed from one such place to the next, and the
-optimizer's seconds in it are those of the update before.
+On a GPU the marks are events on its stream, read at the one place in a step where host and device
+meet anyway: where loss and gradient norm are read, just before the update. So a step is timed from
+one such place to the next, and the optimizer's seconds in it are those of the update before.
 """
 
 import resource
@@ -21,7 +21,9 @@ TRACE_NAME, TABLE_NAME = "trace.json", "table.txt"
 
 
 class StepClock:
-    """Seconds of each phase of a step. The time between two marks belongs to the phase that the second one names."""
+    """Seconds of each phase of a step. The time between two marks belongs to the phase that the
+    second one names.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
@@ -39,7 +41,9 @@ class StepClock:
         self._marks.append((phase, now))
 
     def split(self) -> dict[str, float]:
-        """Seconds of each of PHASES since the last call. The device must have reached the last mark."""
+        """Seconds of each of PHASES since the last call. The device must have reached the last
+        mark.
+        """
         seconds = dict.fromkeys((*PHASES, PAUSE), 0.0)
         for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
             seconds[phase] += start.elapsed_time(end) / 1e3 if self.on_cuda else end - start  # type: ignore
@@ -49,11 +53,15 @@ class StepClock:
         return seconds
 
     def saved_block(self) -> None:
-        """Count a block of a checkpoint that was written, or a file of data checked, from whichever thread did so."""
+        """Count a block of a checkpoint that was written, or a file of data checked, from
+        whichever thread did so.
+        """
         self._blocks += 1
 
     def place(self) -> list[Any]:
-        """How far this rank is: steps, marks in the step, the last one's phase, and blocks written."""
+        """How far this rank is: steps, marks in the step, the last one's phase, and blocks
+        written.
+        """
         return [self._steps, len(self._marks), self._marks[-1][0], self._blocks]
 
 
@@ -61,20 +69,29 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: the device's, or on a CPU the process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class StepProfiler:
-    """Profiles some steps, if any: a trace for Perfetto or chrome://tracing, and a table of the ten largest costs."""
+    """Profiles some steps, if any: a trace for Perfetto or chrome://tracing, and a table of the
+    ten largest costs.
+    """
 
     SKIPPED_STEPS = 2  # the first steps compile, allocate and fill caches
 
     def __init__(self, steps: int, of: range, output_dir: Path, say: Callable[[str], None]) -> None:
-        self.first = max(of.start, min(of.start + self.SKIPPED_STEPS, of.stop - steps)) if steps else -1
+        self.first = (
+            max(of.start, min(of.start + self.SKIPPED_STEPS, of.stop - steps)) if steps else -1
+        )
         self.last = min(self.first + steps, of.stop) - 1 if steps else -1
         self.output_dir = output_dir
         self.say = say
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [
+            ProfilerActivity.CPU,
+            *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+        ]
         self.profile = profile(activities=activities)
 
     def before(self, step: int) -> None:
@@ -93,6 +110,10 @@ class StepProfiler:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.profile.export_chrome_trace(str(self.output_dir / TRACE_NAME))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = self.profile.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50)
+        table = self.profile.key_averages().table(
+            sort_by=key, row_limit=10, max_name_column_width=50
+        )
         (self.output_dir / TABLE_NAME).write_text(table, encoding="utf-8")
-        self.say(f"{table}\nsteps {self.first} to {self.last}; trace: {self.output_dir / TRACE_NAME}")
+        self.say(
+            f"{table}\nsteps {self.first} to {self.last}; trace: {self.output_dir / TRACE_NAME}"
+        )

@@ -1,8 +1,10 @@
-"""Whether an export is whole and right, told without the run that it was made from: `export_hf --check DIR`.
+"""Whether an export is whole and right, told without the run that it was made from: `export_hf
+--check DIR`.
 
-Compared are its files with the digests in its marker, its modelling file with the versions known to give wrong text
-under newer transformers, its configuration with what that file reads and with the weights, and its tokenizer with what
-an export is made to hold today. Nothing of the export is executed.
+Compared are its files with the digests in its marker, its modelling file with the versions known to
+give wrong text under newer transformers, its configuration with what that file reads and with the
+weights, and its tokenizer with what an export is made to hold today. Nothing of the export is
+executed.
 """
 
 import ast
@@ -22,7 +24,13 @@ from data_prep.shards import digest_file, read_tokenizer
 from pretrain import modeling_tablefree
 from pretrain.hf.ids import check_ids, hard_texts
 from pretrain.hf.marker import MARKER_NAME, Marker, read_marker
-from pretrain.hf.tokenizer import CONFIG_NAME, DEFINITION_NAME, PLAIN_CLASS, as_exported, merged_config
+from pretrain.hf.tokenizer import (
+    CONFIG_NAME,
+    DEFINITION_NAME,
+    PLAIN_CLASS,
+    as_exported,
+    merged_config,
+)
 from pretrain.modeling_tablefree import TableFreeConfig
 
 MODELING_FILE = Path(modeling_tablefree.__file__)
@@ -30,9 +38,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_NAME = "README.md"
 AGAIN = "export the run again"
-# Modelling files of earlier versions by their xxh3-128, and the commits that made them. Their `forward` takes the KV
-# cache as `past_key_values` and swallows everything else: from transformers 5.24 on, which calls it `cache`, each new
-# token sees itself alone. With a static cache each token takes the place of the one before under 4.57 to 5.4.
+# Modelling files of earlier versions by their xxh3-128, and the commits that made them. Their
+# `forward` takes the KV cache as `past_key_values` and swallows everything else: from transformers
+# 5.24 on, which calls it `cache`, each new token sees itself alone. With a static cache each token
+# takes the place of the one before under 4.57 to 5.4.
 WRONG_WITH_A_CACHE = {
     "7a0296e2ee0e298a713d86b54f882ce9": "3656bb5",
     "6b633a04658d33af5fdb0a05e59b3f17": "0d352b1",
@@ -44,19 +53,44 @@ WRONG_WITH_A_CACHE = {
 }
 # What a config.json of any class may hold, beside what the installed transformers has itself
 OF_ANY_MODEL = {
-    "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "_name_or_path",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "is_decoder",
+    "_name_or_path",
+}
 # The words of transformers 4 and 5 for the angles of GPT-NeoX's positions
-OF_ROTARY = {"rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"}
-# What the configuration of every stock export tells, where it tells it: another value is another model
+OF_ROTARY = {
+    "rotary_pct",
+    "rotary_emb_base",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "partial_rotary_factor",
+}
+# What the configuration of every stock export tells, where it tells it: another value is another
+# model
 OF_EVERY_STOCK_EXPORT = {
-    "use_parallel_residual": False, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False,
-    "rotary_pct": 1.0, "partial_rotary_factor": 1.0,
-}  # fmt: skip
-SAME_CLASS = (PLAIN_CLASS, "TokenizersBackend")  # as transformers 5 calls the plain one when it saves
+    "use_parallel_residual": False,
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "rotary_pct": 1.0,
+    "partial_rotary_factor": 1.0,
+}
+# as transformers 5 calls the plain one when it saves
+SAME_CLASS = (PLAIN_CLASS, "TokenizersBackend")
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
-HEADS = {"embed_out.weight", "lm_head.weight", "output_projection.weight"}  # of the forms and their versions
+# of the forms and their versions
+HEADS = {"embed_out.weight", "lm_head.weight", "output_projection.weight"}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 FIRST_VERSION = 1  # of modelling files, which did not say it
 
@@ -77,16 +111,25 @@ def check_export(directory: Path) -> Verdict:
     """Look at an export. Raises UserError where there is none."""
     marker = read_marker(directory)
     if not (directory / CONFIG_FILE).is_file() and marker is None:
-        raise UserError(f"{directory}: no export: neither {CONFIG_FILE} nor a good {MARKER_NAME} is there")
+        raise UserError(
+            f"{directory}: no export: neither {CONFIG_FILE} nor a good {MARKER_NAME} is there"
+        )
     problems = [*file_problems(directory, marker)]
     if marker is None and (directory / MARKER_NAME).exists():
-        problems.append(f"{directory / MARKER_NAME}: damaged, so that nothing here is known to be whole; {AGAIN}")
+        problems.append(
+            f"{directory / MARKER_NAME}: damaged, so that nothing here is known to be whole; "
+            f"{AGAIN}"
+        )
     if (directory / CONFIG_FILE).is_file():
         try:
             problems.extend(model_problems(directory, marker))  # those before an error too
         except UserError as error:  # a file that can't be read
             problems.append(str(error))
-    return Verdict(about=describe(directory, marker), notes=tuple(notes(directory, marker)), problems=tuple(problems))
+    return Verdict(
+        about=describe(directory, marker),
+        notes=tuple(notes(directory, marker)),
+        problems=tuple(problems),
+    )
 
 
 def describe(directory: Path, marker: Marker | None) -> str:
@@ -99,7 +142,10 @@ def describe(directory: Path, marker: Marker | None) -> str:
 def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
     """What is worth knowing and does no harm."""
     if marker is None:
-        yield f"there is no good {MARKER_NAME} (exports made by early versions have none): edits can't be told"
+        yield (
+            f"there is no good {MARKER_NAME} (exports made by early versions have none): edits "
+            "can't be told"
+        )
         return
     for name in marker.files:
         if not differs(directory, name, marker):
@@ -108,7 +154,9 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
             yield f"{name} was edited; nothing loads it"
         elif is_mended(directory, name, marker):
             yield f"{name} was exchanged, and is as exports are made today"
-    if more := sorted(path.name for path in directory.iterdir() if path.name not in (*marker.files, MARKER_NAME)):
+    if more := sorted(
+        path.name for path in directory.iterdir() if path.name not in (*marker.files, MARKER_NAME)
+    ):
         yield f"not of the export, and not looked at: {', '.join(more)}"
 
 
@@ -119,7 +167,9 @@ def differs(directory: Path, name: str, marker: Marker) -> bool:
 
 
 def is_mended(directory: Path, name: str, marker: Marker) -> bool:
-    """Whether a file that differs from the exported one is what an export made today would hold, as is advised here."""
+    """Whether a file that differs from the exported one is what an export made today would hold,
+    as is advised here.
+    """
     if name == MODELING_FILE.name:
         return digest_file(directory / name) == digest_file(MODELING_FILE)
     if name != CONFIG_NAME:
@@ -136,12 +186,18 @@ def is_mended(directory: Path, name: str, marker: Marker) -> bool:
 
 
 def file_problems(directory: Path, marker: Marker | None) -> Problems:
-    """Files that are not as they were exported. A modelling file of an early version is told of with the model."""
+    """Files that are not as they were exported. A modelling file of an early version is told of
+    with the model.
+    """
     for name in marker.files if marker else ():
         path = directory / name
         if not path.is_file():
             yield f"{path}: missing; {AGAIN}"
-        elif marker and differs(directory, name, marker) and not is_said_elsewhere(directory, name, marker):
+        elif (
+            marker
+            and differs(directory, name, marker)
+            and not is_said_elsewhere(directory, name, marker)
+        ):
             yield f"{path}: differs from its digest, so it is damaged or was edited; {AGAIN}"
 
 
@@ -170,7 +226,9 @@ def model_problems(directory: Path, marker: Marker | None) -> Problems:
     else:
         yield from modelling_file_problems(directory, marker)
         yield from config_problems(directory, config)
-    if marker is None and not any((directory / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+    if marker is None and not any(
+        (directory / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)
+    ):
         yield f"{directory / WEIGHTS_FILE}: missing; {AGAIN}"
     yield from weight_problems(directory, config, is_stock=is_stock)
     yield from tokenizer_problems(directory, config, is_stock=is_stock)
@@ -194,30 +252,44 @@ def modelling_file_problems(directory: Path, marker: Marker | None) -> Problems:
         return
     digest = digest_file(path)
     if digest in WRONG_WITH_A_CACHE:
-        wrong = "of a version that generates wrong text with a KV cache under transformers 5.24 and newer"
+        wrong = (
+            "of a version that generates wrong text with a KV cache under transformers 5.24 and "
+            "newer"
+        )
         yield f"{path}: {wrong}, and with a static one below 5.5; {mend}"
-    elif marker is None and digest != digest_file(MODELING_FILE):  # markers are older than versions not listed above
+    elif marker is None and digest != digest_file(
+        MODELING_FILE
+    ):  # markers are older than versions not listed above
         yield f"{path}: of no version of ours, so it was edited; {mend}"
 
 
 def unknown_keys(path: Path, config: Json, read: set[str], known: set[str]) -> Problems:
-    """Keys of a config.json that the class which reads it passes over in silence; `known` are those of ours."""
+    """Keys of a config.json that the class which reads it passes over in silence; `known` are
+    those of ours.
+    """
     for key in sorted(config.keys() - read - OF_ANY_MODEL - PretrainedConfig().to_dict().keys()):
         what = "a key of later versions" if key in known else f"unknown key; {nearest(key, known)}"
         yield f"{path}: {key}: nothing reads it: {what}; remove it, or {AGAIN}"
 
 
 def config_problems(directory: Path, config: Json) -> Problems:
-    """What in the configuration of a table-free export its modelling file would pass over, or not take."""
+    """What in the configuration of a table-free export its modelling file would pass over, or
+    not take.
+    """
     path, code = directory / CONFIG_FILE, directory / MODELING_FILE.name
     own = set(TableFreeConfig().to_dict()) | {"modeling_version"}
     if code.is_file():
         names, version = names_in(code), version_of(code)
         told = config.get("modeling_version", FIRST_VERSION)
         if told != version and not (isinstance(told, int) and told < version):
-            yield f"{code}: version {version}, older than {CONFIG_FILE}, which is of version {told}; {AGAIN}"
+            yield (
+                f"{code}: version {version}, older than {CONFIG_FILE}, which is of version "
+                f"{told}; {AGAIN}"
+            )
             return
-        yield from unknown_keys(path, config, names | ({"modeling_version"} if version > FIRST_VERSION else set()), own)
+        yield from unknown_keys(
+            path, config, names | ({"modeling_version"} if version > FIRST_VERSION else set()), own
+        )
     try:
         TableFreeConfig(**config)  # this version's, which is no code of the export
     except Exception as error:  # transformers checks no types, and raises what comes of them
@@ -228,28 +300,44 @@ def version_of(code: Path) -> int:
     """The version that a modelling file says it has; the first ones said none."""
     for node in parsed(code).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Name) and target.id == "MODELING_VERSION" and isinstance(node, ast.Assign):
+        if (
+            isinstance(target, ast.Name)
+            and target.id == "MODELING_VERSION"
+            and isinstance(node, ast.Assign)
+        ):
             return int(ast.literal_eval(node.value))
     return FIRST_VERSION
 
 
 def parsed(code: Path) -> ast.Module:
     """A program, not run."""
-    with explained((SyntaxError, ValueError, RecursionError), f"{code}: no readable program", AGAIN):
+    with explained(
+        (SyntaxError, ValueError, RecursionError), f"{code}: no readable program", AGAIN
+    ):
         return ast.parse(code.read_bytes())
 
 
 def names_in(code: Path) -> set[str]:
-    """Every name and every string of a program: what it doesn't name it can't read from a configuration."""
+    """Every name and every string of a program: what it doesn't name it can't read from a
+    configuration.
+    """
     nodes = list(ast.walk(parsed(code)))
-    names = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     names |= {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return names | {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg}
+    return names | {
+        node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg
+    }
 
 
 def weight_problems(directory: Path, config: Json, *, is_stock: bool) -> Problems:
-    """Weights of another shape or number than the configuration tells, by the header of their file."""
+    """Weights of another shape or number than the configuration tells, by the header of their
+    file.
+    """
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         return  # said by the marker, or sharded and saved anew by somebody
@@ -263,17 +351,23 @@ def weight_problems(directory: Path, config: Json, *, is_stock: bool) -> Problem
     expected = (config.get("vocab_size"), config.get(width))
     for head in HEADS & shapes.keys():
         if shapes[head] != expected:
-            yield f"{path}: {head} has shape {shapes[head]}, {CONFIG_FILE} tells {expected}; {AGAIN}"
+            yield (
+                f"{path}: {head} has shape {shapes[head]}, {CONFIG_FILE} tells {expected}; {AGAIN}"
+            )
     numbers = {found[1] for name in shapes if (found := LAYER.search(name))}
     if len(numbers) != config.get(layers):
         yield f"{path}: {len(numbers)} layers, {CONFIG_FILE} tells {config.get(layers)}; {AGAIN}"
 
 
 def in_effect(definition: bytes) -> Json:
-    """A tokenizer.json without a template that adds nothing, such as transformers 5 writes when it saves one."""
+    """A tokenizer.json without a template that adds nothing, such as transformers 5 writes when
+    it saves one.
+    """
     content: Json = json.loads(definition)
     template = content.get("post_processor")
-    if isinstance(template, dict) and template.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]:
+    if isinstance(template, dict) and template.get("single") == [
+        {"Sequence": {"id": "A", "type_id": 0}}
+    ]:
         content["post_processor"] = None
     return content
 
@@ -287,26 +381,43 @@ def tokenizer_problems(directory: Path, config: Json, *, is_stock: bool) -> Prob
         yield str(error)
         return
     if in_effect(made_today.files[DEFINITION_NAME]) != in_effect(files[DEFINITION_NAME]):
-        does = "adds tokens to texts, cuts or pads them, or merges at random, which the data did not"
+        does = (
+            "adds tokens to texts, cuts or pads them, or merges at random, which the data did not"
+        )
         yield f"{directory / DEFINITION_NAME}: {does}; {AGAIN}"
     told = merged_config(files, directory)
     if (class_name := told.get("tokenizer_class")) not in SAME_CLASS:
-        other = f"tokenizer_class {class_name}, which transformers 5 builds otherwise than {DEFINITION_NAME} says"
+        other = (
+            f"tokenizer_class {class_name}, which transformers 5 builds otherwise than "
+            f"{DEFINITION_NAME} says"
+        )
         yield f"{path}: {other}; write {PLAIN_CLASS} there"
     if told.get("split_special_tokens"):
-        yield f"{path}: split_special_tokens keeps the end of a text from being learnt in fine-tuning; remove it"
+        yield (
+            f"{path}: split_special_tokens keeps the end of a text from being learnt in "
+            "fine-tuning; remove it"
+        )
     for left_out in made_today.left_out:
         yield f"{path}: {left_out}; {AGAIN}"
     eos_id, eos_told = made_today.roles.get("eos_token"), config.get("eos_token_id")
     if eos_id is not None and eos_told not in (eos_id, [eos_id]):
-        yield f"{directory / CONFIG_FILE}: eos_token_id {eos_told}, the tokenizer's is {eos_id}; {AGAIN}"
+        yield (
+            f"{directory / CONFIG_FILE}: eos_token_id {eos_told}, the tokenizer's is {eos_id}; "
+            f"{AGAIN}"
+        )
     pad_id, pad_told = made_today.roles.get("pad_token"), config.get("pad_token_id")
     if pad_id is not None and pad_told != pad_id:
-        yield f"{directory / CONFIG_FILE}: pad_token_id {pad_told}, the tokenizer's is {pad_id}; {AGAIN}"
+        yield (
+            f"{directory / CONFIG_FILE}: pad_token_id {pad_told}, the tokenizer's is {pad_id}; "
+            f"{AGAIN}"
+        )
     new = json.loads(made_today.files[CONFIG_NAME])
     if told.get("model_input_names") != new["model_input_names"]:
         refused = "so transformers 4 refuses model.generate(**tokenizer(text))"
-        yield f"{path}: no model_input_names, {refused}; write {json.dumps(new['model_input_names'])} there"
+        yield (
+            f"{path}: no model_input_names, {refused}; write "
+            f"{json.dumps(new['model_input_names'])} there"
+        )
     try:
         check_ids(directory, made_today.reference, hard_texts(made_today.reference), directory)
     except UserError as error:

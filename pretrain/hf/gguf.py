@@ -1,8 +1,10 @@
-"""A run as one GGUF file, for llama.cpp and the engines built on it: the stock GPT-NeoX form under GGUF's names.
+"""A run as one GGUF file, for llama.cpp and the engines built on it: the stock GPT-NeoX form under
+GGUF's names.
 
-The format's keys are those of the `gguf` package, which writes the file. llama.cpp's own converter knows tokenizers by
-a digest over their merges, so none of ours; its engines know pre-tokenizers by name, and one of these is that of a
-byte-level tokenizer. Tokenizers of other kinds would get other ids there, so they are refused.
+The format's keys are those of the `gguf` package, which writes the file. llama.cpp's own converter
+knows tokenizers by a digest over their merges, so none of ours; its engines know pre-tokenizers by
+name, and one of these is that of a byte-level tokenizer. Tokenizers of other kinds would get other
+ids there, so they are refused.
 
 The engines' GELU is the approximation by tanh, which moves logits by 0.004 or so.
 """
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("f32", "f16", "q8_0")
 BLOCK = 32  # values of a row that share a scale in q8_0
-# llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep the spaces before
-# punctuation when a whole text is decoded; "gpt-2" takes them away.
+# llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep
+# the spaces before punctuation when a whole text is decoded; "gpt-2" takes them away.
 PRE_TOKENIZER = "trillion"
 INSTALL = "pip install -e '.[gguf]' in this project's folder"
 OTHER_FORM = "export another form (--architecture gpt_neox)"
@@ -63,7 +65,9 @@ class Vocabulary:
 
 def require_gguf() -> None:
     """Raise UserError where the package that writes the files is missing."""
-    with explained(ImportError, "--architecture gguf: the package that writes the files is missing", INSTALL):
+    with explained(
+        ImportError, "--architecture gguf: the package that writes the files is missing", INSTALL
+    ):
         import gguf  # noqa: F401
 
 
@@ -73,20 +77,28 @@ def gguf_name(dtype: str) -> str:
 
 
 def write_gguf(
-    path: Path, weights: dict[str, Tensor], config: GPTNeoXConfig, vocabulary: Vocabulary, dtype: str
+    path: Path,
+    weights: dict[str, Tensor],
+    config: GPTNeoXConfig,
+    vocabulary: Vocabulary,
+    dtype: str,
 ) -> None:
     """Write a stock GPT-NeoX, its weights in fp32, as a GGUF file of a precision of DTYPES.
 
-    Norms and biases stay in f32. The file is not flushed to the disk. Raises UserError for a width that q8_0 can't cut
-    into blocks, for weights beyond f16, and for a tokenizer that the engines would read otherwise.
+    Norms and biases stay in f32. The file is not flushed to the disk. Raises UserError for a width
+    that q8_0 can't cut into blocks, for weights beyond f16, and for a tokenizer that the engines
+    would read otherwise.
     """
     import gguf
 
     if problem := why_read_otherwise(vocabulary.definition, vocabulary.tokenizer):
-        raise UserError(f"--architecture gguf: the engines would give other ids ({problem}); {OTHER_FORM}")
+        raise UserError(
+            f"--architecture gguf: the engines would give other ids ({problem}); {OTHER_FORM}"
+        )
     if dtype == "q8_0" and config.hidden_size % BLOCK:
         raise UserError(
-            f"--dtype q8_0: width {config.hidden_size} is no multiple of {BLOCK}, which share a scale; use f16"
+            f"--dtype q8_0: width {config.hidden_size} is no multiple of {BLOCK}, which share a "
+            "scale; use f16"
         )
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     writer = gguf.GGUFWriter(path, "gptneox")
@@ -94,7 +106,9 @@ def write_gguf(
     add_architecture(writer, config, kind)
     add_vocabulary(writer, vocabulary, config.vocab_size)
     for name, tensor in weights.items():
-        values = by_kind(tensor, config.num_attention_heads) if ".query_key_value." in name else tensor
+        values = (
+            by_kind(tensor, config.num_attention_heads) if ".query_key_value." in name else tensor
+        )
         own_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(stock_to_gguf(name), stored(values, own_kind, name), raw_dtype=own_kind)
     writer.write_header_to_file()
@@ -103,8 +117,12 @@ def write_gguf(
     writer.close()
 
 
-def add_architecture(writer: "gguf.GGUFWriter", config: GPTNeoXConfig, kind: "gguf.GGMLQuantizationType") -> None:
-    """What an engine builds: the decoder's shape, and its sequential residual (in parallel it gives other text)."""
+def add_architecture(
+    writer: "gguf.GGUFWriter", config: GPTNeoXConfig, kind: "gguf.GGMLQuantizationType"
+) -> None:
+    """What an engine builds: the decoder's shape, and its sequential residual (in parallel it
+    gives other text).
+    """
     import gguf
 
     writer.add_context_length(config.max_position_embeddings)
@@ -123,7 +141,9 @@ def add_architecture(writer: "gguf.GGUFWriter", config: GPTNeoXConfig, kind: "gg
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size: int) -> None:
-    """Tokens, their types, and merges; text gives the data's ids, special tokens only where an engine is told so."""
+    """Tokens, their types, and merges; text gives the data's ids, special tokens only where an
+    engine is told so.
+    """
     import gguf
 
     tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]  # ids of the model that no token has
@@ -157,7 +177,9 @@ def merges_of(definition: Json) -> Iterator[tuple[str, str]]:
 
 
 def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
-    """What in a tokenizer llama.cpp would read otherwise than `tokenizers`; None for a plain byte-level BPE."""
+    """What in a tokenizer llama.cpp would read otherwise than `tokenizers`; None for a plain
+    byte-level BPE.
+    """
     model, steps = definition["model"], definition.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
         return "its model is no plain BPE"
@@ -165,7 +187,11 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
         return "its model marks the inside or the end of words"
     if definition.get("normalizer"):
         return f"a normaliser, {definition['normalizer'].get('type')}"
-    if steps.get("type") != "ByteLevel" or steps.get("add_prefix_space") or not steps.get("use_regex", True):
+    if (
+        steps.get("type") != "ByteLevel"
+        or steps.get("add_prefix_space")
+        or not steps.get("use_regex", True)
+    ):
         return "its pre-tokenizer is not GPT-2's, without a space before the text"
     if (definition.get("decoder") or {}).get("type") != "ByteLevel":
         return "its decoder is not byte-level"
@@ -196,6 +222,8 @@ def stored(tensor: Tensor, kind: "gguf.GGMLQuantizationType", name: str) -> npt.
     from gguf.quants import quantize
 
     if kind.name == "F16" and tensor.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"--dtype f16: {name} has values beyond 65,504, the largest of f16; use f32")
+        raise UserError(
+            f"--dtype f16: {name} has values beyond 65,504, the largest of f16; use f32"
+        )
     packed: npt.NDArray[Any] = quantize(np.ascontiguousarray(tensor.numpy()), kind)
     return packed

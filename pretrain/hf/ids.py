@@ -1,7 +1,9 @@
-"""Whether an export's tokenizer gives the ids of the data, as whoever loads the export gets it: by `AutoTokenizer`.
+"""Whether an export's tokenizer gives the ids of the data, as whoever loads the export gets it: by
+`AutoTokenizer`.
 
-Asked when an export is made, of documents of every source of the data set where it is at hand, and of texts that are
-hard to tokenize in any case; and again by `export_hf --check`, with the transformers that is installed then.
+Asked when an export is made, of documents of every source of the data set where it is at hand, and
+of texts that are hard to tokenize in any case; and again by `export_hf --check`, with the
+transformers that is installed then.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,8 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, explained
 from data_prep.shards import ShardReader
 
-SAMPLED_DOCUMENTS = 512  # of all sources together, but at least one of each; 2 seconds for a million tokens
+# of all sources together, but at least one of each; 2 seconds for a million tokens
+SAMPLED_DOCUMENTS = 512
 OF_A_SOURCE = 16
 SAMPLED_TOKENS = 2_000  # of a document, from its beginning
 ADVICE = "use transformers 4.57 or newer, or report it"
@@ -25,7 +28,8 @@ HARD_TEXTS = (
     "don't DON'T they'll we've I'm she'd rock'n'roll",
     "def f(x):\n\treturn {'a': x ** 2}  # comment\n\n\n",
     "e\u0301 \u00e9 \ufb01 \uff21 \u2460 \u0130 \u00df na\u00efve",
-    "\u65e5\u672c\u8a9e \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940 \uac00\ub098",
+    "\u65e5\u672c\u8a9e \u0627\u0644\u0639\u0631\u0628\u064a\u0629 "
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \uac00\ub098",
     "\U0001f642\u200d\u2194\ufe0f \U0001f1e9\U0001f1ea \u00a0\u2003\u3000\u200b \ufeff",
     "hello , world ! isn 't it ? a . b",
     "...!!!???--- ~~~ ((())) [[]] <<>> //\\\\",
@@ -33,7 +37,9 @@ HARD_TEXTS = (
 
 
 def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator[str]:
-    """Documents of a data set, as their ids decode, evenly spread over each of its sources; of a long one a part."""
+    """Documents of a data set, as their ids decode, evenly spread over each of its sources; of a
+    long one a part.
+    """
     manifest = reader.manifest
     each = max(1, min(OF_A_SOURCE, SAMPLED_DOCUMENTS // len(manifest.sources)))
     for source in manifest.sources:
@@ -45,40 +51,57 @@ def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator
             for number in wanted:
                 if before <= number < before + shard.documents:
                     place, _ = reader.document(shard, number - before)
-                    ids = reader.tokens(shard)[place.start : min(place.stop - 1, place.start + SAMPLED_TOKENS)]
+                    ids = reader.tokens(shard)[
+                        place.start : min(place.stop - 1, place.start + SAMPLED_TOKENS)
+                    ]
                     yield tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             before += shard.documents
 
 
 def hard_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that tokenizers read differently: those above, all tokens of the vocabulary, special tokens spelled out."""
+    """Texts that tokenizers read differently: those above, all tokens of the vocabulary, special
+    tokens spelled out.
+    """
     every = tokenizer.decode(list(range(tokenizer.get_vocab_size())), skip_special_tokens=True)
-    named = [f"a {token.content} b{token.content}" for token in tokenizer.get_added_tokens_decoder().values()]
+    named = [
+        f"a {token.content} b{token.content}"
+        for token in tokenizer.get_added_tokens_decoder().values()
+    ]
     return [*HARD_TEXTS, every, *named]
 
 
 def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Path) -> int:
-    """AutoTokenizer, without code from elsewhere, must give these ids for texts; returns how many texts it was asked.
+    """AutoTokenizer, without code from elsewhere, must give these ids for texts; returns how many
+    texts it was asked.
 
-    `export` is a whole export, for which class AutoTokenizer takes hangs on its config.json too; `place` is what it is
-    called. Special tokens in a text are text here, as in the data. Raises UserError for the first text with other ids.
+    `export` is a whole export, for which class AutoTokenizer takes hangs on its config.json too;
+    `place` is what it is called. Special tokens in a text are text here, as in the data. Raises
+    UserError for the first text with other ids.
     """
     from transformers import AutoTokenizer, __version__
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of long texts, and of a class whose code is not to be run
+    # it would warn of long texts, and of a class whose code is not to be run
+    logging.set_verbosity_error()
     refused = f"{place}: transformers {__version__} can't load or use the exported tokenizer"
     try:
         with explained(Exception, refused, ADVICE):
-            exported: Any = AutoTokenizer.from_pretrained(export, local_files_only=True, trust_remote_code=False)
+            exported: Any = AutoTokenizer.from_pretrained(
+                export, local_files_only=True, trust_remote_code=False
+            )
             asked = 0
             for text in texts:
                 asked += 1
                 ids = expected.encode(text, add_special_tokens=False).ids
                 if exported.encode(text, split_special_tokens=True) != ids:
-                    problem = "would give other ids with the exported tokenizer than the data set holds"
-                    raise UserError(f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}")
+                    problem = (
+                        "would give other ids with the exported tokenizer than the data set holds"
+                    )
+                    raise UserError(
+                        f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; "
+                        f"{ADVICE}"
+                    )
             return asked
     finally:
         logging.set_verbosity(verbosity)

@@ -1,7 +1,8 @@
 """What an export says of itself, so that the next one replaces exports of ours and nothing else.
 
-`tablefree_export.json` names the run that was exported (its data set's fingerprint and what its steps depend on in the
-recipe), the step, the form, and the digest of every other file. transformers does not look at it.
+`tablefree_export.json` names the run that was exported (its data set's fingerprint and what its
+steps depend on in the recipe), the step, the form, and the digest of every other file. transformers
+does not look at it.
 """
 
 import json
@@ -24,7 +25,8 @@ class Marker:
     """The content of an export's marker."""
 
     fingerprint: str  # of the data set
-    recipe: dict[str, Any]  # dotted keys, but for those that may differ between parts or lengths of a run
+    # dotted keys, but for those that may differ between parts or lengths of a run
+    recipe: dict[str, Any]
     step: int
     architecture: str
     dtype: str
@@ -37,9 +39,17 @@ class Marker:
 
 
 def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The keys of a run's recipe that make it this run and no other; keys that it lacks are as default."""
-    recipe = flatten(recipe_to_dict(build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path))))
-    return {key: recipe[key] for key in recipe if MAY_CHANGE_ON_BRANCH.isdisjoint((key, key.partition(".")[0]))}
+    """The keys of a run's recipe that make it this run and no other; keys that it lacks are as
+    default.
+    """
+    recipe = flatten(
+        recipe_to_dict(build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path)))
+    )
+    return {
+        key: recipe[key]
+        for key in recipe
+        if MAY_CHANGE_ON_BRANCH.isdisjoint((key, key.partition(".")[0]))
+    }
 
 
 def write_marker(directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str) -> None:
@@ -65,15 +75,19 @@ def read_marker(directory: Path) -> Marker | None:
         marker = Marker(**json.loads(raw))
     except (ValueError, TypeError, RecursionError):
         return None
-    is_ours = marker.format == FORMAT and isinstance(marker.files, dict) and isinstance(marker.recipe, dict)
+    is_ours = (
+        marker.format == FORMAT
+        and isinstance(marker.files, dict)
+        and isinstance(marker.recipe, dict)
+    )
     return marker if is_ours and marker.to_bytes() == raw else None
 
 
 def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) -> None:
     """Raise UserError where an export into a directory would lose something.
 
-    What is replaced holds nothing but an export's files. Where they were edited, or are of another run, that takes
-    `overwrite`; what no export made is never removed.
+    What is replaced holds nothing but an export's files. Where they were edited, or are of another
+    run, that takes `overwrite`; what no export made is never removed.
     """
     place = f"--output-dir {output}"
     home = output.resolve()
@@ -81,7 +95,10 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
         raise UserError(f"{place}: is among the run's checkpoints; give another directory")
     for folder in (home, *home.parents):
         if (folder / MANIFEST_NAME).is_file() and (folder / UNITS_NAME).is_dir():
-            raise UserError(f"{place}: is in the data set {folder}, which holds nothing else; give another directory")
+            raise UserError(
+                f"{place}: is in the data set {folder}, which holds nothing else; give another "
+                "directory"
+            )
     if not os.path.lexists(output):
         return
     if not output.is_dir():
@@ -92,18 +109,27 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
     marker = read_marker(output)
     if marker is None:
         raise UserError(
-            f"{place}: holds something else than an export with its {MARKER_NAME} (early ones have none); "
-            f"remove it, or give another directory"
+            f"{place}: holds something else than an export with its {MARKER_NAME} (early ones "
+            "have none); remove it, or give another directory"
         )
     for name in names:
-        if name not in (*marker.files, MARKER_NAME) or (output / name).is_symlink() or not (output / name).is_file():
-            raise UserError(f"{place}: {name} is no part of the export there; move it away, or give another directory")
+        if (
+            name not in (*marker.files, MARKER_NAME)
+            or (output / name).is_symlink()
+            or not (output / name).is_file()
+        ):
+            raise UserError(
+                f"{place}: {name} is no part of the export there; move it away, or give another "
+                "directory"
+            )
     if not overwrite and (why := why_precious(output, marker, checkpoint)):
         raise UserError(f"{place}: {why}; --overwrite replaces it, or give another directory")
 
 
 def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:
-    """What would be lost with an export that the export of this checkpoint replaces, or None: it can be made again."""
+    """What would be lost with an export that the export of this checkpoint replaces, or None: it
+    can be made again.
+    """
     for name, digest in marker.files.items():
         if not (output / name).is_file():
             return f"{name} of the export there is missing"

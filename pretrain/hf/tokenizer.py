@@ -1,13 +1,16 @@
-"""The tokenizer of an export: to a text it gives the ids that the data set holds for that text, and nothing more.
+"""The tokenizer of an export: to a text it gives the ids that the data set holds for that text, and
+nothing more.
 
-A published tokenizer may add tokens around each text (a template `<s> $A </s>`, or flags that make its class add them),
-cut texts short, pad them, drop merges at random, or ask for a class that builds another tokenizer than its file says:
-from transformers 5.0 on, classes with a name of their own make normaliser and pre-tokenizer anew. The shards have none
-of that, so the model has never seen it; after `</s>` it would take a prompt for finished. So an export's
-`tokenizer_config.json` holds what is listed here and leaves everything else to `tokenizer.json`.
+A published tokenizer may add tokens around each text (a template `<s> $A </s>`, or flags that make
+its class add them), cut texts short, pad them, drop merges at random, or ask for a class that
+builds another tokenizer than its file says: from transformers 5.0 on, classes with a name of their
+own make normaliser and pre-tokenizer anew. The shards have none of that, so the model has never
+seen it; after `</s>` it would take a prompt for finished. So an export's `tokenizer_config.json`
+holds what is listed here and leaves everything else to `tokenizer.json`.
 
-One thing differs from the data, on purpose: there, text that spells a special token is text; in an export special
-tokens are special, as whoever fine-tunes or chats writes them into texts (`text + tokenizer.eos_token`).
+One thing differs from the data, on purpose: there, text that spells a special token is text; in an
+export special tokens are special, as whoever fine-tunes or chats writes them into texts (`text +
+tokenizer.eos_token`).
 """
 
 import json
@@ -21,22 +24,44 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, explained, parse_json
 from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
 
-ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
+# post-processors that add tokens
+ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
 DEFINITION_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-ROLES_NAME = "special_tokens_map.json"  # of transformers 4; its content moves into tokenizer_config.json
+# of transformers 4; its content moves into tokenizer_config.json
+ROLES_NAME = "special_tokens_map.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # as transformers 4 and 5 call them
+# as transformers 4 and 5 call them
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 # No id hangs on these
 OF_DECODING = ("chat_template", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
-# What no reader of tokenizer.json needs: who saved it and where, what it says itself, and what is written anew here.
+# What no reader of tokenizer.json needs: who saved it and where, what it says itself, and what is
+# written anew here.
 SAID_ELSEWHERE = {
-    "tokenizer_class", "model_max_length", "split_special_tokens", "model_input_names", "added_tokens_decoder",
-    "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file", "auto_map", "backend",
-    "is_local", "local_files_only", "add_prefix_space", "add_bos_token", "add_eos_token", "errors", "use_fast",
-    "legacy", "from_slow", "max_length",
-}  # fmt: skip
+    "tokenizer_class",
+    "model_max_length",
+    "split_special_tokens",
+    "model_input_names",
+    "added_tokens_decoder",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "auto_map",
+    "backend",
+    "is_local",
+    "local_files_only",
+    "add_prefix_space",
+    "add_bos_token",
+    "add_eos_token",
+    "errors",
+    "use_fast",
+    "legacy",
+    "from_slow",
+    "max_length",
+}
 # A decoder has no token types: transformers 4's `model.generate(**tokenizer(text))` refuses them.
 MODEL_INPUTS = ["input_ids", "attention_mask"]
 
@@ -56,12 +81,16 @@ class ExportedTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of chats, in a file of its own or in the configuration; of several the one called default."""
+        """The template of chats, in a file of its own or in the configuration; of several the
+        one called default.
+        """
         if CHAT_TEMPLATE_NAME in self.files:
             return self.files[CHAT_TEMPLATE_NAME].decode()
         told = json.loads(self.files[CONFIG_NAME]).get("chat_template")
         if isinstance(told, list):
-            told = next((named.get("template") for named in told if named.get("name") == "default"), None)
+            told = next(
+                (named.get("template") for named in told if named.get("name") == "default"), None
+            )
         return told if isinstance(told, str) else None
 
     def write_to(self, directory: Path) -> None:
@@ -75,13 +104,16 @@ def as_exported(
 ) -> ExportedTokenizer:
     """A tokenizer's files, by name, as an export holds them, told how long a text the model takes.
 
-    `source` is where they were read. With `names_unknown` the token that ends documents is named as the one of unknown
-    text too, where there is none: CTranslate2 loads no vocabulary without. No text gives it all the same, if the
-    tokenizer knows every byte. Raises UserError if files are missing or damaged.
+    `source` is where they were read. With `names_unknown` the token that ends documents is named as
+    the one of unknown text too, where there is none: CTranslate2 loads no vocabulary without. No
+    text gives it all the same, if the tokenizer knows every byte. Raises UserError if files are
+    missing or damaged.
     """
     for name in (DEFINITION_NAME, CONFIG_NAME):
         if name not in files:
-            raise UserError(f"{source / name}: missing; copy the tokenizer of the run's data set to {source}")
+            raise UserError(
+                f"{source / name}: missing; copy the tokenizer of the run's data set to {source}"
+            )
     definition = read_object(files, DEFINITION_NAME, source)
     reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     adding_nothing = without_additions(definition)
@@ -95,26 +127,41 @@ def as_exported(
     config |= {"model_max_length": seq_len}
     files = files | {CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
     files.pop(ROLES_NAME, None)
-    roles = {role: id_ for role in ROLES if (id_ := reference.token_to_id(config.get(role) or "")) is not None}
-    return ExportedTokenizer(files=files, reference=reference, roles=roles, left_out=tuple(left_out))
+    roles = {
+        role: id_
+        for role in ROLES
+        if (id_ := reference.token_to_id(config.get(role) or "")) is not None
+    }
+    return ExportedTokenizer(
+        files=files, reference=reference, roles=roles, left_out=tuple(left_out)
+    )
 
 
 def read_object(files: dict[str, bytes], name: str, source: Path) -> Json:
     """The JSON object in one of a tokenizer's files; an empty one if there is no such file."""
     value = parse_json(files.get(name, b"{}"), str(source / name), COPY_IT)
     if not isinstance(value, dict):
-        raise UserError(f"{source / name}: a JSON {type(value).__name__}, expected an object; {COPY_IT}")
+        raise UserError(
+            f"{source / name}: a JSON {type(value).__name__}, expected an object; {COPY_IT}"
+        )
     return value
 
 
 def merged_config(files: dict[str, bytes], source: Path) -> Json:
-    """`tokenizer_config.json`, and what only `special_tokens_map.json` says, as data preparation reads the two."""
-    told = {key: value for key, value in read_object(files, CONFIG_NAME, source).items() if value is not None}
+    """`tokenizer_config.json`, and what only `special_tokens_map.json` says, as data preparation
+    reads the two.
+    """
+    told = {
+        key: value
+        for key, value in read_object(files, CONFIG_NAME, source).items()
+        if value is not None
+    }
     return read_object(files, ROLES_NAME, source) | told
 
 
 def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
-    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells, if it tells one.
+    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells,
+    if it tells one.
 
     What is missing is left to `as_exported`, which names it.
     """
@@ -123,7 +170,9 @@ def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
         return
     found = sha256_of_files(files)
     if found != expected:
-        problem = f"is not the tokenizer of the checkpoint (sha256 {found[:12]}, not {expected[:12]})"
+        problem = (
+            f"is not the tokenizer of the checkpoint (sha256 {found[:12]}, not {expected[:12]})"
+        )
         raise UserError(f"{source}: {problem}: its files were changed; {COPY_IT}")
 
 
@@ -137,7 +186,11 @@ def without_additions(definition: Json) -> Json:
     }
     if model.get("dropout") is not None:
         changed["model"] = model | {"dropout": None}
-    return changed if {key: value for key, value in changed.items() if value != definition.get(key)} else definition
+    return (
+        changed
+        if {key: value for key, value in changed.items() if value != definition.get(key)}
+        else definition
+    )
 
 
 def _kept(processor: Json | None) -> Json | None:
@@ -151,16 +204,18 @@ def _kept(processor: Json | None) -> Json | None:
 
 
 def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:
-    """A `tokenizer_config.json` that leaves everything to tokenizer.json, and what was left out of it that is said.
+    """A `tokenizer_config.json` that leaves everything to tokenizer.json, and what was left out of
+    it that is said.
 
-    A role whose token is none of tokenizer.json is left out: transformers would add the token, with an id that the
-    model has no output for. So is a further special token that is no added token there: it would be cut out of texts
-    in which the data has it as text.
+    A role whose token is none of tokenizer.json is left out: transformers would add the token, with
+    an id that the model has no output for. So is a further special token that is no added token
+    there: it would be cut out of texts in which the data has it as text.
     """
     plain: Json = {"tokenizer_class": PLAIN_CLASS, "model_input_names": MODEL_INPUTS}
     plain |= {key: told[key] for key in OF_DECODING if key in told}
     if getattr(reference.pre_tokenizer, "add_prefix_space", False):
-        plain["add_prefix_space"] = True  # transformers 4 takes it from here, whatever tokenizer.json says
+        # transformers 4 takes it from here, whatever tokenizer.json says
+        plain["add_prefix_space"] = True
     left_out = []
     for role in ROLES:
         token = content_of(told.get(role))
@@ -171,11 +226,17 @@ def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:
     added = {token.content for token in reference.get_added_tokens_decoder().values()}
     more = list(dict.fromkeys(more_tokens(told)))
     foreign = [token for token in more if token not in added]
-    left_out += [f"special token {token!r} is no added token of {DEFINITION_NAME}" for token in foreign]
+    left_out += [
+        f"special token {token!r} is no added token of {DEFINITION_NAME}" for token in foreign
+    ]
     if own := [token for token in more if token in added]:
         plain[MORE_TOKENS[0]] = own
     known = {*plain, *ROLES, *MORE_TOKENS, *SAID_ELSEWHERE}
-    left_out += [f"{key} is not carried over" for key in sorted(told.keys() - known) if told[key] not in (None, False)]
+    left_out += [
+        f"{key} is not carried over"
+        for key in sorted(told.keys() - known)
+        if told[key] not in (None, False)
+    ]
     return plain, left_out
 
 
@@ -186,7 +247,9 @@ def content_of(token: Any) -> str | None:
 
 
 def more_tokens(told: Json) -> Iterable[str]:
-    """The special tokens without one of the ROLES; newer files give some of them names of their own."""
+    """The special tokens without one of the ROLES; newer files give some of them names of their
+    own.
+    """
     for key in MORE_TOKENS:
         value = told.get(key)
         tokens = value.values() if isinstance(value, dict) else value
@@ -196,8 +259,11 @@ def more_tokens(told: Json) -> Iterable[str]:
 
 
 def as_in_the_data(definition: bytes, where: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` as data preparation uses it. Raises UserError if it is none."""
-    with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):  # the library raises nothing more exact
+    """The tokenizer of a `tokenizer.json` as data preparation uses it. Raises UserError if it is
+    none.
+    """
+    # the library raises nothing more exact
+    with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):
         tokenizer = Tokenizer.from_buffer(definition)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

@@ -1,8 +1,10 @@
-"""Files of one record a line, each about a step: reading them, and cutting off an end that a crash left.
+"""Files of one record a line, each about a step: reading them, and cutting off an end that a crash
+left.
 
-A kill tears the last line; a machine that loses its power may leave zeros where lines had been promised. What was lost
-so was never counted on, if a checkpoint comes before it: the file is cut there, in its place, so that whoever follows
-it (`tail -f`) goes on following. Damage before that is for a person to look at.
+A kill tears the last line; a machine that loses its power may leave zeros where lines had been
+promised. What was lost so was never counted on, if a checkpoint comes before it: the file is cut
+there, in its place, so that whoever follows it (`tail -f`) goes on following. Damage before that is
+for a person to look at.
 """
 
 import json
@@ -27,9 +29,11 @@ class Records:
     lines: list[Line]
     ends: list[int]  # the byte behind each line
     size: int  # of the whole file
-    damage: str | None  # what is wrong with the first line that is none; a torn last one is no damage
+    # what is wrong with the first line that is none; a torn last one is no damage
+    damage: str | None
     is_followed: bool  # whether good lines come after the damage
-    has_zeros: bool  # whether the damage holds zero bytes, as a loss of power leaves them, and nobody writes
+    # whether the damage holds zero bytes, as a loss of power leaves them, and nobody writes
+    has_zeros: bool
 
     @property
     def end(self) -> int:
@@ -87,7 +91,9 @@ def read_records(path: Path) -> Records:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a damaged one."""
+    """All whole lines of a `.jsonl` file; a kill can tear the last one. Raises UserError for a
+    damaged one.
+    """
     records = read_records(path)
     if records.damage:
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
@@ -95,10 +101,16 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def tokens_per_second(lines: list[Line]) -> float:
-    """Of all steps of metrics.jsonl that were trained; a skipped one has no times. NaN where none was."""
+    """Of all steps of metrics.jsonl that were trained; a skipped one has no times. NaN where
+    none was.
+    """
     trained = [line for line in lines if "skipped" not in line]
     seconds = sum(line["step_s"] for line in trained)
-    return sum(line["tokens_per_s"] * line["step_s"] for line in trained) / seconds if trained else math.nan
+    return (
+        sum(line["tokens_per_s"] * line["step_s"] for line in trained) / seconds
+        if trained
+        else math.nan
+    )
 
 
 def cut_at(path: Path, size: int) -> None:
@@ -115,8 +127,8 @@ def cut_at(path: Path, size: int) -> None:
 def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
     """Keep the lines of the steps before one, and say what damage behind them went.
 
-    A torn last line may be of one of those steps, where a loss of power took lines that had been flushed: the run goes
-    on without them. Raises UserError where a line among those is damaged.
+    A torn last line may be of one of those steps, where a loss of power took lines that had been
+    flushed: the run goes on without them. Raises UserError where a line among those is damaged.
     """
     records = read_records(path)
     reaches = step == 0 or any(line["step"] >= step - 1 for line in records.lines)
@@ -129,12 +141,19 @@ def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     if records.loose_bytes == 0:
         return kept, None
-    what = f"damaged ({records.damage})" if records.damage else f"line {len(records.lines) + 1} is torn"
+    what = (
+        f"damaged ({records.damage})"
+        if records.damage
+        else f"line {len(records.lines) + 1} is torn"
+    )
     last = f"step {records.lines[-1]['step']}" if records.lines else "its beginning"
     outcome = "those steps are trained again"
     if not reaches:
         lost = step - len({line["step"] for line in kept})
-        outcome = f"the lines of {lost} steps are lost; the checkpoint has these steps, so they are not trained again"
+        outcome = (
+            f"the lines of {lost} steps are lost; the checkpoint has these steps, so they are not "
+            "trained again"
+        )
     return kept, f"{path}: {what} after {last}: {records.loose_bytes:,} bytes cut off; {outcome}"
 
 

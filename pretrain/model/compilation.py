@@ -1,8 +1,8 @@
 """torch.compile of the blocks as training runs them (recipe key `compile`).
 
-All blocks share one graph, or two where only some of them recompute. Checkpointing lies inside the compiled region,
-so that the compiler sees which results are kept. Without gradients (validation, generation) the blocks run as they
-are: other batch shapes there cannot cause a recompilation.
+All blocks share one graph, or two where only some of them recompute. Checkpointing lies inside the
+compiled region, so that the compiler sees which results are kept. Without gradients (validation,
+generation) the blocks run as they are: other batch shapes there cannot cause a recompilation.
 """
 
 import functools
@@ -20,8 +20,11 @@ from pretrain.modeling_tablefree import TableFreeForCausalLM, run_block
 
 
 def apply_compile(model: TableFreeForCausalLM) -> None:
-    """Compile the blocks, for training; comes after `apply_activation_checkpointing`. No parameter's name changes."""
-    # They say at every start that a checkpointed region should have no in-place operators; a block has none.
+    """Compile the blocks, for training; comes after `apply_activation_checkpointing`. No
+    parameter's name changes.
+    """
+    # They say at every start that a checkpointed region should have no in-place operators; a block
+    # has none.
     for module in ("_dynamo.variables.higher_order_ops", "_higher_order_ops.wrap"):
         logging.getLogger(f"torch.{module}").setLevel(logging.ERROR)
     compiled = functools.cache(functools.partial(torch.compile, dynamic=False, fullgraph=True))
@@ -32,14 +35,23 @@ def apply_compile(model: TableFreeForCausalLM) -> None:
 
 
 def compiled_graphs() -> int:
-    """Graphs that this process has compiled so far; one more after the first step is a recompilation."""
+    """Graphs that this process has compiled so far; one more after the first step is a
+    recompilation.
+    """
     return counters["stats"]["unique_graphs"]
 
 
 def check_compiler(device_type: str) -> None:
-    """Raise UserError unless torch.compile finds its compilers here: C++ for a CPU, Triton and C for a GPU."""
-    commands = [os.environ.get("CXX", "g++")] if device_type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    found = any(shutil.which(shlex.split(command)[0]) for command in commands)  # such as `ccache g++`
+    """Raise UserError unless torch.compile finds its compilers here: C++ for a CPU, Triton and C
+    for a GPU.
+    """
+    commands = (
+        [os.environ.get("CXX", "g++")]
+        if device_type == "cpu"
+        else [os.environ.get("CC", "gcc"), "clang"]
+    )
+    # such as `ccache g++`
+    found = any(shutil.which(shlex.split(command)[0]) for command in commands)
     missing = "" if found else f"a compiler ({' or '.join(commands)})"
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = "Triton (the package triton)"

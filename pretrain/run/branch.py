@@ -1,7 +1,8 @@
-"""Branch a run off another's checkpoint, with another length or decay: from the stable part of a wsd schedule, say.
+"""Branch a run off another's checkpoint, with another length or decay: from the stable part of a
+wsd schedule, say.
 
-Everything that the steps so far depended on must be the same, their learning rates too; so the branch is what a run
-of the other length would have been from its start.
+Everything that the steps so far depended on must be the same, their learning rates too; so the
+branch is what a run of the other length would have been from its start.
 """
 
 import shutil
@@ -44,7 +45,11 @@ def open_origin(
         return None
     if not is_checkpoint(path) and is_run(path):
         named = saved_steps(path)
-        advice = f"name one of its checkpoints, such as {named[0]}" if named else "it has no checkpoint yet"
+        advice = (
+            f"name one of its checkpoints, such as {named[0]}"
+            if named
+            else "it has no checkpoint yet"
+        )
         raise UserError(f"{origin}: a run, not a checkpoint; {advice}")
     try:
         checkpoint = Checkpoint(path)
@@ -53,20 +58,31 @@ def open_origin(
         problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
         raise refusal(error, problem) from None
     refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
-    check_rates(build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin)
+    check_rates(
+        build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin
+    )
     return checkpoint
 
 
 def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
     """The steps taken must have had the learning rates that the new schedule gives them."""
     if new.total_steps <= steps:
-        raise UserError(f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask for more")
+        raise UserError(
+            f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask "
+            "for more"
+        )
     for step in range(steps):
-        was, now = [learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule) for r in (old, new)]
+        was, now = [
+            learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule)
+            for r in (old, new)
+        ]
         if was != now:
             problem = f"step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}"
             warmup = f"schedule.warmup_steps={old.schedule.warmup(old.total_steps)}"
-            raise UserError(f"{origin}: {problem}; branch before the decay begins, and give the warm-up as {warmup}")
+            raise UserError(
+                f"{origin}: {problem}; branch before the decay begins, and give the warm-up as "
+                f"{warmup}"
+            )
 
 
 def copy_files(origin: Checkpoint, destination: Path) -> None:
@@ -76,10 +92,13 @@ def copy_files(origin: Checkpoint, destination: Path) -> None:
 
 
 def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
-    """Make the checkpoint, and the metrics before it, the new run's own. Its digests are checked when it is loaded."""
+    """Make the checkpoint, and the metrics before it, the new run's own. Its digests are checked
+    when it is loaded.
+    """
     metrics = origin.path.parent.parent / METRICS_NAME
     if metrics.is_file():
-        shutil.copyfile(metrics, run_dir / METRICS_NAME)  # cut back to the checkpoint when training starts
+        # cut back to the checkpoint when training starts
+        shutil.copyfile(metrics, run_dir / METRICS_NAME)
     copy_starts(origin.path.parent.parent, run_dir, origin.step)
     write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
     copy = checkpoints_dir(run_dir) / origin.path.name

@@ -1,10 +1,11 @@
 """A run's directory: what was asked for, what happened at every step, and how the run stands.
 
 recipe.yaml      the resolved recipe            metrics.jsonl   exactly one line for every step
-deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed: why
-checkpoints/     see pretrain/checkpoint/reader.py     skips.jsonl     see pretrain/run/bad_steps.py
-tokenizer/       a copy of the data set's       starts.jsonl    see pretrain/run/starts.py
-checked_data/    see pretrain/data/data_check.py     logs/           see pretrain/run/watch.py
+deepspeed.json   the merged engine dictionary   state.json      running | preempted | done | failed:
+why checkpoints/     see pretrain/checkpoint/reader.py     skips.jsonl     see
+pretrain/run/bad_steps.py tokenizer/       a copy of the data set's       starts.jsonl    see
+pretrain/run/starts.py checked_data/    see pretrain/data/data_check.py     logs/           see
+pretrain/run/watch.py
 """
 
 import contextlib
@@ -25,7 +26,13 @@ from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves
 from pretrain.config import recipe as config
 from pretrain.config.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
-from pretrain.config.recipe import Recipe, build_recipe, recipe_to_dict, recipe_to_yaml, refuse_changes
+from pretrain.config.recipe import (
+    Recipe,
+    build_recipe,
+    recipe_to_dict,
+    recipe_to_yaml,
+    refuse_changes,
+)
 from pretrain.metrics.records import cut_to_step
 from pretrain.run.claim import ENGINE_CONFIG_NAME, METRICS_NAME, RECIPE_NAME, SKIPS_NAME, STATE_NAME
 
@@ -34,7 +41,9 @@ STATE_LOCK = threading.Lock()  # of this process: the thread that writes checkpo
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
-    """How the run stands; empty if it never started. Raises UserError if something else wrote it."""
+    """How the run stands; empty if it never started. Raises UserError if something else wrote
+    it.
+    """
     path = run_dir / STATE_NAME
     if not path.is_file():
         return {}
@@ -50,7 +59,9 @@ def write_state(run_dir: Path, **changes: Any) -> None:
 
 
 def note_failure(run_dir: Path, reason: str) -> None:
-    """Why a run failed, in `state.json`, where no other end was noted before. Several ranks may do so at once."""
+    """Why a run failed, in `state.json`, where no other end was noted before. Several ranks may
+    do so at once.
+    """
     with STATE_LOCK:
         state = read_state(run_dir)
         if state.get("status") == "running":
@@ -66,21 +77,30 @@ def refuse_another_run(
     fingerprint: str,
     flag: str = "",
 ) -> None:
-    """Raise UserError where a checkpoint was made with another recipe, engine or data set, naming both values.
+    """Raise UserError where a checkpoint was made with another recipe, engine or data set, naming
+    both values.
 
-    Length and schedule may be others if the run was branched off there, or is to be: then `flag` says so.
+    Length and schedule may be others if the run was branched off there, or is to be: then `flag`
+    says so.
     """
     manifest, origin = checkpoint.manifest, flag or str(checkpoint.path)
-    is_branch = flag or Path(read_state(run_dir).get("branched_from", "")).name == checkpoint.path.name
+    is_branch = (
+        flag or Path(read_state(run_dir).get("branched_from", "")).name == checkpoint.path.name
+    )
     may_change = config.MAY_CHANGE_ON_BRANCH if is_branch else config.MAY_CHANGE_ON_RESUME
-    saved_recipe = recipe_to_dict(build_recipe(manifest["recipe"], origin))  # keys it lacks are as default
-    refuse_changes({"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin)
+    # keys it lacks are as default
+    saved_recipe = recipe_to_dict(build_recipe(manifest["recipe"], origin))
+    refuse_changes(
+        {"fingerprint": manifest["fingerprint"]}, {"fingerprint": fingerprint}, frozenset(), origin
+    )
     refuse_changes(saved_recipe, recipe_to_dict(recipe), may_change, origin)
     origin += " (chosen with --deepspeed-config)"
     refuse_changes(manifest["deepspeed"], engine_config, ENGINE_MAY_CHANGE_ON_RESUME, origin)
 
 
-def check_same_run(run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str) -> None:
+def check_same_run(
+    run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str
+) -> None:
     """Refuse to continue a run as another one, as its newest checkpoint that can be read has it.
 
     A run that has saved nothing yet has nothing to continue: it may start over with other values.
@@ -98,10 +118,13 @@ def describe_run(
 ) -> None:
     """Write what was asked for, and keep the tokenizer, so that an export needs the run alone.
 
-    A run that starts over as another one has no use for decisions on the bad steps of the one before.
+    A run that starts over as another one has no use for decisions on the bad steps of the one
+    before.
     """
     before, now = run_dir / RECIPE_NAME, (recipe_to_yaml(recipe).encode(), fingerprint)
-    is_other = before.exists() and (before.read_bytes(), read_state(run_dir).get("fingerprint")) != now
+    is_other = (
+        before.exists() and (before.read_bytes(), read_state(run_dir).get("fingerprint")) != now
+    )
     if is_other and not saved_steps(run_dir):
         (run_dir / SKIPS_NAME).unlink(missing_ok=True)
     write_durably(before, now[0])
@@ -110,8 +133,12 @@ def describe_run(
         write_durably(run_dir / TOKENIZER_NAME / name, content)
 
 
-def around_saves(run_dir: Path, failed: Callback = None, wrote_block: Callback = None) -> AroundSaves:
-    """What a run does around a save: its lines of metrics are made durable before, and state.json tells of it after."""
+def around_saves(
+    run_dir: Path, failed: Callback = None, wrote_block: Callback = None
+) -> AroundSaves:
+    """What a run does around a save: its lines of metrics are made durable before, and
+    state.json tells of it after.
+    """
 
     def before() -> None:
         flush_metrics(run_dir)
@@ -123,10 +150,11 @@ def around_saves(run_dir: Path, failed: Callback = None, wrote_block: Callback =
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step, cut back, in its place, to the step at which a run continues.
+    """`metrics.jsonl`: one line a step, cut back, in its place, to the step at which a run
+    continues.
 
-    `lacks` says how many of the steps before have no line, `cut` what was found damaged behind these, if anything was.
-    Raises UserError where the damage is among them.
+    `lacks` says how many of the steps before have no line, `cut` what was found damaged behind
+    these, if anything was. Raises UserError where the damage is among them.
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
@@ -139,7 +167,8 @@ class MetricsFile:
         self._open()
 
     def _open(self) -> None:
-        self._file = self.path.open("ab", buffering=0)  # what a failed write leaves is in the file, or nowhere
+        # what a failed write leaves is in the file, or nowhere
+        self._file = self.path.open("ab", buffering=0)
         self._bytes = self._file.tell()
 
     def append(self, line: dict[str, Any]) -> None:
@@ -148,7 +177,8 @@ class MetricsFile:
 
         def write() -> None:
             with naming(self.path):
-                if self._file.closed:  # after an attempt that failed: the file server may know the old one no more
+                # after an attempt that failed: the file server may know the old one no more
+                if self._file.closed:
                     os.truncate(self.path, self._bytes)
                     self._open()
                 try:
@@ -177,8 +207,8 @@ def write_all(file: FileIO, content: bytes) -> None:
 def flush_metrics(run_dir: Path) -> None:
     """Make the lines of metrics.jsonl durable, on which a checkpoint counts.
 
-    After a flush that failed, Linux takes its pages for written, and a second flush alone would succeed over lost
-    lines: so they are written once more, in place, while the run may append.
+    After a flush that failed, Linux takes its pages for written, and a second flush alone would
+    succeed over lost lines: so they are written once more, in place, while the run may append.
     """
     path = run_dir / METRICS_NAME
     if not path.exists():

@@ -1,8 +1,9 @@
-"""What of a run can be refused by arithmetic and by looking at files: within a second or two, before torch is imported.
+"""What of a run can be refused by arithmetic and by looking at files: within a second or two,
+before torch is imported.
 
-The training command checks it before its own imports, which take from seconds to most of a minute, and again with all
-ranks at one table; launch/pretrain.sh checks it, with the ranks and the engine that it would start, before it starts
-anything. No torch.
+The training command checks it before its own imports, which take from seconds to most of a minute,
+and again with all ranks at one table; launch/pretrain.sh checks it, with the ranks and the engine
+that it would start, before it starts anything. No torch.
 """
 
 import socket
@@ -14,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, os_error_line, parse_json, parse_yaml
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    UserError,
+    one_line,
+    os_error_line,
+    parse_json,
+    parse_yaml,
+)
 from data_prep.shards import ShardReader
 from pretrain.config.engine_config import (
     DS_CONFIGS_DIR,
@@ -53,17 +61,28 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> Asked:
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(
-            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer than one batch of "
-            f"batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; add text or make the batch smaller"
+            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer "
+            f"than one batch of batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; "
+            "add text or make the batch smaller"
         )
-    return Asked(flags=flags, recipe=recipe, engine_config=merged, engine_note=note, reader=reader, loader=loader)
+    return Asked(
+        flags=flags,
+        recipe=recipe,
+        engine_config=merged,
+        engine_note=note,
+        reader=reader,
+        loader=loader,
+    )
 
 
-def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> tuple[Namespace, Recipe, dict[str, Any], str]:
-    """Flags, recipe, merged engine configuration, and what is to be said of the engine. Raises UserError.
+def check_recipe_and_engine(
+    arguments: Sequence[str], ranks: int
+) -> tuple[Namespace, Recipe, dict[str, Any], str]:
+    """Flags, recipe, merged engine configuration, and what is to be said of the engine. Raises
+    UserError.
 
-    The run's directory is looked at too, before anything is written there. The data set is needed only for the
-    vocabulary of a recipe that leaves that to it.
+    The run's directory is looked at too, before anything is written there. The data set is needed
+    only for the vocabulary of a recipe that leaves that to it.
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
@@ -78,8 +97,8 @@ def open_data(data_dir: Path, recipe: Recipe) -> ShardReader:
     reader.check_files()
     if reader.manifest.vocab_size > recipe.model.vocab_size:
         raise UserError(
-            f"{data_dir}: its tokenizer has {reader.manifest.vocab_size:,} ids, model.vocab_size is "
-            f"{recipe.model.vocab_size:,}; set --model.vocab_size={reader.manifest.vocab_size}"
+            f"{data_dir}: its tokenizer has {reader.manifest.vocab_size:,} ids, model.vocab_size "
+            f"is {recipe.model.vocab_size:,}; set --model.vocab_size={reader.manifest.vocab_size}"
         )
     return reader
 
@@ -87,26 +106,34 @@ def open_data(data_dir: Path, recipe: Recipe) -> ShardReader:
 # The engine: the flag's, else the one that the run began with, else the recipe's
 
 
-def choose_engine(flags: Namespace, overrides: Sequence[str], recipe: Recipe, ranks: int) -> tuple[str, str]:
+def choose_engine(
+    flags: Namespace, overrides: Sequence[str], recipe: Recipe, ranks: int
+) -> tuple[str, str]:
     """The name of the DeepSpeed JSON to use, and what to say of it.
 
-    A run may have begun with another engine than its recipe names: launch/pretrain.sh takes fp32 on a CPU. Continued
-    without the flag, it would be refused for what nobody gave; so the shipped engine that it began with goes on.
+    A run may have begun with another engine than its recipe names: launch/pretrain.sh takes fp32 on
+    a CPU. Continued without the flag, it would be refused for what nobody gave; so the shipped
+    engine that it began with goes on.
     """
-    is_said = flags.deepspeed_config or any(override.startswith("--engine=") for override in overrides)
+    is_said = flags.deepspeed_config or any(
+        override.startswith("--engine=") for override in overrides
+    )
     began_with = {} if is_said else recorded_engine(flags.run_dir, recipe)
     if not began_with or gives(recipe.engine, recipe, ranks, began_with):
         return flags.deepspeed_config or recipe.engine, ""
     for path in sorted(DS_CONFIGS_DIR.glob("*.json")):
         if gives(path.stem, recipe, ranks, began_with):
-            note = f"the run began with --deepspeed-config {path.stem}, not the recipe's {recipe.engine}: it goes on so"
+            note = (
+                f"the run began with --deepspeed-config {path.stem}, not the recipe's "
+                f"{recipe.engine}: it goes on so"
+            )
             return path.stem, f"{flags.run_dir}: {note}"
     return recipe.engine, ""
 
 
 def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
-    """The merged configuration of a run that has saved something; empty if none can be read, or its recipe's engine
-    was another one: then the recipe's change counts.
+    """The merged configuration of a run that has saved something; empty if none can be read, or its
+    recipe's engine was another one: then the recipe's change counts.
     """
     recipe_path, engine_path = run_dir / "recipe.yaml", run_dir / "deepspeed.json"
     if not has_saved(run_dir) or not (recipe_path.is_file() and engine_path.is_file()):
@@ -116,7 +143,11 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
         merged = parse_json(engine_path.read_bytes(), str(engine_path), "")
     except (UserError, OSError):  # what continues a run by its checkpoints does not depend on them
         return {}
-    same = isinstance(before, dict) and isinstance(merged, dict) and before.get("engine") == recipe.engine
+    same = (
+        isinstance(before, dict)
+        and isinstance(merged, dict)
+        and before.get("engine") == recipe.engine
+    )
     return merged if same else {}
 
 
@@ -143,14 +174,22 @@ def ranks_by_default(recipe: Recipe, gpus: int) -> int:
     if gpus:
         return gpus
     at_once = recipe.batch.micro_batch_size
-    fitting = (ranks for ranks in range(CPU_RANKS, 0, -1) if recipe.global_batch_size % (ranks * at_once) == 0)
+    fitting = (
+        ranks
+        for ranks in range(CPU_RANKS, 0, -1)
+        if recipe.global_batch_size % (ranks * at_once) == 0
+    )
     return next(fitting, CPU_RANKS)
 
 
 def engine_flags_by_default(arguments: Sequence[str], gpus: int) -> list[str]:
-    """The flags with which launch/pretrain.sh starts a new run on a CPU in fp32, where no engine was asked for."""
+    """The flags with which launch/pretrain.sh starts a new run on a CPU in fp32, where no engine
+    was asked for.
+    """
     flags, overrides = build_parser().parse_known_args(arguments)
-    is_said = flags.deepspeed_config or any(override.startswith("--engine=") for override in overrides)
+    is_said = flags.deepspeed_config or any(
+        override.startswith("--engine=") for override in overrides
+    )
     if gpus or is_said or has_saved(flags.run_dir):
         return []
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
@@ -159,7 +198,8 @@ def engine_flags_by_default(arguments: Sequence[str], gpus: int) -> list[str]:
 
 
 def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: float) -> str:
-    """What launch/pretrain.sh would start here with the same arguments, and what it would refuse, as one line.
+    """What launch/pretrain.sh would start here with the same arguments, and what it would refuse,
+    as one line.
 
     `bytes_of_rank` is the memory of a GPU or, without any, of the whole machine.
     """
@@ -182,8 +222,8 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
 def refuse_early(arguments: Sequence[str]) -> None:
     """End this process with one line and exit code 2 if what was asked cannot be; else return.
 
-    Ranks on several machines are not judged here: they meet first, so that what one machine alone lacks is said once
-    and ends all.
+    Ranks on several machines are not judged here: they meet first, so that what one machine alone
+    lacks is said once and ends all.
     """
     try:
         world = world_from_environment()
@@ -198,5 +238,9 @@ def refuse_early(arguments: Sequence[str]) -> None:
         if not world.is_main:  # it has the same files, and speaks
             time.sleep(LET_RANK_0_SPEAK_S)
             where = f" on rank {world.rank} ({socket.gethostname()})"
-        print(f"error{where}: {one_line(UserError(os_error_line(error)))}", file=sys.stderr, flush=True)
+        print(
+            f"error{where}: {one_line(UserError(os_error_line(error)))}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(USER_ERROR_EXIT_CODE)

@@ -1,4 +1,6 @@
-"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) end a run after its step, saved; a second one, later, at once."""
+"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) end a run after its step, saved; a second one,
+later, at once.
+"""
 
 import os
 import signal
@@ -15,7 +17,9 @@ SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
 
 
 def end_on_signals(engine: Engine, world: World) -> None:
-    """Have a signal to any rank end the run on all of them, which learn of it in the exchange of a step."""
+    """Have a signal to any rank end the run on all of them, which learn of it in the exchange of
+    a step.
+    """
     first_at: list[float] = []
 
     def handle(number: int, _: Any) -> None:

@@ -1,10 +1,12 @@
-"""What each start of a run ran on: the record of all that its last bits depend on beside recipe and data.
+"""What each start of a run ran on: the record of all that its last bits depend on beside recipe and
+data.
 
     RUN_DIR/starts.jsonl     a line for each start that got as far as training, in order
 
-A line holds the step it went on from, the time, the command, versions, the commit of this project (where it runs from
-a git checkout), and how many ranks there were, on which hosts, devices and CPU kernels, with how many threads. The
-script that starts runs again after failures counts these lines, too: a start without one has not trained.
+A line holds the step it went on from, the time, the command, versions, the commit of this project
+(where it runs from a git checkout), and how many ranks there were, on which hosts, devices and CPU
+kernels, with how many threads. The script that starts runs again after failures counts these lines,
+too: a start without one has not trained.
 """
 
 import importlib.metadata
@@ -31,7 +33,8 @@ from pretrain.run.claim import STARTS_NAME
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")
 GIT_S = 10.0  # a checkout on a slow disk is not worth waiting for
-# What the bits of a step may depend on. Hosts of the same kind and another command line are none of it.
+# What the bits of a step may depend on. Hosts of the same kind and another command line are none of
+# it.
 MATTERS = ("versions", "commit", "ranks", "devices", "cpu_kernels", "threads_per_rank")
 
 Start = dict[str, Any]  # a line of starts.jsonl
@@ -49,7 +52,9 @@ class Surroundings:
 
 
 def version_of(package: str) -> str:
-    """The version of an installed package; of ours it may be missing, where it runs from a plain directory."""
+    """The version of an installed package; of ours it may be missing, where it runs from a plain
+    directory.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -58,7 +63,10 @@ def version_of(package: str) -> str:
 
 def surroundings(device: torch.device) -> Surroundings:
     """What this rank runs on."""
-    versions = {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}}
+    versions = {
+        "python": platform.python_version(),
+        **{package: version_of(package) for package in PACKAGES},
+    }
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     return Surroundings(
@@ -81,7 +89,8 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this project, and whether files of it differ; None unless it runs from a checkout that has it.
+    """The commit of this project, and whether files of it differ; None unless it runs from a
+    checkout that has it.
 
     A package installed below somebody's repository is no file of that.
     """
@@ -96,7 +105,9 @@ def counted(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def describe_start(step: int, command: list[str], world: World, of_ranks: list[Surroundings]) -> Start:
+def describe_start(
+    step: int, command: list[str], world: World, of_ranks: list[Surroundings]
+) -> Start:
     """The line of a start that goes on from a step."""
     differing = {json.dumps(each.versions): each for each in of_ranks}
     return {
@@ -110,12 +121,18 @@ def describe_start(step: int, command: list[str], world: World, of_ranks: list[S
         "cpu_kernels": counted(each.cpu_kernels for each in of_ranks),
         "threads_per_rank": sorted({each.threads for each in of_ranks}),
         "versions": of_ranks[0].versions,
-        **({"versions_by_host": {e.host: e.versions for e in differing.values()}} if len(differing) > 1 else {}),
+        **(
+            {"versions_by_host": {e.host: e.versions for e in differing.values()}}
+            if len(differing) > 1
+            else {}
+        ),
     }
 
 
 def read_starts(run_dir: Path) -> list[Start]:
-    """The starts of a run, oldest first. What is no such line is left out: a record is nothing to end a run for."""
+    """The starts of a run, oldest first. What is no such line is left out: a record is nothing
+    to end a run for.
+    """
     path = run_dir / STARTS_NAME
     starts = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
@@ -129,7 +146,9 @@ def read_starts(run_dir: Path) -> list[Start]:
 
 
 def of_steps(starts: list[Start], steps: int) -> list[Start]:
-    """The starts that the first so many steps of a run come from: none of a run that was begun anew."""
+    """The starts that the first so many steps of a run come from: none of a run that was begun
+    anew.
+    """
     begun = max((number for number, start in enumerate(starts) if start["step"] == 0), default=0)
     return [start for start in starts[begun:] if start["step"] < steps]
 
@@ -141,7 +160,11 @@ def changes(before: Start, now: Start) -> list[str]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict) and key == "versions":
             names = sorted({*old, *new})
-            found += [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+            found += [
+                f"{name} {old.get(name)} -> {new.get(name)}"
+                for name in names
+                if old.get(name) != new.get(name)
+            ]
         elif old != new:
             found.append(f"{key} {in_words(old)} -> {in_words(new)}")
     return found
@@ -167,8 +190,12 @@ def append_start(run_dir: Path, start: Start) -> None:
         os.fsync(file.fileno())
 
 
-def record_start(run_dir: Path, step: int, command: list[str], world: World, device: torch.device) -> list[str]:
-    """On all ranks: have rank 0 add the line of this start; the warnings that follow from it, on rank 0."""
+def record_start(
+    run_dir: Path, step: int, command: list[str], world: World, device: torch.device
+) -> list[str]:
+    """On all ranks: have rank 0 add the line of this start; the warnings that follow from it, on
+    rank 0.
+    """
     of_ranks = gather(surroundings(device))
     if not world.is_main:
         return []
@@ -177,12 +204,18 @@ def record_start(run_dir: Path, step: int, command: list[str], world: World, dev
     append_start(run_dir, start)
     warnings = []
     if step and before and (changed := changes(before[-1], start)):
-        warnings.append(f"warning: changed since the start before: {', '.join(changed)}; last digits may differ")
+        warnings.append(
+            f"warning: changed since the start before: {', '.join(changed)}; last digits may differ"
+        )
     if differing := start.get("versions_by_host"):
         (host, own), (other, theirs), *_ = differing.items()
         names = [f"{name} {own[name]} on {host}, {theirs.get(name)} on {other}" for name in own]
-        unequal = [text for name, text in zip(own, names, strict=True) if own[name] != theirs.get(name)]
-        warnings.append(f"warning: hosts differ: {', '.join(unequal)}; install the same versions on all")
+        unequal = [
+            text for name, text in zip(own, names, strict=True) if own[name] != theirs.get(name)
+        ]
+        warnings.append(
+            f"warning: hosts differ: {', '.join(unequal)}; install the same versions on all"
+        )
     return warnings
 
 
@@ -194,7 +227,9 @@ def copy_starts(origin_run_dir: Path, run_dir: Path, steps: int) -> None:
 
 
 def for_card(starts: list[Start], steps: int) -> list[Start]:
-    """The starts behind a checkpoint as a model card shows them: those that differ from the one before. No hosts."""
+    """The starts behind a checkpoint as a model card shows them: those that differ from the one
+    before. No hosts.
+    """
     shown: list[Start] = []
     for start in of_steps(starts, steps):
         if not shown or changes(shown[-1], start):

@@ -1,8 +1,10 @@
-"""Ranks that watch one another: none waits for another that is gone or silent, and a job that stalls is ended.
+"""Ranks that watch one another: none waits for another that is gone or silent, and a job that
+stalls is ended.
 
-A thread of each rank keeps a connection to rank 0. The end of a process closes its connection, which is seen at once;
-a machine or network that is lost falls silent. Rank 0 then tells all that are left to end and notes the cause in
-state.json. Every process ends by itself, whatever its main thread waits for.
+A thread of each rank keeps a connection to rank 0. The end of a process closes its connection,
+which is seen at once; a machine or network that is lost falls silent. Rank 0 then tells all that
+are left to end and notes the cause in state.json. Every process ends by itself, whatever its main
+thread waits for.
 """
 
 import faulthandler
@@ -30,7 +32,14 @@ from pretrain.distributed.ranks import LoneError, gather, say
 from pretrain.distributed.world import World
 from pretrain.engine.timing import StepClock
 from pretrain.run.directory import note_failure
-from pretrain.run.watch_meeting import EVERY_ADDRESS, Reception, choose_address, connect, listen, meeting_address
+from pretrain.run.watch_meeting import (
+    EVERY_ADDRESS,
+    Reception,
+    choose_address,
+    connect,
+    listen,
+    meeting_address,
+)
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
@@ -39,7 +48,8 @@ MOST_NAMED = 4  # ranks, in one line
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
-OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")  # in the text of an error that another rank's end causes
+# in the text of an error that another rank's end causes
+OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +75,15 @@ class Peer:
 
 
 class Watch:
-    """A rank's part of the watch, from the start of its process group to the end of the `with` block."""
+    """A rank's part of the watch, from the start of its process group to the end of the `with`
+    block.
+    """
 
     def __init__(self, world: World, run_dir: Path, stalls: StallsRecipe) -> None:
         self.world, self.run_dir, self.stalls = world, run_dir, stalls
         self.name = f"rank {world.rank} ({socket.gethostname()})"
-        self.find_damage: Callable[[], list[str]] = list  # what is wrong with the data's files, if one looks
+        # what is wrong with the data's files, if one looks
+        self.find_damage: Callable[[], list[str]] = list
         self.clock: StepClock | None = None  # once there is one, this rank can be seen to move
         self.step_seconds: deque[float] = deque(maxlen=100)
         self._left = threading.Event()
@@ -83,7 +96,9 @@ class Watch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _connect(self) -> list[Peer]:
-        """Rank 0's connections to all others; another rank's to rank 0, at the address where all of them met."""
+        """Rank 0's connections to all others; another rank's to rank 0, at the address where all
+        of them met.
+        """
         if self.world.world_size == 1:
             return []
         seen = gather(meeting_address(self.world))
@@ -101,19 +116,28 @@ class Watch:
         return [Peer(rank=0, name=main.name, connection=self._connect_to_main(there, main.key))]
 
     def _receive_all(self, listener: socket.socket, told: list[Told]) -> list[Peer]:
-        """On rank 0: the connections of all others. Ends the job, naming those that do not come in time."""
+        """On rank 0: the connections of all others. Ends the job, naming those that do not come
+        in time.
+        """
         with listener:
-            reception = Reception(listener, told[0].key, set(range(1, len(told))), self._say_once_of_a_stranger)
+            reception = Reception(
+                listener, told[0].key, set(range(1, len(told))), self._say_once_of_a_stranger
+            )
             reception.receive(CONNECT_S)
         arrived = sorted(reception.arrived.items())
-        peers = [Peer(rank=rank, name=told[rank].name, connection=connection) for rank, connection in arrived]
+        peers = [
+            Peer(rank=rank, name=told[rank].name, connection=connection)
+            for rank, connection in arrived
+        ]
         if reception.awaited:
             self._peers = peers  # which are told why
             absent = [told[rank].name for rank in sorted(reception.awaited)]
             named = ", ".join(absent[:MOST_NAMED])
             if len(absent) > MOST_NAMED:
                 named += f" and {len(absent) - MOST_NAMED} more"
-            self._end(f"{named} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed")
+            self._end(
+                f"{named} did not connect within {CONNECT_S:.0f} s: killed, or its machine failed"
+            )
         return peers
 
     def _connect_to_main(self, there: tuple[str, int], key: bytes) -> Connection:
@@ -129,12 +153,17 @@ class Watch:
         """That somebody else has found the port is no fault of the run, and worth a line."""
         if not self._met_a_stranger:
             self._met_a_stranger = True
-            say(self.world, f"note: dropped a connection from {address} that is no rank of this run ({why})")
+            say(
+                self.world,
+                f"note: dropped a connection from {address} that is no rank of this run ({why})",
+            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if isinstance(error, LoneError):
             self._send("end", f"{self.name}: {one_line(error)}", USER_ERROR_EXIT_CODE)
         elif isinstance(error, Exception) and not isinstance(error, UserError):
@@ -162,10 +191,13 @@ class Watch:
         beat_at = 0.0
         while not self._left.is_set():
             turn_at = time.monotonic()
-            listening = {peer.connection: peer for peer in self._peers if not peer.connection.closed}
+            listening = {
+                peer.connection: peer for peer in self._peers if not peer.connection.closed
+            }
             for connection in wait(list(listening), BEAT_S):
                 self._receive(listening[connection])  # type: ignore[index]
-            if time.monotonic() - turn_at > CAUSE_S:  # this process was suspended, and so may all have been
+            # this process was suspended, and so may all have been
+            if time.monotonic() - turn_at > CAUSE_S:
                 self._moved_at = time.monotonic()
                 for peer in self._peers:
                     peer.heard_at = self._moved_at
@@ -204,20 +236,28 @@ class Watch:
             os._exit(content[1])
 
     def _check_silence(self) -> None:
-        """End the job for a peer that is not heard of any more; rank 0, which knows best who is lost, says so first."""
+        """End the job for a peer that is not heard of any more; rank 0, which knows best who is
+        lost, says so first.
+        """
         limit_s = SILENCE_S if self.world.is_main else SILENCE_S + CAUSE_S
         for peer in self._peers:
             if time.monotonic() - peer.heard_at > limit_s:
                 self._end(f"{peer.name} has not answered for {limit_s:.0f} s")
 
     def patience_s(self) -> float:
-        """For how long nothing may move. First steps compile and fill caches: they may take six times as long."""
+        """For how long nothing may move. First steps compile and fill caches: they may take six
+        times as long.
+        """
         if len(self.step_seconds) < 3:
             return 6 * self.stalls.after_s
-        return max(self.stalls.after_s, self.stalls.after_medians * statistics.median(self.step_seconds))
+        return max(
+            self.stalls.after_s, self.stalls.after_medians * statistics.median(self.step_seconds)
+        )
 
     def _check_stall(self) -> None:
-        """On rank 0: end the job when no rank moves, with each rank's stack in its log and the slowest one named."""
+        """On rank 0: end the job when no rank moves, with each rank's stack in its log and the
+        slowest one named.
+        """
         here, now = self._where(), time.monotonic()
         if here != self._place:
             self._place, self._moved_at = here, now
@@ -230,10 +270,14 @@ class Watch:
         places = {self.name: here} | {peer.name: peer.place for peer in self._peers}
         slowest = min(places, key=lambda name: places[name][:2])
         if place := places[slowest]:
-            slowest += f", whose last sign was the end of {place[2]!r} after {place[0]} steps of this start"
+            slowest += (
+                f", whose last sign was the end of {place[2]!r} after {place[0]} steps of this "
+                "start"
+            )
         self._end(
-            f"stalled: nothing has moved for {seconds:.0f} s, {self.patience_s():.0f} s are allowed; slowest is "
-            f"{slowest}; the stacks of all ranks are in {self.run_dir / LOGS_NAME}"
+            f"stalled: nothing has moved for {seconds:.0f} s, {self.patience_s():.0f} s are "
+            f"allowed; slowest is {slowest}; the stacks of all ranks are in "
+            f"{self.run_dir / LOGS_NAME}"
         )
 
     def _write_stacks(self) -> None:
@@ -241,11 +285,15 @@ class Watch:
         logs = self.run_dir / LOGS_NAME
         logs.mkdir(exist_ok=True)
         with (logs / f"rank-{self.world.rank:05d}.log").open("a", encoding="utf-8") as file:
-            print(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} stalled", file=file, flush=True)
+            print(
+                f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} stalled", file=file, flush=True
+            )
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _what_killed_it(self) -> str:
-        """Why a process may have ended without a word. To read behind the end of a truncated file is deadly, too."""
+        """Why a process may have ended without a word. To read behind the end of a truncated
+        file is deadly, too.
+        """
         found: list[str] = []
         look = threading.Thread(target=lambda: found.extend(self.find_damage()), daemon=True)
         look.start()
@@ -255,7 +303,8 @@ class Watch:
     def _end(self, why: str, code: int = EXIT_CODE) -> None:
         """End this process, and before it all peers that still listen."""
         self._send("end", why, code)
-        if self.world.rank in (0, 1) or self.world.local_rank == 0:  # or else, where rank 0 is gone, too many speak
+        # or else, where rank 0 is gone, too many speak
+        if self.world.rank in (0, 1) or self.world.local_rank == 0:
             with unheard():
                 print(f"error: {why}", file=sys.stderr, flush=True)
         note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)

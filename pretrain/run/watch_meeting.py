@@ -1,14 +1,17 @@
-"""How the ranks of a watch meet: rank 0 listens, the others prove that they are ranks. Strangers are dropped.
+"""How the ranks of a watch meet: rank 0 listens, the others prove that they are ranks. Strangers
+are dropped.
 
-Whatever connects to an open port (a port scan, a browser, something that stays silent) must neither end a start nor
-hold it up, nor be taken for a rank. So rank 0 draws a key that only the ranks of this start get, over the process group
-that they have joined, and asks for a proof of it, within a time and in few bytes:
+Whatever connects to an open port (a port scan, a browser, something that stays silent) must neither
+end a start nor hold it up, nor be taken for a rank. So rank 0 draws a key that only the ranks of
+this start get, over the process group that they have joined, and asks for a proof of it, within a
+time and in few bytes:
 
     rank 0 -> other   a challenge: 32 random bytes
     other -> rank 0   its rank in 4 bytes, a challenge of its own, HMAC-SHA256 of (b"rank", challenge, rank)
     rank 0 -> other   HMAC-SHA256 of (b"main", the other's challenge)
 
-Rank 0 listens at the address where all ranks met, or, on one machine, at loopback, and only until all have come.
+Rank 0 listens at the address where all ranks met, or, on one machine, at loopback, and only until
+all have come.
 """
 
 import hmac
@@ -25,7 +28,8 @@ from multiprocessing.connection import Connection
 from pretrain.distributed.world import World
 
 PROOF_S = 5.0  # for a proof of 100 bytes; ranks give theirs at once
-MOST_GUESTS = 256  # connections without a proof at a time, beside those of ranks: the oldest makes way
+# connections without a proof at a time, beside those of ranks: the oldest makes way
+MOST_GUESTS = 256
 CHALLENGE_BYTES = 32
 RANK_BYTES = 4
 MAC_BYTES = 32
@@ -52,7 +56,9 @@ def rank_in_bytes(rank: int) -> bytes:
 
 
 def meeting_address(world: World) -> str:
-    """Where all ranks met: MASTER_ADDR as this machine resolves it, or loopback if there is one machine."""
+    """Where all ranks met: MASTER_ADDR as this machine resolves it, or loopback if there is one
+    machine.
+    """
     if world.world_size == world.local_world_size:
         return LOOPBACK
     name = os.environ["MASTER_ADDR"]
@@ -80,7 +86,8 @@ def is_loopback(address: str) -> bool:
 
 
 def listen(address: str, ranks: int) -> tuple[socket.socket, str]:
-    """A listener at the address, and where it really is: all addresses, if the one is not of this machine.
+    """A listener at the address, and where it really is: all addresses, if the one is not of this
+    machine.
 
     That is so behind address translation, where MASTER_ADDR leads here all the same.
     """
@@ -89,7 +96,9 @@ def listen(address: str, ranks: int) -> tuple[socket.socket, str]:
     try:
         return socket.create_server((address, 0), family=family, backlog=backlog), address
     except OSError:
-        return socket.create_server((EVERY_ADDRESS, 0), family=family, backlog=backlog), EVERY_ADDRESS
+        return socket.create_server(
+            (EVERY_ADDRESS, 0), family=family, backlog=backlog
+        ), EVERY_ADDRESS
 
 
 # Rank 0's side
@@ -119,7 +128,9 @@ class Guest:
         return len(self.received) == ANSWER_BYTES
 
     def admit(self, key: bytes, awaited: set[int]) -> int:
-        """The rank that the whole answer proves; answered with rank 0's own proof. Raises StrangerError."""
+        """The rank that the whole answer proves; answered with rank 0's own proof. Raises
+        StrangerError.
+        """
         rank_bytes = self.received[:RANK_BYTES]
         their_challenge = self.received[RANK_BYTES : RANK_BYTES + CHALLENGE_BYTES]
         given = self.received[RANK_BYTES + CHALLENGE_BYTES :]
@@ -136,10 +147,16 @@ class Guest:
 
 
 class Reception:
-    """Rank 0's door: who comes in until all awaited ranks have proved themselves, or the time is up."""
+    """Rank 0's door: who comes in until all awaited ranks have proved themselves, or the time is
+    up.
+    """
 
     def __init__(
-        self, listener: socket.socket, key: bytes, awaited: set[int], on_stranger: Callable[[str, str], None]
+        self,
+        listener: socket.socket,
+        key: bytes,
+        awaited: set[int],
+        on_stranger: Callable[[str, str], None],
     ) -> None:
         """`on_stranger` gets address and reason of each one that is dropped."""
         self.listener = listener
@@ -151,7 +168,9 @@ class Reception:
         self._guests: dict[int, Guest] = {}  # by file descriptor, oldest first
 
     def receive(self, seconds: float) -> None:
-        """Take in the awaited ranks; afterwards `awaited` holds those that did not come in that time."""
+        """Take in the awaited ranks; afterwards `awaited` holds those that did not come in that
+        time.
+        """
         end = time.monotonic() + seconds
         self.listener.setblocking(False)
         with selectors.DefaultSelector() as selector:
@@ -161,11 +180,15 @@ class Reception:
                 for ready, _ in selector.select(self._seconds_to(end)):
                     if ready.fileobj is self.listener:
                         self._open()
-                    elif guest := self._guests.get(ready.fd):  # else an earlier one of this round made it leave
+                    elif guest := self._guests.get(
+                        ready.fd
+                    ):  # else an earlier one of this round made it leave
                         self._hear(guest)
                 self._dismiss_late()
             for guest in [*self._guests.values()]:
-                self._dismiss(guest, "all ranks have come" if not self.awaited else "the time is up")
+                self._dismiss(
+                    guest, "all ranks have come" if not self.awaited else "the time is up"
+                )
 
     def _seconds_to(self, end: float) -> float:
         """How long nothing need be looked at, unless something comes."""
@@ -230,7 +253,9 @@ class Reception:
 
 
 def connect(address: tuple[str, int], key: bytes, rank: int, seconds: float) -> Connection:
-    """This rank's connection to rank 0, each proved to the other. Raises OSError where that cannot be."""
+    """This rank's connection to rank 0, each proved to the other. Raises OSError where that
+    cannot be.
+    """
     end = time.monotonic() + seconds
     with socket.create_connection(address, timeout=seconds) as joined:
         challenge = read_exactly(joined, CHALLENGE_BYTES, end)
@@ -239,7 +264,9 @@ def connect(address: tuple[str, int], key: bytes, rank: int, seconds: float) -> 
         joined.sendall(sent_rank + own_challenge + proof(key, b"rank", challenge, sent_rank))
         answer = read_exactly(joined, MAC_BYTES, end)
         if not hmac.compare_digest(answer, proof(key, b"main", own_challenge)):
-            raise ConnectionError(f"what listens at {address[0]}:{address[1]} is not rank 0 of this start")
+            raise ConnectionError(
+                f"what listens at {address[0]}:{address[1]} is not rank 0 of this start"
+            )
         joined.settimeout(None)
         return Connection(joined.detach())
 

@@ -1,4 +1,6 @@
-"""Texts that commands print and write, from the templates of this folder, and the model card of pretrain/hf."""
+"""Texts that commands print and write, from the templates of this folder, and the model card of
+pretrain/hf.
+"""
 
 from pathlib import Path
 from typing import Any

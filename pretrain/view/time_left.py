@@ -15,7 +15,9 @@ Pause = Literal["validation", "save"]
 
 
 def times_due(every: int, done: int, total: int) -> int:
-    """How often something that happens every so many steps, and at the end, is still to happen after `done` steps."""
+    """How often something that happens every so many steps, and at the end, is still to happen
+    after `done` steps.
+    """
     if done >= total:
         return 0
     is_due_at_the_end_only = total % every != 0
@@ -25,8 +27,9 @@ def times_due(every: int, done: int, total: int) -> int:
 class TimeLeft:
     """An estimate by what steps, validations and saves took so far, in seconds.
 
-    `validation_tokens` are those of one validation. Until one was made, it is thought to take as long as the forward
-    passes of steps of so many tokens; a save, for which training waits only while its state is copied, no time.
+    `validation_tokens` are those of one validation. Until one was made, it is thought to take as
+    long as the forward passes of steps of so many tokens; a save, for which training waits only
+    while its state is copied, no time.
     """
 
     def __init__(self, recipe: Recipe, validation_tokens: int) -> None:
@@ -57,5 +60,7 @@ class TimeLeft:
         return steps_s + validations * validation_s + saves * self.pause_s.get("save", 0.0)
 
     def _guess_validation_s(self) -> float:
-        forward_s_per_token = statistics.median(self.forward_s) / self.recipe.batch.global_batch_tokens
+        forward_s_per_token = (
+            statistics.median(self.forward_s) / self.recipe.batch.global_batch_tokens
+        )
         return self.validation_tokens * forward_s_per_token

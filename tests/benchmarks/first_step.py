@@ -2,11 +2,12 @@
 
     python tests/benchmarks/first_step.py [--rounds 3] [--quick]
 
-The quick start's recipe on a small synthetic data set of 65,536 ids: one rank by plain `python`, two by the `deepspeed`
-launcher after the count of GPUs with which launch/pretrain.sh begins. Each rank runs pretrain.train itself, with the
-clock read around its parts, and ends after its first step. Files are in the page cache: one run before
-the first measured one is not kept. Wall seconds count what else the machine does at the time; CPU seconds hardly, and
-are those of rank 0 (all threads), but for the launcher and the whole, which are those of all processes.
+The quick start's recipe on a small synthetic data set of 65,536 ids: one rank by plain `python`,
+two by the `deepspeed` launcher after the count of GPUs with which launch/pretrain.sh begins. Each
+rank runs pretrain.train itself, with the clock read around its parts, and ends after its first
+step. Files are in the page cache: one run before the first measured one is not kept. Wall seconds
+count what else the machine does at the time; CPU seconds hardly, and are those of rank 0 (all
+threads), but for the launcher and the whole, which are those of all processes.
 """
 
 import time
@@ -37,7 +38,9 @@ Figures = dict[str, tuple[float, float]]  # wall and CPU seconds by item
 
 
 class Marks:
-    """Wall and CPU seconds of named parts: the time between two marks belongs to what the second one names."""
+    """Wall and CPU seconds of named parts: the time between two marks belongs to what the second
+    one names.
+    """
 
     def __init__(self) -> None:
         self.figures: Figures = {}
@@ -65,7 +68,9 @@ class Marks:
 
 
 def import_the_command(marks: Marks) -> ModuleType:
-    """The module pretrain.train, imported part by part, and without a search for garbage as when it is run."""
+    """The module pretrain.train, imported part by part, and without a search for garbage as when
+    it is run.
+    """
     gc.disable()
     import torch  # noqa: F401
 
@@ -100,7 +105,12 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
 
     def step_and_end(*arguments: Any) -> None:
         first_step(*arguments)
-        content = {"figures": marks.figures, "ended": marks.last[0], "began": BEGAN, "cpu": marks.last[1]}
+        content = {
+            "figures": marks.figures,
+            "ended": marks.last[0],
+            "began": BEGAN,
+            "cpu": marks.last[1],
+        }
         output.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(content))
         barrier()
         os._exit(0)
@@ -116,7 +126,12 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
         return [[sys.executable, *own]]
     from pretrain.distributed.ranks import free_port
 
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_gpus", str(ranks)]
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--quiet",
+        "--num_gpus",
+        str(ranks),
+    ]
     return [[sys.executable, str(PROBE)], [*launcher, "--master_port", str(free_port()), *own]]
 
 
@@ -128,10 +143,22 @@ def children_cpu() -> float:
 
 def measure(ranks: int, data_dir: Path, scratch: Path, overrides: list[str]) -> Figures:
     """One start."""
-    flags = ["--recipe", "quickstart", "--data-dir", str(data_dir), "--run-dir", str(scratch / "run")]
+    flags = [
+        "--recipe",
+        "quickstart",
+        "--data-dir",
+        str(data_dir),
+        "--run-dir",
+        str(scratch / "run"),
+    ]
     flags += ["--engine=zero2_fp32", *overrides]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": str(REPOSITORY),
+    }
     marks = scratch / "marks.json"
     began, cpu = time.time(), children_cpu()
     for command in commands(ranks, marks, flags):
@@ -147,16 +174,24 @@ def table(measured: dict[str, list[Figures]]) -> str:
     head = "".join(f" {name}: wall s | CPU s |" for name in measured)
     lines = [f"| |{head}", "|---|" + "---:|" * (2 * len(measured))]
     for item in next(iter(measured.values()))[0]:
-        cells = (statistics.median(f[item][i] for f in figures) for figures in measured.values() for i in (0, 1))
+        cells = (
+            statistics.median(f[item][i] for f in figures)
+            for figures in measured.values()
+            for i in (0, 1)
+        )
         lines.append(f"| {item} |" + "".join(f" {cell:.2f} |" for cell in cells))
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one rank, once, a tiny vocabulary")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: one rank, once, a tiny vocabulary"
+    )
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     flags, rest = parser.parse_known_args(arguments)
     if flags.as_rank:
@@ -164,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from loader import synthetic_dataset
 
     overrides = ["--model.vocab_size=512", "--model.num_layers=1"] if flags.quick else []
-    routes = {"1 rank, python": 1} if flags.quick else {"1 rank, python": 1, "2 ranks, deepspeed": 2}
+    routes = (
+        {"1 rank, python": 1} if flags.quick else {"1 rank, python": 1, "2 ranks, deepspeed": 2}
+    )
     measured: dict[str, list[Figures]] = {name: [] for name in routes}
     with tempfile.TemporaryDirectory(prefix="first_step.") as name:
         scratch = Path(name)
@@ -174,7 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measured[route].append(measure(ranks, data_dir, scratch, overrides))
     kept = {route: figures[-flags.rounds :] for route, figures in measured.items()}
     print(table(kept))
-    print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of {len(next(iter(kept.values())))}")
+    print(
+        f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of "
+        f"{len(next(iter(kept.values())))}"
+    )
 
 
 if __name__ == "__main__":

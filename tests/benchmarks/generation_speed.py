@@ -1,13 +1,16 @@
-"""Speed and memory of an export: the class that it ships beside stock GPT-NeoX, with the same weights.
+"""Speed and memory of an export: the class that it ships beside stock GPT-NeoX, with the same
+weights.
 
     python tests/benchmarks/generation_speed.py [--rounds 7] [--shapes quickstart,wide] [--cpu-seconds] [--quick]
 
-Both forms are written as export_hf writes them, with random weights, and loaded by `from_pretrained`, in fp32; on the
-first GPU if there is one (CUDA_VISIBLE_DEVICES= for the CPU). They take turns in one run, the first to go changing
-with each round; ratios are medians over rounds. Measured is `generate` itself, one text at a time: a prompt and its
-first token, then tokens one by one with the KV cache. Memory is that of a process of its own for each form: what
-`from_pretrained` adds at its highest, over the bytes of the weights. Both forms must generate the same ids.
---cpu-seconds counts CPU seconds of the process (all threads) in place of the clock's: where others use the machine too.
+Both forms are written as export_hf writes them, with random weights, and loaded by
+`from_pretrained`, in fp32; on the first GPU if there is one (CUDA_VISIBLE_DEVICES= for the CPU).
+They take turns in one run, the first to go changing with each round; ratios are medians over
+rounds. Measured is `generate` itself, one text at a time: a prompt and its first token, then tokens
+one by one with the KV cache. Memory is that of a process of its own for each form: what
+`from_pretrained` adds at its highest, over the bytes of the weights. Both forms must generate the
+same ids. --cpu-seconds counts CPU seconds of the process (all threads) in place of the clock's:
+where others use the machine too.
 """
 
 import argparse
@@ -35,7 +38,11 @@ from transformers.utils import logging
 from data_prep.errors import UserError, exit_code
 from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
-from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters, initialise_parameters
+from pretrain.modeling_tablefree import (
+    TableFreeForCausalLM,
+    checkpoint_parameters,
+    initialise_parameters,
+)
 
 Clock = Callable[[], float]  # seconds
 FORMS = ("tablefree", "gpt_neox")
@@ -52,7 +59,9 @@ class Shape:
     new_tokens: int
 
 
-def shape(width: int, layers: int, heads: int, seq_len: int, prompt: int, vocab_size: int = 65_536) -> Shape:
+def shape(
+    width: int, layers: int, heads: int, seq_len: int, prompt: int, vocab_size: int = 65_536
+) -> Shape:
     """A shape that fills half of its context with new tokens, at most 64."""
     model = ModelRecipe(
         vocab_size=vocab_size, d_model=width, num_layers=layers, num_heads=heads, seq_len=seq_len,
@@ -69,11 +78,18 @@ TINY = shape(32, 1, 2, 32, prompt=24, vocab_size=512)
 
 
 def write_export(config: Any, weights: dict[str, Tensor], form: str, directory: Path) -> int:
-    """Weights, config and code of one form, as export_hf writes them; gives the bytes of the weights."""
+    """Weights, config and code of one form, as export_hf writes them; gives the bytes of the
+    weights.
+    """
     exported, exported_config = ARCHITECTURES[form](dict(weights), config)
     directory.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in exported.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(config_json(exported_config, form, "float32", SPECIAL_IDS))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in exported.items()},
+        directory / "model.safetensors",
+    )
+    (directory / "config.json").write_text(
+        config_json(exported_config, form, "float32", SPECIAL_IDS)
+    )
     if form == "tablefree":
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
     return sum(tensor.nbytes for tensor in exported.values())
@@ -108,13 +124,22 @@ def generate(model: Any, prompt: Tensor, new_tokens: int, clock: Clock) -> tuple
     return clock() - started, new
 
 
-def measure_speed(asked: Shape, rounds: int, home: Path, clock: Clock) -> dict[str, dict[str, list[float]]]:
-    """Tokens/s by item and form, a figure for each round; the first round, which warms up, is not kept."""
+def measure_speed(
+    asked: Shape, rounds: int, home: Path, clock: Clock
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens/s by item and form, a figure for each round; the first round, which warms up, is
+    not kept.
+    """
     models = {form: load(home / form) for form in FORMS}
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, asked.model.vocab_size, (1, asked.prompt), generator=generator)
-    items = {"a prompt": (prompt, 1, asked.prompt), "new tokens": (prompt[:, :SHORT_PROMPT], asked.new_tokens, None)}
-    rates: dict[str, dict[str, list[float]]] = {item: {form: [] for form in FORMS} for item in items}
+    items = {
+        "a prompt": (prompt, 1, asked.prompt),
+        "new tokens": (prompt[:, :SHORT_PROMPT], asked.new_tokens, None),
+    }
+    rates: dict[str, dict[str, list[float]]] = {
+        item: {form: [] for form in FORMS} for item in items
+    }
     for number in range(rounds + 1):
         for item, (ids, new_tokens, counted) in items.items():
             seen = {}
@@ -122,8 +147,14 @@ def measure_speed(asked: Shape, rounds: int, home: Path, clock: Clock) -> dict[s
                 seconds, seen[form] = generate(models[form], ids, new_tokens, clock)
                 rates[item][form].append((counted or new_tokens) / seconds)
             if seen["tablefree"] != seen["gpt_neox"]:
-                raise UserError("the two forms generate different ids: their speeds can't be compared; that is a bug")
-    return {item: {form: values[1:] for form, values in by_form.items()} for item, by_form in rates.items()}
+                raise UserError(
+                    "the two forms generate different ids: their speeds can't be compared; that "
+                    "is a bug"
+                )
+    return {
+        item: {form: values[1:] for form, values in by_form.items()}
+        for item, by_form in rates.items()
+    }
 
 
 def memory_of_this_process() -> dict[str, int]:
@@ -133,7 +164,9 @@ def memory_of_this_process() -> dict[str, int]:
 
 
 def load_and_measure(directory: Path, warm_up: Path) -> None:
-    """Print what `from_pretrained` adds to this process at its highest; a small model makes all imports before."""
+    """Print what `from_pretrained` adds to this process at its highest; a small model makes all
+    imports before.
+    """
     logging.set_verbosity_error()
     AutoModelForCausalLM.from_pretrained(warm_up, trust_remote_code=True)
     gc.collect()
@@ -141,8 +174,13 @@ def load_and_measure(directory: Path, warm_up: Path) -> None:
     before = memory_of_this_process()["VmRSS"]
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     with torch.no_grad():
-        touched = sum(float(parameter.sum()) for parameter in model.parameters())  # weights may be mapped, not yet read
-    print(json.dumps({"added": memory_of_this_process()["VmHWM"] - before, "finite": touched == touched}))
+        # weights may be mapped, not yet read
+        touched = sum(float(parameter.sum()) for parameter in model.parameters())
+    print(
+        json.dumps(
+            {"added": memory_of_this_process()["VmHWM"] - before, "finite": touched == touched}
+        )
+    )
 
 
 def measure_memory(directory: Path, warm_up: Path) -> int:
@@ -167,11 +205,17 @@ def speed_rows(name: str, rates: dict[str, dict[str, list[float]]]) -> list[str]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"some of {', '.join(SHAPES)}")
-    parser.add_argument("--cpu-seconds", action="store_true", help="of the process, in place of the clock's")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds: a tiny model")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="of the process, in place of the clock's"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test of a few seconds: a tiny model"
+    )
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--warm-up", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
@@ -180,14 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     unknown = set(flags.shapes.split(",")) - SHAPES.keys()
     if unknown:
-        raise UserError(f"--shapes {flags.shapes}: no shape {min(unknown)}; there are {', '.join(SHAPES)}")
-    chosen = {"tiny": TINY} if flags.quick else {name: SHAPES[name] for name in flags.shapes.split(",")}
+        raise UserError(
+            f"--shapes {flags.shapes}: no shape {min(unknown)}; there are {', '.join(SHAPES)}"
+        )
+    chosen = (
+        {"tiny": TINY} if flags.quick else {name: SHAPES[name] for name in flags.shapes.split(",")}
+    )
     clock = time.process_time if flags.cpu_seconds else time.perf_counter
     seconds = "CPU second" if flags.cpu_seconds else "s"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    speeds = [f"| tokens/{seconds} (median) | the export's class | stock GPT-NeoX | ratio |", "|---|---:|---:|---:|"]
-    memory = ["| highest memory of `from_pretrained` | weights | added | ratio |", "|---|---:|---:|---:|"]
+    speeds = [
+        f"| tokens/{seconds} (median) | the export's class | stock GPT-NeoX | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    memory = [
+        "| highest memory of `from_pretrained` | weights | added | ratio |",
+        "|---|---:|---:|---:|",
+    ]
     with TemporaryDirectory() as directory:
         home = Path(directory)
         write_exports(TINY.model, home / "warm-up")
@@ -197,9 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for form, size in sizes.items():
                 added = measure_memory(home / name / form, home / "warm-up" / form)
                 memory.append(
-                    f"| {name}, `{form}` | {size / 1e6:,.0f} MB | {added / 1e6:,.0f} MB | {added / size:.2f} |"
+                    f"| {name}, `{form}` | {size / 1e6:,.0f} MB | {added / 1e6:,.0f} MB | "
+                    f"{added / size:.2f} |"
                 )
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__}, fp32, {where}\n")
     print("\n".join(speeds), "\n")
     print("\n".join(memory))

@@ -1,15 +1,19 @@
-"""Tokens/s and MFU of a recipe on one device, over micro-batch x activation checkpointing x compile x loss head.
+"""Tokens/s and MFU of a recipe on one device, over micro-batch x activation checkpointing x compile
+x loss head.
 
     python tests/benchmarks/gpu_throughput.py [--recipe paper_binary_code] [--all] [--quick] [--dotted.key=value ...]
 
-One command, no network, torch 2.6 or newer. Every row is a process of its own that trains real steps on random ids
-through the engine (DeepSpeed ZeRO-2, bf16 with fp32 masters, accumulation and reduction), and dies of its own memory
-alone. Without `--all`, rows follow a search: compile and checkpointing first, then the loss head, then the micro-batch,
-each with the best of what came before; then the best row once more with heads of 128 in place of the recipe's, which
-shows what narrow heads cost. MFU is tokens/s x FLOPs a token (pretrain/costs/flops.py) / the device's bf16 peak.
+One command, no network, torch 2.6 or newer. Every row is a process of its own that trains real
+steps on random ids through the engine (DeepSpeed ZeRO-2, bf16 with fp32 masters, accumulation and
+reduction), and dies of its own memory alone. Without `--all`, rows follow a search: compile and
+checkpointing first, then the loss head, then the micro-batch, each with the best of what came
+before; then the best row once more with heads of 128 in place of the recipe's, which shows what
+narrow heads cost. MFU is tokens/s x FLOPs a token (pretrain/costs/flops.py) / the device's bf16
+peak.
 
-`--profile` profiles two steps of the best row and prints its ten largest costs. On a machine without a GPU, or with
-`--quick`, a tiny shape runs in fp32 on the CPU: a test of this file, not a figure.
+`--profile` profiles two steps of the best row and prints its ten largest costs. On a machine
+without a GPU, or with `--quick`, a tiny shape runs in fp32 on the CPU: a test of this file, not a
+figure.
 """
 
 import argparse
@@ -72,7 +76,10 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
     random = np.random.default_rng(0)
     shape = (recipe.batch.micro_batch_size, recipe.model.seq_len + 1)
     profiler = StepProfiler(
-        2 if profile else 0, range(3 + steps), Path("profile"), lambda text: print(text, file=sys.stderr)
+        2 if profile else 0,
+        range(3 + steps),
+        Path("profile"),
+        lambda text: print(text, file=sys.stderr),
     )
     figures = []
     for step in range(3 + steps):
@@ -85,7 +92,10 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
         profiler.before(step)
         figures.append(engine.train_step(batches, recipe.optimizer.peak_learning_rate).own)
         profiler.after(step)
-    seconds = {phase: statistics.median(f.seconds[phase] for f in figures[3:]) for phase in figures[0].seconds}
+    seconds = {
+        phase: statistics.median(f.seconds[phase] for f in figures[3:])
+        for phase in figures[0].seconds
+    }
     tokens_per_s = recipe.batch.global_batch_tokens / sum(seconds.values())
     utilisation = Utilisation(recipe, device, ALONE)
     return {
@@ -106,15 +116,32 @@ def run_row(flags: argparse.Namespace, keys: Keys, *, profile: bool = False) -> 
     """Measure one configuration in a child; `failed` says why where there is no figure."""
     recipe = load_recipe(flags.recipe, as_flags(flags.overrides | keys))
     tokens = keys["batch.micro_batch_size"] * flags.accumulation * recipe.model.seq_len
-    overrides = as_flags(flags.overrides | keys | {"batch.global_batch_tokens": tokens, "train_tokens": 100 * tokens})
-    command = [sys.executable, __file__, "--child", "--recipe", flags.recipe, "--steps", str(flags.steps), *overrides]
-    child = subprocess.run([*command, *(["--profile"] if profile else [])], capture_output=True, text=True)
+    overrides = as_flags(
+        flags.overrides | keys | {"batch.global_batch_tokens": tokens, "train_tokens": 100 * tokens}
+    )
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--recipe",
+        flags.recipe,
+        "--steps",
+        str(flags.steps),
+        *overrides,
+    ]
+    child = subprocess.run(
+        [*command, *(["--profile"] if profile else [])], capture_output=True, text=True
+    )
     if profile:
         print(child.stderr)
     result = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else {}
     if not result:
         last = [line for line in child.stderr.splitlines() if line.strip()][-1:]
-        result = {"failed": "out of memory" if "out of memory" in child.stderr.lower() else "".join(last)[-110:]}
+        result = {
+            "failed": "out of memory"
+            if "out of memory" in child.stderr.lower()
+            else "".join(last)[-110:]
+        }
     print(row_words(keys, result), flush=True)
     return {"keys": keys, **result}
 
@@ -124,9 +151,16 @@ def row_words(keys: Keys, result: Keys) -> str:
     if "failed" in result:
         figures = [result["failed"], "", "", ""]
     else:
-        split = ", ".join(f"{phase} {second * 1e3:.0f}" for phase, second in result["seconds"].items())
+        split = ", ".join(
+            f"{phase} {second * 1e3:.0f}" for phase, second in result["seconds"].items()
+        )
         mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        figures = [f"{result['tokens_per_s']:,.0f}", mfu, f"{result['peak_memory_bytes'] / 1e9:.1f}", split]
+        figures = [
+            f"{result['tokens_per_s']:,.0f}",
+            mfu,
+            f"{result['peak_memory_bytes'] / 1e9:.1f}",
+            split,
+        ]
     return "| " + " | ".join([*(str(keys.get(key, "")) for key in SHOWN), *figures]) + " |"
 
 
@@ -145,7 +179,15 @@ def searched(flags: argparse.Namespace) -> Iterator[Keys]:
     for compiled, mode in itertools.product(("true", "false"), flags.modes):
         keys = {"batch.micro_batch_size": flags.micro_batches[len(flags.micro_batches) // 2]}
         rows.append(
-            run_row(flags, keys | {"compile": compiled, "activation_checkpointing.mode": mode, "loss_head": "chunked"})
+            run_row(
+                flags,
+                keys
+                | {
+                    "compile": compiled,
+                    "activation_checkpointing.mode": mode,
+                    "loss_head": "chunked",
+                },
+            )
         )
     for head in heads[1:]:
         rows.append(run_row(flags, best(rows) | {"loss_head": head}))
@@ -163,19 +205,26 @@ def searched(flags: argparse.Namespace) -> Iterator[Keys]:
 def everything(flags: argparse.Namespace) -> Iterator[Keys]:
     """Rows of the whole product."""
     heads = ["chunked", "whole", *(["liger"] if torch.cuda.is_available() else [])]
-    for size, mode, compiled, head in itertools.product(flags.micro_batches, flags.modes, ("true", "false"), heads):
+    for size, mode, compiled, head in itertools.product(
+        flags.micro_batches, flags.modes, ("true", "false"), heads
+    ):
         keys = {"batch.micro_batch_size": size, "activation_checkpointing.mode": mode}
         yield run_row(flags, keys | {"compile": compiled, "loss_head": head})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="paper_binary_code")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each row")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(MICRO_BATCHES))
     parser.add_argument(
-        "--accumulation", type=int, default=4, help="micro-batches a step; the paper's step has 32 of 16"
+        "--accumulation",
+        type=int,
+        default=4,
+        help="micro-batches a step; the paper's step has 32 of 16",
     )
     parser.add_argument("--all", action="store_true", help="every row of the product")
     parser.add_argument("--quick", action="store_true", help="a tiny shape on any device")
@@ -185,7 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.modes = MODES
     if flags.child:
         try:
-            print(json.dumps(measure(load_recipe(flags.recipe, overrides), flags.steps, flags.profile)))
+            print(
+                json.dumps(
+                    measure(load_recipe(flags.recipe, overrides), flags.steps, flags.profile)
+                )
+            )
         except UserError as error:
             raise SystemExit(str(error)) from None
         return
@@ -194,7 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.quick or not torch.cuda.is_available():
         flags.overrides = TINY | flags.overrides
         flags.steps, flags.micro_batches, flags.accumulation, flags.modes = 2, [1], 2, MODES[1:2]
-    print(f"{flags.recipe} {flags.overrides}, {flags.accumulation} micro-batches a step, torch {torch.__version__}\n")
+    print(
+        f"{flags.recipe} {flags.overrides}, {flags.accumulation} micro-batches a step, torch "
+        f"{torch.__version__}\n"
+    )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     rows = list(everything(flags) if flags.all else searched(flags))
     print(f"\nbest: {best(rows)}\n{next(row['device'] for row in rows if 'device' in row)}")

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/loss_head.py [--tokens 16384] [--d-model 1024] [--rounds 2] [--quick]
 
-CPU. The heads take turns in one run, each turn in a process of its own: its time, and its peak memory above what it
-held before. At the default size the whole logits need about 17 GiB. Accuracy is measured against fp64, on fewer
-tokens and ids, in fp32 and bf16: the loss, and both gradients together, relative to their norm.
+CPU. The heads take turns in one run, each turn in a process of its own: its time, and its peak
+memory above what it held before. At the default size the whole logits need about 17 GiB. Accuracy
+is measured against fp64, on fewer tokens and ids, in fp32 and bf16: the loss, and both gradients
+together, relative to their norm.
 """
 
 import argparse
@@ -39,7 +40,9 @@ class Errors(NamedTuple):
 
 
 def torch_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's own, at its best here: chunks of 256 tokens; its mean would be a bf16 sum of bf16 terms."""
+    """torch's own, at its best here: chunks of 256 tokens; its mean would be a bf16 sum of bf16
+    terms.
+    """
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
     nats = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
     return nats.float().mean()
@@ -48,18 +51,26 @@ def torch_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def heads() -> dict[str, LossHead]:
     """The contestants, the one that the others are compared with first."""
     found: dict[str, LossHead] = {"whole": whole_head, "chunked": chunked_head}
-    return {**found, "F.linear_cross_entropy": torch_head} if hasattr(F, "linear_cross_entropy") else found
+    return (
+        {**found, "F.linear_cross_entropy": torch_head}
+        if hasattr(F, "linear_cross_entropy")
+        else found
+    )
 
 
 def example(tokens: int, width: int, vocab_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states as the last LayerNorm leaves them, a projection whose logits spread by 3, targets."""
+    """Hidden states as the last LayerNorm leaves them, a projection whose logits spread by 3,
+    targets.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocab_size, width, generator=generator) * (3 / width**0.5)
     return hidden, weight, torch.randint(0, vocab_size, (tokens,), generator=generator)
 
 
-def forward_and_backward(head: LossHead, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def forward_and_backward(
+    head: LossHead, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
     """Loss and the gradients of hidden states and weight."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = head(hidden, weight, targets)
@@ -101,7 +112,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-def measure_errors(tokens: int, width: int, vocab_size: int, dtype: torch.dtype) -> dict[str, Errors]:
+def measure_errors(
+    tokens: int, width: int, vocab_size: int, dtype: torch.dtype
+) -> dict[str, Errors]:
     """Of every head on operands of a precision, against the same operands in fp64."""
     hidden, weight, targets = example(tokens, width, vocab_size, seed=2)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -111,18 +124,27 @@ def measure_errors(tokens: int, width: int, vocab_size: int, dtype: torch.dtype)
     errors = {}
     for name, head in heads().items():
         values = forward_and_backward(head, hidden, weight, targets)
-        errors[name] = Errors(*(relative(value, truth) for value, truth in zip(values, truths, strict=True)))
+        errors[name] = Errors(
+            *(relative(value, truth) for value, truth in zip(values, truths, strict=True))
+        )
     return errors
 
 
 def speed_table(turns: dict[str, list[Turn]]) -> str:
     """Memory and time as Markdown; a ratio is the median over rounds of (head / whole logits)."""
-    lines = ["| head, fp32 | peak extra memory | of whole | seconds | of whole |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| head, fp32 | peak extra memory | of whole | seconds | of whole |",
+        "|---|---:|---:|---:|---:|",
+    ]
     base = turns["whole"]
     for name, taken in turns.items():
         extra = [turn.extra_bytes for turn in taken]
-        memory = statistics.median(mine / b.extra_bytes for mine, b in zip(extra, base, strict=True))
-        ratio = statistics.median(turn.seconds / b.seconds for turn, b in zip(taken, base, strict=True))
+        memory = statistics.median(
+            mine / b.extra_bytes for mine, b in zip(extra, base, strict=True)
+        )
+        ratio = statistics.median(
+            turn.seconds / b.seconds for turn, b in zip(taken, base, strict=True)
+        )
         seconds = statistics.median(turn.seconds for turn in taken)
         size = f"{statistics.median(extra) / 2**20:,.0f} MiB"
         lines.append(f"| {name} | {size} | {memory:.3f} | {seconds:.2f} | {ratio:.2f} |")
@@ -131,29 +153,43 @@ def speed_table(turns: dict[str, list[Turn]]) -> str:
 
 def error_table(errors: dict[str, dict[str, Errors]]) -> str:
     """Relative errors as Markdown."""
-    lines = ["| head | precision | loss | hidden gradient | weight gradient |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| head | precision | loss | hidden gradient | weight gradient |",
+        "|---|---|---:|---:|---:|",
+    ]
     for precision, of_heads in errors.items():
         for name, error in of_heads.items():
-            lines.append(f"| {name} | {precision} | {error.loss:.1e} | {error.hidden:.2e} | {error.weight:.2e} |")
+            lines.append(
+                f"| {name} | {precision} | {error.loss:.1e} | {error.hidden:.2e} | "
+                f"{error.weight:.2e} |"
+            )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=16 * 1024)
     parser.add_argument("--d-model", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds: tiny shapes")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test of a few seconds: tiny shapes"
+    )
     flags = parser.parse_args(arguments)
     accuracy = (2048, flags.d_model, 8192)
     if flags.quick:
         flags.tokens, flags.d_model, flags.vocab_size, flags.rounds = 512, 32, 2048, 1
         accuracy = (300, 32, 256)
     turns = measure_turns(flags.tokens, flags.d_model, flags.vocab_size, flags.rounds)
-    print(f"{flags.tokens:,} tokens, width {flags.d_model:,}, vocabulary {flags.vocab_size:,}", end="")
-    print(f", {torch.get_num_threads()} threads, median of {flags.rounds}\n\n{speed_table(turns)}\n")
+    print(
+        f"{flags.tokens:,} tokens, width {flags.d_model:,}, vocabulary {flags.vocab_size:,}", end=""
+    )
+    print(
+        f", {torch.get_num_threads()} threads, median of {flags.rounds}\n\n{speed_table(turns)}\n"
+    )
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
     errors = {name: measure_errors(*accuracy, dtype) for name, dtype in precisions.items()}
     print("Error relative to fp64, {:,} tokens, width {:,}, vocabulary {:,}\n".format(*accuracy))

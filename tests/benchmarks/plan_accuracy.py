@@ -1,13 +1,14 @@
-"""What pretrain.plan predicts beside what is measured: memory of a rank, and tokens/s after calibration.
+"""What pretrain.plan predicts beside what is measured: memory of a rank, and tokens/s after
+calibration.
 
     python tests/benchmarks/plan_accuracy.py [--quick] [--memory-only]
 
-Every case trains real steps through pretrain.engine.engine in processes of its own. Memory is the peak of resident
-memory above what the process held before the model was built, after a first step of a tiny model has loaded every
-library. The C library is told to return freed blocks at once, so that resident memory is that of live tensors; the last
-lines show how much more a run holds that keeps freed memory, as pretrain.train does on a CPU. Speed is the median step
-after the first, with freed memory kept, between two calibrations; one rank, since gloo's speed is not what is
-calibrated.
+Every case trains real steps through pretrain.engine.engine in processes of its own. Memory is the
+peak of resident memory above what the process held before the model was built, after a first step
+of a tiny model has loaded every library. The C library is told to return freed blocks at once, so
+that resident memory is that of live tensors; the last lines show how much more a run holds that
+keeps freed memory, as pretrain.train does on a CPU. Speed is the median step after the first, with
+freed memory kept, between two calibrations; one rank, since gloo's speed is not what is calibrated.
 """
 
 import argparse
@@ -22,17 +23,32 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("none", "selective", "full")
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-SHAPE: dict[str, Any] = {"layers": 8, "width": 512, "windows": 4, "seq_len": 256, "vocab": 4096, "bucket": 5_000_000}
+RETURN_FREED = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_ARENA_MAX": "1",
+}
+SHAPE: dict[str, Any] = {
+    "layers": 8,
+    "width": 512,
+    "windows": 4,
+    "seq_len": 256,
+    "vocab": 4096,
+    "bucket": 5_000_000,
+}
 
 
 def cases() -> list[dict[str, Any]]:
     """What to train, for memory."""
     common: list[dict[str, Any]] = [
-        {"engine": engine, "mode": mode} for engine in ("zero2_fp32", "zero2_bf16") for mode in MODES
+        {"engine": engine, "mode": mode}
+        for engine in ("zero2_fp32", "zero2_bf16")
+        for mode in MODES
     ]
     more: list[dict[str, Any]] = [
-        {"engine": engine, "ranks": 2, "mode": mode} for engine in ("zero2_fp32", "zero2_bf16") for mode in MODES
+        {"engine": engine, "ranks": 2, "mode": mode}
+        for engine in ("zero2_fp32", "zero2_bf16")
+        for mode in MODES
     ]
     accumulated: list[dict[str, Any]] = [
         {"engine": engine, "accumulation": 2} for engine in ("zero2_fp32", "zero2_bf16")
@@ -55,8 +71,12 @@ def recipe_of(case: dict[str, Any], ranks: int) -> Any:
     size = case["windows"]
     content = {
         "model": {
-            "vocab_size": case["vocab"], "d_model": case["width"], "num_layers": case["layers"],
-            "num_heads": case["width"] // 64, "seq_len": case["seq_len"], "code_bits": 16,
+            "vocab_size": case["vocab"],
+            "d_model": case["width"],
+            "num_layers": case["layers"],
+            "num_heads": case["width"] // 64,
+            "seq_len": case["seq_len"],
+            "code_bits": 16,
             "input_embedding": case.get("input", "binary_code"),
         },
         "batch": {
@@ -64,10 +84,16 @@ def recipe_of(case: dict[str, Any], ranks: int) -> Any:
             "micro_batch_size": size,
         },
         "optimizer": {"peak_learning_rate": 1e-3},
-        "activation_checkpointing": {"mode": case.get("mode", "none"), "every_n_layers": case.get("every", 1)},
-        "validation": {"every_steps": 1}, "checkpoints": {"every_steps": 1}, "train_tokens": 1_000_000,
-        "engine": case.get("engine", "zero2_fp32"), "loss_head": case.get("head", "chunked"),
-    }  # fmt: skip
+        "activation_checkpointing": {
+            "mode": case.get("mode", "none"),
+            "every_n_layers": case.get("every", 1),
+        },
+        "validation": {"every_steps": 1},
+        "checkpoints": {"every_steps": 1},
+        "train_tokens": 1_000_000,
+        "engine": case.get("engine", "zero2_fp32"),
+        "loss_head": case.get("head", "chunked"),
+    }
     return build_recipe(content, "benchmark")
 
 
@@ -86,7 +112,9 @@ class Trainer:
 
         self.world = world_from_environment()
         self.device = start_process_group(self.world)
-        self.train({**case, "layers": 1, "width": 64, "vocab": 64, "seq_len": 32, "bucket": 1000}, steps=1)
+        self.train(
+            {**case, "layers": 1, "width": 64, "vocab": 64, "seq_len": 32, "bucket": 1000}, steps=1
+        )
 
     def train(self, case: dict[str, Any], steps: int) -> list[float]:
         """Seconds of each step."""
@@ -153,10 +181,19 @@ def run(case: dict[str, Any], measurement: str) -> dict[str, float]:
     from pretrain.distributed.ranks import free_port
 
     ranks, repository = case.get("ranks", 1), Path(__file__).resolve().parents[2]
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(repository)}
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "PYTHONPATH": str(repository),
+    }
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= RETURN_FREED if measurement == "memory" and not case.get("keep_freed") else {}
-    command = [sys.executable, __file__, "--child", json.dumps({**case, "measurement": measurement})]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        json.dumps({**case, "measurement": measurement}),
+    ]
     processes = [
         subprocess.Popen(
             command,
@@ -169,7 +206,10 @@ def run(case: dict[str, Any], measurement: str) -> dict[str, float]:
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{case}: a rank failed")
-    return max((json.loads(output.splitlines()[-1]) for output in outputs), key=lambda figures: figures["measured"])
+    return max(
+        (json.loads(output.splitlines()[-1]) for output in outputs),
+        key=lambda figures: figures["measured"],
+    )
 
 
 def named(case: dict[str, Any]) -> str:
@@ -185,15 +225,22 @@ def table(measurement: str, selected: Sequence[dict[str, Any]], unit: float) -> 
     for case in selected:
         figures = run(case, measurement)
         ratios.append(figures["predicted"] / figures["measured"])
-        columns = f"{figures['predicted'] / unit:,.1f} | {figures['measured'] / unit:,.1f} | {ratios[-1]:.2f}"
+        columns = (
+            f"{figures['predicted'] / unit:,.1f} | {figures['measured'] / unit:,.1f} | "
+            f"{ratios[-1]:.2f}"
+        )
         print(f"| {named(case)} | {columns} |", flush=True)
     return ratios
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """The command; returns the ratios of memory, predicted to measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small case for memory, one for speed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case for memory, one for speed"
+    )
     parser.add_argument("--memory-only", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)

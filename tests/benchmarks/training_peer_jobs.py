@@ -2,7 +2,8 @@
 
     python tests/benchmarks/training_peer_jobs.py JOB HOME OUTPUT
 
-HOME holds `recipe.yaml` and the ids of `train.bin`. Each job prints a line for every step, as its peer does.
+HOME holds `recipe.yaml` and the ids of `train.bin`. Each job prints a line for every step, as its
+peer does.
 """
 
 import sys
@@ -40,14 +41,25 @@ def trainer_job(recipe: Recipe, home: Path, output_dir: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model, optimizer, batch = recipe.model, recipe.optimizer, recipe.batch
     arguments = TrainingArguments(
-        output_dir=str(output_dir), use_cpu=True, deepspeed=merge_config(recipe, load_engine_config(recipe.engine), 1),
-        per_device_train_batch_size=batch.micro_batch_size, gradient_accumulation_steps=accumulation_steps(recipe),
-        max_steps=recipe.total_steps, learning_rate=optimizer.peak_learning_rate, weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, max_grad_norm=optimizer.gradient_clipping,
-        warmup_steps=recipe.schedule.warmup(recipe.total_steps), lr_scheduler_type="cosine_with_min_lr",
+        output_dir=str(output_dir),
+        use_cpu=True,
+        deepspeed=merge_config(recipe, load_engine_config(recipe.engine), 1),
+        per_device_train_batch_size=batch.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(recipe),
+        max_steps=recipe.total_steps,
+        learning_rate=optimizer.peak_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.gradient_clipping,
+        warmup_steps=recipe.schedule.warmup(recipe.total_steps),
+        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.schedule.final_fraction},
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     shape = GPTNeoXConfig(
         vocab_size=model.vocab_size, hidden_size=model.d_model, intermediate_size=4 * model.d_model,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads, rotary_pct=1.0,
@@ -88,16 +100,26 @@ def litgpt_job(recipe: Recipe, home: Path, output_dir: Path) -> None:
     }  # fmt: skip
     sys.argv = ["pretrain", shape.name]  # it reads its own command line once more when it saves
     setup(
-        shape.name, shape, output_dir, "32-true", data=Windows(), devices=1, logger_name="csv",
+        shape.name,
+        shape,
+        output_dir,
+        "32-true",
+        data=Windows(),
+        devices=1,
+        logger_name="csv",
         train=TrainArgs(
-            save_interval=None, log_interval=1, global_batch_size=recipe.global_batch_size, micro_batch_size=size,
-            max_tokens=recipe.train_tokens, max_norm=optimizer.gradient_clipping,
+            save_interval=None,
+            log_interval=1,
+            global_batch_size=recipe.global_batch_size,
+            micro_batch_size=size,
+            max_tokens=recipe.train_tokens,
+            max_norm=optimizer.gradient_clipping,
             min_lr=optimizer.peak_learning_rate * recipe.schedule.final_fraction,
             lr_warmup_steps=recipe.schedule.warmup(recipe.total_steps) * accumulation_steps(recipe),
         ),
         eval=EvalArgs(interval=NEVER, max_iters=1, final_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": settings},
-    )  # fmt: skip
+    )
 
 
 JOBS = {"trainer": trainer_job, "litgpt": litgpt_job}

@@ -2,12 +2,13 @@
 
     python tests/benchmarks/training_throughput.py [--recipe quickstart] [--rounds 5] [--steps 3] [--quick]
 
-One process, one rank, all cores. The contestants take turns, round by round, so that a drift of the machine's speed
-meets all of them; a ratio is the median over rounds of (contestant / bare loop). The trainer is all that a step of
-`pretrain.train` does: loader with prefetch, learning rate, engine, figures, progress, metrics.jsonl.
+One process, one rank, all cores. The contestants take turns, round by round, so that a drift of the
+machine's speed meets all of them; a ratio is the median over rounds of (contestant / bare loop).
+The trainer is all that a step of `pretrain.train` does: loader with prefetch, learning rate,
+engine, figures, progress, metrics.jsonl.
 
-Then the training command itself: 2 ranks of half the threads beside 1 rank of all of them, in turns too; each figure
-is the median over the steps after the first three.
+Then the training command itself: 2 ranks of half the threads beside 1 rank of all of them, in turns
+too; each figure is the median over the steps after the first three.
 """
 
 import argparse
@@ -53,7 +54,9 @@ Step = Callable[[list[Tokens]], object]
 
 
 def bare_step(recipe: Recipe, *, naive_loss: bool) -> Step:
-    """A training step in plain torch, fp32: with the whole logits at once, or with our chunked loss."""
+    """A training step in plain torch, fp32: with the whole logits at once, or with our chunked
+    loss.
+    """
     module = LanguageModelLoss(build_model(recipe))
     optimizer = build_optimizer(module, recipe.optimizer)
 
@@ -88,15 +91,26 @@ def engine_step(recipe: Recipe, device: torch.device) -> Step:
     engine, _ = new_engine(recipe, device)
 
     def step(micro_batches: list[Tokens]) -> object:
-        return engine.train_step([engine.pinned(ids) for ids in micro_batches], recipe.optimizer.peak_learning_rate)
+        return engine.train_step(
+            [engine.pinned(ids) for ids in micro_batches], recipe.optimizer.peak_learning_rate
+        )
 
     return step
 
 
 def trainer_step(recipe: Recipe, device: torch.device, home: Path) -> Step:
-    """A step of the trainer with logging on, on a data set of random ids; what it is given it leaves alone."""
+    """A step of the trainer with logging on, on a data set of random ids; what it is given it
+    leaves alone.
+    """
     engine, config = new_engine(recipe, device)
-    flags = ["--recipe", str(home / "recipe.yaml"), "--data-dir", str(home / "data"), "--run-dir", str(home / "run")]
+    flags = [
+        "--recipe",
+        str(home / "recipe.yaml"),
+        "--data-dir",
+        str(home / "data"),
+        "--run-dir",
+        str(home / "run"),
+    ]
     run = replace(train.prepare(flags, ALONE), engine_config=config)
     run.run_dir.mkdir()
     metrics = MetricsFile(run.run_dir, 0)
@@ -123,7 +137,10 @@ def write_inputs(recipe: Recipe, steps: int, home: Path) -> None:
     (home / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     random = np.random.default_rng(0)
     documents = random.integers(1, recipe.model.vocab_size, (200, 2_000)).tolist()
-    written = [write_source(home / "data", split, "random", documents, 0) for split in ("train", "validation")]
+    written = [
+        write_source(home / "data", split, "random", documents, 0)
+        for split in ("train", "validation")
+    ]
     write_dataset(home / "data", written, {"random": 1.0}, recipe.model.vocab_size)
 
 
@@ -132,7 +149,10 @@ def random_batches(recipe: Recipe, seed: int) -> list[Tokens]:
     size, length = recipe.batch.micro_batch_size, recipe.model.seq_len + 1
     random = np.random.default_rng(seed)
     count = recipe.global_batch_size // size
-    return [random.integers(0, recipe.model.vocab_size, (size, length)).astype(np.uint16) for _ in range(count)]
+    return [
+        random.integers(0, recipe.model.vocab_size, (size, length)).astype(np.uint16)
+        for _ in range(count)
+    ]
 
 
 def measure(recipe: Recipe, rounds: int, steps: int, home: Path) -> dict[str, list[float]]:
@@ -152,21 +172,30 @@ def measure(recipe: Recipe, rounds: int, steps: int, home: Path) -> dict[str, li
             started = time.perf_counter()
             for micro_batches in batches:
                 step(micro_batches)
-            rates[name].append(steps * recipe.batch.global_batch_tokens / (time.perf_counter() - started))
+            rates[name].append(
+                steps * recipe.batch.global_batch_tokens / (time.perf_counter() - started)
+            )
     return {name: values[1:] for name, values in rates.items()}
 
 
 def trained_rate(ranks: int, threads: int, home: Path) -> float:
     """Median tokens/s of the training command on so many ranks."""
     run_dir = Path(mkdtemp(dir=home)) / "run"
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     command = [sys.executable, "-m", "pretrain.train", "--recipe", str(home / "recipe.yaml")]
     command += ["--data-dir", str(home / "data"), "--run-dir", str(run_dir)]
     started = []
     for rank in range(ranks):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": max(1, threads)}
         variables = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        started.append(subprocess.Popen(command, env=variables, cwd=REPOSITORY, stderr=subprocess.DEVNULL))
+        started.append(
+            subprocess.Popen(command, env=variables, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        )
     codes = [process.wait() for process in started]
     if any(codes):
         raise SystemExit(f"training on {ranks} ranks failed: {command}")
@@ -178,7 +207,10 @@ def measure_ranks(recipe: Recipe, rounds: int, steps: int, home: Path) -> dict[s
     """Tokens/s of 1 rank on all cores and of 2 ranks on half of them each, in turns."""
     cores = len(os.sched_getaffinity(0))
     write_inputs(recipe, steps + 3, home)
-    ways = {f"1 rank of {cores} threads": (1, cores), f"2 ranks of {max(1, cores // 2)} threads": (2, cores // 2)}
+    ways = {
+        f"1 rank of {cores} threads": (1, cores),
+        f"2 ranks of {max(1, cores // 2)} threads": (2, cores // 2),
+    }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (ranks, threads) in ways.items():
@@ -198,25 +230,40 @@ def table(rates: dict[str, list[float]], base_name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds: a tiny vocabulary")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test of a few seconds: a tiny vocabulary"
+    )
     flags, overrides = parser.parse_known_args(arguments)
     if flags.quick:
-        overrides += ["--model.vocab_size=512", "--model.num_layers=1", "--batch.global_batch_tokens=256"]
+        overrides += [
+            "--model.vocab_size=512",
+            "--model.num_layers=1",
+            "--batch.global_batch_tokens=256",
+        ]
         overrides += ["--batch.micro_batch_size=1"]
         flags.rounds, flags.steps = 2, 1
     set_up_rank(ALONE)  # as pretrain.train does, and for every contestant
     recipe = load_for_benchmark(flags.recipe, overrides)
     model = recipe.model
     print(
-        f"{flags.recipe}: width {model.d_model}, {model.num_layers} layers, vocabulary {model.vocab_size:,}, "
-        f"{recipe.batch.global_batch_tokens:,} tokens a step, fp32, {torch.get_num_threads()} threads\n"
+        f"{flags.recipe}: width {model.d_model}, {model.num_layers} layers, vocabulary "
+        f"{model.vocab_size:,}, {recipe.batch.global_batch_tokens:,} tokens a step, fp32, "
+        f"{torch.get_num_threads()} threads\n"
     )
     with TemporaryDirectory() as home:
-        print(table(measure(recipe, flags.rounds, flags.steps, Path(home)), "the bare loop, whole logits"), "\n")
+        print(
+            table(
+                measure(recipe, flags.rounds, flags.steps, Path(home)),
+                "the bare loop, whole logits",
+            ),
+            "\n",
+        )
     with TemporaryDirectory() as home:
         rounds, steps = (1, 1) if flags.quick else (3, 20)
         print(table(measure_ranks(recipe, rounds, steps, Path(home)), "1 rank"))

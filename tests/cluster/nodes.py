@@ -1,11 +1,13 @@
-"""A cluster for tests: nodes that reach each other by ssh over a network of their own, and can be cut off.
+"""A cluster for tests: nodes that reach each other by ssh over a network of their own, and can be
+cut off.
 
     with cluster(nodes=2) as (node1, node2):
         node1.run("ssh node2 hostname", cwd)
 
-A node has its own host name, address, processes and ssh server. The file system is the machine's, common to all like
-the shared storage of a real cluster. Everything lives in namespaces without names, and the first process of them all
-reads a pipe of the test process: when that ends, be it killed, the kernel takes everything down.
+A node has its own host name, address, processes and ssh server. The file system is the machine's,
+common to all like the shared storage of a real cluster. Everything lives in namespaces without
+names, and the first process of them all reads a pipe of the test process: when that ends, be it
+killed, the kernel takes everything down.
 """
 
 import functools
@@ -27,7 +29,8 @@ BOOT = Path(__file__).with_name("boot.sh")
 NEW_NAMESPACES = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child")
 NEEDED = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RANK = r" -u -m pretrain\.train "  # in the command line of a rank that DeepSpeed started, and of nothing else
+# in the command line of a rank that DeepSpeed started, and of nothing else
+RANK = r" -u -m pretrain\.train "
 
 
 @functools.cache
@@ -35,7 +38,9 @@ def lacking() -> str:
     """What keeps this machine from holding a cluster; empty if nothing does."""
     if absent := [name for name in NEEDED if not shutil.which(name, path=SYSTEM_PATH)]:
         return f"lacks {', '.join(absent)} (Debian packages iproute2, openssh-server, pdsh)"
-    probe = subprocess.run([*NEW_NAMESPACES, "ip", "link", "add", "type", "veth"], capture_output=True, check=False)
+    probe = subprocess.run(
+        [*NEW_NAMESPACES, "ip", "link", "add", "type", "veth"], capture_output=True, check=False
+    )
     return "must be root, and allowed to make namespaces" if probe.returncode else ""
 
 
@@ -47,23 +52,42 @@ class Node:
     first_process: int  # its ssh server, as this machine numbers processes
     switch: int  # the process in whose network the other ends of all cables are
 
-    def run(self, command: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """A shell command to its end, typed at this node with the tests' Python environment active."""
+    def run(
+        self, command: str, cwd: Path, timeout_s: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """A shell command to its end, typed at this node with the tests' Python environment
+        active.
+        """
         typed, env = self._typed(command, cwd)
-        return subprocess.run(typed, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+        return subprocess.run(
+            typed, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
 
     def start(self, command: str, cwd: Path, log: Path) -> subprocess.Popen[bytes]:
-        """A shell command that goes on, until the node ends at the latest; what it prints goes into the log."""
+        """A shell command that goes on, until the node ends at the latest; what it prints goes
+        into the log.
+        """
         typed, env = self._typed(command, cwd)
         with log.open("wb") as file:
-            return subprocess.Popen(typed, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                typed, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
 
     def _typed(self, command: str, cwd: Path) -> tuple[list[str], dict[str, str]]:
-        enter = ["nsenter", f"--target={self.first_process}", "--net", "--mount", "--uts", "--ipc", "--pid"]
+        enter = [
+            "nsenter",
+            f"--target={self.first_process}",
+            "--net",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--pid",
+        ]
         env = {
             "HOME": str(Path.home()),
             "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}",
-            "PYTHONPATH": str(BOOT.parents[2]),  # for an environment where the project is not installed
+            # for an environment where the project is not installed
+            "PYTHONPATH": str(BOOT.parents[2]),
         }
         return [*enter, "env", f"--chdir={cwd}", "bash", "-c", command], env
 
@@ -73,13 +97,18 @@ class Node:
         found = []
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):  # it ended while we looked
-                here = os.readlink(f"/proc/{process.pid}/ns/pid") == inside and process.pid != self.first_process
+                here = (
+                    os.readlink(f"/proc/{process.pid}/ns/pid") == inside
+                    and process.pid != self.first_process
+                )
                 if here and re.search(pattern, shlex.join(process.cmdline())):
                     found.append(process)
         return found
 
     def kill(self, pattern: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to all that runs here with a matching command line, which must be something."""
+        """Send a signal to all that runs here with a matching command line, which must be
+        something.
+        """
         matching = self.processes(pattern)
         assert matching, f"{self.name}: nothing that runs there matches {pattern!r}"
         for process in matching:
@@ -102,9 +131,13 @@ class Node:
 def cluster(nodes: int = 2) -> Iterator[list[Node]]:
     """Nodes node1, node2, ... at 10.0.0.1, 10.0.0.2, ..., where root may ssh from each to each."""
     boot = [*NEW_NAMESPACES, "bash", str(BOOT), "switch", str(nodes)]
-    with subprocess.Popen(boot, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as unshared:
+    with subprocess.Popen(
+        boot, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as unshared:
         assert unshared.stdout
-        assert unshared.stdout.readline() == "up\n", "the cluster did not boot; standard error says why"
+        assert unshared.stdout.readline() == "up\n", (
+            "the cluster did not boot; standard error says why"
+        )
         [switch] = psutil.Process(unshared.pid).children()
         parents = sorted(switch.children(), key=lambda parent: int(parent.cmdline()[-1]))
         yield [

@@ -1,9 +1,10 @@
-"""What other engines make of an export, each a function; run in the engine's environment, without the project.
+"""What other engines make of an export, each a function; run in the engine's environment, without
+the project.
 
     python engine_checks.py HOME ENGINE FORM OUTCOME.json
 
-HOME is as rows.py has it, with `gguf`, a file for llama.cpp. Written is null where the engine did as the training class
-does, else the error in one line.
+HOME is as rows.py has it, with `gguf`, a file for llama.cpp. Written is null where the engine did
+as the training class does, else the error in one line.
 """
 
 import json
@@ -44,22 +45,32 @@ def check_peft(case: Case) -> None:
 
     ids, prompt = ids_of(case), case.prompt()
     options = {"target_modules": ["query_key_value"], "r": 4, "task_type": "CAUSAL_LM"}
-    expect_close(get_peft_model(case.model(), LoraConfig(**options))(ids).logits, case.reference["logits"])
+    expect_close(
+        get_peft_model(case.model(), LoraConfig(**options))(ids).logits, case.reference["logits"]
+    )
     model = get_peft_model(case.model(), LoraConfig(**options, init_lora_weights=False))
     model(ids, labels=ids).loss.backward()
     without = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     expect_equal(without, [])
     adapted = model.eval()(ids).logits.detach()
-    expect_equal(bool(torch.allclose(adapted, torch.tensor(case.reference["logits"]), atol=0.1)), False)
+    expect_equal(
+        bool(torch.allclose(adapted, torch.tensor(case.reference["logits"]), atol=0.1)), False
+    )
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         again = PeftModel.from_pretrained(case.model(), directory).eval()
     expect_close(again(ids).logits, adapted)
     texts = [
         again.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8, use_cache=use
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=8,
+            use_cache=use,
         )
         for use in (True, False)
     ]
@@ -69,19 +80,33 @@ def check_peft(case: Case) -> None:
 
 @engine("trl")
 def check_trl(case: Case) -> None:
-    """SFTTrainer with its defaults, in fp32: the end token is taught, and a step makes the loss smaller."""
+    """SFTTrainer with its defaults, in fp32: the end token is taught, and a step makes the loss
+    smaller.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     text = case.reference["texts_of_prompts"][0]
     with tempfile.TemporaryDirectory() as directory:
         arguments = SFTConfig(
-            output_dir=directory, max_steps=6, learning_rate=1e-3, per_device_train_batch_size=2, logging_steps=1,
-            report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, max_length=64,
-        )  # fmt: skip
+            output_dir=directory,
+            max_steps=6,
+            learning_rate=1e-3,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            max_length=64,
+        )
         dataset = Dataset.from_dict({"text": [text, text[: len(text) // 2]]})
         trainer = SFTTrainer(
-            model=case.model(), args=arguments, train_dataset=dataset, processing_class=case.tokenizer()
+            model=case.model(),
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=case.tokenizer(),
         )
         batch = next(iter(trainer.get_train_dataloader()))
         ends = [[label for label in row if label != -100][-1] for row in batch["labels"].tolist()]
@@ -141,7 +166,9 @@ def check_ctranslate2(case: Case) -> None:
     expected = case.greedy()
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "converted"
-        ctranslate2.converters.TransformersConverter(str(case.directory), trust_remote_code=True).convert(str(output))
+        ctranslate2.converters.TransformersConverter(
+            str(case.directory), trust_remote_code=True
+        ).convert(str(output))
         generator = ctranslate2.Generator(str(output), device="cpu")
         tokens = case.tokenizer().convert_ids_to_tokens(case.prompt()[0].tolist())
         (result,) = generator.generate_batch(
@@ -154,26 +181,37 @@ def check_ctranslate2(case: Case) -> None:
 def check_vllm(case: Case) -> None:
     """Greedy text of a batch; the export's own class through vLLM's transformers backend."""
     os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR",
-    )  # fmt: skip
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
     from vllm import LLM, SamplingParams
 
     backend = {"model_impl": "transformers"} if case.form == "tablefree" else {}
     model = LLM(
-        model=str(case.directory), trust_remote_code=True, dtype="float32", max_model_len=CONTEXT, max_num_seqs=4,
-        enforce_eager=True, **backend,
-    )  # fmt: skip
+        model=str(case.directory),
+        trust_remote_code=True,
+        dtype="float32",
+        max_model_len=CONTEXT,
+        max_num_seqs=4,
+        enforce_eager=True,
+        **backend,
+    )
     prompts = [{"prompt_token_ids": ids} for ids in case.reference["prompts"]]
     longest = max(map(len, case.reference["greedy"]))
-    outputs = model.generate(prompts, SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True))
+    outputs = model.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True)
+    )
     for output, expected in zip(outputs, case.reference["greedy"], strict=True):
         expect_equal(list(output.outputs[0].token_ids)[: len(expected)], expected)
 
 
 @engine("cyllama")
 def check_llama_cpp(case: Case) -> None:
-    """llama.cpp as cyllama has it: ids, logits to 1 % of their spread, the likeliest id where it is clear.
+    """llama.cpp as cyllama has it: ids, logits to 1 % of their spread, the likeliest id where it is
+    clear.
 
     Its GELU is tanh's and its keys and values are kept in f16: seen were 0.023 at a spread of 4.1.
     """
@@ -191,7 +229,9 @@ def check_llama_cpp(case: Case) -> None:
     parameters = llama_cpp.LlamaModelParams()
     parameters.n_gpu_layers = 0
     model = Model(str(path), parameters, verbose=False)
-    for text, prompt in zip(case.reference["texts_of_prompts"], case.reference["prompts"], strict=True):
+    for text, prompt in zip(
+        case.reference["texts_of_prompts"], case.reference["prompts"], strict=True
+    ):
         expect_equal(list(model.get_vocab().tokenize(text, False, False)), prompt)
     ids = ids_of(case)[0].tolist()
     options = llama_cpp.LlamaContextParams()

@@ -1,12 +1,14 @@
 """Environments that hold other packages than the one the tests run in, but share its torch.
 
-A virtual environment is made without anything; a path file shows it torch, as links into the environment that runs
-the tests. So pip finds torch there and installs only what was asked for and what that needs: seconds, where torch alone
-takes half a minute and, from its default index, is a CUDA build of gigabytes. The links lie outside of the environment:
-what pip finds outside, it neither changes nor removes; what it installs stands in front.
+A virtual environment is made without anything; a path file shows it torch, as links into the
+environment that runs the tests. So pip finds torch there and installs only what was asked for and
+what that needs: seconds, where torch alone takes half a minute and, from its default index, is a
+CUDA build of gigabytes. The links lie outside of the environment: what pip finds outside, it
+neither changes nor removes; what it installs stands in front.
 
-What is made is kept in the user's cache directory. Its name is a digest of all that decides its content, so another
-Python, torch or requirement makes another; those whose base is gone are removed.
+What is made is kept in the user's cache directory. Its name is a digest of all that decides its
+content, so another Python, torch or requirement makes another; those whose base is gone are
+removed.
 """
 
 import contextlib
@@ -42,11 +44,23 @@ def cache_directory() -> Path:
 
 
 def pip(*arguments: str, python: Path | None = None) -> str:
-    """What the pip of this environment prints, working on another one if told its interpreter. Raises RegistryError."""
+    """What the pip of this environment prints, working on another one if told its interpreter.
+    Raises RegistryError.
+    """
     target = ["--python", str(python)] if python else []
-    command = [sys.executable, "-m", "pip", *target, "--disable-pip-version-check", "--quiet", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *target,
+        "--disable-pip-version-check",
+        "--quiet",
+        *arguments,
+    ]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         raise RegistryError(f"pip {' '.join(arguments)}: no end after {PIP_TIMEOUT_S} s") from None
     if result.returncode != 0:
@@ -58,14 +72,17 @@ def pip(*arguments: str, python: Path | None = None) -> str:
 
 def newest_version(requirement: str) -> str:
     """The version that pip would install for a requirement today. Raises RegistryError."""
-    report = pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", requirement)
+    report = pip(
+        "install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", requirement
+    )
     (install,) = json.loads(report)["install"]
     return str(install["metadata"]["version"])
 
 
 def with_companions(names: Iterable[str]) -> dict[str, Distribution]:
-    """Installed distributions by name, each with those that it pins exactly and that are here: what makes a torch a
-    CUDA build comes as such packages, of gigabytes; what has a range is left to pip.
+    """Installed distributions by name, each with those that it pins exactly and that are here: what
+    makes a torch a CUDA build comes as such packages, of gigabytes; what has a range is left to
+    pip.
     """
     found: dict[str, Distribution] = {}
     wanted = list(names)
@@ -74,7 +91,9 @@ def with_companions(names: Iterable[str]) -> dict[str, Distribution]:
         if name in found:
             continue
         found[name] = distribution(name)
-        pinned = [re.match(r"([\w.-]+)[^;]*==", requirement) for requirement in found[name].requires or ()]
+        pinned = [
+            re.match(r"([\w.-]+)[^;]*==", requirement) for requirement in found[name].requires or ()
+        ]
         wanted += [match[1] for match in pinned if match and is_installed(match[1])]
     return found
 
@@ -122,11 +141,15 @@ def python_of(environment: Path) -> Path:
 
 
 def prepare_environment(
-    requirements: Sequence[str], shared: Sequence[str] = ("torch", "numpy"), without: Sequence[str] = ()
+    requirements: Sequence[str],
+    shared: Sequence[str] = ("torch", "numpy"),
+    without: Sequence[str] = (),
 ) -> Path:
-    """The interpreter of an environment with these requirements, and `shared` as it is here; made if need be.
+    """The interpreter of an environment with these requirements, and `shared` as it is here; made
+    if need be.
 
-    `without` are packages that they bring and that don't fit the shared torch. Raises RegistryError.
+    `without` are packages that they bring and that don't fit the shared torch. Raises
+    RegistryError.
     """
     content: dict[str, Any] = {
         "requirements": [*requirements],
@@ -159,4 +182,11 @@ def make_environment(environment: Path, requirements: Sequence[str], shared: Seq
     (site_packages / "shared.pth").write_text(f"{environment / 'shared'}\n")
     pins = environment / "constraints.txt"
     pins.write_text("".join(f"{name}=={version(name)}\n" for name in shared))
-    pip("install", "--no-compile", "--constraint", str(pins), *requirements, python=python_of(environment))
+    pip(
+        "install",
+        "--no-compile",
+        "--constraint",
+        str(pins),
+        *requirements,
+        python=python_of(environment),
+    )

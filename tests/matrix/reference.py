@@ -1,7 +1,9 @@
-"""A small trained model exported in both forms, and what its training class computes: by that the matrix is judged.
+"""A small trained model exported in both forms, and what its training class computes: by that the
+matrix is judged.
 
-The run is a real one, on real text, short, and long enough that greedy text says something. Nothing here generates
-through transformers: greedy and beam search are a few lines each around the training class's logits, without a cache.
+The run is a real one, on real text, short, and long enough that greedy text says something. Nothing
+here generates through transformers: greedy and beam search are a few lines each around the training
+class's logits, without a cache.
 """
 
 import io
@@ -28,7 +30,11 @@ NEW_TOKENS = 24
 BEAMS = 3
 CLEAR_MARGIN = 1e-3  # of the best logit over the second: far above what kernels differ by
 BEGINNING = "Fellow-Citizens of the Senate and House of Representatives:\n\n"
-PROMPTS = (BEGINNING + "I embrace with great", BEGINNING + "In meeting you again I feel much", BEGINNING[:15])
+PROMPTS = (
+    BEGINNING + "I embrace with great",
+    BEGINNING + "In meeting you again I feel much",
+    BEGINNING[:15],
+)
 TEXTS = (
     "Fellow citizens \u2014 1,024 souls\n\tend",
     "  two  spaces, a tab\tand\n\nempty lines  ",
@@ -42,10 +48,13 @@ CARD_PROMPT = "Question: What is the capital of France?\nAnswer:"
 
 
 def train_and_export(data: Path, home: Path) -> Path:
-    """Train on a data set, export both forms of the last step and of an earlier one; gives the run's directory."""
+    """Train on a data set, export both forms of the last step and of an earlier one; gives the
+    run's directory.
+    """
     recipe = write_recipe(
         home / "recipe.yaml",
-        model={"d_model": 64, "num_layers": 3, "num_heads": 2, "seq_len": SEQ_LEN},  # vLLM wants 32 channels a head
+        # vLLM wants 32 channels a head
+        model={"d_model": 64, "num_layers": 3, "num_heads": 2, "seq_len": SEQ_LEN},
         batch={"global_batch_tokens": 8 * SEQ_LEN, "micro_batch_size": 8},
         checkpoints={"every_steps": DRAFT_STEP, "keep_every": DRAFT_STEP},
         validation={"every_steps": STEPS},
@@ -55,7 +64,14 @@ def train_and_export(data: Path, home: Path) -> Path:
     train(1, recipe, data, run_dir)
     for form in FORMS:
         for name, step in ((form, STEPS), (f"draft_{form}", DRAFT_STEP)):
-            flags = ["--run-dir", str(run_dir), "--output-dir", str(home / name), "--step", str(step)]
+            flags = [
+                "--run-dir",
+                str(run_dir),
+                "--output-dir",
+                str(home / name),
+                "--step",
+                str(step),
+            ]
             with redirect_stdout(io.StringIO()):
                 export_hf.main([*flags, "--architecture", form])
     return run_dir
@@ -66,7 +82,9 @@ def next_logits(model: TableFreeForCausalLM, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids])).logits[0, -1]
 
 
-def greedy(model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_id: int) -> tuple[list[int], list[Any]]:
+def greedy(
+    model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_id: int
+) -> tuple[list[int], list[Any]]:
     """The likeliest id, `steps` times or up to the end token, and the logits it was chosen by."""
     new: list[int] = []
     chosen_by: list[Any] = []
@@ -80,7 +98,9 @@ def greedy(model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_id: i
     return new, chosen_by
 
 
-def beam_search(model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_id: int) -> list[list[int]]:
+def beam_search(
+    model: TableFreeForCausalLM, prompt: list[int], steps: int, eos_id: int
+) -> list[list[int]]:
     """The likeliest continuations of that length, best first, the end token left out."""
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(steps):
@@ -107,24 +127,34 @@ def log_likelihood(model: TableFreeForCausalLM, ids: list[int], context: int) ->
 def last_hidden_state(model: TableFreeForCausalLM, ids: Tensor) -> Tensor:
     """What enters the output projection, (B, T, D)."""
     seen: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     model(ids)
     hook.remove()
     return seen[0]
 
 
 def training_figures(model: TableFreeForCausalLM, rows: list[list[int]]) -> dict[str, Any]:
-    """Loss and norm of the gradient of one step over rows of unequal length: the mean over all their targets."""
+    """Loss and norm of the gradient of one step over rows of unequal length: the mean over all
+    their targets.
+    """
     model.zero_grad()
     nats = [
-        F.cross_entropy(model(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum")
+        F.cross_entropy(
+            model(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
+        )
         for row in rows
     ]
     loss = torch.stack(nats).sum() / sum(len(row) - 1 for row in rows)
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     model.zero_grad()
-    return {"training_rows": rows, "training_loss": loss.item(), "training_gradient_norm": norm.item()}
+    return {
+        "training_rows": rows,
+        "training_loss": loss.item(),
+        "training_gradient_norm": norm.item(),
+    }
 
 
 def first_gradient(model: TableFreeForCausalLM, ids: Tensor) -> dict[str, Any]:
@@ -161,7 +191,9 @@ def write_reference(run_dir: Path, home: Path) -> dict[str, Any]:
         beams = beam_search(model, prompts[0], NEW_TOKENS // 2, eos_id)
         hidden = last_hidden_state(model, ids)
         nats = log_likelihood(model, encode(SCORED[0] + SCORED[1]), len(encode(SCORED[0])))
-        by_the_card = encode(CARD_PROMPT) + greedy(model, encode(CARD_PROMPT), CARD_NEW_TOKENS, eos_id)[0]
+        by_the_card = (
+            encode(CARD_PROMPT) + greedy(model, encode(CARD_PROMPT), CARD_NEW_TOKENS, eos_id)[0]
+        )
     reference = {
         "ids": ids.tolist(),
         "logits": output.logits.tolist(),

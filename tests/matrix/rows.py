@@ -1,11 +1,13 @@
-"""What people do with an export, a row each, under the transformers of the interpreter that runs this.
+"""What people do with an export, a row each, under the transformers of the interpreter that runs
+this.
 
     python rows.py HOME OUTCOMES.json
 
-HOME holds what tests/test_matrix.py laid there: `tablefree`, `gpt_neox`, the two forms; `draft_tablefree`,
-`draft_gpt_neox`, those of an earlier step; `reference.json`, what the training class computes (see reference.py). A row
-compares with that, never with transformers itself. Written are the version, and for each form and row null where all
-was as the training class has it, else the error in one line. Neither the project nor pytest is at hand here.
+HOME holds what tests/test_matrix.py laid there: `tablefree`, `gpt_neox`, the two forms;
+`draft_tablefree`, `draft_gpt_neox`, those of an earlier step; `reference.json`, what the training
+class computes (see reference.py). A row compares with that, never with transformers itself. Written
+are the version, and for each form and row null where all was as the training class has it, else the
+error in one line. Neither the project nor pytest is at hand here.
 """
 
 import contextlib
@@ -35,7 +37,8 @@ FORMS = ("tablefree", "gpt_neox")
 LOGITS_TOLERANCE = 2e-4  # the logits spread over some 10; kernels differ in the order of sums only
 LOSS_TOLERANCE = 1e-4  # Trainer logs that many digits
 CACHE_LENGTH = 64
-COUNT_FIRST_IDS = ("4.57.6", "5.0.0")  # their Trainer counts a row's first id as a target, which no causal model has
+# their Trainer counts a row's first id as a target, which no causal model has
+COUNT_FIRST_IDS = ("4.57.6", "5.0.0")
 MANY_CHARACTERS = 300  # of an error's message
 
 
@@ -108,7 +111,11 @@ def continue_greedily(case: Case, model: Any = None, **options: Any) -> None:
     expected = case.greedy()
     model = model or case.model()
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(expected), **options
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=len(expected),
+        **options,
     )
     expect_equal(output[0, prompt.shape[1] :].tolist(), expected)
 
@@ -120,7 +127,9 @@ def continue_greedily(case: Case, model: Any = None, **options: Any) -> None:
 def load_completely(case: Case) -> None:
     options = {"trust_remote_code": True} if case.form == "tablefree" else {}
     AutoConfig.from_pretrained(case.directory, **options)
-    _, info = AutoModelForCausalLM.from_pretrained(case.directory, output_loading_info=True, **options)
+    _, info = AutoModelForCausalLM.from_pretrained(
+        case.directory, output_loading_info=True, **options
+    )
     expect_equal({kind: sorted(names) for kind, names in info.items() if names}, {})
 
 
@@ -129,7 +138,9 @@ def logits(case: Case) -> None:
     ids = torch.tensor(case.reference["ids"])
     model = case.model()
     expect_close(model(ids).logits, case.reference["logits"])
-    expect_close(model(ids, logits_to_keep=1).logits[:, -1], torch.tensor(case.reference["logits"])[:, -1])
+    expect_close(
+        model(ids, logits_to_keep=1).logits[:, -1], torch.tensor(case.reference["logits"])[:, -1]
+    )
 
 
 @row('logits, loaded with `device_map="auto"`')
@@ -225,9 +236,13 @@ def greedy_with_a_prompt_in_chunks(case: Case) -> None:
 def scores_of_each_step(case: Case) -> None:
     prompt = case.prompt()
     output = case.model().generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(case.greedy()),
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=len(case.greedy()),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     expect_close(torch.stack(output.logits, dim=1)[0], case.reference["greedy_logits"])
 
 
@@ -239,9 +254,14 @@ def beams(case: Case) -> None:
     prompt = case.prompt()
     wanted = case.reference["beams"]
     output = case.model().generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=case.reference["num_beams"],
-        num_return_sequences=len(wanted), min_new_tokens=len(wanted[0]), max_new_tokens=len(wanted[0]),
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=case.reference["num_beams"],
+        num_return_sequences=len(wanted),
+        min_new_tokens=len(wanted[0]),
+        max_new_tokens=len(wanted[0]),
+    )
     expect_equal(output[:, prompt.shape[1] :].tolist(), wanted)
 
 
@@ -255,7 +275,10 @@ def left_padded_batch(case: Case) -> None:
         raise AssertionError("prompts of one length pad nothing")
     steps = max(map(len, case.reference["greedy"]))
     output = case.model().generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=steps
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        do_sample=False,
+        max_new_tokens=steps,
     )
     for new, expected in zip(output[:, longest:].tolist(), case.reference["greedy"], strict=True):
         expect_equal(new[: len(expected)], expected)
@@ -314,7 +337,9 @@ def text_generation_pipeline(case: Case) -> None:
 
     generator = pipeline("text-generation", model=str(case.directory), trust_remote_code=True)
     text = case.reference["texts_of_prompts"][0]
-    (output,) = generator(text, do_sample=False, max_new_tokens=len(case.greedy()), return_full_text=False)
+    (output,) = generator(
+        text, do_sample=False, max_new_tokens=len(case.greedy()), return_full_text=False
+    )
     expect_equal(output["generated_text"], case.reference["greedy_text"])
 
 
@@ -332,11 +357,15 @@ def example_of_the_card(case: Case) -> None:
 
 
 def train_a_step(case: Case, rows_at_a_time: int, **options: Any) -> dict[str, float]:
-    """What Trainer logs of one step over the two rows of unequal length; the weights stay as they are."""
-    from transformers import Trainer, TrainingArguments  # which needs accelerate; not every engine's environment has it
+    """What Trainer logs of one step over the two rows of unequal length; the weights stay as
+    they are.
+    """
+    # which needs accelerate; not every engine's environment has it
+    from transformers import Trainer, TrainingArguments
 
     model = case.model()
-    if case.form == "gpt_neox":  # so that the norm of the gradient is over the same weights in both forms
+    # so that the norm of the gradient is over the same weights in both forms
+    if case.form == "gpt_neox":
         model.get_input_embeddings().weight.requires_grad_(False)
     rows = case.reference["training_rows"]
     longest = max(map(len, rows))
@@ -346,16 +375,27 @@ def train_a_step(case: Case, rows_at_a_time: int, **options: Any) -> dict[str, f
         padded = [(row["input_ids"], length - len(row["input_ids"])) for row in chosen]
         return {
             "input_ids": torch.tensor([ids + [0] * padding for ids, padding in padded]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * padding for ids, padding in padded]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * padding for ids, padding in padded]
+            ),
             "labels": torch.tensor([ids + [-100] * padding for ids, padding in padded]),
         }
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
-            output_dir=directory, per_device_train_batch_size=rows_at_a_time,
-            gradient_accumulation_steps=len(rows) // rows_at_a_time, max_steps=1, learning_rate=0.0, logging_steps=1,
-            max_grad_norm=1e9, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
-        )  # fmt: skip
+            output_dir=directory,
+            per_device_train_batch_size=rows_at_a_time,
+            gradient_accumulation_steps=len(rows) // rows_at_a_time,
+            max_steps=1,
+            learning_rate=0.0,
+            logging_steps=1,
+            max_grad_norm=1e9,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
         dataset = [{"input_ids": ids} for ids in rows]
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -364,12 +404,16 @@ def train_a_step(case: Case, rows_at_a_time: int, **options: Any) -> dict[str, f
 
 
 def expect_the_step(case: Case, logged: dict[str, float]) -> None:
-    """Loss and norm of the gradient must be those of the mean over all targets of the step, as that Trainer counts."""
+    """Loss and norm of the gradient must be those of the mean over all targets of the step, as
+    that Trainer counts.
+    """
     share = 1.0
     if transformers.__version__ in COUNT_FIRST_IDS:
         rows = case.reference["training_rows"]
         share = sum(len(ids) - 1 for ids in rows) / sum(map(len, rows))
-    expect_close(torch.tensor(logged["loss"]), share * case.reference["training_loss"], LOSS_TOLERANCE)
+    expect_close(
+        torch.tensor(logged["loss"]), share * case.reference["training_loss"], LOSS_TOLERANCE
+    )
     norm = share * case.reference["training_gradient_norm"]
     expect_close(torch.tensor(logged["grad_norm"]), norm, tolerance=1e-3 * norm)
 
@@ -389,11 +433,17 @@ def gradient_checkpointing(case: Case) -> None:
     ids = torch.tensor(case.reference["ids"])
     for reentrant in (False, True):
         model = case.model().train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
         if not model.is_gradient_checkpointing:
             raise AssertionError("gradient_checkpointing_enable() did nothing")
         model(ids, labels=ids, use_cache=False).loss.backward()
-        (weight,) = (p for name, p in model.named_parameters() if name.endswith(case.reference["first_weight"]))
+        (weight,) = (
+            p
+            for name, p in model.named_parameters()
+            if name.endswith(case.reference["first_weight"])
+        )
         expect_close(weight.grad, case.reference["first_gradient"], tolerance=1e-5)
 
 
@@ -403,7 +453,9 @@ def input_require_grads(case: Case) -> None:
     model = case.model().train()
     model.enable_input_require_grads()
     model(ids, labels=ids).loss.backward()
-    (weight,) = (p for name, p in model.named_parameters() if name.endswith(case.reference["first_weight"]))
+    (weight,) = (
+        p for name, p in model.named_parameters() if name.endswith(case.reference["first_weight"])
+    )
     expect_close(weight.grad, case.reference["first_gradient"], tolerance=1e-5)
 
 
@@ -412,7 +464,10 @@ def saved_and_loaded(case: Case) -> None:
     ids = torch.tensor(case.reference["ids"])
     with tempfile.TemporaryDirectory() as directory:
         case.model().save_pretrained(directory)
-        saved_code, code = (sorted(path.name for path in at.glob("*.py")) for at in (Path(directory), case.directory))
+        saved_code, code = (
+            sorted(path.name for path in at.glob("*.py"))
+            for at in (Path(directory), case.directory)
+        )
         expect_equal(saved_code, code)
         expect_close(load(Path(directory))(ids).logits, case.reference["logits"])
 
@@ -439,7 +494,10 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     reference = json.loads((home / "reference.json").read_bytes())
-    outcomes = {form: {name: outcome(f, Case(form, home, reference)) for name, f in ROWS.items()} for form in FORMS}
+    outcomes = {
+        form: {name: outcome(f, Case(form, home, reference)) for name, f in ROWS.items()}
+        for form in FORMS
+    }
     content = {"transformers": transformers.__version__, "forms": outcomes}
     outcomes_path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
