@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import layout, shards
-from data_prep.encode import LoadedTokenizer, load_tokenizer
+from data_prep.building.left_out import Finished, bad_documents, check_left_out, first_rows
+from data_prep.building.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
+from data_prep.building.one_input import warning_of_one_input
+from data_prep.building.ranks import Communicator, Progress, connect, together
+from data_prep.building.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
+from data_prep.building.work_units import WorkUnit
 from data_prep.errors import (
     CommandParser,
     UserError,
@@ -28,10 +33,6 @@ from data_prep.errors import (
     parse_json,
     printable,
 )
-from data_prep.left_out import Finished, bad_documents, check_left_out, first_rows
-from data_prep.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
-from data_prep.one_input import warning_of_one_input
-from data_prep.ranks import Communicator, Progress, connect, together
 from data_prep.shards import (
     NO_LOSS,
     SPLITS,
@@ -45,8 +46,7 @@ from data_prep.shards import (
     write_durably,
 )
 from data_prep.show import describe, print_epochs
-from data_prep.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
-from data_prep.work_units import WorkUnit
+from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
 
 BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from data_prep.urls import without_credentials
+from data_prep.inputs.urls import without_credentials
 
 if TYPE_CHECKING:
     import pydantic

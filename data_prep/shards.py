@@ -43,6 +43,7 @@ from data_prep.files import digest_file as digest_file
 from data_prep.files import fsync_directory as fsync_directory
 from data_prep.files import replace_directory as replace_directory
 from data_prep.files import write_durably as write_durably
+from data_prep.inputs.urls import without_credentials as without_credentials
 from data_prep.layout import SHARDS_NAME
 from data_prep.layout import SPLITS as SPLITS
 from data_prep.layout import UNITS_NAME as UNITS_NAME
@@ -50,7 +51,6 @@ from data_prep.locks import HOLDER_NAME as HOLDER_NAME
 from data_prep.locks import LOCK_NAME as LOCK_NAME
 from data_prep.locks import Lock as Lock
 from data_prep.locks import lock as lock
-from data_prep.urls import without_credentials as without_credentials
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
-from data_prep.encode import LoadedTokenizer, load_tokenizer
+from data_prep.building.one_input import warning_of_one_input
 from data_prep.errors import CommandParser, UserError, exit_code, large_number, printable
-from data_prep.one_input import warning_of_one_input
+from data_prep.inputs.urls import without_credentials
 from data_prep.shards import (
     BLOCK_SAMPLES,
     MAX_VOCAB_SIZE,
@@ -27,7 +27,7 @@ from data_prep.shards import (
     ShardReader,
     Source,
 )
-from data_prep.urls import without_credentials
+from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
 
 SAMPLE_CHARACTERS = 300
 TRACE_TOKENS = 40  # shown on either side

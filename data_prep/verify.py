@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from data_prep import shards
 from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
-from data_prep.encode import load_tokenizer
+from data_prep.building.mixture import load_mixture, make_plan, mixture_path
+from data_prep.building.ranks import Communicator, Progress
+from data_prep.building.unit_shards import UnitBuilder, shard_path
 from data_prep.errors import CommandParser, UserError, exit_code, parse_json, printable
-from data_prep.flat_arrays import Offsets
-from data_prep.mixture import load_mixture, make_plan, mixture_path
-from data_prep.ranks import Communicator, Progress
+from data_prep.formats.flat_arrays import Offsets
 from data_prep.shards import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -37,7 +37,7 @@ from data_prep.shards import (
     Manifest,
     Shard,
 )  # fmt: skip
-from data_prep.unit_shards import UnitBuilder, shard_path
+from data_prep.tokenizer.encode import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
 

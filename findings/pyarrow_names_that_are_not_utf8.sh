@@ -5,7 +5,7 @@
 # Such names are valid on Linux, and common in archives from elsewhere. Python's own open() takes them (PEP 383).
 # Seen: ParquetFile, read_table, memory_map and get_file_info raise UnicodeEncodeError; get_file_info of the directory
 # that holds it raises UnicodeDecodeError, though the other file in it is well named; through open() it reads.
-# Here: data_prep/local_files.py refuses such a name when files are listed, in one line that spells it in escapes
+# Here: data_prep/inputs/local_files.py refuses such a name when files are listed, in one line that spells it in escapes
 # (tests/test_local_files.py::test_names_that_are_not_utf8_are_refused_when_listed).
 set -euo pipefail
 scratch=$(mktemp -d)

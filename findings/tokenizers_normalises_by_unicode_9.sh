@@ -3,7 +3,7 @@
 #
 # Marks that came with Unicode 10 or later count as ordinary characters: they are not put into canonical order, so two
 # spellings of one text, equal by the standard, get different ids. Python's unicodedata (14) orders them. Answered here
-# by data_prep/doubtful_characters.py: texts with such characters are encoded by the reference, whoever encodes the rest.
+# by data_prep/tokenizer/doubtful_characters.py: texts with such characters are encoded by the reference, whoever encodes the rest.
 set -euo pipefail
 
 scratch=$(mktemp -d)

@@ -4,7 +4,7 @@
 # The same text given to train_from_iterator as whole documents learns such tokens and encodes code in fewer.
 # Encoding never cuts at line ends, so nothing shows it later.
 #
-# Here: data_prep/byte_bpe.py writes documents so that gigabpe learns them whole;
+# Here: data_prep/tokenizer/byte_bpe.py writes documents so that gigabpe learns them whole;
 # tests/test_train_tokenizer.py compares its merges with those of train_from_iterator.
 set -euo pipefail
 

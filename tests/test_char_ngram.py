@@ -27,9 +27,16 @@ from prep_helpers import (
 from prep_helpers import source as mixture_source
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_prep import char_ngram, train_tokenizer
-from data_prep.encode import Encoder, LoadedTokenizer, load_tokenizer, new_encoder, reference_ids
+from data_prep import train_tokenizer
 from data_prep.errors import UserError
+from data_prep.tokenizer import char_ngram
+from data_prep.tokenizer.encode import (
+    Encoder,
+    LoadedTokenizer,
+    load_tokenizer,
+    new_encoder,
+    reference_ids,
+)
 
 SPELLINGS = (
     "<pad>",

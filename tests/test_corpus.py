@@ -30,11 +30,12 @@ from prep_helpers import (
     write_parquet,
 )
 
-from data_prep import corpus, inputs
-from data_prep.corpus import read_documents
+from data_prep.building.work_units import WorkUnit, cut_units, format_of
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile
-from data_prep.work_units import WorkUnit, cut_units, format_of
+from data_prep.formats import corpus
+from data_prep.formats.corpus import read_documents
+from data_prep.inputs import sources as inputs
+from data_prep.inputs.sources import InputFile
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -309,11 +310,11 @@ def test_bad_lines_are_named_or_left_out(
     unit_bytes: int,
 ) -> None:
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 300)
-    monkeypatch.setattr("data_prep.json_lines.MAX_LINE_BYTES", 500)
-    monkeypatch.setattr("data_prep.json_lines.READ_BYTES", 64)
-    monkeypatch.setattr("data_prep.json_lines.COMPRESSED_BYTES", 1)
+    monkeypatch.setattr("data_prep.formats.json_lines.MAX_LINE_BYTES", 500)
+    monkeypatch.setattr("data_prep.formats.json_lines.READ_BYTES", 64)
+    monkeypatch.setattr("data_prep.formats.json_lines.COMPRESSED_BYTES", 1)
     if line.startswith(b"[["):
-        monkeypatch.setattr("data_prep.json_lines.MAX_LINE_BYTES", 200_000)
+        monkeypatch.setattr("data_prep.formats.json_lines.MAX_LINE_BYTES", 200_000)
     path = tmp_path / f"a.{format}"
     content = b'{"text": "x"}\n\n' * 3 + line + b'\n{"text": "y"}\n'
     path.write_bytes(gzip.compress(content) if format == "jsonl.gz" else content)
@@ -404,7 +405,7 @@ def test_bad_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_left_out_documents_are_counted_and_listed(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
 ) -> None:
-    monkeypatch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 4000)
+    monkeypatch.setattr("data_prep.building.work_units.MIN_UNIT_BYTES", 4000)
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 5000)
     bad = [{"text": None}, {"\ud800\n": 1}, {"text": "x" * 5001}]
     records = [*({"text": text} for text in texts), {"text": ""}, *bad] * 3
@@ -607,7 +608,7 @@ def test_a_files_name_tells_its_format() -> None:
 
 def test_a_unit_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", 40)
-    monkeypatch.setattr("data_prep.json_lines.READ_BYTES", 20)
+    monkeypatch.setattr("data_prep.formats.json_lines.READ_BYTES", 20)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 6}) + "\n\n" for _ in range(5)))
     (unit,) = units_of(path, format="jsonl")

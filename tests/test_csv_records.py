@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_corpus import read, read_error, units_of
 
-from data_prep.csv_records import header_ending, read_records
+from data_prep.formats.csv_records import header_ending, read_records
 
 TEXTS = [
     "first half\rsecond half",

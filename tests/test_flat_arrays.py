@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 from prep_helpers import REPOSITORY, source, write_jsonl, write_mixture, write_parquet
 
-from data_prep.flat_arrays import (
+from data_prep.formats.flat_arrays import (
     arrow_ids,
     arrow_mask,
     byte_lengths,

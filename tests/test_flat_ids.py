@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretokenized import EOS, HUGE, input_file, read_all
 
-from data_prep import flat_ids
+from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.flat_ids import check_lengths, refuse_other_width
-from data_prep.inputs import InputFile
-from data_prep.pretokenized import cut_ids, read_ids
-from data_prep.work_units import cut_units
+from data_prep.formats.pretokenized import flat_ids
+from data_prep.formats.pretokenized.documents import cut_ids, read_ids
+from data_prep.formats.pretokenized.flat_ids import check_lengths, refuse_other_width
+from data_prep.inputs.sources import InputFile
 
 MANY = np.random.default_rng(0).integers(6, 50_000, 300_000)
 MANY[24::50] = EOS

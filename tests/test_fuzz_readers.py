@@ -14,11 +14,11 @@ from prep_helpers import NASTY_TEXTS, write_jsonl, write_parquet
 from test_corpus import input_files, write_arrow, write_csv
 from test_pretokenized import EOS, llm_c_header, write_megatron, write_uint16
 
-from data_prep import pretokenized
-from data_prep.corpus import read_documents
+from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile
-from data_prep.work_units import cut_units
+from data_prep.formats.corpus import read_documents
+from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.inputs.sources import InputFile
 
 CASES = int(os.environ.get("FUZZ_CASES", "40"))
 TEXTS = [*NASTY_TEXTS, "", "x" * 300, *(f"document {i} of many" for i in range(30))]

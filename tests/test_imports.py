@@ -13,9 +13,9 @@ from conftest import REPOSITORY
 from prep_helpers import build, build_error, decoded, source, write_mixture
 from test_pretokenized import input_file
 
-from data_prep.encode import load_tokenizer, reference_ids
-from data_prep.pretokenized import cut_ids, read_ids
+from data_prep.formats.pretokenized.documents import cut_ids, read_ids
 from data_prep.shards import ShardReader
+from data_prep.tokenizer.encode import load_tokenizer, reference_ids
 
 TOKENISED = REPOSITORY / "tests" / "data" / "tokenised"
 TEXTS = [

@@ -25,9 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prep_helpers import write_jsonl, write_parquet
 
-from data_prep import inputs
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile, find_inputs, open_input
+from data_prep.inputs import sources as inputs
+from data_prep.inputs.sources import InputFile, find_inputs, open_input
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -122,7 +122,7 @@ def find_error(pattern: str, base: Path = Path("/nowhere")) -> str:
 
 def test_importing_is_cheap() -> None:
     code = (
-        "import sys, data_prep.inputs; print({'datasets', 'huggingface_hub', 'torch'} & "
+        "import sys, data_prep.inputs.sources; print({'datasets', 'huggingface_hub', 'torch'} & "
         "sys.modules.keys())"
     )
     printed = subprocess.run(
@@ -423,7 +423,7 @@ def test_unusable_objects(bucket: Any, capsys: pytest.CaptureFixture[str]) -> No
 CHILD = """
 import contextlib, dataclasses, io, json, sys, time
 import pyarrow.parquet as pq
-from data_prep import inputs
+from data_prep.inputs import sources as inputs
 from data_prep.errors import UserError
 time.sleep = lambda seconds: None
 

@@ -142,7 +142,7 @@ def rank_processes(pid: int) -> list[int]:
     for one in family(pid):
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{one}/cmdline").read_bytes().split(b"\0")
-            if b"python" in command[0] and b"data_prep.reference" not in command:
+            if b"python" in command[0] and b"data_prep.tokenizer.reference" not in command:
                 found.append(one)
     return found
 

@@ -14,8 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import json_lines
-from data_prep.json_lines import blocks, line_cuts, parse_block, read_chunks
+from data_prep.formats import json_lines
+from data_prep.formats.json_lines import blocks, line_cuts, parse_block, read_chunks
 
 fuzz = settings(deadline=None, max_examples=int(os.environ.get("FUZZ_CASES", "200")))
 

@@ -183,7 +183,7 @@ def test_a_file_without_one_good_row_is_an_error_also_with_skip(
     expected = f"source 's': {tmp_path / name}: not one good row in it, bad: "
     assert expected in build_error(mixture, tmp_path / "few")
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 10)
+        patch.setattr("data_prep.building.work_units.MIN_UNIT_BYTES", 10)
         assert expected in build_error(mixture, tmp_path / "cut")
     for number in range(40):
         write_jsonl(tmp_path / f"more-{number}.jsonl", [f"document {number}"])
@@ -266,8 +266,8 @@ def test_so_is_one_that_is_most_of_a_work_unit(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its share of the source is."""
-    monkeypatch.setattr("data_prep.left_out.LARGE_BYTES", 1000)
-    monkeypatch.setattr("data_prep.work_units.MIN_UNIT_BYTES", 5000)
+    monkeypatch.setattr("data_prep.building.left_out.LARGE_BYTES", 1000)
+    monkeypatch.setattr("data_prep.building.work_units.MIN_UNIT_BYTES", 5000)
     (tmp_path / "a.jsonl").write_bytes(LINES.encode() + bytes(4000) + b"\n" + LINES.encode())
     sources = [source("s", "a.jsonl", format="jsonl")]
     mixture = write_mixture(

@@ -21,8 +21,8 @@ from prep_helpers import (
 
 from data_prep import train_tokenizer
 from data_prep.errors import UserError
-from data_prep.inputs import find_inputs
-from data_prep.local_files import escaped, refuse_inside, warn_of_gaps
+from data_prep.inputs.local_files import escaped, refuse_inside, warn_of_gaps
+from data_prep.inputs.sources import find_inputs
 from data_prep.shards import load_manifest
 
 pytest_plugins = ("prep_fixtures",)

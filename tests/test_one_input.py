@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from prep_helpers import build, source, speeches, write_jsonl, write_mixture
 
-from data_prep import byte_bpe, show, train_tokenizer
+from data_prep import show, train_tokenizer
+from data_prep.tokenizer import byte_bpe
 
 pytest_plugins = ("prep_fixtures",)
 

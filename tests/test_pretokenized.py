@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from data_prep import flat_ids, pretokenized
-from data_prep.encode import LoadedTokenizer, decode_ids, load_tokenizer, new_encoder
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile
-from data_prep.pretokenized import cut_ids, read_ids
+from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.pretokenized import flat_ids
+from data_prep.formats.pretokenized.documents import cut_ids, read_ids
+from data_prep.inputs.sources import InputFile
+from data_prep.tokenizer.encode import LoadedTokenizer, decode_ids, load_tokenizer, new_encoder
 
 pytest_plugins = ("prep_fixtures",)
 

@@ -12,7 +12,7 @@ pytestmark = needs_mpi
 
 CONNECT = """
 import os, sys
-from data_prep import ranks
+from data_prep.building import ranks
 rank = int(os.environ["PMI_RANK"])
 os.sched_getaffinity = lambda pid: {cores}
 world, threads = ranks.connect()
@@ -46,7 +46,7 @@ def run_ranks(base: Path, program: str) -> subprocess.CompletedProcess[str]:
 def test_one_bar_for_all(tmp_path: Path) -> None:
     program = """
 import time
-from data_prep.ranks import Progress, connect
+from data_prep.building.ranks import Progress, connect
 world, _ = connect()
 progress = Progress(world, 100_000_000)
 progress.bar.mininterval = progress.bar.delay = 0
@@ -68,7 +68,7 @@ def test_an_error_reaches_ranks_at_work(tmp_path: Path) -> None:
     program = """
 import sys
 from data_prep.errors import UserError, exit_code
-from data_prep.ranks import Progress, connect, together
+from data_prep.building.ranks import Progress, connect, together
 world, _ = connect()
 progress = Progress(world, 100)
 
@@ -89,7 +89,7 @@ sys.exit(exit_code(lambda: together(world, work)))
 def test_a_defect_of_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     program = f"""
 import time
-from data_prep.ranks import connect
+from data_prep.building.ranks import connect
 world, _ = connect()
 if world.rank == {rank}:
     raise KeyError("defect")
@@ -104,7 +104,7 @@ def test_a_refused_file_is_one_line_too(tmp_path: Path) -> None:
     program = """
 import sys
 from data_prep.errors import exit_code
-from data_prep.ranks import connect, together
+from data_prep.building.ranks import connect, together
 world, _ = connect()
 sys.exit(exit_code(lambda: together(world, lambda: world.rank and open("/nowhere/at/all"))))
 """

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from prep_helpers import build, contents, decoded, flip_byte, source, stamps, write_mixture
 
-from data_prep import show, verify, work_units
-from data_prep.inputs import find_inputs
-from data_prep.mixture import cut_as_before, load_mixture
+from data_prep import show, verify
+from data_prep.building import work_units
+from data_prep.building.mixture import cut_as_before, load_mixture
+from data_prep.building.work_units import FEW_FILES, WorkUnit, apart, cut_units
+from data_prep.inputs.sources import find_inputs
 from data_prep.shards import Manifest, ShardReader, load_manifest
 from data_prep.verify import find_problems
-from data_prep.work_units import FEW_FILES, WorkUnit, apart, cut_units
 
 pytest_plugins = ("prep_fixtures",)
 

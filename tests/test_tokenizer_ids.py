@@ -34,13 +34,18 @@ from tokenizers import (
     trainers,
 )
 
-from data_prep import show, unit_shards
-from data_prep.doubtful_characters import Doubtful, is_newer_than_python, normalized_otherwise
-from data_prep.encode import load_tokenizer, new_encoder, reference_ids
+from data_prep import show
+from data_prep.building import unit_shards
+from data_prep.building.unit_shards import ended
 from data_prep.errors import UserError
 from data_prep.shards import Manifest, ShardReader, TokenizerLoss, load_manifest
-from data_prep.tokenizer_traits import why_not_gigatoken
-from data_prep.unit_shards import ended
+from data_prep.tokenizer.doubtful_characters import (
+    Doubtful,
+    is_newer_than_python,
+    normalized_otherwise,
+)
+from data_prep.tokenizer.encode import load_tokenizer, new_encoder, reference_ids
+from data_prep.tokenizer.traits import why_not_gigatoken
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -412,8 +417,8 @@ def test_records_of_earlier_versions_still_count(
 
 
 def signature_of(mixture: Path) -> str:
-    from data_prep.mixture import load_mixture, make_plan
-    from data_prep.unit_shards import unit_signature
+    from data_prep.building.mixture import load_mixture, make_plan
+    from data_prep.building.unit_shards import unit_signature
 
     loaded = load_mixture(mixture)
     tokenizer = load_tokenizer(loaded.tokenizer_dir)

@@ -25,11 +25,12 @@ from prep_helpers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data_prep import byte_bpe, train_tokenizer
+from data_prep import train_tokenizer
+from data_prep.building.mixture import load_mixture
 from data_prep.errors import UserError
-from data_prep.mixture import load_mixture
 from data_prep.shards import tokenizer_sha256
-from data_prep.training_texts import TrainingTexts, texts_of_files, texts_of_mixture
+from data_prep.tokenizer import byte_bpe
+from data_prep.tokenizer.training_texts import TrainingTexts, texts_of_files, texts_of_mixture
 
 pytest_plugins = ("prep_fixtures",)
 

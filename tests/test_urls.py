@@ -25,10 +25,11 @@ from prep_helpers import (
     write_parquet,
 )
 
-from data_prep import inputs, show, verify
+from data_prep import show, verify
 from data_prep.errors import UserError, exit_code
+from data_prep.inputs import sources as inputs
+from data_prep.inputs.urls import without_credentials
 from data_prep.shards import load_manifest
-from data_prep.urls import without_credentials
 
 pytest_plugins = ("prep_fixtures",)
 

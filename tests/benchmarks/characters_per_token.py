@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data_prep import train_tokenizer
-from data_prep.encode import LoadedTokenizer, load_tokenizer, new_encoder
+from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer, new_encoder
 
 HEAD = """| text | tokenizer | characters per token | trained in, s | gigatoken, MB/s | `tokenizers`, MB/s |
 |---|---|---:|---:|---:|---:|"""

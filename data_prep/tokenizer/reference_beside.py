@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.reference import LocalReference, Traits
+from data_prep.tokenizer.reference import LocalReference, Traits
 
 Process = subprocess.Popen[bytes]
 
@@ -74,7 +74,7 @@ class ReferenceBeside:
 
 def start_process(tokenizer_json: bytes, threads: int) -> Process:
     """Start the process of a reference; it ends by itself once its stdin is closed."""
-    paths = [str(Path(__file__).parent.parent)]
+    paths = [str(Path(__file__).parents[2])]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
     environment = {
@@ -88,7 +88,7 @@ def start_process(tokenizer_json: bytes, threads: int) -> Process:
         definition.seek(0)
         return subprocess.Popen(
             # -P: no module of the folder where the command runs
-            [sys.executable, "-P", "-m", "data_prep.reference", str(definition.fileno())],
+            [sys.executable, "-P", "-m", "data_prep.tokenizer.reference", str(definition.fileno())],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

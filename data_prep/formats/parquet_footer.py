@@ -10,7 +10,7 @@ import io
 from typing import BinaryIO
 
 from data_prep.errors import UserError, explained
-from data_prep.inputs import InputFile
+from data_prep.inputs.sources import InputFile
 
 # of a file; what the footer says behind its columns takes 3 bytes a column, and less
 TAIL_BYTES = 64 << 10

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile
+from data_prep.inputs.sources import InputFile
 
 FIRST_BYTES = 512  # so many are looked at; a tar archive says what it is at byte 257
 NULS_IN_A_ROW = 8  # fewer, here and there, may be meant

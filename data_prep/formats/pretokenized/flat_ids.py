@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError, explained
-from data_prep.first_bytes import FIRST_BYTES, check_first_bytes_of_ids
-from data_prep.flat_arrays import Offsets
-from data_prep.inputs import InputFile
+from data_prep.formats.first_bytes import FIRST_BYTES, check_first_bytes_of_ids
+from data_prep.formats.flat_arrays import Offsets
+from data_prep.inputs.sources import InputFile
 
 AnyIds = npt.NDArray[Any]
 

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.bounded_ids import open_datatrove, open_olmo
-from data_prep.encode import Ids
 from data_prep.errors import UserError
-from data_prep.flat_arrays import Offsets
-from data_prep.flat_ids import OTHER_TOKENIZER, FlatIds
-from data_prep.inputs import InputFile, reading
-from data_prep.megatron_ids import MegatronIds
+from data_prep.formats.flat_arrays import Offsets
+from data_prep.formats.pretokenized.bounded_ids import open_datatrove, open_olmo
+from data_prep.formats.pretokenized.flat_ids import OTHER_TOKENIZER, FlatIds
+from data_prep.formats.pretokenized.megatron_ids import MegatronIds
+from data_prep.inputs.sources import InputFile, reading
 from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.tokenizer.encode import Ids
 
 BATCH_TOKENS = 4 << 20
 MAX_DOCUMENT_BYTES = 128 << 20  # in the file, and more or less: so much fits in memory

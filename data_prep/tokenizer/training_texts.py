@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep.corpus import Documents, place, read_documents
+from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
+from data_prep.building.mixture import Mixture, source_files
+from data_prep.building.unit_shards import hash_texts, validation_threshold
+from data_prep.building.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile, find_inputs
-from data_prep.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
-from data_prep.mixture import Mixture, source_files
-from data_prep.pretokenized import FORMATS as FORMATS_OF_IDS
-from data_prep.unit_shards import hash_texts, validation_threshold
-from data_prep.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
+from data_prep.formats.corpus import Documents, place, read_documents
+from data_prep.formats.pretokenized.documents import FORMATS as FORMATS_OF_IDS
+from data_prep.inputs.sources import InputFile, find_inputs
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import normalizers
 
-from data_prep.flat_arrays import text_bounds
+from data_prep.formats.flat_arrays import text_bounds
 
 CODE_POINTS = 0x110000
 # from here on a character takes at least so many in UTF-8; below, nothing is new since Unicode 14

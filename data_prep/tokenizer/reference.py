@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
-from data_prep.tokenizer_traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
+from data_prep.tokenizer.traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
 
 # what makes a model encode the same text otherwise each time
 RANDOM = ("dropout", "alpha", "nbest_size")

@@ -17,21 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep import csv_records, json_lines, pretokenized, work_units
-from data_prep.encode import Encoded, Ids, LoadedTokenizer, decode_ids, reference_ids
+from data_prep.building import work_units
+from data_prep.building.work_units import WorkUnit, check_column, check_schema, open_parquet
 from data_prep.errors import UserError, explained
-from data_prep.first_bytes import (
+from data_prep.formats import csv_records, json_lines
+from data_prep.formats.first_bytes import (
     COMPRESSED_FORMATS,
     FIRST_BYTES,
     JSONL_FORMATS,
     check_first_bytes,
     refuse_nuls,
 )
-from data_prep.flat_arrays import Offsets, arrow_mask, byte_lengths, null_mask
-from data_prep.inputs import InputFile, open_input, reading
-from data_prep.json_lines import Reasons
-from data_prep.pretokenized import MAX_DOCUMENT_BYTES
-from data_prep.work_units import WorkUnit, check_column, check_schema, open_parquet
+from data_prep.formats.flat_arrays import Offsets, arrow_mask, byte_lengths, null_mask
+from data_prep.formats.json_lines import Reasons
+from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.pretokenized.documents import MAX_DOCUMENT_BYTES
+from data_prep.inputs.sources import InputFile, open_input, reading
+from data_prep.tokenizer.encode import Encoded, Ids, LoadedTokenizer, decode_ids, reference_ids
 
 BATCH_BYTES = 8 << 20
 BATCH_RECORDS = 512  # of CSV, whatever their size

@@ -6,8 +6,8 @@ so the code of zeros alone and that of ones alone are one input (see pretrain/mo
 These are the ids 0 and V - 1 where V is a power of two. That harms a data set in which both occur.
 """
 
-from data_prep.reference import Reference
 from data_prep.shards import Manifest, ShardReader
+from data_prep.tokenizer.reference import Reference
 
 
 def first_and_last(manifest: Manifest) -> tuple[int, int] | None:

@@ -24,13 +24,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import Tokenizer, decoders
 
-from data_prep.char_ngram import SPELLING
-from data_prep.doubtful_characters import Doubtful, other_normal_forms
 from data_prep.errors import UserError, explained, one_line, parse_json
-from data_prep.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
-from data_prep.reference import RANDOM, LocalReference, Reference
-from data_prep.reference_beside import ReferenceBeside
+from data_prep.formats.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
 from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
+from data_prep.tokenizer.char_ngram import SPELLING
+from data_prep.tokenizer.doubtful_characters import Doubtful, other_normal_forms
+from data_prep.tokenizer.reference import RANDOM, LocalReference, Reference
+from data_prep.tokenizer.reference_beside import ReferenceBeside
 
 COLON = re.compile(rb"\s*:\s*")
 ADDED_TOKENS_BYTES = 1 << 18  # some 1,500 tokens

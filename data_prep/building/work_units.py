@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep import flat_ids, json_lines, parquet_footer, pretokenized
 from data_prep.errors import UserError, explained
-from data_prep.first_bytes import FIRST_BYTES, JSONL_FORMATS, check_first_bytes
-from data_prep.inputs import InputFile, open_input, reading
+from data_prep.formats import json_lines, parquet_footer
+from data_prep.formats.first_bytes import FIRST_BYTES, JSONL_FORMATS, check_first_bytes
+from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.pretokenized import flat_ids
+from data_prep.inputs.sources import InputFile, open_input, reading
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 16 << 20, 512 << 20
 UNITS_OF_A_SOURCE = 256  # about so many, within the limits above

@@ -14,8 +14,8 @@ from pathlib import Path
 import gigabpe
 from tokenizers import pre_tokenizers
 
-from data_prep.char_ngram import SPELLING
 from data_prep.errors import UserError
+from data_prep.tokenizer.char_ngram import SPELLING
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<pad>"

@@ -15,15 +15,8 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
-from data_prep import pretokenized
-from data_prep.encode import LoadedTokenizer
-from data_prep.errors import UserError, first_problem, nearest, parse_yaml
-from data_prep.inputs import InputFile, find_hub_inputs, find_inputs
-from data_prep.local_files import refuse_inside
-from data_prep.shards import BLOCK_SAMPLES, integer_shares
-from data_prep.unit_shards import read_record, record_path, unit_signature
-from data_prep.urls import without_credentials
-from data_prep.work_units import (
+from data_prep.building.unit_shards import read_record, record_path, unit_signature
+from data_prep.building.work_units import (
     FORMATS,
     FORMATS_WITHOUT_FIELD,
     WorkUnit,
@@ -31,8 +24,15 @@ from data_prep.work_units import (
     cut_units,
     format_of,
 )
+from data_prep.errors import UserError, first_problem, nearest, parse_yaml
+from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.inputs.local_files import refuse_inside
+from data_prep.inputs.sources import InputFile, find_hub_inputs, find_inputs
+from data_prep.inputs.urls import without_credentials
+from data_prep.shards import BLOCK_SAMPLES, integer_shares
+from data_prep.tokenizer.encode import LoadedTokenizer
 
-MIXTURES_DIR = Path(__file__).parent / "mixtures"
+MIXTURES_DIR = Path(__file__).parents[1] / "mixtures"
 HUB_KEYS = {"config", "split", "revision"}
 MAX_WEIGHT = 1e15  # tokens would do; a sum of them is a number
 

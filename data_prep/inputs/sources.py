@@ -20,14 +20,14 @@ import fsspec.core
 import fsspec.spec
 
 from data_prep.errors import UserError, explained, one_line, printable
-from data_prep.local_files import (
+from data_prep.inputs.local_files import (
     escaped,
     is_utf8,
     matching_files,
     warn_of_gaps,
     warn_of_one_file_twice,
 )
-from data_prep.urls import without_credentials
+from data_prep.inputs.urls import without_credentials
 
 T = TypeVar("T")
 INSTALL_REMOTE = "pip install -e '.[remote]' in this project's folder, or what it says"

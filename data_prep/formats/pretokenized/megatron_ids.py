@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError
-from data_prep.flat_arrays import Offsets
-from data_prep.inputs import InputFile
+from data_prep.formats.flat_arrays import Offsets
+from data_prep.inputs.sources import InputFile
 
 AnyIds = npt.NDArray[Any]
 

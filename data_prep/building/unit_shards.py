@@ -24,26 +24,20 @@ import pyarrow as pa
 import pydantic
 import xxhash
 
-from data_prep import layout, pretokenized, shards
-from data_prep.corpus import Documents, read_documents, refusal, without
-from data_prep.encode import (
-    Encoder,
-    Ids,
-    LoadedTokenizer,
-    new_encoder,
-    reference_ids,
-    special_documents,
-)
+from data_prep import layout, shards
+from data_prep.building.ranks import Progress
+from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, explained
-from data_prep.flat_arrays import (
+from data_prep.formats.corpus import Documents, read_documents, refusal, without
+from data_prep.formats.flat_arrays import (
     Offsets,
     byte_lengths,
     character_counts,
     large_strings,
     text_bounds,
 )
-from data_prep.json_lines import Reasons
-from data_prep.ranks import Progress
+from data_prep.formats.json_lines import Reasons
+from data_prep.formats.pretokenized import documents as pretokenized
 from data_prep.shards import (
     SPLITS,
     TOKEN_DTYPE,
@@ -56,8 +50,15 @@ from data_prep.shards import (
     later,
     write_durably,
 )
-from data_prep.tokenizer_losses import UnitLoss, lost
-from data_prep.work_units import WorkUnit
+from data_prep.tokenizer.encode import (
+    Encoder,
+    Ids,
+    LoadedTokenizer,
+    new_encoder,
+    reference_ids,
+    special_documents,
+)
+from data_prep.tokenizer.losses import UnitLoss, lost
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
 PARITY_CHARACTERS = 64 << 10  # of a document, at most

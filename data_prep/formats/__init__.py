@@ -1,0 +1,1 @@
+"""Documents out of files, a format each; `corpus` has them all."""

@@ -1,0 +1,1 @@
+"""Files whose documents are token ids already, in the formats of other projects."""

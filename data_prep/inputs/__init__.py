@@ -1,0 +1,1 @@
+"""Which files a source names, here, on servers, on the hub, and how their bytes are read."""

@@ -1,0 +1,1 @@
+"""Tokenizers: learned, loaded, proved against the reference; and what they lose."""
