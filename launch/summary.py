@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
-from pretrain.checkpoint.reader import load_for_reading
+from pretrain.checkpoint.find import load_for_reading
 from pretrain.metrics.records import read_lines, tokens_per_second
 from pretrain.run.claim import METRICS_NAME
 

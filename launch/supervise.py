@@ -56,7 +56,7 @@ SIGNAL_RANKS = """cd /proc
 for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
 grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
 COUNT_GPUS = (sys.executable, str(Path(__file__).with_name("count_gpus.py")))
-SAME_SIGNAL_S = 2.0  # as pretrain/run/signals.py has it: signals are often sent more than once
+SAME_SIGNAL_S = 2.0  # as pretrain/watch/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 # who signals every process of a job may come to the launcher first, and to this one last
 SPREAD_S = 0.5

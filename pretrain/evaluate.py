@@ -27,13 +27,8 @@ from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, exit_code
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    is_checkpoint,
-    load_for_reading,
-    load_model,
-    run_of,
-)
+from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of
+from pretrain.checkpoint.reader import Checkpoint, load_model
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import ValidationWindows
 from pretrain.distributed.ranks import keep_freed_memory
@@ -66,11 +61,11 @@ def open_data(
     """The data set that the run was trained on, there or at another place; or another one of the
     same tokenizer.
     """
-    path = data_dir or Path(checkpoint.manifest["data_dir"])
+    path = data_dir or Path(checkpoint.manifest.data_dir)
     if data_dir is None and not path.is_dir():
         raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
     reader = ShardReader(path)
-    expected, got = checkpoint.manifest["fingerprint"], reader.manifest.fingerprint
+    expected, got = checkpoint.manifest.fingerprint, reader.manifest.fingerprint
     if got == expected:
         return reader
     difference = f"{path}: fingerprint {got}, but the run was trained on {expected}"
@@ -94,7 +89,7 @@ def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
     """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the
     tokenizer tells.
     """
-    told: str | None = checkpoint.manifest["data"].get("tokenizer_sha256")
+    told: str | None = checkpoint.manifest.data.tokenizer_sha256
     if told or run_dir is None or not (run_dir / TOKENIZER_NAME).is_dir():
         return told or None
     return tokenizer_sha256(run_dir / TOKENIZER_NAME)
@@ -104,7 +99,7 @@ def evaluation_path(
     run_dir: Path, checkpoint: Checkpoint, fingerprint: str, *, is_newest: bool
 ) -> Path:
     """Where figures go, so that none take the place of others."""
-    is_own = fingerprint == checkpoint.manifest["fingerprint"]
+    is_own = fingerprint == checkpoint.manifest.fingerprint
     if is_newest and is_own:
         return run_dir / EVALUATION_NAME
     data = "" if is_own else f".{fingerprint}"
@@ -149,7 +144,7 @@ def evaluate(
     model = load_model(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # not in checkpoints of old
-    masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)
+    masked = checkpoint.manifest.recipe.get("intra_document_masking", False)
     module = (
         LanguageModelLoss(model, eos_id=reader.manifest.eos_id if masked else None)
         .to(device)
@@ -208,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = {"whole split": total} | (by_source if len(by_source) > 1 else {})
     other_data = (
         None
-        if fingerprint == checkpoint.manifest["fingerprint"]
+        if fingerprint == checkpoint.manifest.fingerprint
         else f"{reader.data_dir} ({fingerprint})"
     )
     print(

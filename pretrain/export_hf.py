@@ -33,7 +33,8 @@ from transformers import GPTNeoXConfig, PretrainedConfig
 from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
-from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
+from pretrain.checkpoint.find import load_for_reading, run_of
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.evaluation.result import figures_of
 from pretrain.hf.check import AGAIN, check_export
 from pretrain.hf.engines import engines_of
@@ -177,13 +178,13 @@ def write_export(
     run_dir: Path, checkpoint: Checkpoint, directory: Path, architecture: str, dtype: str
 ) -> ExportedTokenizer:
     """All files of the export."""
-    config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
+    config = TableFreeConfig.from_dict(checkpoint.manifest.model_config)
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     source = run_dir / TOKENIZER_NAME
     tokenizer = as_exported(
         read_tokenizer(source), source, config.seq_len, names_unknown=architecture == "gpt_neox"
     )
-    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest.data.eos_id)
     card = render(
         "model_card.md.jinja",
         manifest=checkpoint.manifest,
@@ -232,10 +233,10 @@ def check_tokenizer(
     seen.
     """
     check_ids(export, tokenizer.reference, hard_texts(tokenizer.reference), place)
-    data_dir = Path(checkpoint.manifest["data_dir"])
+    data_dir = Path(checkpoint.manifest.data_dir)
     try:
         reader = ShardReader(data_dir)
-        if reader.manifest.fingerprint != checkpoint.manifest["fingerprint"]:
+        if reader.manifest.fingerprint != checkpoint.manifest.fingerprint:
             raise UserError(f"{data_dir}: is another data set by now")
         texts = list(texts_of_every_source(reader, tokenizer.reference))
     except (
@@ -339,9 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--run-dir {flags.run_dir}: a checkpoint outside of its run has no tokenizer; give "
             "the run's"
         )
-    refuse_another_tokenizer(
-        run_dir / TOKENIZER_NAME, checkpoint.manifest["data"].get("tokenizer_sha256")
-    )
+    refuse_another_tokenizer(run_dir / TOKENIZER_NAME, checkpoint.manifest.data.tokenizer_sha256)
     output = flags.output_dir
     refuse_to_replace(output, checkpoint, overwrite=flags.overwrite)
     about_tokenizer: list[str] = []

@@ -45,13 +45,9 @@ from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
 from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    checkpoints_dir,
-    naming_the_disk,
-    newest_good,
-    saved_steps,
-)
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk, saved_steps
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import Recipe, model_config, recipe_to_dict
 from pretrain.costs.memory import check_it_fits
@@ -93,11 +89,11 @@ from pretrain.run.directory import (
     write_state,
 )
 from pretrain.run.first_checks import check_arguments, describe_default_start
-from pretrain.run.signals import end_on_signals
 from pretrain.run.starts import record_start
-from pretrain.run.watch import Watch
 from pretrain.view.dry_run import describe
 from pretrain.view.progress import Progress, epochs_lines
+from pretrain.watch.signals import end_on_signals
+from pretrain.watch.watch import Watch
 
 if __name__ == "__main__":
     gc.freeze()

@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.distributed.world import World
 from pretrain.engine.figures import no_number

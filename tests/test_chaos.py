@@ -16,7 +16,9 @@ from conftest import run_command
 from safetensors.torch import load_file
 
 from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import Checkpoint, Fragment, saved_steps, sidecar_of
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.manifest import sidecar_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.saving import write_fragments
 
 pytestmark = pytest.mark.slow

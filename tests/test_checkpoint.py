@@ -16,20 +16,10 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import (
-    FORMAT,
-    FORMAT_VERSION,
-    UNREADABLE,
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    load_for_reading,
-    load_model,
-    newest_good,
-    pointer_to,
-    saved_steps,
-    sidecar_of,
-)
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.manifest import FORMAT, FORMAT_VERSION, pointer_to, sidecar_of
+from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, Fragment, load_model
 from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import save_checkpoint, write_fragments
 from pretrain.config.recipe import ModelRecipe, model_config

@@ -17,7 +17,9 @@ from conftest import free_port, run_command
 from forked_ranks import fork_server
 
 from data_prep.errors import UserError
-from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_steps
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World

@@ -28,15 +28,10 @@ from forked_ranks import fork_server, run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    newest_good,
-    pointer_to,
-    saved_steps,
-    sidecar_of,
-)
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.manifest import pointer_to, sidecar_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World

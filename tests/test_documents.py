@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_prep.shards import ShardReader
-from pretrain.checkpoint.reader import load_for_reading, load_model
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.reader import load_model
 from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.evaluate import evaluate
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
@@ -189,7 +190,7 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     trained = checkpoint.parameter
     checkpoint.parameter = lambda name: 6 * trained(name)  # type: ignore[method-assign]  # so that masking shows
     plain, _ = evaluate(checkpoint, reader)
-    checkpoint.manifest["recipe"]["intra_document_masking"] = True
+    checkpoint.manifest.recipe["intra_document_masking"] = True
     masked, _ = evaluate(checkpoint, reader)
 
     shards = reader.manifest.shards_of("validation")

@@ -16,7 +16,7 @@ from forked_ranks import become_a_rank, run_ranks
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
-from pretrain.checkpoint.reader import load_for_reading
+from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.engine_config import load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, build_recipe

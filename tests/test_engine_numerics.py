@@ -28,7 +28,7 @@ from conftest import tiny_recipe_content
 from forked_ranks import become_a_rank, fork_server, variables_of
 
 from data_prep.shards import Tokens
-from pretrain.checkpoint.reader import load_for_reading
+from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, build_recipe

@@ -18,7 +18,8 @@ from conftest import counting_dataset, run_command
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader, load_manifest
-from pretrain.checkpoint.reader import load_for_reading, load_model, newest_good
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.reader import load_model
 from pretrain.evaluate import evaluate, main, open_data, score, tokenizer_of
 from pretrain.evaluation.result import figures_of
 
@@ -206,7 +207,7 @@ def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(
     text_run: Path, text_data: Path
 ) -> None:
     checkpoint = load_for_reading(text_run)
-    told = checkpoint.manifest["data"].pop("tokenizer_sha256")
+    told = checkpoint.manifest.data.pop("tokenizer_sha256")
     assert (
         told
         == tokenizer_of(checkpoint, text_run)
@@ -229,10 +230,10 @@ def test_advice_that_was_followed_is_not_given_again(
         main(["--run-dir", str(run_dir), "--data-dir", str(tmp_path / "nowhere")])
     assert "--data-dir" not in str(raised.value)
     checkpoint = load_for_reading(run_dir)
-    checkpoint.manifest["data_dir"] = str(tmp_path / "moved")
+    checkpoint.manifest.data_dir = str(tmp_path / "moved")
     with pytest.raises(UserError, match="is not there; say where with --data-dir"):
         open_data(checkpoint, None, run_dir)
-    checkpoint.manifest["data_dir"] = str(other_data_set(text_data, tmp_path))
+    checkpoint.manifest.data_dir = str(other_data_set(text_data, tmp_path))
     with pytest.raises(UserError, match="say where that is with --data-dir"):
         open_data(checkpoint, None, run_dir)
 

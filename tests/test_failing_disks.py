@@ -19,8 +19,10 @@ from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_cod
 from data_prep.shards import write_durably
 from pretrain.checkpoint import patience
 from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.patience import patiently
-from pretrain.checkpoint.reader import Fragment, load_for_reading, newest_good, saved_steps
+from pretrain.checkpoint.reader import Fragment
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.distributed.ranks import together
 from pretrain.distributed.world import World

@@ -27,7 +27,9 @@ from data_prep.errors import UserError, exit_code, parse_yaml
 from data_prep.shards import ShardReader, load_manifest
 from data_prep.tokenizer.encode import load_tokenizer
 from pretrain import trace
-from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.reader import load_model
 from pretrain.config.engine_config import load_engine_config
 from pretrain.config.recipe import build_recipe, load_recipe
 from pretrain.distributed.world import World

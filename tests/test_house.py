@@ -23,7 +23,8 @@ FLOORS = (
     {"data", "checkpoint", "costs"},
     {"model", "metrics"},
     {"engine", "view", "evaluation"},
-    {"hf", "run"},
+    {"hf", "watch"},
+    {"run"},
 )
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci",

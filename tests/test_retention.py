@@ -11,22 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    newest_good,
-    saved_steps,
-)
-from pretrain.checkpoint.retention import (
-    discard,
-    is_own_file,
-    leftovers_in,
-    prune,
-    step_name,
-    step_of,
-    sweep,
-)
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, is_own_file, saved_steps, step_name, step_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
+from pretrain.checkpoint.retention import discard, leftovers_in, prune, sweep
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe

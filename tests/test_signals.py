@@ -21,7 +21,7 @@ import os, signal, threading, time
 from types import SimpleNamespace
 from pretrain.distributed.ranks import say
 from pretrain.distributed.world import World
-from pretrain.run.signals import end_on_signals
+from pretrain.watch.signals import end_on_signals
 
 def send():
     while time.monotonic() < end:

@@ -23,7 +23,8 @@ import torch
 from conftest import counting_dataset, write_recipe
 from forked_ranks import become_a_rank, fork_server, variables_of
 
-from pretrain.checkpoint.reader import Checkpoint, newest_good
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
 from pretrain.run.directory import around_saves

@@ -338,7 +338,7 @@ class Engine:
         for flat in [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]:
-            self._moments(flat, checkpoint.optimizer_step)
+            self._moments(flat, checkpoint.manifest.optimizer_step)
         for name, start, views in self._owned():
             for state, view in views.items():
                 view.copy_(checkpoint.read(name, state, start, view.numel()))

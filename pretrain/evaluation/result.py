@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, parse_json
-from pretrain.checkpoint.retention import step_name
+from pretrain.checkpoint.layout import step_name
 
 EVALUATION_NAME = "evaluation.json"
 EVALUATIONS_NAME = "evaluations"

@@ -42,9 +42,7 @@ def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The keys of a run's recipe that make it this run and no other; keys that it lacks are as
     default.
     """
-    recipe = flatten(
-        recipe_to_dict(build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path)))
-    )
+    recipe = flatten(recipe_to_dict(build_recipe(checkpoint.manifest.recipe, str(checkpoint.path))))
     return {
         key: recipe[key]
         for key in recipe
@@ -55,7 +53,7 @@ def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
 def write_marker(directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str) -> None:
     """Mark the files in a directory, all of them, as an export of this checkpoint."""
     marker = Marker(
-        fingerprint=checkpoint.manifest["fingerprint"],
+        fingerprint=checkpoint.manifest.fingerprint,
         recipe=run_recipe(checkpoint),
         step=checkpoint.step,
         architecture=architecture,
@@ -135,7 +133,7 @@ def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | 
             return f"{name} of the export there is missing"
         if digest_file(output / name) != digest:
             return f"{name} was changed since it was exported"
-    here = {"fingerprint": checkpoint.manifest["fingerprint"], **run_recipe(checkpoint)}
+    here = {"fingerprint": checkpoint.manifest.fingerprint, **run_recipe(checkpoint)}
     for key, there in {"fingerprint": marker.fingerprint, **marker.recipe}.items():
         if key in here and here[key] != there:
             return f"holds an export of another run ({key} {there}, here {here[key]})"

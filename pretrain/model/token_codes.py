@@ -131,21 +131,22 @@ def saved_config(
 
     Only an affine code has to be looked up; any other follows from the recipe.
     """
-    from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
+    from pretrain.checkpoint.layout import saved_steps
+    from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 
     if model.input_embedding != "affine_code":
         return None
     for path in saved_steps(run_dir):
         with contextlib.suppress(*UNREADABLE):  # which is said when it is passed over
-            return dict(Checkpoint(path).manifest["model_config"])
-    return dict(branch_from.manifest["model_config"]) if branch_from else None
+            return dict(Checkpoint(path).manifest.model_config)
+    return dict(branch_from.manifest.model_config) if branch_from else None
 
 
 def check_same_code(config: "TableFreeConfig", checkpoint: "Checkpoint") -> None:
     """Raise UserError if a rank has built another code, because it could not read the
     checkpoints when it began.
     """
-    saved = checkpoint.manifest["model_config"]
+    saved = checkpoint.manifest.model_config
     if any(getattr(config, key) != saved.get(key) for key in ("affine_rows", "affine_offset")):
         raise UserError(
             f"{checkpoint.path}: not readable when this rank began; start the same command again"

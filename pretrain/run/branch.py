@@ -11,16 +11,16 @@ from typing import Any
 
 from data_prep.errors import UserError, refusal
 from data_prep.shards import replace_directory, write_durably
-from pretrain.checkpoint.reader import (
+from pretrain.checkpoint.find import is_checkpoint
+from pretrain.checkpoint.layout import (
+    MANIFEST_NAME,
     POINTER_NAME,
-    UNREADABLE,
-    Checkpoint,
+    SIDECAR_NAME,
     checkpoints_dir,
-    is_checkpoint,
-    pointer_to,
     saved_steps,
 )
-from pretrain.checkpoint.retention import MANIFEST_NAME, SIDECAR_NAME
+from pretrain.checkpoint.manifest import pointer_to
+from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 from pretrain.config.recipe import Recipe, build_recipe
 from pretrain.engine.optim import learning_rate
 from pretrain.run.claim import METRICS_NAME, is_run
@@ -58,9 +58,7 @@ def open_origin(
         problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
         raise refusal(error, problem) from None
     refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
-    check_rates(
-        build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin
-    )
+    check_rates(build_recipe(checkpoint.manifest.recipe, origin), recipe, checkpoint.step, origin)
     return checkpoint
 
 

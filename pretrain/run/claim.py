@@ -13,8 +13,8 @@ from typing import Any
 
 from data_prep.errors import UserError, parse_yaml
 from data_prep.shards import LOCK_NAME, TOKENIZER_NAME
+from pretrain.checkpoint.layout import OWN_FILE, SIDECAR_NAME, steps_in
 from pretrain.checkpoint.patience import read_patiently
-from pretrain.checkpoint.retention import OWN_FILE, SIDECAR_NAME, steps_in
 from pretrain.config.recipe import build_recipe, recipe_to_yaml
 
 RECIPE_NAME = "recipe.yaml"

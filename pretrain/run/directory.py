@@ -5,7 +5,7 @@ deepspeed.json   the merged engine dictionary   state.json      running | preemp
 why checkpoints/     see pretrain/checkpoint/reader.py     skips.jsonl     see
 pretrain/run/bad_steps.py tokenizer/       a copy of the data set's       starts.jsonl    see
 pretrain/run/starts.py checked_data/    see pretrain/data/data_check.py     logs/           see
-pretrain/run/watch.py
+pretrain/watch/watch.py
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from typing import Any
 
 from data_prep.errors import UserError, explained, naming
 from data_prep.shards import TOKENIZER_NAME, fsync_directory, read_tokenizer, write_durably
+from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.patience import patiently, read_patiently
-from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
+from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves
 from pretrain.config import recipe as config

@@ -50,13 +50,9 @@ from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_
 from conftest import counting_dataset, write_recipe
 
 from data_prep.errors import UserError, exit_code
-from pretrain.checkpoint.reader import (
-    POINTER_NAME,
-    Checkpoint,
-    checkpoints_dir,
-    newest_good,
-    saved_steps,
-)
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import POINTER_NAME, checkpoints_dir, saved_steps
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import Recipe, load_recipe
 from pretrain.costs.flops import count_parameters
 

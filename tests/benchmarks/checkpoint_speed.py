@@ -81,7 +81,9 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     """
     import torch
 
-    from pretrain.checkpoint.reader import Fragment, newest_good, saved_steps
+    from pretrain.checkpoint.find import newest_good
+    from pretrain.checkpoint.layout import saved_steps
+    from pretrain.checkpoint.reader import Fragment
     from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
     from pretrain.config.recipe import CheckpointsRecipe
     from pretrain.distributed.world import World

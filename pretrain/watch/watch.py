@@ -32,7 +32,7 @@ from pretrain.distributed.ranks import LoneError, gather, say
 from pretrain.distributed.world import World
 from pretrain.engine.timing import StepClock
 from pretrain.run.directory import note_failure
-from pretrain.run.watch_meeting import (
+from pretrain.watch.meeting import (
     EVERY_ADDRESS,
     Reception,
     choose_address,
