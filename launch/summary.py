@@ -25,8 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint.find import load_for_reading
-from pretrain.metrics.records import read_lines, tokens_per_second
-from pretrain.run.claim import METRICS_NAME
+from pretrain.metrics.metrics_file import read_steps
+from pretrain.metrics.step_record import tokens_per_second
 
 PROMPT = "The state of the Union"
 SAMPLE_TOKENS = 60
@@ -68,7 +68,7 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
     reader = ShardReader(run_dir / "dataset")
     text = held_out_text(reader)
     evaluation = json.loads((run_dir / "evaluation.json").read_bytes())
-    metrics = read_lines(run_dir / METRICS_NAME)
+    steps = read_steps(run_dir)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     return {
         "vocab_size": reader.manifest.vocab_size,
@@ -76,10 +76,10 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
         "trainable_input_parameters": sum(
             n for name, n in sizes.items() if name.startswith("input_embedding.")
         ),
-        "train_tokens": metrics[-1]["tokens"],
+        "train_tokens": steps[-1].tokens,
         "steps": checkpoint.step,
         "stopped_at_step": stopped_at_step,
-        "tokens_per_s": tokens_per_second(metrics),
+        "tokens_per_s": tokens_per_second(steps),
         **{
             f"val_{figure}": evaluation[figure]
             for figure in ("loss", "perplexity", "bits_per_byte")

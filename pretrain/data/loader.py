@@ -13,11 +13,9 @@ Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming
 import itertools
 import mmap
 import resource
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -298,25 +296,3 @@ class ValidationWindows:
     def windows(self, indices: I64) -> Tokens:
         """Ids of whole windows, shape (len(indices), seq_len + 1)."""
         return self.stream.windows(indices * self.seq_len, self.seq_len + 1)
-
-
-class Prefetch(Generic[T]):
-    """Makes the batches of the next step in a thread while this one trains."""
-
-    def __init__(self, make: Callable[[int], T], stop_at_step: int) -> None:
-        self.make, self.stop_at_step = make, stop_at_step
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[T]] | None = None
-
-    def take(self, step: int) -> T:
-        """What `make(step)` gives; begins with the next step's."""
-        ready = (
-            self._ahead[1].result() if self._ahead and self._ahead[0] == step else self.make(step)
-        )
-        if step + 1 < self.stop_at_step:
-            self._ahead = (step + 1, self._thread.submit(self.make, step + 1))
-        return ready
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)

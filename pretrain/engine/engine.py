@@ -22,11 +22,13 @@ from data_prep.errors import UserError, first_problem, one_line
 from data_prep.shards import Tokens
 from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.config.recipe import Recipe
+from pretrain.data.batches import widened
 from pretrain.distributed.ranks import gather, set_rendezvous
 from pretrain.distributed.world import World
-from pretrain.engine.figures import RankFigures, StepFigures, no_number
+from pretrain.engine.figures import StepFigures, no_number
 from pretrain.engine.optim import build_optimizer
 from pretrain.engine.timing import PAUSE, PHASES, StepClock, peak_memory_bytes
+from pretrain.metrics.step_record import RankFigures
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 
@@ -133,27 +135,13 @@ class Engine:
         self._have_norm_read()
         self._have_refused_steps_update_nothing()
 
-    def rows_of(self, micro_step: int) -> slice:
-        """Which rows of the global batch this rank takes in a micro-step."""
-        size = self.recipe.batch.micro_batch_size
-        start = (micro_step * self.world.world_size + self.world.rank) * size
-        return slice(start, start + size)
-
-    def pinned(self, ids: Tokens) -> Tensor:
-        """Ids widened to int64, in memory from which a GPU copies without the host's waiting.
-
-        All ids up to 65,535 are ordinary: uint16 widens before torch sees it.
-        """
-        wide = torch.from_numpy(ids.astype("int64"))
-        return wide.pin_memory() if self.device.type == "cuda" else wide
-
     def to_device(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of windows of int64 ids."""
         wide_BT = wide.to(self.device, non_blocking=True)
         return wide_BT[:, :-1], wide_BT[:, 1:]
 
     def train_step(self, micro_batches: list[Tensor], learning_rate: float) -> StepFigures:
-        """One optimizer step over this rank's micro-batches, as `pinned` gives them; a no-op
+        """One optimizer step over this rank's micro-batches, as StepBatches gives them; a no-op
         where it is refused.
         """
         for group in self.deepspeed.optimizer.param_groups:
@@ -239,7 +227,7 @@ class Engine:
         self.deepspeed.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for ids in batches:
-            inputs, targets = self.to_device(self.pinned(ids))
+            inputs, targets = self.to_device(widened(ids, pinned=self.device.type == "cuda"))
             sums[0] += self.deepspeed.module.nats(inputs, targets).sum(dtype=torch.float64)
             sums[1] += targets.numel()
             self.clock.mark(PAUSE)

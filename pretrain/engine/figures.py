@@ -3,14 +3,7 @@
 import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class RankFigures:
-    """What one rank's step took."""
-
-    rank: int
-    seconds: dict[str, float]  # of each of timing.PHASES
-    peak_memory_bytes: int
+from pretrain.metrics.step_record import RankFigures
 
 
 @dataclass(frozen=True, kw_only=True)

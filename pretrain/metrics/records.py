@@ -8,7 +8,6 @@ for a person to look at.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,19 +97,6 @@ def read_lines(path: Path) -> list[Line]:
     if records.damage:
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
     return records.lines
-
-
-def tokens_per_second(lines: list[Line]) -> float:
-    """Of all steps of metrics.jsonl that were trained; a skipped one has no times. NaN where
-    none was.
-    """
-    trained = [line for line in lines if "skipped" not in line]
-    seconds = sum(line["step_s"] for line in trained)
-    return (
-        sum(line["tokens_per_s"] * line["step_s"] for line in trained) / seconds
-        if trained
-        else math.nan
-    )
 
 
 def cut_at(path: Path, size: int) -> None:

@@ -35,8 +35,8 @@ from pretrain.config.recipe import Recipe, load_recipe, refuse_changes
 from pretrain.costs.memory import check_it_fits
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
-from pretrain.run.claim import refuse_what_is_no_run
 from pretrain.run.command_line import build_parser
+from pretrain.run.directory import refuse_what_is_no_run
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at

@@ -28,7 +28,7 @@ import torch
 from data_prep.shards import without_credentials, write_durably
 from pretrain.distributed.ranks import gather
 from pretrain.distributed.world import World
-from pretrain.run.claim import STARTS_NAME
+from pretrain.run.directory import STARTS_NAME
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")

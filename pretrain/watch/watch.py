@@ -31,7 +31,6 @@ from pretrain.config.recipe import StallsRecipe
 from pretrain.distributed.ranks import LoneError, gather, say
 from pretrain.distributed.world import World
 from pretrain.engine.timing import StepClock
-from pretrain.run.directory import note_failure
 from pretrain.watch.meeting import (
     EVERY_ADDRESS,
     Reception,
@@ -79,8 +78,18 @@ class Watch:
     block.
     """
 
-    def __init__(self, world: World, run_dir: Path, stalls: StallsRecipe) -> None:
-        self.world, self.run_dir, self.stalls = world, run_dir, stalls
+    def __init__(
+        self,
+        world: World,
+        run_dir: Path,
+        stalls: StallsRecipe,
+        note_failure: Callable[[Path, str], None],
+    ) -> None:
+        """`note_failure` gets the run's directory and why it failed, on the rank that ends it."""
+        self.world = world
+        self.run_dir = run_dir
+        self.stalls = stalls
+        self.note_failure = note_failure
         self.name = f"rank {world.rank} ({socket.gethostname()})"
         # what is wrong with the data's files, if one looks
         self.find_damage: Callable[[], list[str]] = list
@@ -307,7 +316,7 @@ class Watch:
         if self.world.rank in (0, 1) or self.world.local_rank == 0:
             with unheard():
                 print(f"error: {why}", file=sys.stderr, flush=True)
-        note = threading.Thread(target=note_failure, args=(self.run_dir, why), daemon=True)
+        note = threading.Thread(target=self.note_failure, args=(self.run_dir, why), daemon=True)
         note.start()
         note.join(CAUSE_S)  # the run's directory may be what is lost
         os._exit(code)
