@@ -1,6 +1,7 @@
 """Train a recipe on a data set, or continue where the run stopped.
 
-    deepspeed --module pretrain.train --recipe NAME|FILE --data-dir DATASET --run-dir RUN_DIR [--dotted.key=value ...]
+    deepspeed --module pretrain.train --recipe NAME|FILE --data-dir DATASET --run-dir RUN_DIR \\
+        [--dotted.key=value ...]
 
 The same flags work under `deepspeed pretrain/train.py`, `torchrun -m`, `mpiexec -n N python -m` and
 plain `python -m`. The same command with the same run directory continues the run, or says that it
@@ -15,7 +16,7 @@ from pathlib import Path
 # Ctrl-C while it imports and checks is no traceback; training has handlers of its own.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# run by path: let `import pretrain` find the package, and keep its modules from shadowing others
+# Run by path: let `import pretrain` find the package, and keep its modules from shadowing others.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import chaos
@@ -199,7 +200,7 @@ def test_a_tensor_that_differs_in_one_bit_is_a_problem(home: Path, tmp_path: Pat
         )
         for n, (first, _) in entry["fragments"].items()
     ]
-    manifest["files"][0] = write_fragments(path / entry["name"], fragments)
+    manifest["files"][0] = asdict(write_fragments(path / entry["name"], fragments))
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "manifest.json.xxh3_128").write_bytes(sidecar_of(path))
     assert digest_file(path / entry["name"]) != entry["xxh3_128"]

@@ -207,7 +207,9 @@ def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(
     text_run: Path, text_data: Path
 ) -> None:
     checkpoint = load_for_reading(text_run)
-    told = checkpoint.manifest.data.pop("tokenizer_sha256")
+    manifest = checkpoint.manifest
+    told = manifest.data.tokenizer_sha256
+    checkpoint.manifest = replace(manifest, data=replace(manifest.data, tokenizer_sha256=None))
     assert (
         told
         == tokenizer_of(checkpoint, text_run)
@@ -230,10 +232,11 @@ def test_advice_that_was_followed_is_not_given_again(
         main(["--run-dir", str(run_dir), "--data-dir", str(tmp_path / "nowhere")])
     assert "--data-dir" not in str(raised.value)
     checkpoint = load_for_reading(run_dir)
-    checkpoint.manifest.data_dir = str(tmp_path / "moved")
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=str(tmp_path / "moved"))
     with pytest.raises(UserError, match="is not there; say where with --data-dir"):
         open_data(checkpoint, None, run_dir)
-    checkpoint.manifest.data_dir = str(other_data_set(text_data, tmp_path))
+    other = str(other_data_set(text_data, tmp_path))
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=other)
     with pytest.raises(UserError, match="say where that is with --data-dir"):
         open_data(checkpoint, None, run_dir)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import environment, run_command, tiny_recipe_content
+from hand_made_runs import manifest_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.errors import UserError
 from data_prep.shards import digest_file, write_durably
 from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.manifest import AboutData
 from pretrain.checkpoint.reader import Fragment, load_model
-from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.checkpoint.saving import Savers, save_checkpoint
 from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
 from pretrain.distributed.world import World
 from pretrain.export_hf import main
@@ -69,22 +71,16 @@ def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **m
         )
         for n, p in parameters.items()
     ]
-    about = {
-        "optimizer_step": 1,
-        "seed": 1,
-        "fingerprint": "0" * 32,
-        "data_dir": "",
-        "data": {
-            "eos_id": 0,
-            "sources": [{"name": "s", "origin": "o", "weight": 1.0, "license": None}],
-        },
-        "recipe": recipe_to_dict(recipe),
-        "model_config": model_config(recipe.model).to_diff_dict(),
-        "parameters": {name: list(p.shape) for name, p in parameters.items()},
-    }
-    save_checkpoint(
-        run_dir, 1, fragments, about, World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    source = {"name": "s", "origin": "o", "weight": 1.0, "license": None}
+    manifest = manifest_of(
+        1,
+        {name: list(p.shape) for name, p in parameters.items()},
+        data=AboutData(eos_id=0, sources=[source]),
+        recipe=recipe_to_dict(recipe),
+        model_config=model_config(recipe.model).to_diff_dict(),
     )
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    save_checkpoint(run_dir, fragments, manifest, Savers(world=alone))
     for file in tokenizer.iterdir():
         write_durably(run_dir / "tokenizer" / file.name, file.read_bytes())
 

@@ -35,8 +35,9 @@ from pretrain.config.recipe import build_recipe, load_recipe
 from pretrain.distributed.world import World
 from pretrain.evaluate import open_data
 from pretrain.evaluation.result import figures_of
+from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.run.bad_steps import BadSteps
-from pretrain.run.directory import MetricsFile, note_failure, read_state
+from pretrain.run.state import note_failure, read_state
 from pretrain.view.templates import render
 
 pytest_plugins = ("prep_fixtures",)

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
-from pretrain import train
+from pretrain.data.batches import Prefetch, StepBatches, widened
 from pretrain.data.loader import (
     READ_AHEAD_WINDOWS,
-    Prefetch,
     TokenStream,
     TrainingLoader,
     ValidationWindows,
@@ -25,6 +24,7 @@ from pretrain.data.loader import (
 )
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
+from pretrain.run.prepare import prepare
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards
 
@@ -235,12 +235,10 @@ def batch_over_ranks(arguments: list[str], ranks: int, step: int) -> list[np.nda
     taken: dict[tuple[int, int], np.ndarray] = {}
     for rank in range(ranks):
         world = World(rank=rank, world_size=ranks, local_rank=rank, local_world_size=ranks)
-        run = train.prepare(arguments, world)
-        engine = Engine.__new__(Engine)
-        engine.recipe, engine.world = run.recipe, world
-        engine.accumulation_steps = run.engine_config["gradient_accumulation_steps"]
-        engine.device = torch.device("cpu")
-        for micro_step, ids in enumerate(train.micro_batches(run, engine, step)):
+        run = prepare(arguments, world)
+        batches = StepBatches(run.loader, run.recipe, world, pinned=False)
+        assert batches.micro_steps == run.engine_config["gradient_accumulation_steps"]
+        for micro_step, ids in enumerate(batches.of_step(step)):
             taken[micro_step, rank] = ids
     return [taken[place] for place in sorted(taken)]
 
@@ -277,7 +275,7 @@ def test_ids_where_integers_turn_over_survive_from_shard_to_device(tmp_path: Pat
     ids = TrainingLoader(reader, seq_len=8, seed=1).samples(np.array([0, 1]))
     engine = Engine.__new__(Engine)
     engine.device = torch.device("cpu")
-    inputs, targets = engine.to_device(engine.pinned(ids))
+    inputs, targets = engine.to_device(widened(ids, pinned=False))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [document] * 2
     assert targets.tolist() == [[*document[1:], 65_535]] * 2

@@ -278,7 +278,7 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
-    from pretrain.train import build_model
+    from pretrain.run.prepare import build_model
 
     model = build_model(load_deeper(recipe, layers))
     for parameter in model.parameters():

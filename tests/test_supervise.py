@@ -32,7 +32,7 @@ import os
 from pathlib import Path
 
 if os.environ.get("RANK") == "1":
-    from pretrain.data.loader import Prefetch
+    from pretrain.data.batches import Prefetch
 
     def take_or_die(self, step, take=Prefetch.take):
         died = Path(__file__).with_name(f"died-at-{step}")

@@ -19,7 +19,7 @@ from data_prep.shards import ShardReader
 from launch.supervise import describe_failure
 from pretrain.data import loader
 from pretrain.data.loader import TrainingLoader, ValidationWindows
-from pretrain.run.directory import read_state
+from pretrain.run.state import read_state
 
 LONG = f"--train_tokens={10**6 * 6 * 32}"
 
@@ -87,8 +87,8 @@ def test_a_job_whose_shard_is_cut_ends_with_a_line_that_names_it(
         rf"error: (rank 1 \(.+\): )?{shard}: 200 bytes, expected [\d,]+: truncated while it was",
         line,
     )
-    assert read_state(run_dir)["status"] == "failed"
-    assert f"{shard}: 200 bytes, expected " in read_state(run_dir)["reason"]
+    assert read_state(run_dir).status == "failed"
+    assert f"{shard}: 200 bytes, expected " in read_state(run_dir).reason
 
 
 def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(
@@ -159,7 +159,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
     )
     assert ended.exit_codes[1] == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in ended.output  # with the stack of the rank
-    reason = read_state(run_dir)["reason"]
+    reason = read_state(run_dir).reason
     assert re.match(
         rf"rank 1 \(.+\) is gone: killed, or its machine failed; {shard}: 200 bytes, expected ",
         reason,

@@ -5,10 +5,12 @@ the same; what is wrong with the others is said.
 import errno
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from data_prep.errors import UserError, is_passing, os_error_line, refusal
 from pretrain.checkpoint.layout import (
+    CHECKPOINTS_NAME,
     POINTER_NAME,
     SIDECAR_NAME,
     checkpoints_dir,
@@ -72,22 +74,35 @@ def newest_good(run_dir: Path, world: World | None = None) -> tuple[Checkpoint |
     Ranks share the reading of the files and agree on the answer. Raises UserError on all of them
     where one can't read.
     """
-    part, parts = (world.rank, world.world_size) if world else (0, 1)
     bad: dict[Path, str] = {}
     good = None
     own_paths = together(lambda: patiently(lambda: saved_steps(run_dir)))
-    paths: list[Path] = gather(own_paths)[0]
+    paths: list[Path] = gather(own_paths)[0]  # a disk shared over a network may show others less
     for path in paths:
-        own = together(lambda path=path: examine(path, part, parts))  # type: ignore[misc]
-        damages = [damage for damage in gather(own) if damage is not None]
-        if not damages:
-            good = together(lambda path=path: patiently(lambda: Checkpoint(path)))  # type: ignore[misc]
+        damage = damage_on_any_rank(path, world)
+        if damage is None:
+            good = together(partial(patiently, partial(Checkpoint, path)))
             break
-        bad[path] = f"{path}: {damages[0]}; passed over"
+        bad[path] = f"{path}: {damage}; passed over"
+    lines = list(bad.values())
     pointer = checkpoints_dir(run_dir) / POINTER_NAME
-    damage = pointer_damage(pointer, list(bad)) if paths or pointer.exists() else None
+    if paths or pointer.exists():
+        damage = pointer_damage(pointer, list(bad))
+        if damage is not None:
+            lines.insert(0, damage)
     barrier()
-    return good, [*filter(None, [damage]), *bad.values()]
+    return good, lines
+
+
+def damage_on_any_rank(path: Path, world: World | None) -> str | None:
+    """What is wrong with a checkpoint, each rank having looked at its part; None on all of them
+    where it is good.
+    """
+    part = world.rank if world else 0
+    parts = world.world_size if world else 1
+    own = together(lambda: examine(path, part, parts))
+    damages = [damage for damage in gather(own) if damage is not None]
+    return damages[0] if damages else None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -120,20 +135,20 @@ def load_for_reading(run_dir: Path, step: int | None = None) -> Checkpoint:
     checkpoint, passed_over = newest_good(run_dir)
     for line in passed_over:
         print(line, file=sys.stderr)
-    if checkpoint is None:
-        if passed_over:
-            raise UserError(
-                f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one"
-            )
-        if saved_steps(run_dir.parent) and run_dir.name == checkpoints_dir(run_dir.parent).name:
-            raise UserError(
-                f"--run-dir {run_dir}: the folder of a run's checkpoints; give the run, "
-                f"{run_dir.parent}"
-            )
+    if checkpoint:
+        return checkpoint
+    if passed_over:
         raise UserError(
-            f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first"
+            f"{run_dir}: {len(passed_over)} damaged checkpoints ({passed_over[0]}); restore one"
         )
-    return checkpoint
+    if run_dir.name == CHECKPOINTS_NAME and saved_steps(run_dir.parent):
+        raise UserError(
+            f"--run-dir {run_dir}: the folder of a run's checkpoints; give the run, "
+            f"{run_dir.parent}"
+        )
+    raise UserError(
+        f"{run_dir}: no checkpoints; train with pretrain.train --run-dir {run_dir} first"
+    )
 
 
 def open_good(path: Path, step: int | None) -> Checkpoint:
@@ -146,5 +161,6 @@ def open_good(path: Path, step: int | None) -> Checkpoint:
         if step is None or step == checkpoint.step:
             return checkpoint
         problem = f"is of step {checkpoint.step}, not of --step {step}"
-    there = ", ".join(str(step_of(other.name)) for other in steps_in(path.parent)) or "none"
+    steps = [str(step_of(other.name)) for other in steps_in(path.parent)]
+    there = ", ".join(steps) or "none"
     raise UserError(f"{path}: {problem}; steps there: {there}")

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the only file that holds a run's steps: written here, and read back as records."""
+"""`metrics.jsonl`, which holds a run's steps: written here alone, and read back as records."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""A run from its process group to its final state: claimed, begun, trained, and noted how it ended."""
+"""A run from its process group to its final state: claimed, begun, trained, its end noted."""
 
 import contextlib
 import faulthandler
@@ -11,21 +11,21 @@ import torch
 from data_prep.errors import UserError, signal_name
 from data_prep.locks import lock
 from pretrain.checkpoint.layout import naming_the_disk, saved_steps
-from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import Recipe
 from pretrain.data.data_check import DataCheck
 from pretrain.data.digests import lengths_that_differ
 from pretrain.distributed.ranks import say, together
 from pretrain.distributed.world import World
 from pretrain.engine.engine import SAVE_FAILED, Engine, start_process_group
-from pretrain.metrics.metrics_file import flush_metrics
 from pretrain.model.token_codes import warnings
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.branch import copy_branch
 from pretrain.run.directory import describe_run
 from pretrain.run.prepare import Run, build_model
+from pretrain.run.saving import around_saves, save
 from pretrain.run.state import note_failure, write_state
-from pretrain.run.trainer import Trainer, restore, save
+from pretrain.run.trainer import Trainer, restore
 from pretrain.view.progress import epochs_lines
 from pretrain.watch.signals import end_on_signals
 from pretrain.watch.watch import Watch
@@ -33,7 +33,8 @@ from pretrain.watch.watch import Watch
 
 def run_training(run: Run, world: World) -> None:
     """From process group to final state. The directory is locked before anything in it changes."""
-    faulthandler.enable()  # what ends a process by a signal (a disk that fails below a mapped shard) leaves its stack
+    # What ends a process by a signal (a disk that fails below a mapped shard) leaves its stack.
+    faulthandler.enable()
     set_determinism(run.recipe)
     device = start_process_group(world)
     held = together(
@@ -96,9 +97,12 @@ def train_from_last_checkpoint(
     branch_off(run, world)
     start_step = restore(run, engine, bad_steps)
     check.finish()
-    with CheckpointWriter(
-        run.run_dir, run.recipe.checkpoints, world, around_saves(run, engine)
-    ) as writer:
+
+    def end_run() -> None:
+        engine.wants_end = SAVE_FAILED
+
+    around = around_saves(run.run_dir, end_run, engine.clock.saved_block)
+    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, around) as writer:
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
             save(run, engine, bad_steps, writer, 0)  # what there is to go back to
         trainer = Trainer(
@@ -139,25 +143,6 @@ def branch_off(run: Run, world: World) -> None:
         return
     together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
     say(world, f"branching from {origin.path}")
-
-
-def around_saves(run: Run, engine: Engine) -> AroundSaves:
-    """What a run does around a save: its lines of metrics are made durable before, state.json
-    tells of it after, and one that fails ends the run.
-    """
-
-    def before() -> None:
-        flush_metrics(run.run_dir)
-
-    def saved(step: int) -> None:
-        write_state(run.run_dir, saved_step=step)
-
-    def failed() -> None:
-        engine.wants_end = SAVE_FAILED
-
-    return AroundSaves(
-        before=before, saved=saved, wrote_block=engine.clock.saved_block, failed=failed
-    )
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:

@@ -4,12 +4,9 @@ import time
 from dataclasses import dataclass, replace
 
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, Source, as_written, without_credentials
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
-from pretrain.checkpoint.manifest import AboutData, CheckpointManifest
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config.recipe import recipe_to_dict
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
 from pretrain.distributed.ranks import say, together
 from pretrain.engine.engine import Engine
@@ -24,6 +21,7 @@ from pretrain.model.token_codes import check_same_code
 from pretrain.run.bad_steps import BadSteps, Decision, describe_rows
 from pretrain.run.continuing import refuse_another_run
 from pretrain.run.prepare import Run
+from pretrain.run.saving import save
 from pretrain.run.starts import record_start
 from pretrain.run.state import read_state
 from pretrain.view.progress import Progress
@@ -324,47 +322,3 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:
     together(lambda: engine.write_state(checkpoint))
     say(world, f"continuing from {checkpoint.path}")
     return checkpoint.step
-
-
-def save(
-    run: Run, engine: Engine, bad_steps: BadSteps, writer: CheckpointWriter, step: int
-) -> None:
-    """Have a checkpoint made after `step` steps.
-
-    After a bad step none is dropped for it: whether training diverged, only the next steps will
-    tell.
-    """
-    fragments, optimizer_step = engine.read_state()
-    data = run.reader.manifest
-    manifest = CheckpointManifest(
-        step=step,
-        optimizer_step=optimizer_step,
-        seed=run.recipe.seed,
-        fingerprint=data.fingerprint,
-        data_dir=str(run.data_dir.resolve()),
-        data=about_data(data),
-        skips=bad_steps.skips_before(step),
-        recent_steps=tuple(bad_steps.recent),
-        recipe=recipe_to_dict(run.recipe),
-        deepspeed=run.engine_config,
-        model_config=run.model_config.to_diff_dict(),
-        parameters=engine.parameter_shapes(),
-    )
-    writer.save(fragments, manifest, prunes=not bad_steps.replayed(step - 1))
-
-
-def about_data(manifest: Manifest) -> AboutData:
-    """What an export must know of the data set."""
-    return AboutData(
-        eos_id=manifest.eos_id,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        sources=[of_source(source) for source in manifest.sources],
-        loss=str(manifest.loss) if manifest.loss else None,
-    )
-
-
-def of_source(source: Source) -> dict[str, object]:
-    """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
-    about = as_written(source) | {"origin": without_credentials(source.origin)}
-    about.pop("loss", None)  # it is told of all sources together
-    return about

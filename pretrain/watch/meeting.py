@@ -7,7 +7,8 @@ this start get, over the process group that they have joined, and asks for a pro
 time and in few bytes:
 
     rank 0 -> other   a challenge: 32 random bytes
-    other -> rank 0   its rank in 4 bytes, a challenge of its own, HMAC-SHA256 of (b"rank", challenge, rank)
+    other -> rank 0   its rank in 4 bytes, a challenge of its own,
+                      HMAC-SHA256 of (b"rank", challenge, rank)
     rank 0 -> other   HMAC-SHA256 of (b"main", the other's challenge)
 
 Rank 0 listens at the address where all ranks met, or, on one machine, at loopback, and only until
@@ -93,12 +94,13 @@ def listen(address: str, ranks: int) -> tuple[socket.socket, str]:
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     backlog = ranks + MOST_GUESTS
+    where = address
     try:
-        return socket.create_server((address, 0), family=family, backlog=backlog), address
+        server = socket.create_server((where, 0), family=family, backlog=backlog)
     except OSError:
-        return socket.create_server(
-            (EVERY_ADDRESS, 0), family=family, backlog=backlog
-        ), EVERY_ADDRESS
+        where = EVERY_ADDRESS
+        server = socket.create_server((where, 0), family=family, backlog=backlog)
+    return server, where
 
 
 # Rank 0's side
@@ -180,15 +182,12 @@ class Reception:
                 for ready, _ in selector.select(self._seconds_to(end)):
                     if ready.fileobj is self.listener:
                         self._open()
-                    elif guest := self._guests.get(
-                        ready.fd
-                    ):  # else an earlier one of this round made it leave
-                        self._hear(guest)
+                    elif ready.fd in self._guests:  # no earlier one of this round made it leave
+                        self._hear(self._guests[ready.fd])
                 self._dismiss_late()
+            why = "the time is up" if self.awaited else "all ranks have come"
             for guest in [*self._guests.values()]:
-                self._dismiss(
-                    guest, "all ranks have come" if not self.awaited else "the time is up"
-                )
+                self._dismiss(guest, why)
 
     def _seconds_to(self, end: float) -> float:
         """How long nothing need be looked at, unless something comes."""

@@ -1,5 +1,6 @@
-"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) end a run after its step, saved; a second one,
-later, at once.
+"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) end a run after its step, saved.
+
+A second one, SAME_SIGNAL_S later, ends it at once.
 """
 
 import os
@@ -16,6 +17,12 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
 
 
+def say_at_once(line: str) -> None:
+    """On stderr, past Python's own buffers: a print would fail where the signal interrupts one."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
 def end_on_signals(engine: Engine, world: World) -> None:
     """Have a signal to any rank end the run on all of them, which learn of it in the exchange of
     a step.
@@ -28,9 +35,11 @@ def end_on_signals(engine: Engine, world: World) -> None:
         if not first_at:
             first_at.append(time.monotonic())
             engine.wants_end = number
-            text = f"{signal_name(number)}: ending after this step; one more, after 2 s, ends it at once\n"
-            with suppress(OSError):  # a print would fail where the signal interrupts another one
-                os.write(2, text.encode() if world.is_main else b"")
+            if world.is_main:
+                say_at_once(
+                    f"{signal_name(number)}: ending after this step; one more, after 2 s, ends it "
+                    "at once"
+                )
 
     for number in ENDING:
         signal.signal(number, handle)

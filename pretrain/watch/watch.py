@@ -267,9 +267,11 @@ class Watch:
         """On rank 0: end the job when no rank moves, with each rank's stack in its log and the
         slowest one named.
         """
-        here, now = self._where(), time.monotonic()
+        here = self._where()
+        now = time.monotonic()
         if here != self._place:
-            self._place, self._moved_at = here, now
+            self._place = here
+            self._moved_at = now
         seconds = now - self._moved_at
         if not self.world.is_main or seconds < self.patience_s():
             return

@@ -117,9 +117,9 @@ def line_problems(lines: list[Line], reference: list[Line], relative: float = 0.
 
 def tensor_problems(found: Checkpoint, expected: Checkpoint) -> list[str]:
     """Where the tensors of two checkpoints are not bitwise equal."""
-    if (found.step, found.optimizer_step, found.shapes) != (
+    if (found.step, found.manifest.optimizer_step, found.shapes) != (
         expected.step,
-        expected.optimizer_step,
+        expected.manifest.optimizer_step,
         expected.shapes,
     ):
         return [f"{found.path}: step {found.step}, expected {expected.step}, or other parameters"]

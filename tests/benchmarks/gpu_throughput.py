@@ -37,12 +37,13 @@ from benchmark_recipes import with_vocabulary
 from data_prep.errors import UserError, exit_code
 from pretrain.config.engine_config import load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.data.batches import widened
 from pretrain.distributed.ranks import keep_freed_memory
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.engine.timing import StepProfiler
-from pretrain.train import build_model
-from pretrain.view.progress import Utilisation
+from pretrain.metrics.utilisation import Utilisation
+from pretrain.run.prepare import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 EOS_ID, DOCUMENT_TOKENS = 0, 500
@@ -87,7 +88,7 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
         for _ in range(engine.accumulation_steps):
             ids = random.integers(1, recipe.model.vocab_size, shape).astype(np.uint16)
             ids[random.random(shape) < 1 / DOCUMENT_TOKENS] = EOS_ID
-            batches.append(engine.pinned(ids))
+            batches.append(widened(ids, pinned=True))
         engine.clock.mark("data")
         profiler.before(step)
         figures.append(engine.train_step(batches, recipe.optimizer.peak_learning_rate).own)

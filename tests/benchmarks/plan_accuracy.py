@@ -121,8 +121,9 @@ class Trainer:
         import numpy as np
 
         from pretrain.config.engine_config import load_engine_config, merge_config
+        from pretrain.data.batches import widened
         from pretrain.engine.engine import Engine
-        from pretrain.train import build_model
+        from pretrain.run.prepare import build_model
 
         self.recipe = recipe_of(case, self.world.world_size)
         loaded = load_engine_config(self.recipe.engine)
@@ -134,7 +135,7 @@ class Trainer:
             shape = (engine.accumulation_steps, case["windows"], case["seq_len"] + 1)
             ids = random.integers(0, case["vocab"], shape).astype(np.uint16)
             started = time.perf_counter()
-            engine.train_step([engine.pinned(one) for one in ids], 1e-3)
+            engine.train_step([widened(one, pinned=False) for one in ids], 1e-3)
             seconds.append(time.perf_counter() - started)
         return seconds
 
