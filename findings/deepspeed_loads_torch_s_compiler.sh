@@ -7,7 +7,7 @@
 #
 # In a rank that has imported transformers it took 1.1 s of CPU time, on a loaded machine, a fifth of the whole start.
 # Our answer: pretrain/engine/engine.py, import_muon_uncompiled
-# (tests/test_engine.py::test_a_rank_that_compiles_nothing_does_not_import_torch_s_compiler).
+# (tests/pretrain/engine/test_engine.py::test_a_rank_that_compiles_nothing_does_not_import_torch_s_compiler).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -6,7 +6,7 @@
 # Seen: ParquetFile, read_table, memory_map and get_file_info raise UnicodeEncodeError; get_file_info of the directory
 # that holds it raises UnicodeDecodeError, though the other file in it is well named; through open() it reads.
 # Here: data_prep/inputs/local_files.py refuses such a name when files are listed, in one line that spells it in escapes
-# (tests/test_local_files.py::test_names_that_are_not_utf8_are_refused_when_listed).
+# (tests/data_prep/inputs/test_local_files.py::test_names_that_are_not_utf8_are_refused_when_listed).
 set -euo pipefail
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -5,7 +5,7 @@
 # Encoding never cuts at line ends, so nothing shows it later.
 #
 # Here: data_prep/tokenizer/byte_bpe.py writes documents so that gigabpe learns them whole;
-# tests/test_train_tokenizer.py compares its merges with those of train_from_iterator.
+# tests/data_prep/test_train_tokenizer.py compares its merges with those of train_from_iterator.
 set -euo pipefail
 
 work=$(mktemp -d)

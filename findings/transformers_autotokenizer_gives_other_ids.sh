@@ -7,7 +7,8 @@
 #             tokenizer_config.json says, and to false if it says nothing.
 #
 # Here: pretrain/hf/tokenizer.py names the plain class and repeats add_prefix_space; an export is refused if
-# AutoTokenizer gives other ids (pretrain/hf/ids.py); tests/test_export_tokenizer.py holds 53 kinds of tokenizers.
+# AutoTokenizer gives other ids (pretrain/hf/ids.py);
+# tests/pretrain/hf/test_export_tokenizer.py holds 53 kinds of tokenizers.
 set -euo pipefail
 
 work=$(mktemp -d)

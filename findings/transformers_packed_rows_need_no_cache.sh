@@ -8,7 +8,7 @@
 #   transformers 5.24.0, use_cache default: 8.36; use_cache=False: 0.00
 #
 # Here: modeling_tablefree.py keeps them apart either way
-# (tests/test_model_in_tools.py::test_positions_that_start_anew_keep_documents_apart).
+# (tests/pretrain/test_model_in_tools.py::test_positions_that_start_anew_keep_documents_apart).
 set -euo pipefail
 
 home=$(mktemp -d)

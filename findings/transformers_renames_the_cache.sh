@@ -8,7 +8,8 @@
 #   transformers 5.24.0: differ
 #
 # Here: modeling_tablefree.py takes both names and refuses what it does not know
-# (tests/test_model_in_tools.py::test_a_cache_is_used_under_either_of_its_names, ::test_what_would_be_ignored_is_refused).
+# (tests/pretrain/test_model_in_tools.py::test_a_cache_is_used_under_either_of_its_names,
+# ::test_what_would_be_ignored_is_refused).
 set -euo pipefail
 
 home=$(mktemp -d)

@@ -12,7 +12,7 @@
 #   transformers 5.12.1: logged 1.000 of the mean
 #
 # Here: an export takes the number as it is given, as stock classes do, so it trains alike beside them in each release;
-# tests/matrix/rows.py expects of each release what it counts.
+# tests/pretrain/hf/matrix/rows.py expects of each release what it counts.
 set -euo pipefail
 
 home=$(mktemp -d)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prep_helpers import build
-from test_fuzz_readers import damaged
+from support.damage import damaged
+from support.prep_helpers import build
+from support.runs import write_recipe
 
 from data_prep import show, verify
 from data_prep.build_shards import is_complete
@@ -40,7 +40,7 @@ from pretrain.run.bad_steps import BadSteps
 from pretrain.run.state import note_failure, read_state
 from pretrain.view.templates import render
 
-pytest_plugins = ("prep_fixtures",)
+pytest_plugins = ("support.prep_fixtures",)
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
 fuzz = settings(

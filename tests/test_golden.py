@@ -9,16 +9,15 @@ kernels by the processor.
 """
 
 import json
-import platform
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import torch
-from conftest import write_dataset, write_source
-from forked_ranks import run_ranks
+from support.builds import this_build
+from support.forked_ranks import run_ranks
+from support.hand_made_shards import write_dataset, write_source
 
 from pretrain.modeling_tablefree import INPUT_EMBEDDINGS
 
@@ -51,23 +50,6 @@ A step is a function of recipe, engine, data set, seed and step number, so somet
       python tests/test_golden.py --record
 - If only torch or the processor is new, figures agree to 1e-5 and this test passes; record when the pin in
   .ci/constraints.txt moves, or to hold that build exactly too."""
-
-
-def this_build() -> dict[str, str]:
-    """What decides the last digits: torch, and the kernels that its libraries choose for this
-    processor.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    words = cpuinfo.read_text().split("\n\n")[0].split() if cpuinfo.exists() else []
-    vendor = next(
-        (word for word in words if word in ("AuthenticAMD", "GenuineIntel")), platform.processor()
-    )
-    widest = next((flag for flag in ("amx_bf16", "avx512f", "avx2", "avx") if flag in words), "")
-    return {
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": f"{vendor} {widest}",
-    }
 
 
 def counting(first: int, stride: int) -> list[int]:

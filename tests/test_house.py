@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from support.runs import REPOSITORY
 
 SOURCES = sorted(
     path

@@ -10,9 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY_VOCAB_SIZE, environment, losses, write_recipe
-from matrix.environments import make_environment, python_of, skip_without_registry
-from prep_helpers import source, write_jsonl, write_mixture
+from support.environments import make_environment, python_of, skip_without_registry
+from support.prep_helpers import source, write_jsonl, write_mixture
+from support.runs import REPOSITORY, TINY_VOCAB_SIZE, environment, losses, write_recipe
 
 STEPS = 2
 NOT_SOURCES = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from prep_helpers import build, source, write_mixture, write_parquet
+from support.prep_helpers import build, source, write_mixture, write_parquet
+from support.runs import write_recipe
 
 from data_prep import show, verify
 from data_prep.errors import UserError, exit_code, printable
@@ -21,7 +21,7 @@ from pretrain.config.recipe import load_recipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.run.bad_steps import describe_rows
 
-pytest_plugins = ("prep_fixtures",)
+pytest_plugins = ("support.prep_fixtures",)
 
 # a colour, a window's title, C1's CSI, a carriage return, delete, backspace, bell, text that turns
 # round, a line's end

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import losses, run_command, text_dataset, train, write_recipe
-from test_golden import this_build
+from support.builds import this_build
+from support.runs import losses, run_command, text_dataset, train, write_recipe
 
 from data_prep.shards import digest_file, load_manifest
 

@@ -1,7 +1,7 @@
 """What exports were run in, by release of the engine and form: engines.yaml, which the card of an
 export shows.
 
-The file is written by what ran them (tests/matrix/recorded.py), never by hand.
+The file is written by what ran them (tests/pretrain/hf/matrix/recorded.py), never by hand.
 """
 
 from dataclasses import dataclass

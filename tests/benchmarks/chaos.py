@@ -47,7 +47,7 @@ from typing import Any
 
 import psutil
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
-from conftest import counting_dataset, write_recipe
+from support.runs import counting_dataset, write_recipe
 
 from data_prep.errors import UserError, exit_code
 from pretrain.checkpoint.find import newest_good

@@ -18,8 +18,8 @@ import psutil
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from conftest import environment
-from forked_ranks import fork_server, start_ranks
+from support.forked_ranks import fork_server, start_ranks
+from support.runs import environment
 
 POLL_S = 0.001
 

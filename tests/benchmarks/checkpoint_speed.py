@@ -32,7 +32,7 @@ from typing import Any
 from first_step import BEGAN, REPOSITORY, Marks, import_the_command, mark_the_parts
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-from hand_made_runs import manifest_of
+from support.hand_made_runs import manifest_of
 
 from data_prep.errors import UserError, exit_code
 

@@ -4,9 +4,9 @@
 
 Installs each engine into an environment of its own (kept in the user's cache directory; torch is
 shared with this one), runs both forms of a small trained export in it, and compares with the
-training class; what is tried is in tests/matrix/engine_checks.py. --record writes the results into
-pretrain/hf/engines.yaml, from which cards are made; those of transformers itself come from
-tests/test_matrix.py.
+training class; what is tried is in tests/pretrain/hf/matrix/engine_checks.py. --record writes the
+results into pretrain/hf/engines.yaml, from which cards are made; those of transformers itself come
+from tests/pretrain/hf/test_matrix.py.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+OF_EXPORTS = TESTS / "pretrain" / "hf"
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(OF_EXPORTS)]
 
-from conftest import environment, text_dataset
-from matrix.environments import prepare_environment
 from matrix.recorded import replace_records
-from matrix.reference import FORMS, train_and_export, write_reference
-from test_matrix import ADDRESSES, CHARACTERS
+from matrix.reference import ADDRESSES, CHARACTERS, FORMS, train_and_export, write_reference
+from support.environments import prepare_environment
+from support.runs import environment, text_dataset
 
 from data_prep.errors import UserError, exit_code
 from pretrain import export_hf
 from pretrain.hf.engines import EngineRecord
 
-CHECKS = TESTS / "matrix" / "engine_checks.py"
+CHECKS = OF_EXPORTS / "matrix" / "engine_checks.py"
 TIMEOUT_S = 300
 TRIED = {
     "peft": "LoRA: trained, saved, loaded, merged, generating",

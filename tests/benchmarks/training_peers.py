@@ -58,7 +58,7 @@ import yaml
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmark_recipes import load_for_benchmark
-from hand_made_shards import write_dataset, write_source
+from support.hand_made_shards import write_dataset, write_source
 
 from data_prep.errors import CommandParser, UserError, exit_code
 from pretrain.config.recipe import Recipe, load_recipe, recipe_to_dict

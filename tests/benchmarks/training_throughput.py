@@ -32,7 +32,7 @@ import yaml
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmark_recipes import load_for_benchmark
-from hand_made_shards import write_dataset, write_source
+from support.hand_made_shards import write_dataset, write_source
 
 from data_prep.errors import exit_code
 from data_prep.shards import Tokens

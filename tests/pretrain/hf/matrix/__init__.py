@@ -1,0 +1,3 @@
+"""Exports under other releases of transformers than the one that the tests run with; see
+tests/pretrain/hf/test_matrix.py.
+"""

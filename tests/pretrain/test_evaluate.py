@@ -1,0 +1,278 @@
+"""Evaluation: every token once, whatever the windows, and bits per byte by their definition."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.runs import counting_dataset, run_command
+
+from data_prep.errors import UserError
+from data_prep.shards import ShardReader, load_manifest
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.reader import load_model
+from pretrain.evaluate import evaluate, main, open_data, score, tokenizer_of
+from pretrain.evaluation.result import figures_of
+
+
+def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: Path) -> None:
+    reader = ShardReader(text_data)
+    checkpoint = load_for_reading(text_run)
+    total, by_source = evaluate(checkpoint, reader)
+
+    shards = reader.manifest.shards_of("validation")
+    stream = torch.from_numpy(
+        np.concatenate([reader.tokens(shard) for shard in shards]).astype(np.int64)
+    )
+    model, nats, targets = load_model(checkpoint).eval(), 0.0, 0
+    for start in range(0, len(stream) - 1, 32):
+        ids = stream[start : start + 33]
+        logits = model(ids[None, :-1]).logits[0]
+        nats += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+        targets += len(ids) - 1
+
+    assert targets == total["targets"] == len(stream) - 1
+    assert (len(stream) - 1) % 32, (
+        "the split must end in a partial window for this test to mean something"
+    )
+    assert total["loss"] == pytest.approx(nats / targets, rel=1e-6)
+    assert total["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
+    text_bytes = sum(shard.text_bytes for shard in shards)
+    assert total["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert by_source == {"sotu": total}
+
+
+def test_a_uniform_guess_over_256_ids_is_eight_bits_an_id() -> None:
+    figures = score(nats=100 * math.log(256), targets=100, text_bytes=100)
+    assert figures["perplexity"] == pytest.approx(256)
+    assert figures["bits_per_byte"] == pytest.approx(8)
+
+
+def test_the_command_prints_and_writes_the_same_figures(
+    text_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--run-dir", str(text_run)])
+    written = json.loads((text_run / "evaluation.json").read_text())
+    assert written["step"] == 20
+    assert f"{written['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_an_untrained_model_is_worse_than_the_trained_one(text_run: Path) -> None:
+    lines = [json.loads(line) for line in (text_run / "metrics.jsonl").read_text().splitlines()]
+    final = json.loads((text_run / "evaluation.json").read_text())["loss"]
+    assert final < lines[0]["loss"] - 0.3
+
+
+def test_another_data_set_is_refused(text_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the run was trained on"):
+        main(["--run-dir", str(text_run), "--data-dir", str(counting_dataset(tmp_path / "other"))])
+
+
+def test_a_split_that_is_not_as_it_was_built_is_not_scored(
+    text_run: Path, text_data: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(text_data, tmp_path / "data")
+    shard = data / ShardReader(data).manifest.shards_of("validation")[0].path
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-64] + bytes(64))
+    with pytest.raises(
+        UserError, match=f"{shard}: differs from its digest: .*; python -m data_prep.verify {data}"
+    ):
+        main(["--run-dir", str(text_run), "--data-dir", str(data)])
+
+
+@pytest.mark.parametrize("module", ["pretrain.evaluate", "pretrain.export_hf"])
+def test_a_run_without_checkpoints_is_one_clear_line(
+    module: str, text_run: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(text_run, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
+    more = ["--output-dir", str(tmp_path / "export")] if module.endswith("export_hf") else []
+    result = run_command(sys.executable, "-m", module, "--run-dir", str(run_dir), *more)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error:")
+    assert len(result.stderr.splitlines()) == 1
+    assert "no checkpoints" in result.stderr
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_missing_run_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        main(["--run-dir", str(tmp_path / "nowhere")])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+    text_run: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(text_run, run_dir)
+    fragments = next((run_dir / "checkpoints" / "step-00000020").glob("*.safetensors"))
+    content = bytearray(fragments.read_bytes())
+    content[-1] ^= 1
+    fragments.write_bytes(content)
+    result = run_command(sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir))
+    assert result.returncode == 0
+    assert "step-00000020: " in result.stderr
+    assert re.search(
+        r"differs from its digest: \w{32}, expected \w{32}; passed over", result.stderr
+    )
+    assert "step-00000015" in result.stdout
+
+
+# Another step, another data set, a checkpoint by itself, a run that can't be written to
+
+
+def copy_of(run: Path, home: Path) -> Path:
+    """A copy of a run without its evaluations."""
+    ignored = shutil.ignore_patterns("evaluation*")
+    return Path(shutil.copytree(run, home / "run", ignore=ignored))
+
+
+def other_data_set(data: Path, home: Path, **changes: Any) -> Path:
+    """A data set with the same tokenizer and another fingerprint."""
+    other = Path(shutil.copytree(data, home / "other"))
+    manifest = replace(load_manifest(data), **{"validation_fraction": 0.125, **changes})
+    (other / "manifest.json").write_bytes(manifest.to_bytes())
+    return other
+
+
+def test_the_figures_of_a_step_are_its_own_and_take_no_other_s_place(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = copy_of(text_run, tmp_path)
+    main(["--run-dir", str(run_dir)])
+    newest = (run_dir / "evaluation.json").read_bytes()
+    main(["--run-dir", str(run_dir), "--step", "15"])
+    assert "step-00000015" in capsys.readouterr().out
+    assert (run_dir / "evaluation.json").read_bytes() == newest
+    figures = json.loads((run_dir / "evaluations" / "step-00000015.json").read_text())
+    assert figures["step"] == 15
+    assert figures["loss"] != json.loads(newest)["loss"]
+    assert figures_of(run_dir, 15) == figures
+    assert figures_of(run_dir, 20) == json.loads(newest)
+    assert figures_of(run_dir, 10) is None
+    (run_dir / "evaluations" / "step-00000015.json").unlink()
+    main(["--run-dir", str(run_dir / "checkpoints" / "step-00000015")])  # the same, said otherwise
+    assert figures_of(run_dir, 15) == figures
+    assert newest_good(run_dir)[1] == []  # nothing was put into a checkpoint
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(text_run: Path) -> None:
+    with pytest.raises(UserError, match=r"step-00000007: no such checkpoint; steps there: 20, 15$"):
+        main(["--run-dir", str(text_run), "--step", "7"])
+    with pytest.raises(UserError, match=r"is of step 15, not of --step 20"):
+        main(["--run-dir", str(text_run / "checkpoints" / "step-00000015"), "--step", "20"])
+
+
+def test_a_damaged_checkpoint_is_refused_by_its_step(text_run: Path, tmp_path: Path) -> None:
+    run_dir = copy_of(text_run, tmp_path)
+    (run_dir / "checkpoints" / "step-00000015" / "notes.md").write_text("")
+    with pytest.raises(
+        UserError, match=r"step-00000015: notes.md is not named in manifest.json; steps there"
+    ):
+        main(["--run-dir", str(run_dir), "--step", "15"])
+
+
+def test_another_data_set_of_the_same_tokenizer_is_scored_and_the_result_says_which(
+    text_run: Path, text_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, other = copy_of(text_run, tmp_path), other_data_set(text_data, tmp_path)
+    main(["--run-dir", str(run_dir), "--data-dir", str(other)])
+    fingerprint = ShardReader(other).manifest.fingerprint
+    assert (
+        f"on {other} ({fingerprint}), which the run was not trained on" in capsys.readouterr().out
+    )
+    assert not (run_dir / "evaluation.json").exists()
+    (written,) = (run_dir / "evaluations").iterdir()
+    assert written.name == f"step-00000020.{fingerprint}.json"
+    content = json.loads(written.read_text())
+    assert (content["step"], content["fingerprint"], content["data_dir"]) == (
+        20,
+        fingerprint,
+        str(other),
+    )
+    assert figures_of(run_dir, 20) is None  # an export's card is about the run's own data
+
+
+def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(
+    text_run: Path, text_data: Path
+) -> None:
+    checkpoint = load_for_reading(text_run)
+    manifest = checkpoint.manifest
+    told = manifest.data.tokenizer_sha256
+    checkpoint.manifest = replace(manifest, data=replace(manifest.data, tokenizer_sha256=None))
+    assert (
+        told
+        == tokenizer_of(checkpoint, text_run)
+        == ShardReader(text_data).manifest.tokenizer_sha256
+    )
+    assert tokenizer_of(checkpoint, None) is None
+
+
+def test_advice_that_was_followed_is_not_given_again(
+    text_run: Path, text_data: Path, tmp_path: Path
+) -> None:
+    run_dir = copy_of(text_run, tmp_path)
+    with pytest.raises(UserError) as raised:
+        main(
+            ["--run-dir", str(run_dir), "--data-dir", str(counting_dataset(tmp_path / "counting"))]
+        )
+    assert "with another tokenizer (sha256 " in str(raised.value)
+    assert "--data-dir" not in str(raised.value)
+    with pytest.raises(UserError, match=r"nowhere: no such directory") as raised:
+        main(["--run-dir", str(run_dir), "--data-dir", str(tmp_path / "nowhere")])
+    assert "--data-dir" not in str(raised.value)
+    checkpoint = load_for_reading(run_dir)
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=str(tmp_path / "moved"))
+    with pytest.raises(UserError, match="is not there; say where with --data-dir"):
+        open_data(checkpoint, None, run_dir)
+    other = str(other_data_set(text_data, tmp_path))
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=other)
+    with pytest.raises(UserError, match="say where that is with --data-dir"):
+        open_data(checkpoint, None, run_dir)
+
+
+def test_a_checkpoint_by_itself_is_scored(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "step-00000020"
+    shutil.copytree(text_run / "checkpoints" / alone.name, alone)
+    before = sorted(tmp_path.rglob("*"))
+    main(["--run-dir", str(alone)])
+    said = capsys.readouterr()
+    assert f"{alone}\n" in said.out
+    assert "lies in no run's directory, so the figures are printed alone" in said.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_cannot_be_written_to_gives_its_figures_all_the_same(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"mounting takes root: {made.stderr.decode().strip()}")
+    try:
+        run_dir = copy_of(text_run, disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for more in ([], ["--step", "15"]):
+            main(["--run-dir", str(run_dir), *more])
+            said = capsys.readouterr()
+            assert re.search(r"whole split +[\d,]+ +\d", said.out)
+            (line,) = said.err.splitlines()
+            assert line.startswith(f"warning: {run_dir}/evaluation")
+            assert line.endswith(": Read-only file system; the figures above are not kept there")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
