@@ -34,8 +34,9 @@ from typing import Any
 
 from data_prep.errors import CommandParser, UserError, exit_code, nearest
 from data_prep.shards import ShardReader
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.costs import memory
 from pretrain.costs.flops import (
     DEVICES,

@@ -53,7 +53,9 @@ from pretrain.checkpoint.reader import (
     saved_steps,
 )
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config.recipe import Recipe, model_config, recipe_to_dict
+from pretrain.config.load import recipe_to_dict
+from pretrain.config.recipe import Recipe, model_config
+from pretrain.config.schedule import learning_rate
 from pretrain.costs.memory import check_it_fits
 from pretrain.data.data_check import DataCheck
 from pretrain.data.digests import lengths_that_differ
@@ -73,7 +75,6 @@ from pretrain.distributed.ranks import (
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
 from pretrain.engine.figures import StepFigures, finite
-from pretrain.engine.optim import learning_rate
 from pretrain.engine.timing import PAUSE, StepProfiler
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
 from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs

@@ -10,19 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import (
-    MAY_CHANGE_ON_RESUME,
-    Recipe,
+from pretrain.config.changes import MAY_CHANGE_ON_RESUME, flatten, refuse_changes
+from pretrain.config.load import (
     apply_overrides,
     build_recipe,
     dotted_keys,
-    flatten,
     load_recipe,
-    model_config,
     recipe_to_dict,
     recipe_to_yaml,
-    refuse_changes,
 )
+from pretrain.config.recipe import Recipe, model_config
 from pretrain.config.recipe_names import ELSEWHERE, OURS
 
 

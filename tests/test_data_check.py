@@ -10,7 +10,7 @@ from conftest import counting_dataset, losses, write_recipe
 from forked_ranks import run_ranks, train_on
 
 from data_prep.shards import SHARD_HEADER_BYTES, ShardReader, digest_file
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
 from pretrain.data.data_check import CHECKED_NAME, largest_first
 from pretrain.data.digests import check_shards
 from pretrain.run.directory import read_state

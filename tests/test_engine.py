@@ -18,8 +18,9 @@ from data_prep.errors import UserError
 from data_prep.shards import Tokens
 from pretrain.checkpoint.reader import load_for_reading
 from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters

@@ -30,8 +30,9 @@ from forked_ranks import become_a_rank, fork_server, variables_of
 from data_prep.shards import Tokens
 from pretrain.checkpoint.reader import load_for_reading
 from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.config.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.deepspeed import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
 from pretrain.train import build_model

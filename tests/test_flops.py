@@ -8,7 +8,8 @@ from conftest import overrides_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config.recipe import RECIPES_DIR, ModelRecipe, load_recipe, model_config
+from pretrain.config.load import RECIPES_DIR, load_recipe
+from pretrain.config.recipe import ModelRecipe, model_config
 from pretrain.costs.flops import DEVICES, Device, count_parameters, find_device, flops_per_token
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 

@@ -28,8 +28,8 @@ from data_prep.shards import ShardReader, load_manifest
 from data_prep.tokenizer.encode import load_tokenizer
 from pretrain import trace
 from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
-from pretrain.config.engine_config import load_engine_config
-from pretrain.config.recipe import build_recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config
+from pretrain.config.load import build_recipe, load_recipe
 from pretrain.distributed.world import World
 from pretrain.evaluate import open_data
 from pretrain.evaluation.result import figures_of

@@ -14,8 +14,9 @@ import torch
 from conftest import REPOSITORY, counting_dataset, overrides_of
 
 from data_prep.errors import UserError
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import RECIPES_DIR, Recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import RECIPES_DIR, load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import DEVICES, LINKS, Costs
 from pretrain.costs.memory import (
     MODES,

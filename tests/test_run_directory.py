@@ -13,7 +13,8 @@ from forked_ranks import arguments_of, run_ranks, train_on
 
 from data_prep.errors import UserError
 from data_prep.shards import lock
-from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
+from pretrain.config.load import build_recipe, recipe_to_yaml
+from pretrain.config.recipe import Recipe
 from pretrain.metrics.records import read_lines
 from pretrain.run.claim import METRICS_NAME, WRITTEN
 from pretrain.run.directory import (

@@ -125,8 +125,8 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
     """Load, save, train and save with the parts of the training command."""
     from pretrain import train
     from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.config.schedule import learning_rate
     from pretrain.engine.engine import Engine
-    from pretrain.engine.optim import learning_rate
 
     run = train.prepare([*flags, "--run-dir", str(leg.run_dir)], world)
     noting = NotingLoader(run.loader)

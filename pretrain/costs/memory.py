@@ -25,7 +25,7 @@ from itertools import accumulate
 from typing import Any
 
 from data_prep.errors import UserError
-from pretrain.config.engine_config import accumulation_steps
+from pretrain.config.deepspeed import accumulation_steps
 from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import count_parameters
 

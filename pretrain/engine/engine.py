@@ -1,6 +1,6 @@
 """The DeepSpeed engine: the only module that imports deepspeed, and all that touches its internals.
 
-What it is configured with comes from pretrain/config/engine_config.py.
+What it is configured with comes from pretrain/config/deepspeed.py.
 """
 
 import contextlib

@@ -21,8 +21,9 @@ from pretrain.checkpoint.reader import (
     saved_steps,
 )
 from pretrain.checkpoint.retention import MANIFEST_NAME, SIDECAR_NAME
-from pretrain.config.recipe import Recipe, build_recipe
-from pretrain.engine.optim import learning_rate
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.schedule import learning_rate
 from pretrain.run.claim import METRICS_NAME, is_run
 from pretrain.run.directory import read_state, refuse_another_run, write_state
 from pretrain.run.starts import copy_starts

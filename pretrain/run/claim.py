@@ -15,7 +15,7 @@ from data_prep.errors import UserError, parse_yaml
 from data_prep.shards import LOCK_NAME, TOKENIZER_NAME
 from pretrain.checkpoint.patience import read_patiently
 from pretrain.checkpoint.retention import OWN_FILE, SIDECAR_NAME, steps_in
-from pretrain.config.recipe import build_recipe, recipe_to_yaml
+from pretrain.config.load import build_recipe, recipe_to_yaml
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"

@@ -24,15 +24,14 @@ from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
 from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves
-from pretrain.config import recipe as config
-from pretrain.config.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
-from pretrain.config.recipe import (
-    Recipe,
-    build_recipe,
-    recipe_to_dict,
-    recipe_to_yaml,
+from pretrain.config.changes import (
+    ENGINE_MAY_CHANGE_ON_RESUME,
+    MAY_CHANGE_ON_BRANCH,
+    MAY_CHANGE_ON_RESUME,
     refuse_changes,
 )
+from pretrain.config.load import build_recipe, recipe_to_dict, recipe_to_yaml
+from pretrain.config.recipe import Recipe
 from pretrain.metrics.records import cut_to_step
 from pretrain.run.claim import ENGINE_CONFIG_NAME, METRICS_NAME, RECIPE_NAME, SKIPS_NAME, STATE_NAME
 
@@ -87,7 +86,7 @@ def refuse_another_run(
     is_branch = (
         flag or Path(read_state(run_dir).get("branched_from", "")).name == checkpoint.path.name
     )
-    may_change = config.MAY_CHANGE_ON_BRANCH if is_branch else config.MAY_CHANGE_ON_RESUME
+    may_change = MAY_CHANGE_ON_BRANCH if is_branch else MAY_CHANGE_ON_RESUME
     # keys it lacks are as default
     saved_recipe = recipe_to_dict(build_recipe(manifest["recipe"], origin))
     refuse_changes(

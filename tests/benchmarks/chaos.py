@@ -57,7 +57,8 @@ from pretrain.checkpoint.reader import (
     newest_good,
     saved_steps,
 )
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import count_parameters
 
 TIMINGS = (

@@ -35,8 +35,9 @@ sys.path[:0] = [str(REPOSITORY)]
 from benchmark_recipes import with_vocabulary
 
 from data_prep.errors import UserError, exit_code
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.distributed.ranks import keep_freed_memory
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group

@@ -66,7 +66,7 @@ def cases() -> list[dict[str, Any]]:
 
 def recipe_of(case: dict[str, Any], ranks: int) -> Any:
     """The recipe of a case."""
-    from pretrain.config.recipe import build_recipe
+    from pretrain.config.load import build_recipe
 
     size = case["windows"]
     content = {
@@ -120,7 +120,7 @@ class Trainer:
         """Seconds of each step."""
         import numpy as np
 
-        from pretrain.config.engine_config import load_engine_config, merge_config
+        from pretrain.config.deepspeed import load_engine_config, merge_config
         from pretrain.engine.engine import Engine
         from pretrain.train import build_model
 

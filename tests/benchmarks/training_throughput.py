@@ -37,8 +37,9 @@ from hand_made_shards import write_dataset, write_source
 from data_prep.errors import exit_code
 from data_prep.shards import Tokens
 from pretrain import train
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, recipe_to_dict
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import recipe_to_dict
+from pretrain.config.recipe import Recipe
 from pretrain.data.loader import Prefetch
 from pretrain.distributed.ranks import free_port, set_up_rank
 from pretrain.distributed.world import World
