@@ -36,7 +36,7 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import ValidationWindows
-from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.distributed.devices import keep_freed_memory
 from pretrain.evaluation.result import EVALUATION_NAME, EVALUATIONS_NAME
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.view.templates import render

@@ -62,16 +62,8 @@ from pretrain.data.digests import lengths_that_differ
 from pretrain.data.loader import Prefetch, TrainingLoader, ValidationWindows
 from pretrain.data.staging import staged
 from pretrain.data.validation import validation_batches, windows_to_validate
-from pretrain.distributed.ranks import (
-    check_kernels,
-    exit_with,
-    gather,
-    memory_of_rank,
-    met_alone,
-    say,
-    set_up_rank,
-    together,
-)
+from pretrain.distributed.agree import exit_with, gather, met_alone, say, together
+from pretrain.distributed.devices import check_kernels, memory_of_rank, set_up_rank
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
 from pretrain.engine.figures import StepFigures, finite

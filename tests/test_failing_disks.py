@@ -22,7 +22,7 @@ from pretrain.checkpoint import reader as checkpoint
 from pretrain.checkpoint.patience import patiently
 from pretrain.checkpoint.reader import Fragment, load_for_reading, newest_good, saved_steps
 from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.distributed.ranks import together
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
 from pretrain.metrics.records import read_lines
 from pretrain.run import directory as run_directory

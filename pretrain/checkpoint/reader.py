@@ -43,7 +43,7 @@ from pretrain.checkpoint.retention import (
     step_of,
     steps_in,
 )
-from pretrain.distributed.ranks import barrier, gather, together
+from pretrain.distributed.agree import barrier, gather, together
 from pretrain.distributed.world import World
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, checkpoint_parameters
 

@@ -41,7 +41,7 @@ from pretrain.checkpoint.retention import (
     step_name,
     sweep,
 )
-from pretrain.distributed.ranks import Group, SharedError, gather, together
+from pretrain.distributed.agree import Group, SharedError, gather, together
 from pretrain.distributed.world import World
 
 Callback = Callable[[], None] | None

@@ -21,7 +21,7 @@ from pretrain.checkpoint.reader import Fragment, naming_the_disk, saved_steps
 from pretrain.checkpoint.retention import prune, step_of
 from pretrain.checkpoint.saving import Callback, save_checkpoint
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import together
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
 
 

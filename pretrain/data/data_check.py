@@ -32,7 +32,7 @@ from data_prep.shards import ShardReader, digest_file, write_durably
 from pretrain.config.recipe import DataRecipe
 from pretrain.data.digests import check_file, digests_of, repair_advice
 from pretrain.data.staging import copy_checked, is_ours
-from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 
 CHECKED_NAME = "checked_data"

@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.shards import Tokens
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import ValidationWindows
-from pretrain.distributed.ranks import met_alone
+from pretrain.distributed.agree import met_alone
 from pretrain.distributed.world import World
 
 

@@ -16,7 +16,7 @@ import torch
 from data_prep.errors import UserError
 from pretrain.config.recipe import Recipe, model_config
 from pretrain.costs.flops import DEVICES, Costs, Device, find_device
-from pretrain.distributed.ranks import check_kernels
+from pretrain.distributed.devices import check_kernels
 from pretrain.engine.optim import build_optimizer
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
 from pretrain.model.loss import LanguageModelLoss

@@ -22,7 +22,8 @@ from data_prep.errors import UserError, first_problem, one_line
 from data_prep.shards import Tokens
 from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.config.recipe import Recipe
-from pretrain.distributed.ranks import gather, set_rendezvous
+from pretrain.distributed.agree import gather
+from pretrain.distributed.rendezvous import set_rendezvous
 from pretrain.distributed.world import World
 from pretrain.engine.figures import RankFigures, StepFigures, no_number
 from pretrain.engine.optim import build_optimizer

@@ -28,7 +28,7 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
-from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.figures import finite, no_number
 from pretrain.metrics.records import cut_damaged_end

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from data_prep.shards import without_credentials, write_durably
-from pretrain.distributed.ranks import gather
+from pretrain.distributed.agree import gather
 from pretrain.distributed.world import World
 from pretrain.run.claim import STARTS_NAME
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import find_device, flops_per_token
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed.ranks import say
+from pretrain.distributed.agree import say
 from pretrain.distributed.world import World
 from pretrain.view.time_left import TimeLeft
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_prep.errors import exit_code
 from pretrain.config.recipe import Recipe, model_config
-from pretrain.distributed.ranks import set_up_rank
+from pretrain.distributed.devices import set_up_rank
 from pretrain.distributed.world import world_from_environment
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters

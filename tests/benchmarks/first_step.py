@@ -93,7 +93,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     """Train one step as pretrain.train does, and write what its parts took; ends the process."""
     marks = Marks()
     train = import_the_command(marks)
-    from pretrain.distributed.ranks import barrier
+    from pretrain.distributed.agree import barrier
 
     marks.around(train, "prepare", "checks of recipe and data set")
     marks.around(train, "start_process_group", "process group")
@@ -124,7 +124,7 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
     own = [__file__, "--as-rank", str(marks), *flags]
     if ranks == 1:
         return [[sys.executable, *own]]
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     launcher = [
         str(Path(sys.executable).with_name("deepspeed")),

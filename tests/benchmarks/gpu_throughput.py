@@ -38,7 +38,7 @@ from data_prep.errors import UserError, exit_code
 from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.distributed.devices import keep_freed_memory
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.engine.timing import StepProfiler

@@ -150,7 +150,7 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before = status_bytes("VmRSS")
     if case.get("keep_freed"):
-        from pretrain.distributed.ranks import keep_freed_memory
+        from pretrain.distributed.devices import keep_freed_memory
 
         keep_freed_memory()
     trainer.train(case, steps=2)
@@ -160,7 +160,7 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     """Tokens/s predicted and measured of one rank."""
-    from pretrain.distributed.ranks import keep_freed_memory
+    from pretrain.distributed.devices import keep_freed_memory
     from pretrain.engine.calibrate import calibrate
     from pretrain.plan import step_seconds
 
@@ -178,7 +178,7 @@ def measure_speed(case: dict[str, Any]) -> dict[str, float]:
 
 def run(case: dict[str, Any], measurement: str) -> dict[str, float]:
     """The case in processes of its own; the figures of the rank that held most."""
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     ranks, repository = case.get("ranks", 1), Path(__file__).resolve().parents[2]
     shared = {

@@ -41,7 +41,8 @@ from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import recipe_to_dict
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import Prefetch
-from pretrain.distributed.ranks import free_port, set_up_rank
+from pretrain.distributed.devices import set_up_rank
+from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.engine.optim import build_optimizer
