@@ -30,7 +30,6 @@ if __name__ == "__main__":
     gc.disable()
 
 import contextlib
-import copy
 import faulthandler
 import math
 import os
@@ -54,9 +53,9 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.load import recipe_to_dict
-from pretrain.config.recipe import Recipe, model_config
+from pretrain.config.recipe import Recipe
 from pretrain.config.schedule import learning_rate
-from pretrain.costs.memory import check_it_fits
+from pretrain.costs.fit import check_it_fits
 from pretrain.data.data_check import DataCheck
 from pretrain.data.digests import lengths_that_differ
 from pretrain.data.loader import Prefetch, TrainingLoader, ValidationWindows
@@ -65,13 +64,14 @@ from pretrain.data.validation import validation_batches, windows_to_validate
 from pretrain.distributed.agree import exit_with, gather, met_alone, say, together
 from pretrain.distributed.devices import check_kernels, memory_of_rank, set_up_rank
 from pretrain.distributed.world import World, world_from_environment
+from pretrain.engine.clock import PAUSE
 from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
 from pretrain.engine.figures import StepFigures, finite
-from pretrain.engine.timing import PAUSE, StepProfiler
-from pretrain.model.activation_checkpointing import apply_activation_checkpointing
-from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs
+from pretrain.engine.profiler import StepProfiler
+from pretrain.model.build import build_model
+from pretrain.model.compilation import check_compiler, compiled_graphs
 from pretrain.model.token_codes import check_same_code, config_of_run, saved_config, warnings
-from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, initialise_parameters
+from pretrain.modeling_tablefree import TableFreeConfig
 from pretrain.run.bad_steps import BadSteps, describe_rows
 from pretrain.run.branch import copy_branch, open_origin
 from pretrain.run.command_line import build_parser
@@ -162,21 +162,6 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         dry_run=flags.dry_run,
         command=[*arguments],
     )
-
-
-def build_model(
-    recipe: Recipe, architecture: TableFreeConfig | None = None
-) -> TableFreeForCausalLM:
-    """The decoder with its initial weights; without an architecture, that of the recipe alone."""
-    # transformers writes into a model's config
-    own = copy.deepcopy(architecture) or model_config(recipe.model)
-    model = TableFreeForCausalLM(own)
-    initialise_parameters(model, recipe.seed)
-    checkpointing = recipe.activation_checkpointing
-    apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
-    if recipe.compile:
-        apply_compile(model)
-    return model
 
 
 def announce(run: Run, engine: Engine, world: World) -> None:

@@ -32,8 +32,9 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import save_checkpoint, write_fragments
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.distributed.world import World
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,

@@ -21,7 +21,7 @@ from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
-from pretrain.engine.timing import StepClock
+from pretrain.engine.clock import StepClock
 from pretrain.run.directory import around_saves, read_state, write_state
 
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -19,8 +19,9 @@ from pretrain.config.load import (
     recipe_to_dict,
     recipe_to_yaml,
 )
-from pretrain.config.recipe import Recipe, model_config
+from pretrain.config.recipe import Recipe
 from pretrain.config.recipe_names import ELSEWHERE, OURS
+from pretrain.model.build import model_config
 
 
 def tiny(**sections: Any) -> Recipe:

@@ -23,8 +23,8 @@ from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
-from pretrain.train import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 

@@ -34,8 +34,8 @@ from pretrain.config.deepspeed import DS_CONFIGS_DIR, load_engine_config, merge_
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World, world_from_environment
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.train import build_model
 
 RANKS = (2, 1, 3)  # what 2 ranks save, 2, 1 and 3 resume
 WINDOWS = 18  # a step's: 1, 2 and 3 ranks divide it, with 1 and with 3 micro-batches each

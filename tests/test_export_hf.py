@@ -22,11 +22,11 @@ from data_prep.shards import digest_file, write_durably
 from pretrain.checkpoint.reader import Fragment, load_for_reading, load_model
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.load import build_recipe, recipe_to_dict
-from pretrain.config.recipe import model_config
 from pretrain.distributed.world import World
 from pretrain.export_hf import main
 from pretrain.hf.engines import engines_of
 from pretrain.hf.marker import MARKER_NAME
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     TokenCode,

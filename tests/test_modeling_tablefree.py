@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     INPUT_EMBEDDINGS,
     TableFreeConfig,

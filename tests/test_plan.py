@@ -17,22 +17,21 @@ from data_prep.errors import UserError
 from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import RECIPES_DIR, load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.costs.flops import DEVICES, LINKS, Costs
+from pretrain.costs.budgets import chunk_tokens
+from pretrain.costs.devices import DEVICES, LINKS
+from pretrain.costs.fit import check_it_fits, largest_micro_batch, with_micro_batch
 from pretrain.costs.memory import (
     MODES,
     Sizes,
     activation_bytes,
-    check_it_fits,
-    chunk_tokens,
-    largest_micro_batch,
     loss_head_bytes,
     needed_bytes,
     phase_bytes,
     whole_parameters,
-    with_micro_batch,
 )
+from pretrain.costs.step_time import Costs, parse_interconnect, scale_to, step_seconds
 from pretrain.engine.calibrate import calibrate
-from pretrain.plan import parse_interconnect, plan, scale_to, step_seconds
+from pretrain.plan import plan
 
 PAPER = load_recipe("paper_binary_code")
 
@@ -279,7 +278,7 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
-    from pretrain.train import build_model
+    from pretrain.model.build import build_model
 
     model = build_model(load_deeper(recipe, layers))
     for parameter in model.parameters():

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from data_prep import shards
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import Checkpoint, pointer_to, sidecar_of
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.model.token_codes import (
     about_one_input,
     affine_code,

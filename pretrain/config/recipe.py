@@ -6,17 +6,13 @@ pretrain/config/deepspeed.py.
 """
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.shards import MAX_VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from pretrain.modeling_tablefree import TableFreeConfig
 
 MAX_CODE_BITS = 62
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -183,18 +179,3 @@ class Recipe:
     def total_steps(self) -> int:
         """Steps until train_tokens are consumed; the last step is a whole one."""
         return -(-self.train_tokens // self.batch.global_batch_tokens)
-
-
-def model_config(model: ModelRecipe) -> "TableFreeConfig":
-    """The architecture as the modelling file wants it, the affine code drawn."""
-    # torch takes seconds
-    from pretrain.modeling_tablefree import TableFreeConfig, bits_needed, draw_affine_code
-
-    code_bits = model.code_bits or bits_needed(model.vocab_size)
-    architecture = asdict(model) | {"code_bits": code_bits}  # type: ignore[call-overload]
-    seed = architecture.pop("code_seed")
-    if model.input_embedding == "affine_code":
-        architecture["affine_rows"], architecture["affine_offset"] = draw_affine_code(
-            code_bits, seed
-        )
-    return TableFreeConfig(**architecture)

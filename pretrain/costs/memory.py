@@ -20,13 +20,12 @@ The gradient norm takes an fp64 copy of one parameter.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from data_prep.errors import UserError
 from pretrain.config.deepspeed import accumulation_steps
 from pretrain.config.recipe import Recipe
+from pretrain.costs.budgets import chunk_tokens
 from pretrain.costs.flops import count_parameters
 
 MODES = ("none", "selective", "full")
@@ -34,10 +33,6 @@ MODES = ("none", "selective", "full")
 KEPT = {"none": 18, "selective": 11, "full": 1}
 RECOMPUTED = {"none": 0, "selective": 8, "full": 17}  # and those that come back while it runs
 IN_FLIGHT = 5
-# Of a chunk's fp32 logits in the loss head. A CPU gains nothing from more. A GPU needs rows enough
-# for a product of (C, V) with (V, D) to fill it, and for passes over the fp32 weight gradient, one
-# a chunk, to be few.
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # What a device must have besides tensors. Contexts of CUDA and NCCL, and what its allocator cannot
 # use, are assumed; of a process that trains on a CPU and keeps freed memory 0.59 to 0.79 were
 # tensors (tests/benchmarks/plan_accuracy.py).
@@ -114,13 +109,6 @@ def activation_bytes(sizes: Sizes, blocks: int) -> float:
     kept = {key: KEPT[key] * sizes.hidden + statistics[key] * sizes.tokens for key in MODES}
     recomputed = 0 if mode == "none" else -(-blocks // checkpointing.every_n_layers)
     return float((blocks - recomputed) * kept["none"] + recomputed * kept[mode])
-
-
-def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk of the loss head: at V = 65,536 they are 256 on a CPU and 4,096 on a
-    GPU.
-    """
-    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
 
 
 def loss_head_bytes(sizes: Sizes) -> float:
@@ -226,64 +214,3 @@ def needed_bytes(
     """What a rank's device must have: the largest phase, and what is not tensors."""
     peak = max(phase_bytes(Sizes(recipe, engine_config, world_size, device_type)).values())
     return peak / USABLE[device_type] + CONTEXT_BYTES[device_type]
-
-
-def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe:
-    """The recipe with another micro-batch and checkpointing mode."""
-    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var, arg-type]
-    batch = replace(recipe.batch, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
-    return replace(recipe, batch=batch, activation_checkpointing=checkpointing)  # type: ignore[type-var]
-
-
-def largest_micro_batch(
-    recipe: Recipe,
-    engine_config: dict[str, Any],
-    world_size: int,
-    device_type: str,
-    available: float,
-    mode: str,
-) -> int | None:
-    """The largest that divides the batch and fits in that mode; None: not even one window does."""
-    for size in range(recipe.global_batch_size // world_size, 0, -1):
-        if recipe.global_batch_size % (world_size * size) == 0:
-            smaller = with_micro_batch(recipe, size, mode)
-            if needed_bytes(smaller, engine_config, world_size, device_type) <= available:
-                return size
-    return None
-
-
-def check_it_fits(
-    recipe: Recipe,
-    engine_config: dict[str, Any],
-    world_size: int,
-    available_bytes: float,
-    device_type: str = "cuda",
-) -> None:
-    """Raise UserError where a rank needs more than it has, saying how much more, and what would
-    fit.
-    """
-    needed = needed_bytes(recipe, engine_config, world_size, device_type)
-    if needed <= available_bytes:
-        return
-    ways = []
-    for mode in MODES[MODES.index(recipe.activation_checkpointing.mode) :]:
-        size = largest_micro_batch(
-            recipe, engine_config, world_size, device_type, available_bytes, mode
-        )
-        ways += (
-            [f"batch.micro_batch_size {size} with activation_checkpointing.mode {mode}"]
-            if size
-            else []
-        )
-    fitting = (
-        " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
-    )
-    batch = (
-        f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens"
-    )
-    needs = (
-        f"needs {needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}"
-    )
-    raise UserError(
-        f"{batch} {needs}: {(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}"
-    )

@@ -25,9 +25,9 @@ from pretrain.config.recipe import Recipe
 from pretrain.distributed.agree import gather
 from pretrain.distributed.rendezvous import set_rendezvous
 from pretrain.distributed.world import World
+from pretrain.engine.clock import PAUSE, PHASES, StepClock, peak_memory_bytes
 from pretrain.engine.figures import RankFigures, StepFigures, no_number
 from pretrain.engine.optim import build_optimizer
-from pretrain.engine.timing import PAUSE, PHASES, StepClock, peak_memory_bytes
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 

@@ -9,7 +9,7 @@ class RankFigures:
     """What one rank's step took."""
 
     rank: int
-    seconds: dict[str, float]  # of each of timing.PHASES
+    seconds: dict[str, float]  # of each of clock.PHASES
     peak_memory_bytes: int
 
 

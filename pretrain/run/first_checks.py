@@ -33,7 +33,7 @@ from pretrain.config.deepspeed import (
 )
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.costs.memory import check_it_fits
+from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
 from pretrain.run.claim import refuse_what_is_no_run

@@ -30,7 +30,7 @@ from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard,
 from pretrain.config.recipe import StallsRecipe
 from pretrain.distributed.agree import LoneError, gather, say
 from pretrain.distributed.world import World
-from pretrain.engine.timing import StepClock
+from pretrain.engine.clock import StepClock
 from pretrain.run.directory import note_failure
 from pretrain.run.watch_meeting import (
     EVERY_ADDRESS,

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from pretrain.config.recipe import Recipe
-from pretrain.costs.flops import find_device, flops_per_token
+from pretrain.costs.devices import find_device
+from pretrain.costs.flops import flops_per_token
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.agree import say
 from pretrain.distributed.world import World

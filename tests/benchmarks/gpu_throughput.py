@@ -41,8 +41,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.distributed.devices import keep_freed_memory
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
-from pretrain.engine.timing import StepProfiler
-from pretrain.train import build_model
+from pretrain.engine.profiler import StepProfiler
+from pretrain.model.build import build_model
 from pretrain.view.progress import Utilisation
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)

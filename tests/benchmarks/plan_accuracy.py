@@ -122,7 +122,7 @@ class Trainer:
 
         from pretrain.config.deepspeed import load_engine_config, merge_config
         from pretrain.engine.engine import Engine
-        from pretrain.train import build_model
+        from pretrain.model.build import build_model
 
         self.recipe = recipe_of(case, self.world.world_size)
         loaded = load_engine_config(self.recipe.engine)
@@ -160,9 +160,9 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     """Tokens/s predicted and measured of one rank."""
+    from pretrain.costs.step_time import step_seconds
     from pretrain.distributed.devices import keep_freed_memory
     from pretrain.engine.calibrate import calibrate
-    from pretrain.plan import step_seconds
 
     keep_freed_memory()
     trainer = Trainer(case)

@@ -46,9 +46,9 @@ from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine, start_process_group
 from pretrain.engine.optim import build_optimizer
+from pretrain.model.build import build_model
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.run.directory import MetricsFile
-from pretrain.train import build_model
 from pretrain.view.progress import Progress
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
