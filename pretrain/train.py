@@ -65,8 +65,9 @@ from pretrain.distributed.agree import exit_with, gather, met_alone, say, togeth
 from pretrain.distributed.devices import check_kernels, memory_of_rank, set_up_rank
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.engine.clock import PAUSE
-from pretrain.engine.engine import SAVE_FAILED, Engine, leave_process_group, start_process_group
+from pretrain.engine.engine import SAVE_FAILED, Engine
 from pretrain.engine.figures import StepFigures, finite
+from pretrain.engine.process_group import leave_process_group, start_process_group
 from pretrain.engine.profiler import StepProfiler
 from pretrain.model.build import build_model
 from pretrain.model.compilation import check_compiler, compiled_graphs

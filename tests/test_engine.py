@@ -22,7 +22,8 @@ from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
 from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
 
@@ -183,9 +184,8 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     moved = (
         f"DeepSpeed {deepspeed.__version__} moved what checkpoints are made of: {{}}. Checkpoints "
         "would be wrong or impossible. Read the new release's runtime/zero/stage_1_and_2.py, "
-        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend Engine._owned, "
-        "read_state and write_state in pretrain/engine/engine.py, or keep DeepSpeed below it in "
-        "pyproject.toml"
+        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend ZeroState in "
+        "pretrain/engine/zero_state.py, or keep DeepSpeed below it in pyproject.toml"
     )
     flats = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     for flat in flats:

@@ -164,7 +164,7 @@ def be_a_rank(
 ) -> None:
     """Body of a forked rank: every leg in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine.engine import start_process_group
+    from pretrain.engine.process_group import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

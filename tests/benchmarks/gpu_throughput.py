@@ -40,7 +40,8 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.devices import keep_freed_memory
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
 from pretrain.engine.profiler import StepProfiler
 from pretrain.model.build import build_model
 from pretrain.view.progress import Utilisation

@@ -108,7 +108,7 @@ class Trainer:
 
     def __init__(self, case: dict[str, Any]) -> None:
         from pretrain.distributed.world import world_from_environment
-        from pretrain.engine.engine import start_process_group
+        from pretrain.engine.process_group import start_process_group
 
         self.world = world_from_environment()
         self.device = start_process_group(self.world)

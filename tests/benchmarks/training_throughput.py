@@ -44,8 +44,9 @@ from pretrain.data.loader import Prefetch
 from pretrain.distributed.devices import set_up_rank
 from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
 from pretrain.engine.optim import build_optimizer
+from pretrain.engine.process_group import start_process_group
 from pretrain.model.build import build_model
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.run.directory import MetricsFile
