@@ -143,7 +143,7 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     """Bytes predicted and measured of this rank."""
     import gc
 
-    from pretrain.costs.memory import Sizes, phase_bytes
+    from pretrain.costs.memory import phase_bytes, sizes_of
 
     trainer = Trainer(case)
     gc.collect()
@@ -154,13 +154,13 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 
         keep_freed_memory()
     trainer.train(case, steps=2)
-    phases = phase_bytes(Sizes(trainer.recipe, trainer.config, trainer.world.world_size, "cpu"))
+    phases = phase_bytes(sizes_of(trainer.recipe, trainer.config, trainer.world.world_size, "cpu"))
     return {"predicted": max(phases.values()), "measured": status_bytes("VmHWM") - before}
 
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     """Tokens/s predicted and measured of one rank."""
-    from pretrain.costs.step_time import step_seconds
+    from pretrain.costs.step_time import Spread, step_seconds
     from pretrain.distributed.devices import keep_freed_memory
     from pretrain.engine.calibrate import calibrate
 
@@ -171,7 +171,9 @@ def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     measured = statistics.median(trainer.train(case, steps=case["steps"] + 1)[1:])
     calibrated += [calibrate(recipe, None, low_precision=low_precision, budget_s=case["budget_s"])]
     count = case.get("accumulation", 1)
-    seconds = [step_seconds(recipe, trainer.config, costs, 1, 1.0, count) for costs in calibrated]
+    # One rank sends nothing.
+    alone = Spread(ranks=1, accumulation=count, bytes_per_s=1.0)
+    seconds = [step_seconds(recipe, trainer.config, costs, alone) for costs in calibrated]
     tokens = recipe.batch.global_batch_tokens
     return {"predicted": tokens / statistics.mean(seconds), "measured": tokens / measured}
 
