@@ -33,9 +33,10 @@ from data_prep.errors import (
     parse_json,
     printable,
 )
+from data_prep.files import write_durably
+from data_prep.layout import SPLITS
 from data_prep.shards import (
     NO_LOSS,
-    SPLITS,
     BadDocument,
     Manifest,
     Shard,
@@ -43,7 +44,6 @@ from data_prep.shards import (
     Source,
     TokenizerLoss,
     load_manifest,
-    write_durably,
 )
 from data_prep.show import describe, print_epochs
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer

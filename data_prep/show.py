@@ -17,10 +17,10 @@ from tqdm import tqdm
 from data_prep.building.one_input import warning_of_one_input
 from data_prep.errors import CommandParser, UserError, exit_code, large_number, printable
 from data_prep.inputs.urls import without_credentials
+from data_prep.layout import SPLITS
 from data_prep.shards import (
     BLOCK_SAMPLES,
     MAX_VOCAB_SIZE,
-    SPLITS,
     TOKENIZER_NAME,
     Manifest,
     Shard,

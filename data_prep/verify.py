@@ -26,8 +26,8 @@ from data_prep.building.ranks import Communicator, Progress
 from data_prep.building.unit_shards import UnitBuilder, shard_path
 from data_prep.errors import CommandParser, UserError, exit_code, parse_json, printable
 from data_prep.formats.flat_arrays import Offsets
-from data_prep.shards import (
-    LOCK_NAME,
+from data_prep.locks import LOCK_NAME
+from data_prep.shards import (  # fmt: skip
     MANIFEST_NAME,
     REBUILD,
     REPAIR,
@@ -36,7 +36,7 @@ from data_prep.shards import (
     TOKENIZER_NAME,
     Manifest,
     Shard,
-)  # fmt: skip
+)
 from data_prep.tokenizer.encode import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.errors import printable
-from data_prep.shards import ShardReader, write_durably
+from data_prep.files import write_durably
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_record import tokens_per_second

@@ -26,12 +26,13 @@ import torch
 from tqdm import tqdm
 
 from data_prep.errors import CommandParser, UserError, exit_code
-from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256, write_durably
+from data_prep.files import write_durably
+from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256
 from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint, load_model
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import ValidationWindows
-from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.distributed.devices import keep_freed_memory
 from pretrain.evaluation.result import EVALUATION_NAME, EVALUATIONS_NAME
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.view.templates import render

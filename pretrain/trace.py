@@ -24,7 +24,8 @@ from data_prep.errors import (
     printable,
 )
 from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of

@@ -36,16 +36,10 @@ from collections.abc import Sequence
 import torch
 
 from data_prep.errors import UserError, os_error_line, refusal
-from pretrain.distributed.ranks import (
-    exit_with,
-    gather,
-    memory_of_rank,
-    say,
-    set_up_rank,
-    together,
-)
+from pretrain.distributed.agree import exit_with, gather, say, together
+from pretrain.distributed.devices import memory_of_rank, set_up_rank
 from pretrain.distributed.world import World, world_from_environment
-from pretrain.engine.engine import leave_process_group, start_process_group
+from pretrain.engine.process_group import leave_process_group, start_process_group
 from pretrain.model.token_codes import warnings
 from pretrain.run.command_line import build_parser
 from pretrain.run.first_checks import describe_default_start

@@ -30,8 +30,8 @@ from pretrain import trace
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
 from pretrain.checkpoint.reader import load_model
-from pretrain.config.engine_config import load_engine_config
-from pretrain.config.recipe import build_recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config
+from pretrain.config.load import build_recipe, load_recipe
 from pretrain.distributed.world import World
 from pretrain.evaluate import open_data
 from pretrain.evaluation.result import figures_of

@@ -17,7 +17,7 @@ from data_prep import show, verify
 from data_prep.errors import UserError, exit_code, printable
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.run.bad_steps import describe_rows
 

@@ -28,6 +28,7 @@ from data_prep import layout, shards
 from data_prep.building.ranks import Progress
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, explained
+from data_prep.files import digest_file, write_durably
 from data_prep.formats.corpus import Documents, read_documents, refusal, without
 from data_prep.formats.flat_arrays import (
     Offsets,
@@ -38,17 +39,15 @@ from data_prep.formats.flat_arrays import (
 )
 from data_prep.formats.json_lines import Reasons
 from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.layout import SPLITS
 from data_prep.shards import (
-    SPLITS,
     TOKEN_DTYPE,
     Index,
     ShardFacts,
     ShardWriter,
     TokenizerLoss,
     Tokens,
-    digest_file,
     later,
-    write_durably,
 )
 from data_prep.tokenizer.encode import (
     Encoder,

@@ -22,7 +22,7 @@ from pretrain.checkpoint.layout import (
 from pretrain.checkpoint.manifest import pointer_to
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
-from pretrain.distributed.ranks import barrier, gather, together
+from pretrain.distributed.agree import barrier, gather, together
 from pretrain.distributed.world import World
 
 # What says something of this process or its rights, and nothing of the file.

@@ -37,7 +37,7 @@ from pretrain.checkpoint.manifest import (
 from pretrain.checkpoint.patience import patiently
 from pretrain.checkpoint.reader import BLOCK_BYTES, Fragment, is_finite
 from pretrain.checkpoint.retention import make_way, new_staging, sweep
-from pretrain.distributed.ranks import Group, SharedError, gather, together
+from pretrain.distributed.agree import Group, SharedError, gather, together
 from pretrain.distributed.world import World
 
 Callback = Callable[[], None] | None

@@ -23,7 +23,7 @@ from pretrain.checkpoint.reader import Fragment
 from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import Callback, Savers, save_checkpoint
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import together
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.shards import Tokens
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader, ValidationWindows
-from pretrain.distributed.ranks import met_alone
+from pretrain.distributed.agree import met_alone
 from pretrain.distributed.world import World
 
 T = TypeVar("T")

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.errors import UserError, os_error_line
-from data_prep.shards import Shard, ShardReader, digest_file
+from data_prep.files import digest_file
+from data_prep.shards import Shard, ShardReader
 from pretrain.checkpoint.patience import patiently
 
 

@@ -16,7 +16,7 @@ class StepFigures:
     # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so
     # None at the first.
     slowest: RankFigures | None
-    # why nothing of this step reached weights or moments, or None: it was trained
+    # Why nothing of this step reached weights or moments; None: it was trained.
     refused: str | None
 
 

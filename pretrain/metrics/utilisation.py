@@ -7,7 +7,8 @@ FLOPs as pretrain/costs/flops.py counts them; the term is PaLM's (Chowdhery et a
 import torch
 
 from pretrain.config.recipe import Recipe
-from pretrain.costs.flops import find_device, flops_per_token
+from pretrain.costs.devices import find_device
+from pretrain.costs.flops import flops_per_token
 from pretrain.distributed.world import World
 
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from data_prep.errors import UserError
 from data_prep.shards import TOKENIZER_NAME, Manifest, ShardReader
-from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe, model_config
+from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe
 
 if TYPE_CHECKING:  # both import torch, which takes seconds
     from pretrain.checkpoint.reader import Checkpoint
@@ -84,6 +84,8 @@ def config_of_run(
     """The architecture of a run on a data set; `saved` is that of its checkpoints, whose affine
     code it keeps.
     """
+    from pretrain.model.build import model_config  # which imports torch
+
     config = model_config(model)
     if model.input_embedding != "affine_code":
         return config

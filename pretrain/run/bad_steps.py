@@ -30,7 +30,7 @@ from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
-from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.figures import finite, no_number
 from pretrain.metrics.records import cut_damaged_end

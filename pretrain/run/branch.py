@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from data_prep.errors import UserError, refusal
-from data_prep.shards import replace_directory, write_durably
+from data_prep.files import replace_directory, write_durably
 from pretrain.checkpoint.find import is_checkpoint
 from pretrain.checkpoint.layout import (
     MANIFEST_NAME,
@@ -20,8 +20,9 @@ from pretrain.checkpoint.layout import (
 )
 from pretrain.checkpoint.manifest import pointer_to
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
-from pretrain.config.recipe import Recipe, build_recipe
-from pretrain.engine.optim import learning_rate
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.schedule import learning_rate
 from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.run.continuing import refuse_another_run
 from pretrain.run.directory import Identity, is_run

@@ -6,9 +6,13 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
-from pretrain.config import recipe as config
-from pretrain.config.engine_config import ENGINE_MAY_CHANGE_ON_RESUME
-from pretrain.config.recipe import build_recipe, recipe_to_dict, refuse_changes
+from pretrain.config.changes import (
+    ENGINE_MAY_CHANGE_ON_RESUME,
+    MAY_CHANGE_ON_BRANCH,
+    MAY_CHANGE_ON_RESUME,
+    refuse_changes,
+)
+from pretrain.config.load import build_recipe, recipe_to_dict
 from pretrain.run.directory import Identity
 from pretrain.run.state import read_state
 
@@ -25,9 +29,9 @@ def refuse_another_run(
     manifest = checkpoint.manifest
     origin = flag or str(checkpoint.path)
     branched_from = read_state(run_dir).branched_from or ""
-    may_change = config.MAY_CHANGE_ON_RESUME
+    may_change = MAY_CHANGE_ON_RESUME
     if flag or Path(branched_from).name == checkpoint.path.name:
-        may_change = config.MAY_CHANGE_ON_BRANCH
+        may_change = MAY_CHANGE_ON_BRANCH
     # Built anew, so that keys that the checkpoint's version did not know are as by default.
     saved_recipe = recipe_to_dict(build_recipe(manifest.recipe, origin))
     now = {"fingerprint": asked.fingerprint}

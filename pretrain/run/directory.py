@@ -24,7 +24,8 @@ from typing import Any
 
 from data_prep.errors import UserError, parse_yaml
 from data_prep.files import write_durably
-from data_prep.shards import LOCK_NAME, TOKENIZER_NAME, read_tokenizer
+from data_prep.locks import LOCK_NAME
+from data_prep.shards import TOKENIZER_NAME, read_tokenizer
 from pretrain.checkpoint.layout import (
     CHECKPOINTS_NAME,
     OWN_FILE,
@@ -34,7 +35,8 @@ from pretrain.checkpoint.layout import (
     steps_in,
 )
 from pretrain.checkpoint.patience import read_patiently
-from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
+from pretrain.config.load import build_recipe, recipe_to_yaml
+from pretrain.config.recipe import Recipe
 from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.run.state import STATE_NAME, STATUSES, read_state
 

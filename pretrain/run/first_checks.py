@@ -24,15 +24,16 @@ from data_prep.errors import (
     parse_yaml,
 )
 from data_prep.shards import ShardReader
-from pretrain.config.engine_config import (
+from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
+from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
-    ENGINE_MAY_CHANGE_ON_RESUME,
     accumulation_steps,
     load_engine_config,
     merge_config,
 )
-from pretrain.config.recipe import Recipe, load_recipe, refuse_changes
-from pretrain.costs.memory import check_it_fits
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
 from pretrain.run.command_line import build_parser

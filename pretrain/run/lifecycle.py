@@ -15,14 +15,16 @@ from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import Recipe
 from pretrain.data.data_check import DataCheck
 from pretrain.data.digests import lengths_that_differ
-from pretrain.distributed.ranks import say, together
+from pretrain.distributed.agree import say, together
 from pretrain.distributed.world import World
-from pretrain.engine.engine import SAVE_FAILED, Engine, start_process_group
+from pretrain.engine.engine import SAVE_FAILED, Engine
+from pretrain.engine.process_group import start_process_group
+from pretrain.model.build import build_model
 from pretrain.model.token_codes import warnings
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.branch import copy_branch
 from pretrain.run.directory import describe_run
-from pretrain.run.prepare import Run, build_model
+from pretrain.run.prepare import Run
 from pretrain.run.saving import around_saves, save
 from pretrain.run.state import note_failure, write_state
 from pretrain.run.trainer import Trainer, restore

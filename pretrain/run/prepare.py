@@ -1,6 +1,5 @@
 """What a rank checks by itself before it trains, and what it knows of its run after that."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +8,17 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.config.recipe import Recipe, model_config
-from pretrain.costs.memory import check_it_fits
+from pretrain.config.recipe import Recipe
+from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.data.staging import staged
-from pretrain.distributed.ranks import check_kernels, memory_of_rank, say
+from pretrain.distributed.agree import say
+from pretrain.distributed.devices import check_kernels, memory_of_rank
 from pretrain.distributed.world import World
-from pretrain.model.activation_checkpointing import apply_activation_checkpointing
-from pretrain.model.compilation import apply_compile, check_compiler
+from pretrain.model.compilation import check_compiler
 from pretrain.model.token_codes import config_of_run, saved_config
 from pretrain.modeling_tablefree import (
     TableFreeConfig,
-    TableFreeForCausalLM,
-    initialise_parameters,
 )
 from pretrain.run.branch import open_origin
 from pretrain.run.continuing import check_same_run
@@ -113,18 +110,3 @@ def check_machine(
     check_kernels(device_type, is_bf16=bool(engine_config.get("bf16", {}).get("enabled")))
     if recipe.compile:
         check_compiler(device_type)
-
-
-def build_model(
-    recipe: Recipe, architecture: TableFreeConfig | None = None
-) -> TableFreeForCausalLM:
-    """The decoder with its initial weights; without an architecture, that of the recipe alone."""
-    # A copy, since transformers writes into a model's config.
-    own = copy.deepcopy(architecture) or model_config(recipe.model)
-    model = TableFreeForCausalLM(own)
-    initialise_parameters(model, recipe.seed)
-    checkpointing = recipe.activation_checkpointing
-    apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
-    if recipe.compile:
-        apply_compile(model)
-    return model

@@ -4,11 +4,12 @@ around it.
 
 from pathlib import Path
 
-from data_prep.shards import Manifest, Source, as_written, without_credentials
+from data_prep.inputs.urls import without_credentials
+from data_prep.shards import Manifest, Source, as_written
 from pretrain.checkpoint.manifest import AboutData, CheckpointManifest
 from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
-from pretrain.config.recipe import recipe_to_dict
+from pretrain.config.load import recipe_to_dict
 from pretrain.engine.engine import Engine
 from pretrain.metrics.metrics_file import flush_metrics
 from pretrain.run.bad_steps import BadSteps

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import without_credentials, write_durably
-from pretrain.distributed.ranks import gather
+from data_prep.files import write_durably
+from data_prep.inputs.urls import without_credentials
+from pretrain.distributed.agree import gather
 from pretrain.distributed.world import World
 from pretrain.run.directory import STARTS_NAME
 

@@ -7,12 +7,13 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
-from pretrain.distributed.ranks import say, together
+from pretrain.distributed.agree import say, together
+from pretrain.engine.clock import PAUSE
 from pretrain.engine.engine import Engine
 from pretrain.engine.figures import StepFigures, finite
-from pretrain.engine.optim import learning_rate
-from pretrain.engine.timing import PAUSE, StepProfiler
+from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
 from pretrain.metrics.utilisation import Utilisation

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed.ranks import say
+from pretrain.distributed.agree import say
 from pretrain.distributed.world import World
 from pretrain.metrics.step_record import StepRecord
 from pretrain.view.time_left import TimeLeft

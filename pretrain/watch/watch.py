@@ -28,9 +28,9 @@ from typing import Any, Self
 
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard, what_it_says
 from pretrain.config.recipe import StallsRecipe
-from pretrain.distributed.ranks import LoneError, gather, say
+from pretrain.distributed.agree import LoneError, gather, say
 from pretrain.distributed.world import World
-from pretrain.engine.timing import StepClock
+from pretrain.engine.clock import StepClock
 from pretrain.watch.meeting import (
     EVERY_ADDRESS,
     Reception,

@@ -53,7 +53,8 @@ from data_prep.errors import UserError, exit_code
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import POINTER_NAME, checkpoints_dir, saved_steps
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import count_parameters
 
 TIMINGS = (

@@ -105,7 +105,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
     import_the_command(marks)
     mark_the_parts(marks)
     from pretrain import train
-    from pretrain.distributed.ranks import barrier
+    from pretrain.distributed.agree import barrier
     from pretrain.engine.engine import Engine
 
     first_step = Engine.train_step
@@ -131,7 +131,7 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
     own = [__file__, "--as-rank", str(marks), *flags]
     if ranks == 1:
         return [[sys.executable, *own]]
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     launcher = [
         str(Path(sys.executable).with_name("deepspeed")),

@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from data_prep.errors import UserError, exit_code
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,

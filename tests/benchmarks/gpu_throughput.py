@@ -35,15 +35,17 @@ sys.path[:0] = [str(REPOSITORY)]
 from benchmark_recipes import with_vocabulary
 
 from data_prep.errors import UserError, exit_code
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.data.batches import widened
-from pretrain.distributed.ranks import keep_freed_memory
+from pretrain.distributed.devices import keep_freed_memory
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
-from pretrain.engine.timing import StepProfiler
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
+from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.utilisation import Utilisation
-from pretrain.run.prepare import build_model
+from pretrain.model.build import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 EOS_ID, DOCUMENT_TOKENS = 0, 500

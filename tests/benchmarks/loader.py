@@ -33,6 +33,7 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from data_prep.files import digest_file, write_durably
 from data_prep.shards import (
     INDEX_DTYPE,
     MANIFEST_NAME,
@@ -42,11 +43,9 @@ from data_prep.shards import (
     ShardReader,
     Source,
     Tokens,
-    digest_file,
     integer_shares,
     shard_header,
     write_array,
-    write_durably,
 )
 from pretrain.data.loader import TrainingLoader
 

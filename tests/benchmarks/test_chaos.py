@@ -16,7 +16,7 @@ from chaos import Attempt, Leg, Pace, kill_one, line_problems, lines_of, tensor_
 from safetensors.torch import load_file
 from support.runs import run_command
 
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.manifest import sidecar_of
 from pretrain.checkpoint.reader import Checkpoint, Fragment

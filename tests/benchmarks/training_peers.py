@@ -61,8 +61,9 @@ from benchmark_recipes import load_for_benchmark
 from support.hand_made_shards import write_dataset, write_source
 
 from data_prep.errors import CommandParser, UserError, exit_code
-from pretrain.config.recipe import Recipe, load_recipe, recipe_to_dict
-from pretrain.distributed.ranks import free_port
+from pretrain.config.load import load_recipe, recipe_to_dict
+from pretrain.config.recipe import Recipe
+from pretrain.distributed.rendezvous import free_port
 
 WARM_UP_STEPS = 4
 NEVER = 10**6

@@ -37,18 +37,22 @@ from support.hand_made_shards import write_dataset, write_source
 from data_prep.errors import exit_code
 from data_prep.shards import Tokens
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, recipe_to_dict
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import recipe_to_dict
+from pretrain.config.recipe import Recipe
 from pretrain.data.batches import widened
-from pretrain.distributed.ranks import free_port, set_up_rank
+from pretrain.distributed.devices import set_up_rank
+from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
 from pretrain.engine.optim import build_optimizer
+from pretrain.engine.process_group import start_process_group
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.step_record import StepRecord
+from pretrain.model.build import build_model
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.run.bad_steps import BadSteps
-from pretrain.run.prepare import build_model, prepare
+from pretrain.run.prepare import prepare
 from pretrain.run.state import note_failure
 from pretrain.run.trainer import Trainer
 from pretrain.view.progress import Progress

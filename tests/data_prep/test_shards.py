@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.files import digest_file, write_durably
 from data_prep.shards import (
     INDEX_DTYPE,
     TOKEN_DTYPE,
@@ -19,12 +20,10 @@ from data_prep.shards import (
     ShardReader,
     ShardWriter,
     Source,
-    digest_file,
     integer_shares,
     load_manifest,
     open_array,
     write_array,
-    write_durably,
 )
 
 BORDER_IDS = [0, 32_767, 32_768, 65_535]

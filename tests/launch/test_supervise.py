@@ -26,10 +26,10 @@ from support.runs import (
 )
 
 from data_prep.errors import UserError
-from data_prep.shards import lock
+from data_prep.locks import lock
 from launch import supervise
 from launch.supervise import Slots, Supervisor, read_hostfile, standing, trim
-from pretrain.config.recipe import build_recipe
+from pretrain.config.load import build_recipe
 
 LONG = f"--train_tokens={10**5 * 6 * 32}"
 # Every Python imports it: rank 1 dies as it takes the batch of a step of FAIL_AT, once for each, or

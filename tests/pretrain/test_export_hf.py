@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.reader import load_model
 from pretrain.export_hf import main

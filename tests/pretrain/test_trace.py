@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, exit_code
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.config.recipe import load_recipe, recipe_to_yaml
+from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
 

@@ -35,9 +35,9 @@ from support.runs import (
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.schedule import learning_rate
 from pretrain.distributed.world import World, world_from_environment
-from pretrain.engine.optim import learning_rate
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.train import main
 

@@ -60,10 +60,11 @@ def become_a_rank(variables: dict[str, str], log: Path) -> None:
     file.
     """
     assert "support.preloaded" in sys.modules  # an import that fails there is not said
-    from pretrain.distributed import ranks as distributed
+
+    from pretrain.distributed import agree
 
     # no launcher ends the other ranks here: they would just wait
-    distributed.LET_RANK_0_SPEAK_S = 0.5
+    agree.LET_RANK_0_SPEAK_S = 0.5
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from data_prep.shards import write_durably
+from data_prep.files import write_durably
 from pretrain.checkpoint.manifest import AboutData
 from pretrain.checkpoint.reader import Fragment
 from pretrain.checkpoint.saving import Savers, save_checkpoint
-from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
+from pretrain.config.load import build_recipe, recipe_to_dict
 from pretrain.distributed.world import World
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,

@@ -18,15 +18,16 @@ from support.hand_made_runs import manifest_of
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.find import load_for_reading, newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
 from pretrain.checkpoint.manifest import CheckpointManifest, pointer_to, sidecar_of
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, Fragment, load_model
 from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saving import Savers, save_checkpoint, write_fragments
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.distributed.world import World
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,

@@ -24,7 +24,7 @@ from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
-from pretrain.engine.timing import StepClock
+from pretrain.engine.clock import StepClock
 from pretrain.run.saving import around_saves
 from pretrain.run.state import RunState, read_state, write_state
 

@@ -28,7 +28,7 @@ from support.hand_made_runs import manifest_of
 from support.runs import REPOSITORY, losses, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
 from pretrain.checkpoint.manifest import pointer_to, sidecar_of

@@ -125,11 +125,12 @@ def look_at_groups(engine: Any, found: Found) -> None:
 def go(leg: Leg, flags: list[str], world: World) -> Found:
     """Load, save, train and save with the parts of the training command."""
     from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.config.schedule import learning_rate
     from pretrain.data.batches import StepBatches
     from pretrain.engine.engine import Engine
-    from pretrain.engine.optim import learning_rate
+    from pretrain.model.build import build_model
     from pretrain.run.bad_steps import BadSteps
-    from pretrain.run.prepare import build_model, prepare
+    from pretrain.run.prepare import prepare
     from pretrain.run.saving import save
     from pretrain.run.trainer import restore
 
@@ -168,7 +169,7 @@ def be_a_rank(
 ) -> None:
     """Body of a forked rank: every leg in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine.engine import start_process_group
+    from pretrain.engine.process_group import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

@@ -9,8 +9,9 @@ import pytest
 from support.forked_ranks import run_ranks, train_on
 from support.runs import counting_dataset, losses, write_recipe
 
-from data_prep.shards import SHARD_HEADER_BYTES, ShardReader, digest_file
-from pretrain.config.recipe import load_recipe
+from data_prep.files import digest_file
+from data_prep.shards import SHARD_HEADER_BYTES, ShardReader
+from pretrain.config.load import load_recipe
 from pretrain.data.data_check import CHECKED_NAME, largest_first
 from pretrain.data.digests import check_shards
 from pretrain.run.state import read_state

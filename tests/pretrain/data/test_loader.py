@@ -16,13 +16,9 @@ from support.runs import run_command, write_recipe
 from data_prep.errors import UserError
 from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
 from pretrain.data.batches import Prefetch, StepBatches, widened
-from pretrain.data.loader import (
-    READ_AHEAD_WINDOWS,
-    TokenStream,
-    TrainingLoader,
-    ValidationWindows,
-    permute,
-)
+from pretrain.data.loader import TrainingLoader, ValidationWindows
+from pretrain.data.permutation import permute
+from pretrain.data.stream import READ_AHEAD_WINDOWS, TokenStream
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
 from pretrain.run.prepare import prepare
@@ -366,12 +362,13 @@ from pathlib import Path
 import numpy as np
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.data import loader
+from pretrain.data import stream
+from pretrain.data.loader import TrainingLoader
 soft, hard = int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-loader.OTHER_OPEN_FILES = 20
+stream.OTHER_OPEN_FILES = 20
 try:
-    rows = loader.TrainingLoader(ShardReader(Path(sys.argv[1])), seq_len=4, seed=1).samples(np.arange(400))
+    rows = TrainingLoader(ShardReader(Path(sys.argv[1])), seq_len=4, seed=1).samples(np.arange(400))
     print(len(np.unique(rows[:, 0])))
 except UserError as error:
     print(error)

@@ -17,7 +17,7 @@ from support.runs import counting_dataset, write_recipe
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from launch.supervise import describe_failure
-from pretrain.data import loader
+from pretrain.data import stream
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.run.state import read_state
 
@@ -182,10 +182,10 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
 ) -> None:
     reader = ShardReader(data)
     limit = tmp_path / "max_map_count"
-    limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards)}\n")
-    monkeypatch.setattr(loader, "MAX_MAP_COUNT", limit)
+    limit.write_text(f"{stream.OTHER_MAPS + len(reader.manifest.shards)}\n")
+    monkeypatch.setattr(stream, "MAX_MAP_COUNT", limit)
     TrainingLoader(reader, seq_len=8, seed=1)
-    limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
+    limit.write_text(f"{stream.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
     for look in (
         lambda: TrainingLoader(reader, seq_len=8, seed=1),
         lambda: ValidationWindows(reader, seq_len=8),
@@ -194,5 +194,5 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
             UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*vm.max_map_count="
         ):
             look()
-    monkeypatch.setattr(loader, "MAX_MAP_COUNT", tmp_path / "not linux")
+    monkeypatch.setattr(stream, "MAX_MAP_COUNT", tmp_path / "not linux")
     TrainingLoader(reader, seq_len=8, seed=1)

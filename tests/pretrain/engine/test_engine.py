@@ -19,13 +19,15 @@ from data_prep.errors import UserError
 from data_prep.shards import Tokens
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.saving import Savers, save_checkpoint
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.data.batches import widened
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
-from pretrain.run.prepare import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -183,9 +185,8 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     moved = (
         f"DeepSpeed {deepspeed.__version__} moved what checkpoints are made of: {{}}. Checkpoints "
         "would be wrong or impossible. Read the new release's runtime/zero/stage_1_and_2.py, "
-        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend Engine._owned, "
-        "read_state and write_state in pretrain/engine/engine.py, or keep DeepSpeed below it in "
-        "pyproject.toml"
+        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend ZeroState in "
+        "pretrain/engine/zero_state.py, or keep DeepSpeed below it in pyproject.toml"
     )
     flats = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     for flat in flats:

@@ -31,12 +31,13 @@ from support.runs import tiny_recipe_content
 from data_prep.shards import Tokens
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.saving import Savers, save_checkpoint
-from pretrain.config.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.deepspeed import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.data.batches import widened
 from pretrain.distributed.world import World, world_from_environment
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.run.prepare import build_model
 
 RANKS = (2, 1, 3)  # what 2 ranks save, 2, 1 and 3 resume
 WINDOWS = 18  # a step's: 1, 2 and 3 ranks divide it, with 1 and with 3 micro-batches each
@@ -283,7 +284,7 @@ def try_case(case: Case, world: World) -> Found:
 def be_a_rank(tried: list[Case], variables: dict[str, str], result: Path) -> None:
     """Body of a forked rank: every case in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine.engine import start_process_group
+    from pretrain.engine.process_group import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

@@ -18,9 +18,10 @@ from torch import Tensor
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.reader import load_model
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.evaluate import evaluate
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.build import model_config
 from pretrain.model.documents import (
     block_mask,
     boolean_mask,

@@ -20,7 +20,8 @@ from data_prep import shards
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.manifest import pointer_to, sidecar_of
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.model.token_codes import (
     about_one_input,
     affine_code,

@@ -406,7 +406,7 @@ def be_a_rank_whose_weights_are_spoilt(
         figures = honest(engine, *step)
         if next(calls) == after:
             if engine.world.is_main:
-                next(engine._owned())[2]["master"][0] = torch.nan
+                next(engine.zero_state.owned()).states["master"][0] = torch.nan
             engine.deepspeed.optimizer.update_lp_params()  # all ranks: it gathers
         return figures
 

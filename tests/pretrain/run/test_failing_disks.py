@@ -17,7 +17,7 @@ from support.hand_made_runs import manifest_of, trained_step
 from support.runs import losses, write_recipe
 
 from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_code, explained, naming
-from data_prep.shards import write_durably
+from data_prep.files import write_durably
 from pretrain.checkpoint import patience
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.checkpoint.find import load_for_reading, newest_good
@@ -25,7 +25,7 @@ from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.patience import patiently
 from pretrain.checkpoint.reader import Fragment
 from pretrain.checkpoint.saving import Savers, save_checkpoint
-from pretrain.distributed.ranks import together
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
 from pretrain.metrics import metrics_file
 from pretrain.metrics.metrics_file import MetricsFile, flush_metrics

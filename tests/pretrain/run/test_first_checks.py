@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from launch import supervise
 from launch.supervise import HERE, Supervisor
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
 from pretrain.plan import plan
 from pretrain.run.first_checks import (
     check_arguments,

@@ -13,8 +13,9 @@ from support.hand_made_runs import trained_step
 from support.runs import counting_dataset, tiny_recipe_content, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import lock
-from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
+from data_prep.locks import lock
+from pretrain.config.load import build_recipe, recipe_to_yaml
+from pretrain.config.recipe import Recipe
 from pretrain.metrics.metrics_file import METRICS_NAME, MetricsFile
 from pretrain.metrics.records import read_lines
 from pretrain.run.continuing import check_same_run
@@ -25,7 +26,7 @@ from pretrain.run.state import RunState, note_failure, read_state, write_state
 HOLD = """
 import time
 from pathlib import Path
-from data_prep.shards import lock
+from data_prep.locks import lock
 held = lock(Path({!r}), "training there", "--run-dir")
 print("held", flush=True)
 time.sleep(60)

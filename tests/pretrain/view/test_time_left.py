@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import tiny_recipe_content
 
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft, times_due

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, nearest, parse_json
-from pretrain.config.recipe import Recipe, shipped_file
+from pretrain.config.load import shipped_file
+from pretrain.config.recipe import Recipe
 
 DS_CONFIGS_DIR = Path(__file__).parent.parent.parent / "ds_configs"
 OWNED_BY_RECIPE = {
@@ -24,20 +25,6 @@ OWNED_BY_RECIPE = {
     "scheduler": "schedule",
     "activation_checkpointing": "activation_checkpointing",
 }
-# Keys of the merged configuration that may differ when a run is resumed: they don't change what a
-# step computes. The last three are what earlier versions added otherwise than this one; their runs
-# go on.
-ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "steps_per_print",
-        "bf16.check_grad_overflow",
-        "zero_force_ds_cpu_optimizer",
-        "zero_allow_untested_optimizer",
-    }
-)
 # What a key may hold: in words, and as a pattern of its JSON text.
 FLAG = ("true or false", "true|false")
 SIZE = ("a whole number, 1 or more", r"[1-9]\d*(\.0)?")
