@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep import layout, shards
+from data_prep import layout
 from data_prep.building.left_out import Finished, bad_documents, check_left_out, first_rows
 from data_prep.building.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
 from data_prep.building.one_input import warning_of_one_input
@@ -33,18 +33,22 @@ from data_prep.errors import (
     parse_json,
     printable,
 )
-from data_prep.shards import (
+from data_prep.files import fsync_directory, write_durably
+from data_prep.layout import SHARDS_NAME, SPLITS, UNITS_NAME
+from data_prep.locks import HOLDER_NAME, LOCK_NAME, Lock, lock
+from data_prep.manifest import (
+    MANIFEST_NAME,
     NO_LOSS,
-    SPLITS,
+    REBUILD,
     BadDocument,
     Manifest,
     Shard,
-    ShardReader,
     Source,
     TokenizerLoss,
+    integer_shares,
     load_manifest,
-    write_durably,
 )
+from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, TOKENIZER_NAME, ShardReader
 from data_prep.show import describe, print_epochs
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
 
@@ -142,7 +146,7 @@ def build(arguments: argparse.Namespace, comm: Communicator, threads: int) -> No
                 ),
             )
             if held:
-                (output_dir / shards.LOCK_NAME).unlink()
+                (output_dir / LOCK_NAME).unlink()
     if comm.rank == 0:
         print_epochs(load_manifest(output_dir), arguments.train_tokens)
 
@@ -167,8 +171,8 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     """Whether this very data set is there already. Raises UserError if something else is."""
     elsewhere = "choose another --output-dir, or remove that one"
     begun = {
-        shards.LOCK_NAME,
-        shards.HOLDER_NAME,
+        LOCK_NAME,
+        HOLDER_NAME,
         f"{BUILD_NAME}.tmp",
     }  # all that a build leaves if it is killed as it begins
     if not output_dir.exists() or (
@@ -183,8 +187,8 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
         signature, origins = built["signature"], list(built.get("origins", []))
     is_of_tokenizer = built.get("tokenizer_sha256") == plan.identity["tokenizer_sha256"]
     is_akin = is_of_tokenizer and any(origin in origins for origin in plan.identity["origins"])
-    if not (output_dir / shards.MANIFEST_NAME).exists():
-        if not is_akin and any((output_dir / shards.UNITS_NAME).glob("*/*.json")):
+    if not (output_dir / MANIFEST_NAME).exists():
+        if not is_akin and any((output_dir / UNITS_NAME).glob("*/*.json")):
             raise UserError(
                 f"{output_dir}: holds finished units of another mixture or tokenizer; {elsewhere}"
             )
@@ -194,7 +198,7 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
             "holds a data set of another mixture or tokenizer, or of inputs of another size or "
             "time of change"
         )
-        anew = f"; to build it anew here, in place of what is there, {shards.REBUILD}"
+        anew = f"; to build it anew here, in place of what is there, {REBUILD}"
         fingerprint = load_manifest(output_dir).fingerprint
         anew += (
             f": where the text is another one now, that loses {fingerprint}, and runs on it can't "
@@ -205,13 +209,13 @@ def is_complete(output_dir: Path, plan: Plan) -> bool:
     return True
 
 
-def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> shards.Lock:
+def prepare_directory(output_dir: Path, plan: Plan, tokenizer: LoadedTokenizer) -> Lock:
     """The output directory says what is being built in it, and is held. Finished units of an
     earlier build stay.
     """
     refuse_shared_folders(output_dir)
     with writing(output_dir, "the tokenizer"):
-        held = shards.lock(output_dir, "building or repairing it", "--output-dir")
+        held = lock(output_dir, "building or repairing it", "--output-dir")
         write_json(output_dir / BUILD_NAME, {"state": "incomplete", **plan.identity})
         write_tokenizer(output_dir, tokenizer)
     return held
@@ -221,7 +225,7 @@ def refuse_shared_folders(data_dir: Path) -> None:
     """A folder of the data set that is a link may lead to a larger disk, but not into another data
     set: what is written or removed here would be that one's.
     """
-    for name in (layout.SHARDS_NAME, shards.UNITS_NAME, shards.TOKENIZER_NAME):
+    for name in (SHARDS_NAME, UNITS_NAME, TOKENIZER_NAME):
         folder = data_dir / name
         home = folder.resolve().parent
         if folder.is_symlink() and home != data_dir.resolve() and (home / BUILD_NAME).exists():
@@ -235,10 +239,10 @@ def write_tokenizer(output_dir: Path, tokenizer: LoadedTokenizer) -> None:
     """The copy of the tokenizer beside the shards. A link there goes, its target stays, and so
     do files not ours.
     """
-    directory = output_dir / shards.TOKENIZER_NAME
+    directory = output_dir / TOKENIZER_NAME
     if directory.is_symlink():
         directory.unlink()
-    for name in {*shards.TOKENIZER_FILES, shards.CHAT_TEMPLATE_NAME} - tokenizer.files.keys():
+    for name in {*TOKENIZER_FILES, CHAT_TEMPLATE_NAME} - tokenizer.files.keys():
         (directory / name).unlink(missing_ok=True)
     for name, content in tokenizer.files.items():
         write_durably(directory / name, content)
@@ -260,7 +264,7 @@ def finish(
         output_dir, {path for shard in manifest.shards for path in shard.digests} | results.keys()
     )
     for directory in (output_dir / "shards", *(output_dir / "shards").glob("*")):
-        shards.fsync_directory(directory)
+        fsync_directory(directory)
     seconds = time.perf_counter() - facts.pop("started")
     about = {
         "state": "complete",
@@ -275,7 +279,7 @@ def finish(
     }
     with writing(output_dir, "the manifest"):
         write_json(output_dir / BUILD_NAME, about)
-        write_durably(output_dir / shards.MANIFEST_NAME, manifest.to_bytes())
+        write_durably(output_dir / MANIFEST_NAME, manifest.to_bytes())
     print(printable(describe(output_dir, manifest)))
     for kind in ("empty", "bad"):
         if left_out := sum(getattr(source, f"{kind}_documents") for source in manifest.sources):
@@ -294,7 +298,7 @@ def remove_strays(output_dir: Path, known: set[str]) -> None:
     Nothing that builds don't write is removed, and nothing behind a link; `verify` names what else
     is there.
     """
-    for name in (layout.SHARDS_NAME, shards.UNITS_NAME):
+    for name in (SHARDS_NAME, UNITS_NAME):
         folder = output_dir / name
         for path in [] if folder.is_symlink() else sorted(folder.rglob("*")):
             place = path.relative_to(output_dir).as_posix()
@@ -309,7 +313,7 @@ def finished(plan: Plan, results: Results) -> list[tuple[WorkUnit, UnitResult]]:
 
 def make_manifest(plan: Plan, tokenizer: LoadedTokenizer, results: Results) -> Manifest:
     """The manifest, from the finished units by record path."""
-    shares = shards.integer_shares([source.weight for source in plan.mixture.sources])
+    shares = integer_shares([source.weight for source in plan.mixture.sources])
     units = finished(plan, results)
     losses = losses_of_sources(units)
     sources = tuple(

@@ -17,16 +17,9 @@ from tqdm import tqdm
 from data_prep.building.one_input import warning_of_one_input
 from data_prep.errors import CommandParser, UserError, exit_code, large_number, printable
 from data_prep.inputs.urls import without_credentials
-from data_prep.shards import (
-    BLOCK_SAMPLES,
-    MAX_VOCAB_SIZE,
-    SPLITS,
-    TOKENIZER_NAME,
-    Manifest,
-    Shard,
-    ShardReader,
-    Source,
-)
+from data_prep.layout import SPLITS
+from data_prep.manifest import BLOCK_SAMPLES, MAX_VOCAB_SIZE, Manifest, Shard, Source
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
 
 SAMPLE_CHARACTERS = 300

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.errors import printable
-from data_prep.shards import ShardReader, write_durably
+from data_prep.files import write_durably
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import load_for_reading
 from pretrain.metrics.records import read_lines, tokens_per_second
 from pretrain.run.claim import METRICS_NAME

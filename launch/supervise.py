@@ -37,7 +37,8 @@ from data_prep.errors import (
     signal_name,
     unheard,
 )
-from data_prep.shards import lock, write_durably
+from data_prep.files import write_durably
+from data_prep.locks import lock
 from pretrain.config.recipe import Recipe, load_recipe
 from pretrain.data.digests import lengths_that_differ
 from pretrain.run.first_checks import (

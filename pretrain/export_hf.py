@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
 from data_prep.errors import CommandParser, UserError, exit_code, one_line
-from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
+from data_prep.files import replace_directory
+from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain import modeling_tablefree
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
 from pretrain.evaluation.result import figures_of

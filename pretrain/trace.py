@@ -23,7 +23,8 @@ from data_prep.errors import (
     parse_json,
     printable,
 )
-from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
+from data_prep.manifest import Shard
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.recipe import Recipe, load_recipe
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader

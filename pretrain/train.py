@@ -44,7 +44,10 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError, os_error_line, refusal, signal_name
-from data_prep.shards import Manifest, ShardReader, Source, as_written, lock, without_credentials
+from data_prep.inputs.urls import without_credentials
+from data_prep.locks import lock
+from data_prep.manifest import Manifest, Source, as_written
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import (
     Checkpoint,
     checkpoints_dir,

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 
 from data_prep import build_shards
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, load_manifest
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shards import ShardReader
 
 REPOSITORY = Path(__file__).parent.parent
 MPIEXEC = shutil.which(

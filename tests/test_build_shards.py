@@ -44,7 +44,9 @@ from data_prep.building import unit_shards, work_units
 from data_prep.building.mixture import assign, load_mixture, mixture_path
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, exit_code
-from data_prep.shards import NO_LOSS, Manifest, Shard, ShardReader, load_manifest, lock
+from data_prep.locks import lock
+from data_prep.manifest import NO_LOSS, Manifest, Shard, load_manifest
+from data_prep.shards import ShardReader
 from data_prep.tokenizer.encode import Encoder, LoadedTokenizer, new_encoder
 
 pytest_plugins = ("prep_fixtures",)

@@ -15,7 +15,7 @@ from chaos import Attempt, Leg, Pace, kill_one, line_problems, lines_of, tensor_
 from conftest import run_command
 from safetensors.torch import load_file
 
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.reader import Checkpoint, Fragment, saved_steps, sidecar_of
 from pretrain.checkpoint.saving import write_fragments
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.reader import (
     FORMAT,
     FORMAT_VERSION,

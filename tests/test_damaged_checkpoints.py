@@ -27,7 +27,7 @@ from conftest import REPOSITORY, losses, write_recipe
 from forked_ranks import fork_server, run_ranks, train_on
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.reader import (
     Checkpoint,
     Fragment,

@@ -9,7 +9,8 @@ import pytest
 from conftest import counting_dataset, losses, write_recipe
 from forked_ranks import run_ranks, train_on
 
-from data_prep.shards import SHARD_HEADER_BYTES, ShardReader, digest_file
+from data_prep.files import digest_file
+from data_prep.shards import SHARD_HEADER_BYTES, ShardReader
 from pretrain.config.recipe import load_recipe
 from pretrain.data.data_check import CHECKED_NAME, largest_first
 from pretrain.data.digests import check_shards

@@ -21,7 +21,7 @@ from test_export_hf import save_untrained_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.export_hf import main
 from pretrain.hf.check import MODELING_FILE, WRONG_WITH_A_CACHE, check_export, names_in, version_of
 from pretrain.hf.marker import MARKER_NAME

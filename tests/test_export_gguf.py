@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 from data_prep import train_tokenizer
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader, digest_file, read_tokenizer
+from data_prep.files import digest_file
+from data_prep.shards import ShardReader, read_tokenizer
 from pretrain.checkpoint.reader import load_for_reading, load_model
 from pretrain.export_hf import gpt_neox_parts, main, special_token_ids
 from pretrain.hf.gguf import Vocabulary, gguf_name, write_gguf

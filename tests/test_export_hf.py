@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file, write_durably
+from data_prep.files import digest_file, write_durably
 from pretrain.checkpoint.reader import Fragment, load_for_reading, load_model
 from pretrain.checkpoint.saving import save_checkpoint
 from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict

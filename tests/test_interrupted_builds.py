@@ -33,7 +33,9 @@ from prep_helpers import (
     write_parquet,
 )
 
-from data_prep.shards import LOCK_NAME, digest_file, load_manifest
+from data_prep.files import digest_file
+from data_prep.locks import LOCK_NAME
+from data_prep.manifest import load_manifest
 
 pytest_plugins = ("prep_fixtures",)
 

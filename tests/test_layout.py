@@ -16,7 +16,8 @@ from data_prep.build_shards import write_tokenizer
 from data_prep.building.unit_shards import _seal, read_record
 from data_prep.errors import UserError
 from data_prep.files import replace_directory, write_durably
-from data_prep.shards import ShardReader, ShardWriter, load_manifest
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader, ShardWriter
 from data_prep.tokenizer.encode import load_tokenizer
 from pretrain.data.staging import staged
 

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
+from data_prep.manifest import BLOCK_SAMPLES, MANIFEST_NAME
+from data_prep.shards import ShardReader
 from pretrain import train
 from pretrain.data.loader import (
     READ_AHEAD_WINDOWS,

@@ -12,7 +12,7 @@ from conftest import counting_dataset, tiny_recipe_content, write_recipe
 from forked_ranks import arguments_of, run_ranks, train_on
 
 from data_prep.errors import UserError
-from data_prep.shards import lock
+from data_prep.locks import lock
 from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
 from pretrain.metrics.records import read_lines
 from pretrain.run.claim import METRICS_NAME, WRITTEN

@@ -12,7 +12,8 @@ from data_prep.building import work_units
 from data_prep.building.mixture import cut_as_before, load_mixture
 from data_prep.building.work_units import FEW_FILES, WorkUnit, apart, cut_units
 from data_prep.inputs.sources import find_inputs
-from data_prep.shards import Manifest, ShardReader, load_manifest
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shards import ShardReader
 from data_prep.verify import find_problems
 
 pytest_plugins = ("prep_fixtures",)

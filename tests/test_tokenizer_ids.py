@@ -38,7 +38,8 @@ from data_prep import show
 from data_prep.building import unit_shards
 from data_prep.building.unit_shards import ended
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, TokenizerLoss, load_manifest
+from data_prep.manifest import Manifest, TokenizerLoss, load_manifest
+from data_prep.shards import ShardReader
 from data_prep.tokenizer.doubtful_characters import (
     Doubtful,
     is_newer_than_python,

@@ -22,7 +22,8 @@ import transformers
 from conftest import losses, run_command, text_dataset, train, write_recipe
 from test_golden import this_build
 
-from data_prep.shards import digest_file, load_manifest
+from data_prep.files import digest_file
+from data_prep.manifest import load_manifest
 
 WITNESS = Path(__file__).parent / "data" / "witness"
 RECORD = WITNESS / "witness.json"

@@ -14,7 +14,7 @@ from data_prep.building.unit_shards import UnitResult
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError
 from data_prep.formats.first_bytes import JSONL_FORMATS
-from data_prep.shards import BadDocument, input_of
+from data_prep.manifest import BadDocument, input_of
 
 FIRST_BAD_SHOWN = 3
 # of a work unit's bytes, and at least so many of them, make bad rows more than single documents

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pydantic
 import xxhash
 
-from data_prep import layout, shards
+from data_prep import layout
 from data_prep.building.ranks import Progress
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, explained
+from data_prep.files import digest_file, write_durably
 from data_prep.formats.corpus import Documents, read_documents, refusal, without
 from data_prep.formats.flat_arrays import (
     Offsets,
@@ -38,18 +39,9 @@ from data_prep.formats.flat_arrays import (
 )
 from data_prep.formats.json_lines import Reasons
 from data_prep.formats.pretokenized import documents as pretokenized
-from data_prep.shards import (
-    SPLITS,
-    TOKEN_DTYPE,
-    Index,
-    ShardFacts,
-    ShardWriter,
-    TokenizerLoss,
-    Tokens,
-    digest_file,
-    later,
-    write_durably,
-)
+from data_prep.layout import SPLITS
+from data_prep.manifest import FORMAT_VERSION, ShardFacts, TokenizerLoss, later, later_fields
+from data_prep.shards import TOKEN_DTYPE, Index, ShardWriter, Tokens
 from data_prep.tokenizer.encode import (
     Encoder,
     Ids,
@@ -84,7 +76,7 @@ class UnitResult:
     bad_bytes: int = later(0)  # of the bad ones
 
 
-LATER_FACTS = shards.later_fields(UnitResult).items()  # at their defaults they stay out of a record
+LATER_FACTS = later_fields(UnitResult).items()  # at their defaults they stay out of a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,9 +334,7 @@ def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: f
     }
     for file in about["files"]:
         del file["secret_url"]  # another password leads to the same file
-    return hashlib.sha256(
-        json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()
 
 
 def _seal(signature: str, content: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, decoders
 
 from data_prep.errors import UserError, explained, one_line, parse_json
 from data_prep.formats.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
-from data_prep.shards import CHAT_TEMPLATE_NAME, MAX_VOCAB_SIZE, TOKENIZER_FILES, sha256_of_files
+from data_prep.manifest import MAX_VOCAB_SIZE
+from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, sha256_of_files
 from data_prep.tokenizer.char_ngram import SPELLING
 from data_prep.tokenizer.doubtful_characters import Doubtful, other_normal_forms
 from data_prep.tokenizer.reference import RANDOM, LocalReference, Reference

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import UserError, is_passing, naming, os_error_line, refusal
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.retention import (
     MANIFEST_NAME,

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from data_prep.errors import USER_ERROR_EXIT_CODE, RetryableError, UserError, naming
-from data_prep.shards import fsync_directory, write_durably
+from data_prep.files import fsync_directory, write_durably
 from pretrain.checkpoint.patience import patiently
 from pretrain.checkpoint.reader import (
     BLOCK_BYTES,

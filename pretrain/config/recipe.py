@@ -19,7 +19,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
-from data_prep.shards import MAX_VOCAB_SIZE, ShardReader
+from data_prep.manifest import MAX_VOCAB_SIZE
+from data_prep.shards import ShardReader
 from pretrain.config.recipe_names import OURS, suggest_key
 
 if TYPE_CHECKING:

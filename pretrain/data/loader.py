@@ -24,14 +24,8 @@ import numpy.typing as npt
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.shards import (
-    BLOCK_SAMPLES,
-    SHARD_HEADER_BYTES,
-    TOKEN_DTYPE,
-    Shard,
-    ShardReader,
-    Tokens,
-)
+from data_prep.manifest import BLOCK_SAMPLES, Shard
+from data_prep.shards import SHARD_HEADER_BYTES, TOKEN_DTYPE, ShardReader, Tokens
 
 T = TypeVar("T")
 FEISTEL_ROUNDS = 6

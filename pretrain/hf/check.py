@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import GPTNeoXConfig, PretrainedConfig
 
 from data_prep.errors import UserError, explained, nearest, one_line, parse_json
-from data_prep.shards import digest_file, read_tokenizer
+from data_prep.files import digest_file
+from data_prep.shards import read_tokenizer
 from pretrain import modeling_tablefree
 from pretrain.hf.ids import check_ids, hard_texts
 from pretrain.hf.marker import MARKER_NAME, Marker, read_marker

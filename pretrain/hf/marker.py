@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import MANIFEST_NAME, UNITS_NAME, digest_file
+from data_prep.files import digest_file
+from data_prep.layout import UNITS_NAME
+from data_prep.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import MAY_CHANGE_ON_BRANCH, build_recipe, flatten, recipe_to_dict
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, naming, one_line
-from data_prep.shards import write_durably
+from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 
 Line = dict[str, Any]

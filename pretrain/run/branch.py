@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, refusal
-from data_prep.shards import replace_directory, write_durably
+from data_prep.files import replace_directory, write_durably
 from pretrain.checkpoint.reader import (
     POINTER_NAME,
     UNREADABLE,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, parse_yaml
-from data_prep.shards import LOCK_NAME, TOKENIZER_NAME
+from data_prep.locks import LOCK_NAME
+from data_prep.shards import TOKENIZER_NAME
 from pretrain.checkpoint.patience import read_patiently
 from pretrain.checkpoint.retention import OWN_FILE, SIDECAR_NAME, steps_in
 from pretrain.config.recipe import build_recipe, recipe_to_yaml

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, explained, naming
-from data_prep.shards import TOKENIZER_NAME, fsync_directory, read_tokenizer, write_durably
+from data_prep.files import fsync_directory, write_durably
+from data_prep.shards import TOKENIZER_NAME, read_tokenizer
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
 from pretrain.checkpoint.saving import Callback

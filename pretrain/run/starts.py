@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import without_credentials, write_durably
+from data_prep.files import write_durably
+from data_prep.inputs.urls import without_credentials
 from pretrain.distributed.ranks import gather
 from pretrain.distributed.world import World
 from pretrain.run.claim import STARTS_NAME

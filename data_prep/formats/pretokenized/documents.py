@@ -17,7 +17,7 @@ from data_prep.formats.pretokenized.bounded_ids import open_datatrove, open_olmo
 from data_prep.formats.pretokenized.flat_ids import OTHER_TOKENIZER, FlatIds
 from data_prep.formats.pretokenized.megatron_ids import MegatronIds
 from data_prep.inputs.sources import InputFile, reading
-from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.manifest import MAX_VOCAB_SIZE
 from data_prep.tokenizer.encode import Ids
 
 BATCH_TOKENS = 4 << 20
