@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import layout
+from data_prep.building.build_plan import Plan, assign, make_plan
 from data_prep.building.left_out import Finished, bad_documents, check_left_out, first_rows
-from data_prep.building.mixture import Mixture, Plan, assign, load_mixture, make_plan, mixture_path
+from data_prep.building.mixture import Mixture, load_mixture, mixture_path
 from data_prep.building.one_input import warning_of_one_input
 from data_prep.building.ranks import Communicator, Progress, connect, together
 from data_prep.building.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
 from data_prep.building.work_units import WorkUnit
-from data_prep.errors import (
-    CommandParser,
-    UserError,
-    exit_code,
-    explained,
-    large_number,
-    parse_json,
-    printable,
-)
+from data_prep.commands import CommandParser, exit_code, large_number
+from data_prep.errors import UserError, explained, parse_json, printable
 from data_prep.files import fsync_directory, write_durably
 from data_prep.layout import SHARDS_NAME, SPLITS, UNITS_NAME
 from data_prep.locks import HOLDER_NAME, LOCK_NAME, Lock, lock

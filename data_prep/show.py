@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from data_prep.building.one_input import warning_of_one_input
-from data_prep.errors import CommandParser, UserError, exit_code, large_number, printable
+from data_prep.commands import CommandParser, exit_code, large_number
+from data_prep.errors import UserError, printable
 from data_prep.inputs.urls import without_credentials
 from data_prep.layout import SPLITS
 from data_prep.manifest import BLOCK_SAMPLES, MAX_VOCAB_SIZE, Manifest, Shard, Source

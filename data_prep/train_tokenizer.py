@@ -22,7 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data_prep.building.mixture import load_mixture, mixture_path
 from data_prep.building.work_units import FORMATS
-from data_prep.errors import CommandParser, UserError, exit_code, large_number
+from data_prep.commands import CommandParser, exit_code, large_number
+from data_prep.errors import UserError
 from data_prep.files import replace_directory
 from data_prep.inputs.urls import without_credentials
 from data_prep.manifest import MAX_VOCAB_SIZE

@@ -32,7 +32,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import CommandParser, UserError, exit_code, nearest
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError, nearest
 from data_prep.shards import ShardReader
 from pretrain.config.engine_config import load_engine_config, merge_config
 from pretrain.config.recipe import Recipe, load_recipe

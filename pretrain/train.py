@@ -43,7 +43,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError, os_error_line, refusal, signal_name
+from data_prep.commands import signal_name
+from data_prep.errors import UserError, os_error_line, refusal
 from data_prep.inputs.urls import without_credentials
 from data_prep.locks import lock
 from data_prep.manifest import Manifest, Source, as_written

@@ -15,7 +15,8 @@ import torch
 from conftest import losses, write_recipe
 from forked_ranks import Ended, be_a_rank, run_ranks, train_on
 
-from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_code, explained, naming
+from data_prep.commands import exit_code
+from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, explained, naming
 from data_prep.files import write_durably
 from pretrain.checkpoint import patience
 from pretrain.checkpoint import reader as checkpoint

@@ -22,8 +22,10 @@ from test_fuzz_readers import damaged
 
 from data_prep import show, verify
 from data_prep.build_shards import is_complete
-from data_prep.building.mixture import Plan, load_mixture, make_plan
-from data_prep.errors import UserError, exit_code, parse_yaml
+from data_prep.building.build_plan import Plan, make_plan
+from data_prep.building.mixture import load_mixture
+from data_prep.commands import exit_code
+from data_prep.errors import UserError, parse_yaml
 from data_prep.manifest import load_manifest
 from data_prep.shards import ShardReader
 from data_prep.tokenizer.encode import load_tokenizer

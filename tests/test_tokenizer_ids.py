@@ -418,7 +418,8 @@ def test_records_of_earlier_versions_still_count(
 
 
 def signature_of(mixture: Path) -> str:
-    from data_prep.building.mixture import load_mixture, make_plan
+    from data_prep.building.build_plan import make_plan
+    from data_prep.building.mixture import load_mixture
     from data_prep.building.unit_shards import unit_signature
 
     loaded = load_mixture(mixture)

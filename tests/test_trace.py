@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from pretrain import trace
 from pretrain.config.recipe import load_recipe, recipe_to_yaml

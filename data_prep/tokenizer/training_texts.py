@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_prep.building.build_plan import source_files
 from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
-from data_prep.building.mixture import Mixture, source_files
+from data_prep.building.mixture import Mixture
 from data_prep.building.unit_shards import hash_texts, validation_threshold
 from data_prep.building.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 from data_prep.errors import UserError

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from data_prep.errors import unheard
+from data_prep.commands import unheard
 
 MANIFEST_NAME = "manifest.json"
 SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"

@@ -49,7 +49,8 @@ import psutil
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
 from conftest import counting_dataset, write_recipe
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain.checkpoint.reader import (
     POINTER_NAME,
     Checkpoint,

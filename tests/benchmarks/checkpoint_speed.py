@@ -31,7 +31,8 @@ from typing import Any
 
 from first_step import BEGAN, REPOSITORY, Marks, import_the_command
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 
 EVERY_STEPS = 4
 BLOCK_BYTES = 8 << 20

@@ -26,7 +26,8 @@ from matrix.recorded import replace_records
 from matrix.reference import FORMS, train_and_export, write_reference
 from test_matrix import ADDRESSES, CHARACTERS
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain import export_hf
 from pretrain.hf.engines import EngineRecord
 
