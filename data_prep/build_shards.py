@@ -43,8 +43,8 @@ from data_prep.manifest import (
     load_manifest,
 )
 from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, TOKENIZER_NAME, ShardReader
-from data_prep.show import describe, print_epochs
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.view.summary import describe, print_epochs
 
 BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")

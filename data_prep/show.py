@@ -2,38 +2,27 @@
 token came from.
 """
 
-import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from tqdm import tqdm
 
 from data_prep.building.one_input import warning_of_one_input
 from data_prep.commands import CommandParser, exit_code, large_number
 from data_prep.errors import UserError, printable
-from data_prep.inputs.urls import without_credentials
 from data_prep.layout import SPLITS
-from data_prep.manifest import BLOCK_SAMPLES, MAX_VOCAB_SIZE, Manifest, Shard, Source
+from data_prep.manifest import Manifest, Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.view.columns import cut, facts
+from data_prep.view.source_statistics import about_source
+from data_prep.view.summary import describe, print_epochs
 
 SAMPLE_CHARACTERS = 300
 TRACE_TOKENS = 40  # shown on either side
-NAME_CHARACTERS, LINE_CHARACTERS = 13, 86  # of a fact
-BAR_CHARACTERS = 40
-BAR_ENDS = " ▏▎▍▌▋▊▉"
-COMMONEST, COMMONEST_COLUMNS, TOKEN_CHARACTERS = 20, 3, 14
-BAD_DOCUMENTS_SHOWN = 3
-PIECE_TOKENS = 1 << 20  # counted at a time: bincount makes 8 bytes of each id
-MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
-COUNTED_TOKENS = 500_000_000  # of a source; of a larger one, pieces evenly spread
-HEADER = ("split", "source", "documents", "tokens", "chars/token", "bytes/token", "share")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,191 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     for split in SPLITS:
         for shard, document in spread(reader.manifest.shards_of(split), arguments.samples):
             print("\n" + printable(sample(reader, tokenizer.reference, shard, document)))
-
-
-def facts(named: Iterable[tuple[str, str]], indent: str = "") -> Iterator[str]:
-    """Names and what they stand for, aligned."""
-    for name, value in named:
-        yield f"{indent}{name:<{NAME_CHARACTERS - len(indent)}}" + value.replace(
-            "\n", "\n" + " " * NAME_CHARACTERS
-        )
-
-
-def cut(text: str, length: int) -> str:
-    """At most so many characters of a text, and a sign if there are more."""
-    return text[:length] + "…" * (len(text) > length)
-
-
-def describe(data_dir: Path, manifest: Manifest) -> str:
-    """The data set in numbers."""
-    rows = [HEADER]
-    for split in SPLITS:
-        for source in manifest.sources:
-            share = f"{source.share / BLOCK_SAMPLES:.2%}" if split == "train" else ""
-            rows.append(
-                (split, source.name, *figures(manifest.shards_of(split, source.name)), share)
-            )
-    special = ", ".join(f"{token} = {i}" for token, i in manifest.special_tokens.items()) or "none"
-    about = (
-        ("data set", str(data_dir)),
-        ("fingerprint", manifest.fingerprint),
-        ("vocabulary", f"{manifest.vocab_size:,} ids"),
-        ("special", cut(special, LINE_CHARACTERS)),
-        ("separator", f"{manifest.document_separator}: {manifest.eos_token} = {manifest.eos_id}"),
-        ("shards", f"{len(manifest.shards):,}"),
-        *(("lossy", str(loss)) for loss in [manifest.loss] if loss),
-    )
-    return "\n".join([*facts(about), "", table(rows)])
-
-
-def about_source(
-    reader: ShardReader, tokenizer: LoadedTokenizer, source: Source
-) -> Iterator[tuple[str, str]]:
-    """Lengths of documents, use of the vocabulary and what was left out; train and validation
-    shards together.
-    """
-    manifest = reader.manifest
-    shards = [shard for split in SPLITS for shard in manifest.shards_of(split, source.name)]
-    lengths, counts = count(reader, shards)
-    summary = (
-        f"median {np.median(lengths):,.0f} tokens, longest {lengths.max():,} (end-of-document ids "
-        "aside)"
-    )
-    yield "lengths", "\n".join([summary, *histogram(lengths)])
-    counted, tokens = int(counts.sum()), sum(shard.tokens for shard in shards)
-    if counted < tokens:
-        yield (
-            "counted",
-            f"{counted:,} of {tokens:,} tokens, evenly spread; the figures below are of these",
-        )
-    unseen = int((counts[: manifest.vocab_size] == 0).sum())
-    yield (
-        "never seen",
-        f"{unseen:,} of {manifest.vocab_size:,} ids ({unseen / manifest.vocab_size:.1%})",
-    )
-    in_bytes = counts[raw_bytes(tokenizer.reference)].sum() / counted
-    yield "raw bytes", f"{in_bytes:.3%} of tokens are one byte of a multi-byte character"
-    yield "commonest", "\n".join(commonest(tokenizer, counts))
-    summary = f"{source.empty_documents:,} empty documents, {source.bad_documents:,} bad ones"
-    bad = [
-        f"{b.input}, row {b.row}: {b.reason}"
-        for b in manifest.bad_documents
-        if b.source == source.name
-    ]
-    if source.loss:
-        yield "lossy", str(source.loss)
-    yield (
-        "left out",
-        "\n".join(
-            [
-                summary,
-                *(
-                    cut(without_credentials(line), LINE_CHARACTERS)
-                    for line in bad[:BAD_DOCUMENTS_SHOWN]
-                ),
-            ]
-        ),
-    )
-
-
-def count(
-    reader: ShardReader, shards: Sequence[Shard]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Length of every document, and how often each id occurs in at most about COUNTED_TOKENS."""
-    ends = [
-        np.append(reader.documents(shard)[:, 0], shard.tokens).astype(np.int64) for shard in shards
-    ]
-    counts = np.zeros(MAX_VOCAB_SIZE, np.int64)
-    pieces = [(shard, start) for shard in shards for start in range(0, shard.tokens, PIECE_TOKENS)]
-    pieces = pieces[:: -(-sum(shard.tokens for shard in shards) // COUNTED_TOKENS)]
-    for shard, start in tqdm(pieces, desc="counting", leave=False, disable=None):
-        counts += np.bincount(
-            reader.tokens(shard)[start : start + PIECE_TOKENS], minlength=MAX_VOCAB_SIZE
-        )
-    return np.concatenate([np.diff(bounds) - 1 for bounds in ends]), counts
-
-
-def histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Documents by length, in powers of two, from the shortest to the longest."""
-    documents = np.bincount(np.frexp(lengths)[1])
-    width = 2 * len(f"{1 << (len(documents) - 1):,}") + 1  # of the last span
-    shortest = int(lengths.min()).bit_length()
-    for power, number in enumerate(documents[shortest:].tolist(), shortest):
-        span = f"{(1 << power) >> 1:,}-" * (power > 1) + f"{(1 << power) - 1:,}"
-        whole, eighths = divmod(math.ceil(8 * BAR_CHARACTERS * number / documents.max()), 8)
-        bar = "█" * whole + BAR_ENDS[eighths]
-        yield f"{span:>{width}}  {number:>10,}  {number / len(lengths):>6.1%}  {bar}".rstrip()
-
-
-def raw_bytes(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the single bytes 0x80 to 0xFF, of a byte-level or byte-fallback tokenizer: no text
-    on their own.
-    """
-    alphabet = set(ByteLevel.alphabet())
-    of_bytes = (
-        i
-        for t, i in tokenizer.get_vocab().items()
-        if t in alphabet or re.fullmatch("<0x[89A-F][0-9A-F]>", t)
-    )
-    return [i for i in of_bytes if tokenizer.decode([i]) == "\ufffd"]
-
-
-def commonest(tokenizer: LoadedTokenizer, counts: npt.NDArray[np.int64]) -> Iterator[str]:
-    """The commonest ids, their text (or bytes, where they are a part of a character) and their
-    share, in columns.
-    """
-    cells = []
-    for i in np.argsort(-counts, kind="stable")[
-        : min(COMMONEST, np.count_nonzero(counts))
-    ].tolist():
-        shown = repr(tokenizer.reference.decode([i], skip_special_tokens=False))
-        if "\ufffd" in shown:
-            in_bytes = tokenizer.token_bytes
-            shown = (
-                f"<{in_bytes[i].as_py().hex(' ')}>"
-                if in_bytes
-                else tokenizer.reference.id_to_token(i) or ""
-            )
-        shown = cut(shown, TOKEN_CHARACTERS - 1)
-        cells.append(f"{i:>5} {shown:<{TOKEN_CHARACTERS}} {counts[i] / counts.sum():>6.2%}")
-    return (
-        "  ".join(cells[i : i + COMMONEST_COLUMNS]) for i in range(0, len(cells), COMMONEST_COLUMNS)
-    )
-
-
-def figures(shards: Sequence[Shard]) -> tuple[str, str, str, str]:
-    """Documents, tokens, characters and bytes per token (end-of-document ids not counted as
-    tokens in these two).
-    """
-    documents, tokens = (
-        sum(shard.documents for shard in shards),
-        sum(shard.tokens for shard in shards),
-    )
-    of_text = max(tokens - documents, 1)
-    characters, size = (
-        sum(shard.text_characters for shard in shards),
-        sum(shard.text_bytes for shard in shards),
-    )
-    return f"{documents:,}", f"{tokens:,}", f"{characters / of_text:.2f}", f"{size / of_text:.2f}"
-
-
-def print_epochs(manifest: Manifest, train_tokens: int | None) -> None:
-    """How often a training run of so many tokens sees each source; a source seen too often is
-    warned of.
-    """
-    for name, epochs in manifest.epochs(train_tokens or 0).items() if train_tokens else ():
-        warning = f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight" * (
-            epochs > MAX_EPOCHS
-        )
-        print(f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens{warning}")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first two to the left, numbers to the right, a rule below the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))
-    rule = ["-" * width for width in widths]
-    return "\n".join(form.format(*row).rstrip() for row in (rows[0], rule, *rows[1:]))
 
 
 def spread(shards: Sequence[Shard], count: int) -> Iterable[tuple[Shard, int]]:
