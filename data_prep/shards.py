@@ -17,10 +17,10 @@ import io
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +28,19 @@ import xxhash
 
 from data_prep.errors import UserError, explained
 from data_prep.files import digest_file, write_durably
-from data_prep.manifest import Shard, ShardFacts, load_manifest
+from data_prep.manifest import Origin, Shard, ShardFacts, load_manifest
 
 TOKEN_DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 TOKENIZER_NAME = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# kept beside them; it decides no id, so no tokenizer's identity
+# Kept beside them; it decides no id, so no tokenizer's identity.
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 COUNTED_TOKENS = 64 << 20  # by count_ids, at most about so many: 128 MB
 COUNTED_PIECE = 128 << 10  # tokens counted in one place
 SHARD_HEADER_BYTES = 128  # what NumPy pads the header of a one-dimensional array to
 TOO_MANY_MAPS = "see ulimit -v, and sysctl vm.max_map_count: each shard takes a map of its own"
-# a file of it; the manifest is good
+# What to do about a file of a data set whose manifest is good.
 REPAIR = "python -m data_prep.verify DATASET --repair builds it again"
 
 Tokens = npt.NDArray[np.uint16]
@@ -56,9 +56,7 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> str:
 
 
 def array_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The first SHARD_HEADER_BYTES of an array of at most two dimensions, as np.save writes
-    them.
-    """
+    """What np.save writes in front of an array of at most two dimensions, SHARD_HEADER_BYTES."""
     header = io.BytesIO()
     description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
@@ -71,24 +69,27 @@ def shard_header(tokens: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard and its document index, piece by piece and beside; `finish` makes them
-    durable and names them.
+    """Writes one shard and its document index, piece by piece.
 
-    Its file appears with the first document. What it keeps in memory is the index alone: 16 bytes a
-    document.
+    They are written beside; `finish` makes them durable and names them. The file appears with the
+    first document. What is kept in memory is the index alone: 16 bytes a document.
     """
 
     def __init__(self, path: Path, split: str) -> None:
-        self.path, self.split = path, split
-        # of the text: counted by the caller
-        self.tokens = self.documents = self.text_bytes = self.text_characters = 0
+        self.path = path
+        self.split = split
+        self.tokens = 0
+        self.documents = 0
+        # Whoever adds documents knows their text, and counts it.
+        self.text_bytes = 0
+        self.text_characters = 0
         self._index: list[Index] = []
         self._staged = path.with_name(path.name + ".tmp")
 
     @cached_property
     def _file(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # what a kill left there; or a link, which opening would follow
+        # What a kill left there; or a link, which opening would follow.
         self._staged.unlink(missing_ok=True)
         file = self._staged.open("xb")
         file.write(bytes(SHARD_HEADER_BYTES))
@@ -96,9 +97,8 @@ class ShardWriter:
 
     def add(self, tokens: Tokens, starts: npt.NDArray[Any], rows: Index) -> None:
         """Append whole documents: their tokens, where each starts in them, and its row."""
-        self._index.append(
-            np.stack([starts.astype(INDEX_DTYPE) + np.uint64(self.tokens), rows], axis=1)
-        )
+        starts_in_shard = starts.astype(INDEX_DTYPE) + np.uint64(self.tokens)
+        self._index.append(np.stack([starts_in_shard, rows], axis=1))
         self._file.write(np.ascontiguousarray(tokens, TOKEN_DTYPE).data)
         self.tokens += len(tokens)
         self.documents += len(rows)
@@ -113,7 +113,7 @@ class ShardWriter:
         digest = digest_file(self._staged)
         os.replace(self._staged, self.path)
         index_path = self.path.with_name(self.path.stem + ".documents.npy")
-        # also makes the rename durable
+        # This makes the rename durable too: both lie in one directory.
         index_digest = write_array(index_path, np.concatenate(self._index))
         return ShardFacts(
             split=self.split,
@@ -128,7 +128,8 @@ class ShardWriter:
     def close(self) -> None:
         """After an error: give the file back, and the space it takes. Nothing counts as written."""
         self._staged.unlink(missing_ok=True)
-        with contextlib.suppress(OSError, KeyError):  # what it still holds may find the disk full
+        # Without a document there is no file; what it still holds may find the disk full.
+        with contextlib.suppress(OSError, KeyError):
             vars(self)["_file"].close()
 
 
@@ -138,37 +139,43 @@ def tokenizer_sha256(directory: Path) -> str:
 
 
 def read_tokenizer(directory: Path) -> dict[str, bytes]:
-    """The files of a tokenizer in a data set's or a run's directory, by name; others beside them
-    are not taken.
+    """The files of a tokenizer in a data set's or a run's directory, by name; no others.
 
     Raises UserError if one of them is a link that leads out of the data set or run.
     """
     home = directory.parent.resolve()
-    known = [directory / name for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)]
-    present = [path for path in known if path.is_file()]
-    for path in present:
-        if not path.resolve().is_relative_to(home):
+    files = {}
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME):
+        path = directory / name
+        if not path.is_file():
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(home):
             raise UserError(
-                f"{path}: a link to {path.resolve()}, outside of {home}; put the file itself there"
+                f"{path}: a link to {target}, outside of {home}; put the file itself there"
             )
-    return {path.name: path.read_bytes() for path in present}
+        files[name] = path.read_bytes()
+    return files
 
 
 def sha256_of_files(files: dict[str, bytes]) -> str:
-    """The same for a tokenizer's files by name."""
-    named = [(name, files[name]) for name in TOKENIZER_FILES if name in files]
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in named]
+    """The identity of a tokenizer, from its files by name."""
+    lines = []
+    for name in TOKENIZER_FILES:
+        if name in files:
+            digest = hashlib.sha256(files[name]).hexdigest()
+            lines.append(f"{digest}  {name}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_array(
     data_dir: Path, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> npt.NDArray[Any]:
-    """Memory-map one file of a data set. Raises UserError unless it is an array of this type and
-    shape.
+    """Memory-map one file of a data set.
 
-    Its header is known to the byte, so it is compared: NumPy's own reader runs it through Python's
-    parser, which is five times as slow and raises more kinds of exceptions than it tells.
+    Raises UserError unless it is an array of this type and shape. Its header is known to the byte,
+    so it is compared: NumPy's own reader runs it through Python's parser, which is five times as
+    slow and raises more kinds of exceptions than it tells.
     """
     full_path = data_dir / path
     if not full_path.is_file():
@@ -176,16 +183,30 @@ def open_array(
     damaged = f"{full_path}: truncated or damaged"
     size = SHARD_HEADER_BYTES + dtype.itemsize * math.prod(shape)
     with explained((ValueError, OSError), damaged, REPAIR), full_path.open("rb") as file:
-        if (got := os.fstat(file.fileno()).st_size) != size:
+        got = os.fstat(file.fileno()).st_size
+        if got != size:
             raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REPAIR}")
-        # through the map: 8 MB read ahead
+        # Read as a file: through the map, the kernel would read 8 MB ahead.
         if file.read(SHARD_HEADER_BYTES) != array_header(dtype, shape):
-            raise UserError(
-                f"{damaged} (its header is not that of {dtype} of shape {shape}); {REPAIR}"
-            )
+            problem = f"its header is not that of {dtype} of shape {shape}"
+            raise UserError(f"{damaged} ({problem}); {REPAIR}")
         with explained(OSError, f"{full_path}: not mapped into memory", TOO_MANY_MAPS):
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.ndarray(shape, dtype, mapped, SHARD_HEADER_BYTES)
+
+
+class IdCounts(NamedTuple):
+    """How often some ids occur."""
+
+    of_ids: list[int]  # of each that was asked for
+    counted: int  # in so many tokens
+
+
+class DocumentPlace(NamedTuple):
+    """Where a document lies, and where it comes from."""
+
+    tokens: range  # in its shard, the end-of-document id included
+    origin: Origin
 
 
 class ShardReader:
@@ -205,91 +226,85 @@ class ShardReader:
         """
         ids = self._tokens.get(shard.path)
         if ids is None:
-            ids = self._tokens[shard.path] = open_array(
-                self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,)
-            )
+            ids = open_array(self.data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+            self._tokens[shard.path] = ids
         size = SHARD_HEADER_BYTES + ids.nbytes
-        if (got := cast(mmap.mmap, ids.base).size()) < size:
+        got = cast(mmap.mmap, ids.base).size()
+        if got < size:
             problem = f"{got:,} bytes, expected {size:,}: truncated while it was in use"
-            raise UserError(
-                f"{self.data_dir / shard.path}: {problem}; bring it back, and the same command "
-                "continues"
-            )
+            advice = "bring it back, and the same command continues"
+            raise UserError(f"{self.data_dir / shard.path}: {problem}; {advice}")
         return ids
 
-    def count_ids(self, ids: Sequence[int]) -> tuple[list[int], int]:
-        """How often ids occur in both splits, and in how many tokens: in all, or in
-        COUNTED_TOKENS evenly spread.
-        """
-        total = sum(shard.tokens for shard in self.manifest.shards)
-        every = max(1, -(-total // COUNTED_TOKENS))  # so manieth piece
-        counts, counted = [0] * len(ids), 0
+    def count_ids(self, ids: Sequence[int]) -> IdCounts:
+        """How often ids occur in both splits: in all tokens, or in COUNTED_TOKENS evenly spread."""
+        tokens = sum(shard.tokens for shard in self.manifest.shards)
+        every = max(1, -(-tokens // COUNTED_TOKENS))
+        counts = [0] * len(ids)
+        counted = 0
+        for piece in self._pieces(every):
+            counted += len(piece)
+            for place, i in enumerate(ids):
+                counts[place] += int(np.count_nonzero(piece == i))
+        return IdCounts(counts, counted)
+
+    def _pieces(self, every: int) -> Iterator[Tokens]:
+        """One of so many pieces of COUNTED_PIECE tokens, through all shards."""
         start = 0  # of the next piece, in the shard at hand
         for shard in self.manifest.shards:
             while start < shard.tokens:
-                piece = self.tokens(shard)[start : start + COUNTED_PIECE]
-                counts = [
-                    count + int(np.count_nonzero(piece == i))
-                    for count, i in zip(counts, ids, strict=True)
-                ]
-                counted += len(piece)
+                yield self.tokens(shard)[start : start + COUNTED_PIECE]
                 start += every * COUNTED_PIECE
-            start = max(0, start - shard.tokens) if every > 1 else 0
-        return counts, counted
+            if every == 1:
+                start = 0
+            else:  # the way to the next piece runs on in the next shard
+                start -= shard.tokens
 
     def documents(self, shard: Shard) -> Index:
-        """Start offset in the shard and row in the input file of each document, shape (documents,
-        2).
+        """Start in the shard and row in the input file of each document, shape (documents, 2).
 
         Raises UserError for an index that can't be of this shard.
         """
         index = open_array(self.data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
-        starts, rows = index[:, 0], index[:, 1]
+        starts = index[:, 0]
+        rows = index[:, 1]
         is_sorted = bool((starts[1:] > starts[:-1]).all() and (rows[1:] > rows[:-1]).all())
-        if (
-            not is_sorted
-            or starts[0] != 0
-            or starts[-1] >= shard.tokens
-            or rows[-1] >= max(shard.rows, 1)
-        ):
-            raise UserError(
-                f"{self.data_dir / shard.index_path}: damaged, not of this shard's documents; "
-                f"{REPAIR}"
-            )
+        begins_at_0 = starts[0] == 0
+        lies_within = starts[-1] < shard.tokens and rows[-1] < max(shard.rows, 1)
+        if not (is_sorted and begins_at_0 and lies_within):
+            path = self.data_dir / shard.index_path
+            raise UserError(f"{path}: damaged, not of this shard's documents; {REPAIR}")
         return index + np.array([0, shard.first_row], INDEX_DTYPE)
 
     def document_at(self, shard: Shard, offset: int) -> int:
         """Number of the document in a shard that holds a token."""
-        return int(np.searchsorted(self.documents(shard)[:, 0], offset, side="right")) - 1
+        starts = self.documents(shard)[:, 0]
+        return int(np.searchsorted(starts, offset, side="right")) - 1
 
-    def document(self, shard: Shard, number: int) -> tuple[range, tuple[str, int]]:
-        """Where a document lies in its shard, end-of-document id included; its input file and
-        row in that.
-        """
+    def document(self, shard: Shard, number: int) -> DocumentPlace:
+        """Where a document lies in its shard; its input file and row in that."""
         index = self.documents(shard)
         start, row = index[number].tolist()
-        stop = int(index[number + 1, 0]) if number + 1 < len(index) else shard.tokens
-        return range(start, stop), shard.origin(row)
+        stop = shard.tokens
+        if number + 1 < len(index):
+            stop = int(index[number + 1, 0])
+        return DocumentPlace(range(start, stop), shard.origin(row))
 
     def check_files(self) -> None:
-        """Cheap check before a run: the tokenizer is the one, every shard is there and as long
-        as it should be.
+        """Cheap check before a run: the tokenizer is the one, shards are there and long enough.
+
+        Raises UserError for the first file that is not so. Digests are looked at by `verify`.
         """
+        tokenizer_dir = self.data_dir / TOKENIZER_NAME
         expected = self.manifest.tokenizer_sha256
-        if expected and tokenizer_sha256(self.data_dir / TOKENIZER_NAME) != expected:
-            raise UserError(
-                f"{self.data_dir / TOKENIZER_NAME}: not the tokenizer that made the shards; "
-                f"{REPAIR}"
-            )
+        if expected and tokenizer_sha256(tokenizer_dir) != expected:
+            raise UserError(f"{tokenizer_dir}: not the tokenizer that made the shards; {REPAIR}")
         for shard in self.manifest.shards:
             path = self.data_dir / shard.path
             if not path.is_file():
                 raise UserError(f"{path}: missing, but the manifest lists it; {REPAIR}")
-            size, got = (
-                SHARD_HEADER_BYTES + TOKEN_DTYPE.itemsize * shard.tokens,
-                path.stat().st_size,
-            )
+            size = SHARD_HEADER_BYTES + TOKEN_DTYPE.itemsize * shard.tokens
+            got = path.stat().st_size
             if got != size:
-                raise UserError(
-                    f"{path}: {got:,} bytes, expected {size:,}: truncated or damaged; {REPAIR}"
-                )
+                problem = f"{got:,} bytes, expected {size:,}: truncated or damaged"
+                raise UserError(f"{path}: {problem}; {REPAIR}")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from data_prep import show
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from data_prep.view import columns, source_statistics, summary
+from data_prep.view import columns, source_statistics, source_text, summary
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -59,7 +59,9 @@ def test_the_table(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_source_may_have_no_validation_documents() -> None:
-    assert summary.figures(()) == ("0", "0", "0.00", "0.00")
+    none = summary.total(())
+    assert (none.documents, none.tokens) == (0, 0)
+    assert (none.characters_per_token, none.bytes_per_token) == (0.0, 0.0)
 
 
 def test_columns_are_aligned() -> None:
@@ -121,7 +123,7 @@ def test_figures_of_a_source_can_be_recounted(
     assert [row and int(row[2].replace(",", "")) for row in rows] == [
         bins[i] for i in range(min(bins), max(bins) + 1)
     ]
-    assert max(len(row[4] or "") for row in rows if row) == source_statistics.BAR_CHARACTERS
+    assert max(len(row[4] or "") for row in rows if row) == source_text.BAR_CHARACTERS
     counts, unseen = Counter(ids), 512 - len(set(ids))
     assert facts["never seen"] == [f"{unseen:,} of 512 ids ({unseen / 512:.1%})"]
     assert tokenizer.token_bytes
@@ -166,13 +168,13 @@ def test_a_part_of_a_large_source_is_counted_and_that_is_said(
     assert part["commonest"][0].split()[:2] == whole["commonest"][0].split()[:2]
     reader = ShardReader(dataset)
     shards = [shard for shard in reader.manifest.shards if shard.source == "speeches"]
-    each = [int(source_statistics.count(reader, [shard])[1].sum()) for shard in shards]
+    each = [int(source_statistics.count_ids(reader, [shard]).sum()) for shard in shards]
     assert min(each) > 2_000  # every shard has its part
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=50))
 def test_the_histogram_holds_every_document_once(lengths: list[int]) -> None:
-    lines = list(source_statistics.histogram(np.array(lengths)))
+    lines = list(source_text.histogram(np.array(lengths)))
     total = 0
     for line in lines:
         span, number = line.replace(",", "").split()[:2]
