@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from data_prep.building.one_input import warning_of_one_input
 from data_prep.commands import CommandParser, exit_code, large_number
 from data_prep.errors import UserError, printable
 from data_prep.layout import SPLITS
@@ -19,6 +18,7 @@ from data_prep.manifest import Manifest, Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
 from data_prep.view.columns import cut, facts
+from data_prep.view.one_input import warning_of_one_input
 from data_prep.view.source_text import about_source
 from data_prep.view.summary import describe, print_epochs
 

@@ -19,11 +19,12 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
 from data_prep.building.build_plan import make_plan
 from data_prep.building.mixture import load_mixture, mixture_path
+from data_prep.building.output_dir import BUILD_NAME, refuse_shared_folders, write_tokenizer
 from data_prep.building.ranks import Communicator, Progress
-from data_prep.building.unit_shards import UnitBuilder, shard_path
+from data_prep.building.unit_records import shard_path
+from data_prep.building.unit_shards import UnitBuilder
 from data_prep.commands import CommandParser, exit_code
 from data_prep.errors import UserError, parse_json, printable
 from data_prep.files import digest_file, write_durably

@@ -21,9 +21,9 @@ from prep_helpers import build
 from test_fuzz_readers import damaged
 
 from data_prep import show, verify
-from data_prep.build_shards import is_complete
 from data_prep.building.build_plan import Plan, make_plan
 from data_prep.building.mixture import load_mixture
+from data_prep.building.output_dir import is_complete
 from data_prep.commands import exit_code
 from data_prep.errors import UserError, parse_yaml
 from data_prep.manifest import load_manifest

@@ -12,8 +12,8 @@ import pytest
 from prep_helpers import build, flip_byte, stamps
 
 from data_prep import layout, show, verify
-from data_prep.build_shards import write_tokenizer
-from data_prep.building.unit_shards import _seal, read_record
+from data_prep.building.output_dir import write_tokenizer
+from data_prep.building.unit_records import _seal, read_record
 from data_prep.errors import UserError
 from data_prep.files import replace_directory, write_durably
 from data_prep.manifest import load_manifest

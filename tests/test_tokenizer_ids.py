@@ -35,7 +35,7 @@ from tokenizers import (
 )
 
 from data_prep import show
-from data_prep.building import unit_shards
+from data_prep.building import unit_records
 from data_prep.building.unit_shards import ended
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest, TokenizerLoss, load_manifest
@@ -373,7 +373,7 @@ def test_records_with_a_loss_of_few_documents_are_made_again(tmp_path: Path) -> 
     content = {name: value for name, value in json.loads(whole).items() if name != "seal"} | {
         "loss": of_one
     }
-    seal = unit_shards._seal(signature_of(mixture), content)
+    seal = unit_records._seal(signature_of(mixture), content)
     record.write_text(json.dumps({"seal": seal, **content}, indent=1) + "\n")
     (tmp_path / "out" / "manifest.json").unlink()
     assert build(mixture, tmp_path / "out") == manifest
@@ -406,10 +406,10 @@ def test_records_of_earlier_versions_still_count(
     (record,) = (tmp_path / "out" / "units" / "a").glob("*.json")
     content = json.loads(record.read_bytes())
     signature = signature_of(mixture)
-    assert content.pop("seal") == unit_shards._seal(signature, content)
+    assert content.pop("seal") == unit_records._seal(signature, content)
     del content["loss"]
     record.write_text(
-        json.dumps({"seal": unit_shards._seal(signature, content), **content}, indent=1) + "\n"
+        json.dumps({"seal": unit_records._seal(signature, content), **content}, indent=1) + "\n"
     )
     before = record.stat().st_ino
     (tmp_path / "out" / "manifest.json").unlink()
@@ -420,7 +420,7 @@ def test_records_of_earlier_versions_still_count(
 def signature_of(mixture: Path) -> str:
     from data_prep.building.build_plan import make_plan
     from data_prep.building.mixture import load_mixture
-    from data_prep.building.unit_shards import unit_signature
+    from data_prep.building.unit_records import unit_signature
 
     loaded = load_mixture(mixture)
     tokenizer = load_tokenizer(loaded.tokenizer_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.building.mixture import Mixture, MixtureSource
-from data_prep.building.unit_shards import read_record, record_path, unit_signature
+from data_prep.building.unit_records import read_record, record_path, unit_signature
 from data_prep.building.work_units import (
     FORMATS_WITHOUT_FIELD,
     WorkUnit,

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data_prep.building.unit_shards import UnitResult
+from data_prep.building.unit_records import UnitResult
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError
 from data_prep.formats.first_bytes import JSONL_FORMATS

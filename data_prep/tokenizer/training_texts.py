@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_prep.building.build_plan import source_files
 from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
 from data_prep.building.mixture import Mixture
-from data_prep.building.unit_shards import hash_texts, validation_threshold
+from data_prep.building.validation_split import hash_texts, validation_threshold
 from data_prep.building.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 from data_prep.errors import UserError
 from data_prep.formats.corpus import Documents, place, read_documents
