@@ -32,8 +32,8 @@ from prep_helpers import (
 
 from data_prep.building.work_units import WorkUnit, cut_units, format_of
 from data_prep.errors import UserError
-from data_prep.formats import corpus
-from data_prep.formats.corpus import read_documents
+from data_prep.formats import documents as corpus
+from data_prep.formats.documents import read_documents
 from data_prep.inputs import sources as inputs
 from data_prep.inputs.sources import InputFile
 

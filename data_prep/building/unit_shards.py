@@ -28,7 +28,7 @@ from data_prep import layout, shards
 from data_prep.building.ranks import Progress
 from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, explained
-from data_prep.formats.corpus import Documents, read_documents, refusal, without
+from data_prep.formats.documents import Documents, read_documents, refusal, without
 from data_prep.formats.flat_arrays import (
     Offsets,
     byte_lengths,

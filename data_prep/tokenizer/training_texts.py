@@ -20,7 +20,7 @@ from data_prep.building.mixture import Mixture, source_files
 from data_prep.building.unit_shards import hash_texts, validation_threshold
 from data_prep.building.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
 from data_prep.errors import UserError
-from data_prep.formats.corpus import Documents, place, read_documents
+from data_prep.formats.documents import Documents, place, read_documents
 from data_prep.formats.pretokenized.documents import FORMATS as FORMATS_OF_IDS
 from data_prep.inputs.sources import InputFile, find_inputs
 
