@@ -23,7 +23,6 @@ from data_prep.building.mixture import Mixture, Plan, assign, load_mixture, make
 from data_prep.building.one_input import warning_of_one_input
 from data_prep.building.ranks import Communicator, Progress, connect, together
 from data_prep.building.unit_shards import UnitBuilder, UnitResult, record_path, shard_path, writing
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import (
     CommandParser,
     UserError,
@@ -33,6 +32,7 @@ from data_prep.errors import (
     parse_json,
     printable,
 )
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.shards import (
     NO_LOSS,
     SPLITS,

@@ -42,8 +42,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_prep import train_tokenizer
 from data_prep.building import unit_shards, work_units
 from data_prep.building.mixture import assign, load_mixture, mixture_path
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, exit_code
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.shards import NO_LOSS, Manifest, Shard, ShardReader, load_manifest, lock
 from data_prep.tokenizer.encode import Encoder, LoadedTokenizer, new_encoder
 

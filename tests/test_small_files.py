@@ -10,7 +10,8 @@ from prep_helpers import build, contents, decoded, flip_byte, source, stamps, wr
 from data_prep import show, verify
 from data_prep.building import work_units
 from data_prep.building.mixture import cut_as_before, load_mixture
-from data_prep.building.work_units import FEW_FILES, WorkUnit, apart, cut_units
+from data_prep.building.work_units import FEW_FILES, apart, cut_units
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import find_inputs
 from data_prep.shards import Manifest, ShardReader, load_manifest
 from data_prep.verify import find_problems

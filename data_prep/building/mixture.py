@@ -8,7 +8,7 @@ files, cut into work units.
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,18 +16,18 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
 from data_prep.building.unit_shards import read_record, record_path, unit_signature
-from data_prep.building.work_units import (
-    FORMATS,
-    FORMATS_WITHOUT_FIELD,
-    WorkUnit,
-    apart,
-    cut_units,
-    format_of,
-)
+from data_prep.building.work_units import apart, cut_units
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
-from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.known import (
+    FORMATS,
+    find_files,
+    format_of,
+    text_field_of,
+    with_files_beside,
+)
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.local_files import refuse_inside
-from data_prep.inputs.sources import InputFile, find_hub_inputs, find_inputs
+from data_prep.inputs.sources import InputFile, find_hub_inputs
 from data_prep.inputs.urls import without_credentials
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
 from data_prep.tokenizer.encode import LoadedTokenizer
@@ -72,7 +72,8 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{meaningless[0]} has a meaning only beside hub; remove it")
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r}, expected one of {', '.join(FORMATS)}")
-        if self.format in FORMATS_WITHOUT_FIELD and "text_field" in given:
+        has_field = self.format is None or FORMATS[self.format].has_text_field
+        if "text_field" in given and not has_field:
             raise ValueError(f"text_field has no meaning for {self.format}; remove it")
         return self
 
@@ -198,7 +199,7 @@ def make_plan(
             refuse_inside(output_dir, (file.url for file in files), where)
         if not any(file.size for file in files):
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
-        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
+        text_field = text_field_of(format_, source.text_field)
         cut = cut_units(
             files,
             source=source.name,
@@ -261,30 +262,9 @@ def source_files(
         files, revision = find_hub_inputs(
             source.hub, source.config, source.split, source.revision, where
         )
-    elif source.format == "save_to_disk" and "://" in str(source.path):
-        problem = f"{without_credentials(str(source.path))}: save_to_disk is read from local disks"
-        raise UserError(f"{where}: {problem}; copy it to one, name its path")
-    elif source.format == "save_to_disk":
-        parts = find_inputs(base, f"{source.path}/*.arrow", where)
-        state = find_inputs(base, f"{source.path}/state.json", where)[0]
-        size, version = sum(file.size for file in parts), ",".join(file.version for file in parts)
-        files = [replace(state, size=size, version=version)]
     else:
-        files = find_inputs(base, source.path or "", where)
-    if source.format in pretokenized.FORMATS and (
-        remote := [file.url for file in files if "://" in file.url]
-    ):
-        raise UserError(
-            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, "
-            "name its path"
-        )
-    if source.format in pretokenized.INDEX_NAMES:
-        index_name = pretokenized.INDEX_NAMES[source.format]
-        indexes = [find_inputs(base, index_name(file.name), where)[0] for file in files]
-        files = [
-            replace(f, version=f"{f.version}, {i.version}")
-            for f, i in zip(files, indexes, strict=True)
-        ]
+        files = find_files(source.format, base, source.path or "", where)
+    files = with_files_beside(source.format, base, files, where)
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:
         raise UserError(

@@ -26,9 +26,8 @@ import xxhash
 
 from data_prep import layout, shards
 from data_prep.building.ranks import Progress
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError, explained
-from data_prep.formats.documents import Documents, read_documents, refusal, without
+from data_prep.formats.documents import Documents, Reasons, without
 from data_prep.formats.flat_arrays import (
     Offsets,
     byte_lengths,
@@ -36,8 +35,9 @@ from data_prep.formats.flat_arrays import (
     large_strings,
     text_bounds,
 )
-from data_prep.formats.json_lines import Reasons
+from data_prep.formats.known import read_documents, refusal
 from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.shards import (
     SPLITS,
     TOKEN_DTYPE,
@@ -340,6 +340,7 @@ def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: f
         "tokenizer": tokenizer_sha256,
         "validation": validation_fraction,
     }
+    del about["files_are_rows"]  # as the format tells
     for file in about["files"]:
         del file["secret_url"]  # another password leads to the same file
     return hashlib.sha256(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError, explained
-from data_prep.formats.first_bytes import FIRST_BYTES, check_first_bytes_of_ids
+from data_prep.formats.first_bytes import FIRST_BYTES, KINDS_THAT_ARE_NO_IDS, FirstBytes
 from data_prep.formats.flat_arrays import Offsets
 from data_prep.inputs.sources import InputFile
 
@@ -50,7 +50,7 @@ class FlatIds:
         self.path, self.eos_id, self.start = file.url, eos_id, 0
         with open(file.url, "rb") as stream:
             first = stream.read(FIRST_BYTES)
-        check_first_bytes_of_ids(file, "uint16", first)
+        FirstBytes(format="uint16", kinds=KINDS_THAT_ARE_NO_IDS).check(file, first)
         self.dtype, self.data_byte = np.dtype("<u2"), 0
         self.is_bare, is_eos_first = False, False
         magic, version, told = struct.unpack("<3i", first[:12].ljust(12, b"\0"))
