@@ -196,7 +196,10 @@ def _cut(source: IdFile, start: int, stop: int, apart_bytes: int) -> Iterator[Ra
         end = source.next_cut(start, stop, begin_byte + apart_bytes)
         size_bytes = source.byte(end) - begin_byte
         if size_bytes > apart_bytes + MAX_DOCUMENT_BYTES:
-            problem = f"a document after byte {begin_byte:,} takes over {MAX_DOCUMENT_BYTES / 1e6:,.0f} MB"
-            raise UserError(f"{source.path}: {problem}; cut it into documents")
+            limit = f"{MAX_DOCUMENT_BYTES / 1e6:,.0f} MB"
+            raise UserError(
+                f"{source.path}: a document after byte {begin_byte:,} takes over {limit}; cut it "
+                "into documents"
+            )
         yield Range(start, end, size_bytes)
         start = end
