@@ -46,7 +46,7 @@ from data_prep.shards import (
     write_durably,
 )
 from data_prep.show import describe, print_epochs
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 BUILD_NAME = "build.json"
 ENCODERS = ("gigatoken", "tokenizers")

@@ -27,7 +27,7 @@ from data_prep.shards import (
     ShardReader,
     Source,
 )
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 SAMPLE_CHARACTERS = 300
 TRACE_TOKENS = 40  # shown on either side

@@ -37,7 +37,7 @@ from data_prep.shards import (
     Manifest,
     Shard,
 )  # fmt: skip
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
 

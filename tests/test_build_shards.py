@@ -45,7 +45,8 @@ from data_prep.building.mixture import assign, load_mixture, mixture_path
 from data_prep.errors import UserError, exit_code
 from data_prep.formats.work_unit import WorkUnit
 from data_prep.shards import NO_LOSS, Manifest, Shard, ShardReader, load_manifest, lock
-from data_prep.tokenizer.encode import Encoder, LoadedTokenizer, new_encoder
+from data_prep.tokenizer.encode import Encoder, new_encoder
+from data_prep.tokenizer.load import LoadedTokenizer
 
 pytest_plugins = ("prep_fixtures",)
 

@@ -25,7 +25,7 @@ from data_prep.build_shards import is_complete
 from data_prep.building.mixture import Plan, load_mixture, make_plan
 from data_prep.errors import UserError, exit_code, parse_yaml
 from data_prep.shards import ShardReader, load_manifest
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain import trace
 from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
 from pretrain.config.engine_config import load_engine_config

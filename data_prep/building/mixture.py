@@ -30,7 +30,7 @@ from data_prep.inputs.local_files import refuse_inside
 from data_prep.inputs.sources import InputFile, find_hub_inputs
 from data_prep.inputs.urls import without_credentials
 from data_prep.shards import BLOCK_SAMPLES, integer_shares
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.tokenizer.load import LoadedTokenizer
 
 MIXTURES_DIR = Path(__file__).parents[1] / "mixtures"
 HUB_KEYS = {"config", "split", "revision"}

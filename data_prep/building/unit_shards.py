@@ -50,14 +50,8 @@ from data_prep.shards import (
     later,
     write_durably,
 )
-from data_prep.tokenizer.encode import (
-    Encoder,
-    Ids,
-    LoadedTokenizer,
-    new_encoder,
-    reference_ids,
-    special_documents,
-)
+from data_prep.tokenizer.encode import Encoder, Ids, new_encoder, reference_ids, special_documents
+from data_prep.tokenizer.load import LoadedTokenizer
 from data_prep.tokenizer.losses import UnitLoss, lost
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash

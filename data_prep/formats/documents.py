@@ -21,7 +21,8 @@ from data_prep.formats.flat_arrays import (
     null_mask,
 )
 from data_prep.inputs.sources import InputFile
-from data_prep.tokenizer.encode import Encoded, LoadedTokenizer
+from data_prep.tokenizer.encode import Encoded
+from data_prep.tokenizer.load import LoadedTokenizer
 
 BATCH_BYTES = 8 << 20  # of texts, more or less
 MAX_DOCUMENT_BYTES = 128 << 20  # so much fits in memory

@@ -35,7 +35,7 @@ from data_prep.formats.work_unit import (
     whole_file,
 )
 from data_prep.inputs.sources import InputFile, find_inputs
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.tokenizer.load import LoadedTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

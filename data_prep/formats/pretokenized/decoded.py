@@ -16,7 +16,8 @@ from data_prep.formats.documents import Documents, Reading, all_rows
 from data_prep.formats.pretokenized.documents import ID_FORMATS, cut_ids, read_ids
 from data_prep.formats.work_unit import Cutting, Range, WorkUnit
 from data_prep.inputs.sources import InputFile
-from data_prep.tokenizer.encode import Encoded, Ids, LoadedTokenizer, decode_ids, reference_ids
+from data_prep.tokenizer.encode import Encoded, Ids, decode_ids, reference_ids
+from data_prep.tokenizer.load import LoadedTokenizer
 
 
 def cut(format: str, file: InputFile, cutting: Cutting) -> list[Range]:
