@@ -44,7 +44,7 @@ from data_prep.manifest import (
     load_manifest,
 )
 from data_prep.shards import ShardReader
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 from data_prep.view.one_input import warning_of_one_input
 from data_prep.view.summary import describe, print_epochs
 

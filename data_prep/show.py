@@ -16,7 +16,7 @@ from data_prep.errors import UserError, printable
 from data_prep.layout import SPLITS
 from data_prep.manifest import Manifest, Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 from data_prep.view.columns import cut, facts
 from data_prep.view.one_input import warning_of_one_input
 from data_prep.view.source_text import about_source

@@ -43,7 +43,7 @@ from data_prep.shards import (
     open_array,
     tokenizer_sha256,
 )
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
 

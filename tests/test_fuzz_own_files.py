@@ -28,7 +28,7 @@ from data_prep.commands import exit_code
 from data_prep.errors import UserError, parse_yaml
 from data_prep.manifest import load_manifest
 from data_prep.shards import ShardReader
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain import trace
 from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
 from pretrain.config.engine_config import load_engine_config

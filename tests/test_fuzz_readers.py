@@ -16,7 +16,7 @@ from test_pretokenized import EOS, llm_c_header, write_megatron, write_uint16
 
 from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats.corpus import read_documents
+from data_prep.formats.known import read_documents
 from data_prep.formats.pretokenized import documents as pretokenized
 from data_prep.inputs.sources import InputFile
 

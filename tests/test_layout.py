@@ -18,7 +18,7 @@ from data_prep.errors import UserError
 from data_prep.files import replace_directory, write_durably
 from data_prep.manifest import load_manifest
 from data_prep.shards import ShardReader, ShardWriter
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain.data.staging import staged
 
 pytest_plugins = ("prep_fixtures",)

@@ -11,7 +11,8 @@ from data_prep import show, verify
 from data_prep.building import work_units
 from data_prep.building.build_plan import cut_as_before
 from data_prep.building.mixture import load_mixture
-from data_prep.building.work_units import FEW_FILES, WorkUnit, apart, cut_units
+from data_prep.building.work_units import FEW_FILES, apart, cut_units
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import find_inputs
 from data_prep.manifest import Manifest, load_manifest
 from data_prep.shards import ShardReader

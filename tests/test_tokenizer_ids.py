@@ -45,7 +45,8 @@ from data_prep.tokenizer.doubtful_characters import (
     is_newer_than_python,
     normalized_otherwise,
 )
-from data_prep.tokenizer.encode import load_tokenizer, new_encoder, reference_ids
+from data_prep.tokenizer.encode import new_encoder, reference_ids
+from data_prep.tokenizer.load import load_tokenizer
 from data_prep.tokenizer.traits import why_not_gigatoken
 
 pytest_plugins = ("prep_fixtures",)

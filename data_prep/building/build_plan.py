@@ -5,25 +5,19 @@ Read by `build_shards`, and by `verify` to build a part again.
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.building.mixture import Mixture, MixtureSource
 from data_prep.building.unit_records import read_record, record_path, unit_signature
-from data_prep.building.work_units import (
-    FORMATS_WITHOUT_FIELD,
-    WorkUnit,
-    apart,
-    cut_units,
-    format_of,
-)
+from data_prep.building.work_units import apart, cut_units
 from data_prep.errors import UserError
-from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.known import find_files, format_of, text_field_of, with_files_beside
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.local_files import refuse_inside
-from data_prep.inputs.sources import InputFile, find_hub_inputs, find_inputs
-from data_prep.inputs.urls import without_credentials
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.inputs.sources import InputFile, find_hub_inputs
+from data_prep.tokenizer.load import LoadedTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +56,7 @@ def make_plan(
             refuse_inside(output_dir, (file.url for file in files), where)
         if not any(file.size for file in files):
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
-        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
+        text_field = text_field_of(format_, source.text_field)
         cut = cut_units(
             files,
             source=source.name,
@@ -125,30 +119,9 @@ def source_files(
         files, revision = find_hub_inputs(
             source.hub, source.config, source.split, source.revision, where
         )
-    elif source.format == "save_to_disk" and "://" in str(source.path):
-        problem = f"{without_credentials(str(source.path))}: save_to_disk is read from local disks"
-        raise UserError(f"{where}: {problem}; copy it to one, name its path")
-    elif source.format == "save_to_disk":
-        parts = find_inputs(base, f"{source.path}/*.arrow", where)
-        state = find_inputs(base, f"{source.path}/state.json", where)[0]
-        size, version = sum(file.size for file in parts), ",".join(file.version for file in parts)
-        files = [replace(state, size=size, version=version)]
     else:
-        files = find_inputs(base, source.path or "", where)
-    if source.format in pretokenized.FORMATS and (
-        remote := [file.url for file in files if "://" in file.url]
-    ):
-        raise UserError(
-            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, "
-            "name its path"
-        )
-    if source.format in pretokenized.INDEX_NAMES:
-        index_name = pretokenized.INDEX_NAMES[source.format]
-        indexes = [find_inputs(base, index_name(file.name), where)[0] for file in files]
-        files = [
-            replace(f, version=f"{f.version}, {i.version}")
-            for f, i in zip(files, indexes, strict=True)
-        ]
+        files = find_files(source.format, base, source.path or "", where)
+    files = with_files_beside(source.format, base, files, where)
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:
         raise UserError(

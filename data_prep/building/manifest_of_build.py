@@ -7,8 +7,8 @@ from data_prep.building.build_plan import Plan
 from data_prep.building.left_out import Finished, bad_documents, first_rows
 from data_prep.building.mixture import Mixture
 from data_prep.building.unit_records import UnitResult, record_path, shard_path
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.layout import SPLITS
 from data_prep.manifest import (
     NO_LOSS,
@@ -19,7 +19,7 @@ from data_prep.manifest import (
     TokenizerLoss,
     integer_shares,
 )
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.tokenizer.load import LoadedTokenizer
 
 BAD_DOCUMENTS_LISTED = 1_000  # of each source
 MAX_UNKNOWN_SHARE = 0.01  # of the sampled tokens

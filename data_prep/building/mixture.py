@@ -11,11 +11,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
-from data_prep.building.work_units import (
-    FORMATS,
-    FORMATS_WITHOUT_FIELD,
-)
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
+from data_prep.formats.known import FORMATS
 from data_prep.inputs.urls import without_credentials
 from data_prep.manifest import BLOCK_SAMPLES, integer_shares
 
@@ -59,7 +56,8 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{meaningless[0]} has a meaning only beside hub; remove it")
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r}, expected one of {', '.join(FORMATS)}")
-        if self.format in FORMATS_WITHOUT_FIELD and "text_field" in given:
+        has_field = self.format is None or FORMATS[self.format].has_text_field
+        if "text_field" in given and not has_field:
             raise ValueError(f"text_field has no meaning for {self.format}; remove it")
         return self
 

@@ -17,7 +17,7 @@ from data_prep.manifest import (
     load_manifest,
 )
 from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, TOKENIZER_NAME, ShardReader
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.tokenizer.load import LoadedTokenizer
 
 BUILD_NAME = "build.json"
 

@@ -10,9 +10,9 @@ from typing import Any
 import pydantic
 
 from data_prep import layout
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import explained
-from data_prep.formats.json_lines import Reasons
+from data_prep.formats.documents import Reasons
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.layout import SPLITS
 from data_prep.manifest import FORMAT_VERSION, ShardFacts, TokenizerLoss, later, later_fields
 
@@ -55,6 +55,7 @@ def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: f
         "tokenizer": tokenizer_sha256,
         "validation": validation_fraction,
     }
+    del about["files_are_rows"]  # as the format tells
     for file in about["files"]:
         del file["secret_url"]  # another password leads to the same file
     return hashlib.sha256(json.dumps([FORMAT_VERSION, about], sort_keys=True).encode()).hexdigest()

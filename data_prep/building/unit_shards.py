@@ -32,29 +32,23 @@ from data_prep.building.unit_records import (
     writing,
 )
 from data_prep.building.validation_split import hash_texts, validation_threshold
-from data_prep.building.work_units import WorkUnit
 from data_prep.errors import UserError
 from data_prep.files import digest_file, write_durably
-from data_prep.formats.corpus import Documents, read_documents, refusal, without
+from data_prep.formats.documents import Documents, Reasons, without
 from data_prep.formats.flat_arrays import (
     Offsets,
     byte_lengths,
     character_counts,
     large_strings,
 )
-from data_prep.formats.json_lines import Reasons
+from data_prep.formats.known import read_documents, refusal
 from data_prep.formats.pretokenized import documents as pretokenized
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.layout import SPLITS
 from data_prep.manifest import TokenizerLoss
 from data_prep.shards import TOKEN_DTYPE, ShardWriter, Tokens
-from data_prep.tokenizer.encode import (
-    Encoder,
-    Ids,
-    LoadedTokenizer,
-    new_encoder,
-    reference_ids,
-    special_documents,
-)
+from data_prep.tokenizer.encode import Encoder, Ids, new_encoder, reference_ids, special_documents
+from data_prep.tokenizer.load import LoadedTokenizer
 from data_prep.tokenizer.losses import UnitLoss, lost
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash

@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.inputs.urls import without_credentials
 from data_prep.manifest import Manifest, Source
 from data_prep.shards import ShardReader
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.tokenizer.load import LoadedTokenizer
 from data_prep.view.columns import LINE_CHARACTERS, Fact, cut
 from data_prep.view.source_statistics import (
     REPLACEMENT,
