@@ -27,16 +27,8 @@ from typing import Any
 if not __package__:  # run by path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import (
-    USER_ERROR_EXIT_CODE,
-    CommandParser,
-    UserError,
-    exit_code,
-    large_number,
-    one_line,
-    signal_name,
-    unheard,
-)
+from data_prep.commands import CommandParser, exit_code, large_number, signal_name, unheard
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
 from data_prep.files import write_durably
 from data_prep.locks import lock
 from pretrain.config.load import load_recipe

@@ -25,7 +25,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from data_prep.errors import CommandParser, UserError, exit_code
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError
 from data_prep.files import write_durably
 from data_prep.shards import TOKENIZER_NAME, ShardReader, Tokens, tokenizer_sha256
 from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of

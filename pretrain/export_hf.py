@@ -30,7 +30,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
-from data_prep.errors import CommandParser, UserError, exit_code, one_line
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError, one_line
 from data_prep.files import replace_directory
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain import modeling_tablefree

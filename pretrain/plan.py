@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import CommandParser, UserError, exit_code, nearest
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError, nearest
 from data_prep.shards import ShardReader
 from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import load_recipe

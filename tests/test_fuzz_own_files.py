@@ -21,11 +21,14 @@ from support.prep_helpers import build
 from support.runs import write_recipe
 
 from data_prep import show, verify
-from data_prep.build_shards import is_complete
-from data_prep.building.mixture import Plan, load_mixture, make_plan
-from data_prep.errors import UserError, exit_code, parse_yaml
-from data_prep.shards import ShardReader, load_manifest
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.building.build_plan import Plan, make_plan
+from data_prep.building.mixture import load_mixture
+from data_prep.building.output_dir import is_complete
+from data_prep.commands import exit_code
+from data_prep.errors import UserError, parse_yaml
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain import trace
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.layout import checkpoints_dir, saved_steps

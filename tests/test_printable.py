@@ -14,7 +14,8 @@ from support.prep_helpers import build, source, write_mixture, write_parquet
 from support.runs import write_recipe
 
 from data_prep import show, verify
-from data_prep.errors import UserError, exit_code, printable
+from data_prep.commands import exit_code
+from data_prep.errors import UserError, printable
 from data_prep.shards import ShardReader
 from pretrain import trace
 from pretrain.config.load import load_recipe

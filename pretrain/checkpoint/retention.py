@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from data_prep.errors import unheard
+from data_prep.commands import unheard
 from pretrain.checkpoint.layout import STEP_PREFIX, is_own_file, step_name, step_of, steps_in
 
 LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-z_]{8}|(\.[0-9a-z_]{8})?(\.old)?\.tmp)")

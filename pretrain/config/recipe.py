@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.manifest import MAX_VOCAB_SIZE
 
 MAX_CODE_BITS = 62
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

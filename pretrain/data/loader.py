@@ -17,11 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import (
-    BLOCK_SAMPLES,
-    ShardReader,
-    Tokens,
-)
+from data_prep.manifest import BLOCK_SAMPLES
+from data_prep.shards import ShardReader, Tokens
 from pretrain.data.permutation import derive_key, permute
 from pretrain.data.stream import I64, TokenStream
 

@@ -9,13 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError
-from data_prep.shards import (
-    SHARD_HEADER_BYTES,
-    TOKEN_DTYPE,
-    Shard,
-    ShardReader,
-    Tokens,
-)
+from data_prep.manifest import Shard
+from data_prep.shards import SHARD_HEADER_BYTES, TOKEN_DTYPE, ShardReader, Tokens
 
 # in a larger call that finds its pages in memory, asking would take half of the time
 READ_AHEAD_WINDOWS = 1_024

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data_prep.commands import unheard
 from data_prep.errors import (
     USER_ERROR_EXIT_CODE,
     UserError,
@@ -22,7 +23,6 @@ from data_prep.errors import (
     one_line,
     os_error_line,
     printable,
-    unheard,
 )
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, World
 

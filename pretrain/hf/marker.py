@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import digest_file
 from data_prep.layout import UNITS_NAME
-from data_prep.shards import MANIFEST_NAME
+from data_prep.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.changes import MAY_CHANGE_ON_BRANCH, flatten
 from pretrain.config.load import build_recipe, recipe_to_dict

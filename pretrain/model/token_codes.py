@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import TOKENIZER_NAME, Manifest, ShardReader
+from data_prep.manifest import Manifest
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe
 
 if TYPE_CHECKING:  # both import torch, which takes seconds

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from data_prep.errors import UserError, signal_name
+from data_prep.commands import signal_name
+from data_prep.errors import UserError
 from data_prep.locks import lock
 from pretrain.checkpoint.layout import naming_the_disk, saved_steps
 from pretrain.checkpoint.writer import CheckpointWriter

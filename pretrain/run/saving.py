@@ -5,7 +5,7 @@ around it.
 from pathlib import Path
 
 from data_prep.inputs.urls import without_credentials
-from data_prep.shards import Manifest, Source, as_written
+from data_prep.manifest import Manifest, Source, as_written
 from pretrain.checkpoint.manifest import AboutData, CheckpointManifest
 from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from data_prep.errors import signal_name
+from data_prep.commands import signal_name
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
 

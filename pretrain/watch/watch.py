@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, unheard, what_it_says
+from data_prep.commands import unheard
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, what_it_says
 from pretrain.config.recipe import StallsRecipe
 from pretrain.distributed.agree import LoneError, gather, say
 from pretrain.distributed.world import World

@@ -49,7 +49,8 @@ import psutil
 from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
 from support.runs import counting_dataset, write_recipe
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import POINTER_NAME, checkpoints_dir, saved_steps
 from pretrain.checkpoint.reader import Checkpoint

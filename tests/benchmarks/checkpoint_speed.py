@@ -34,7 +34,8 @@ from first_step import BEGAN, REPOSITORY, Marks, import_the_command, mark_the_pa
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from support.hand_made_runs import manifest_of
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 
 EVERY_STEPS = 4
 BLOCK_BYTES = 8 << 20

@@ -17,7 +17,7 @@ import torch
 from benchmark_recipes import load_for_benchmark
 from torch import Tensor
 
-from data_prep.errors import exit_code
+from data_prep.commands import exit_code
 from pretrain.config.recipe import Recipe
 from pretrain.distributed.devices import set_up_rank
 from pretrain.distributed.world import world_from_environment

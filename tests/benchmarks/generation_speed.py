@@ -35,7 +35,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain.config.recipe import ModelRecipe
 from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
 from pretrain.model.build import model_config

@@ -34,7 +34,8 @@ sys.path[:0] = [str(REPOSITORY)]
 
 from benchmark_recipes import with_vocabulary
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe

@@ -34,7 +34,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmark_recipes import load_for_benchmark
 from support.hand_made_shards import write_dataset, write_source
 
-from data_prep.errors import exit_code
+from data_prep.commands import exit_code
 from data_prep.shards import Tokens
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.deepspeed import load_engine_config, merge_config

@@ -268,7 +268,7 @@ def supervisor(run_dir: Path, **flags: object) -> Supervisor:
 
 
 def test_a_restart_waits_until_the_last_rank_let_go_of_the_directory(tmp_path: Path) -> None:
-    holder = "import sys, time; from pathlib import Path; from data_prep.shards import lock\n"
+    holder = "import sys, time; from pathlib import Path; from data_prep.locks import lock\n"
     holder += "held = lock(Path(sys.argv[1]), '', ''); print('held', flush=True); time.sleep(2)"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from support.runs import counting_dataset, run_command
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader, load_manifest
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.find import load_for_reading, newest_good
 from pretrain.checkpoint.reader import load_model
 from pretrain.evaluate import evaluate, main, open_data, score, tokenizer_of

@@ -35,7 +35,7 @@ from support.runs import REPOSITORY
 
 from data_prep.files import digest_file
 from data_prep.locks import LOCK_NAME
-from data_prep.shards import load_manifest
+from data_prep.manifest import load_manifest
 
 pytest_plugins = ("support.prep_fixtures",)
 

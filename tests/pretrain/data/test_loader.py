@@ -14,7 +14,8 @@ from support.hand_made_shards import write_dataset, write_source
 from support.runs import run_command, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
+from data_prep.manifest import BLOCK_SAMPLES, MANIFEST_NAME
+from data_prep.shards import ShardReader
 from pretrain.data.batches import Prefetch, StepBatches, widened
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.data.permutation import permute

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_tokenizer
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.manifest import Manifest, Source, TokenizerLoss
+from data_prep.shards import ShardReader, read_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.data.staging import staged
 from pretrain.export_hf import main, special_token_ids

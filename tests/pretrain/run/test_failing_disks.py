@@ -16,7 +16,8 @@ from support.forked_ranks import Ended, be_a_rank, run_ranks, train_on
 from support.hand_made_runs import manifest_of, trained_step
 from support.runs import losses, write_recipe
 
-from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_code, explained, naming
+from data_prep.commands import exit_code
+from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, explained, naming
 from data_prep.files import write_durably
 from pretrain.checkpoint import patience
 from pretrain.checkpoint import reader as checkpoint

@@ -6,7 +6,8 @@ so the code of zeros alone and that of ones alone are one input (see pretrain/mo
 These are the ids 0 and V - 1 where V is a power of two. That harms a data set in which both occur.
 """
 
-from data_prep.shards import Manifest, ShardReader
+from data_prep.manifest import Manifest
+from data_prep.shards import ShardReader
 from data_prep.tokenizer.reference import Reference
 
 
