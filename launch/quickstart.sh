@@ -9,8 +9,8 @@
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
 set -euo pipefail
 
-# shellcheck source=launch/install.sh
-source "$(dirname "$0")/install.sh"
+# shellcheck source=launch/shell/install.sh
+source "$(dirname "$0")/shell/install.sh"
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
