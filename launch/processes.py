@@ -18,8 +18,8 @@ from launch.launchers import Command
 
 SHELL = Path(__file__).with_name("shell")
 GUARDED = SHELL / "guarded.sh"
-# As text, and read at once: it goes to other hosts, and ranks can be ended without a disk, which may
-# be what they wait for.
+# As text, and read at once: it goes to other hosts, and ranks can be ended without a disk, which
+# may be what they wait for.
 SIGNAL_RANKS = (SHELL / "signal_ranks.sh").read_text(encoding="utf-8")
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0  # as pretrain/run/signals.py has it: signals are often sent more than once
