@@ -16,7 +16,7 @@ from support.runs import counting_dataset, write_recipe
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from launch.supervise import describe_failure
+from launch.outcome import Standing, describe_failure
 from pretrain.data import stream
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.run.state import read_state
@@ -167,7 +167,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
 
 
 def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> None:
-    before, now = {"status": "unknown"}, {"status": "running"}
+    before, now = Standing(state={}), Standing(state={"status": "running"})
     killed = "its ranks or their launcher were killed (deepspeed's exit code 249)"
     assert describe_failure(249, before, now, data) == killed
     shard = data / "shards" / "train" / "up" / "00000.npy"

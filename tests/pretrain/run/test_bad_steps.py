@@ -4,6 +4,7 @@ replayed from the record.
 
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -358,6 +359,35 @@ def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text
     assert [step.step for step in steps if isinstance(step, SkippedStep)] == [3, 7]
     seconds = [step.step_s for step in steps if isinstance(step, StepRecord)]
     assert tokens_per_second(steps) == pytest.approx(18 * 6 * 32 / sum(seconds))
+
+
+def test_the_quick_start_s_summary_takes_a_run_that_skipped_steps(
+    text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step too, whose line has no times either. Its evaluation and its export, which the
+    test of the quick start makes, are stand-ins here.
+    """
+    from launch.demo import summary
+
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=8 * 6 * 32)
+    assert poisoned_run(1, "3 7", recipe, text_data, run_dir).exit_codes == [0]
+    shutil.copytree(text_data, run_dir / "dataset")
+    evaluation = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    monkeypatch.setattr(summary, "generate", lambda _: "The state of the Union is")
+    summary.main([str(run_dir), "4", str(time.time() - 100)])
+    figures = json.loads((run_dir / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "skipped" not in line]
+    assert len(trained) == 6
+    seconds = sum(line["step_s"] for line in trained)
+    assert figures["tokens_per_s"] == pytest.approx(6 * 6 * 32 / seconds)
+    assert (figures["steps"], figures["train_tokens"]) == (8, 8 * 6 * 32)
+    page = (run_dir / "summary.txt").read_text()
+    assert f"1,536 tokens in 8 steps at {figures['tokens_per_s']:,.0f} tokens/s" in page
+    assert "█" * 32 + "\n" in page
+    assert re.search(r"\n  whole job    1 min 4\d s\n", page)
 
 
 def test_a_run_that_diverges_stops_after_so_many_bad_steps(tiny_data: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@
 # Inside an active virtual or conda environment it uses that one and keeps the torch that is there. Otherwise it
 # makes .venv and installs the versions of .ci/constraints.txt, the ones the tests passed with.
 
-# shellcheck source=launch/checks.sh
-source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
-REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/shell/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 find_environment() {
   ENVIRONMENT=${VIRTUAL_ENV:-}
