@@ -34,7 +34,7 @@ from data_prep.errors import CommandParser, UserError, exit_code, one_line
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, replace_directory
 from pretrain import modeling_tablefree
 from pretrain.checkpoint.reader import Checkpoint, load_for_reading, run_of
-from pretrain.evaluation.result import figures_of
+from pretrain.evaluation.result import read_result
 from pretrain.hf.check import AGAIN, check_export
 from pretrain.hf.engines import engines_of
 from pretrain.hf.gguf import DTYPES as GGUF_DTYPES
@@ -184,13 +184,14 @@ def write_export(
         read_tokenizer(source), source, config.seq_len, names_unknown=architecture == "gpt_neox"
     )
     special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
+    result = read_result(run_dir, checkpoint.step)
     card = render(
         "model_card.md.jinja",
         manifest=checkpoint.manifest,
         architecture=architecture,
         dtype=dtype,
         trained_parameters=sum(map(torch.numel, masters.values())),
-        figures=figures_of(run_dir, checkpoint.step),
+        figures=result.whole_split if result else None,
         starts=for_card(read_starts(run_dir), checkpoint.step),
         one_input=tokens_of(tokenizer.reference, aliased_ids(config.to_dict())),
         gguf_name=gguf_name(dtype),

@@ -31,8 +31,8 @@ from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_m
 from pretrain.config.engine_config import load_engine_config
 from pretrain.config.recipe import build_recipe, load_recipe
 from pretrain.distributed.world import World
-from pretrain.evaluate import open_data
-from pretrain.evaluation.result import figures_of
+from pretrain.evaluation.open_run import open_data
+from pretrain.evaluation.result import read_result
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.directory import MetricsFile, note_failure, read_state
 from pretrain.view.templates import render
@@ -298,7 +298,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         BadSteps(run_dir, recipe.bad_steps, WORLD).restore(None)
 
     def figures() -> None:
-        found = figures_of(run_dir, 20)
+        found = read_result(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
         render(
             "model_card.md.jinja",
@@ -306,7 +306,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             architecture="tablefree",
             dtype="float32",
             trained_parameters=1,
-            figures=found,
+            figures=found.whole_split if found else None,
             one_input={},
             starts=[],
             engines=[],
