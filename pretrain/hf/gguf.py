@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from data_prep.errors import UserError, explained
+from pretrain.hf.names import TO_GGUF, renamed
 from pretrain.modeling_tablefree import ROTARY_BASE
 
 if TYPE_CHECKING:
     import gguf
 
-DTYPES = ("f32", "f16", "q8_0")
 BLOCK = 32  # values of a row that share a scale in q8_0
 # llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep
 # the spaces before punctuation when a whole text is decoded; "gpt-2" takes them away.
@@ -36,19 +36,6 @@ PRE_TOKENIZER = "trillion"
 INSTALL = "pip install -e '.[gguf]' in this project's folder"
 OTHER_FORM = "export another form (--architecture gpt_neox)"
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-# Parts of a stock GPT-NeoX's parameter names -> GGUF's
-NAMES = (
-    ("gpt_neox.embed_in.", "token_embd."),
-    ("gpt_neox.layers.", "blk."),
-    (".input_layernorm.", ".attn_norm."),
-    (".attention.query_key_value.", ".attn_qkv."),
-    (".attention.dense.", ".attn_output."),
-    (".post_attention_layernorm.", ".ffn_norm."),
-    (".mlp.dense_h_to_4h.", ".ffn_up."),
-    (".mlp.dense_4h_to_h.", ".ffn_down."),
-    ("gpt_neox.final_layer_norm.", "output_norm."),
-    ("embed_out.", "output."),
-)
 
 Json = dict[str, Any]
 
@@ -69,11 +56,6 @@ def require_gguf() -> None:
         ImportError, "--architecture gguf: the package that writes the files is missing", INSTALL
     ):
         import gguf  # noqa: F401
-
-
-def gguf_name(dtype: str) -> str:
-    """The file's name; hubs and engines find the precision by its end."""
-    return f"model-{dtype.upper()}.gguf"
 
 
 def write_gguf(
@@ -110,7 +92,9 @@ def write_gguf(
             by_kind(tensor, config.num_attention_heads) if ".query_key_value." in name else tensor
         )
         own_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(stock_to_gguf(name), stored(values, own_kind, name), raw_dtype=own_kind)
+        writer.add_tensor(
+            renamed(name, TO_GGUF), stored(values, own_kind, name), raw_dtype=own_kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -202,13 +186,6 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
         if not token.special and (token.lstrip or token.rstrip or token.single_word):
             return f"the added token {token.content!r} takes what is beside it into account"
     return None
-
-
-def stock_to_gguf(name: str) -> str:
-    """GGUF's name of a stock GPT-NeoX's parameter."""
-    for stock, own in NAMES:
-        name = name.replace(stock, own)
-    return name
 
 
 def by_kind(tensor: Tensor, heads: int) -> Tensor:

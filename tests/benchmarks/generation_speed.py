@@ -37,7 +37,8 @@ from transformers.utils import logging
 
 from data_prep.errors import UserError, exit_code
 from pretrain.config.recipe import ModelRecipe, model_config
-from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
+from pretrain.hf.architectures import ARCHITECTURES, config_json
+from pretrain.hf.names import MODELING_FILE
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,
