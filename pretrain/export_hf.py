@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import CommandParser, UserError, exit_code
-from pretrain.hf.names import DTYPES, GGUF, TABLEFREE
+from pretrain.hf.names import AGAIN, DTYPES, GGUF, TABLEFREE
 
 ABOUT = (
     "Export a checkpoint of a run, the newest good one unless --step names another, to Hugging "
@@ -86,7 +86,7 @@ def flag_of(name: str) -> str:
 
 def report(directory: Path) -> None:
     """Print what is to be said of an export. Raises UserError if something is wrong with it."""
-    from pretrain.hf.check import AGAIN, check_export
+    from pretrain.hf.check import check_export
 
     verdict = check_export(directory)
     print(verdict.about)

@@ -73,7 +73,8 @@ def write_gguf(
     """
     import gguf
 
-    if problem := why_read_otherwise(vocabulary.definition, vocabulary.tokenizer):
+    problem = why_read_otherwise(vocabulary.definition, vocabulary.tokenizer)
+    if problem is not None:
         raise UserError(
             f"--architecture gguf: the engines would give other ids ({problem}); {OTHER_FORM}"
         )
@@ -88,24 +89,36 @@ def write_gguf(
     add_architecture(writer, config, kind)
     add_vocabulary(writer, vocabulary, config.vocab_size)
     for name, tensor in weights.items():
-        values = (
-            by_kind(tensor, config.num_attention_heads) if ".query_key_value." in name else tensor
-        )
-        own_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(
-            renamed(name, TO_GGUF), stored(values, own_kind, name), raw_dtype=own_kind
-        )
+        add_weight(writer, name, tensor, kind, config.num_attention_heads)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def add_weight(
+    writer: "gguf.GGUFWriter",
+    name: str,
+    tensor: Tensor,
+    kind: "gguf.GGMLQuantizationType",
+    heads: int,
+) -> None:
+    """One parameter of a stock GPT-NeoX; vectors, norms and biases that is, in f32."""
+    import gguf
+
+    if ".query_key_value." in name:
+        tensor = by_kind(tensor, heads)
+    own_kind = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+    packed = stored(tensor, own_kind, name)
+    writer.add_tensor(renamed(name, TO_GGUF), packed, raw_dtype=own_kind)
+
+
 def add_architecture(
     writer: "gguf.GGUFWriter", config: GPTNeoXConfig, kind: "gguf.GGMLQuantizationType"
 ) -> None:
-    """What an engine builds: the decoder's shape, and its sequential residual (in parallel it
-    gives other text).
+    """What an engine builds: the decoder's shape, and its sequential residual.
+
+    A parallel one, which engines take unless told, gives other text.
     """
     import gguf
 
@@ -125,7 +138,7 @@ def add_architecture(
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size: int) -> None:
-    """Tokens, their types, and merges; text gives the data's ids, special tokens only where an
+    """Tokens, their types, and merges: text gives the data's ids, and special tokens only where an
     engine is told so.
     """
     import gguf
@@ -133,10 +146,12 @@ def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size
     tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]  # ids of the model that no token has
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
     for token, id_ in vocabulary.tokenizer.get_vocab(with_added_tokens=False).items():
-        tokens[id_], types[id_] = token, int(gguf.TokenType.NORMAL)
+        tokens[id_] = token
+        types[id_] = int(gguf.TokenType.NORMAL)
     for id_, added in vocabulary.tokenizer.get_added_tokens_decoder().items():
         kind = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
-        tokens[id_], types[id_] = added.content, int(kind)
+        tokens[id_] = added.content
+        types[id_] = int(kind)
     ids = vocabulary.special_ids
     types[ids["eos_token_id"]] = int(gguf.TokenType.CONTROL)  # engines stop there
     writer.add_tokenizer_model("gpt2")
@@ -156,7 +171,8 @@ def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size
 def merges_of(definition: Json) -> Iterator[tuple[str, str]]:
     """The pairs that a BPE merges, best first; older files write each as one string."""
     for merge in definition["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = pair
         yield left, right
 
 
@@ -164,20 +180,20 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
     """What in a tokenizer llama.cpp would read otherwise than `tokenizers`; None for a plain
     byte-level BPE.
     """
-    model, steps = definition["model"], definition.get("pre_tokenizer") or {}
+    model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
         return "its model is no plain BPE"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "its model marks the inside or the end of words"
     if definition.get("normalizer"):
         return f"a normaliser, {definition['normalizer'].get('type')}"
-    if (
-        steps.get("type") != "ByteLevel"
-        or steps.get("add_prefix_space")
-        or not steps.get("use_regex", True)
-    ):
+    steps = definition.get("pre_tokenizer") or {}
+    is_byte_level = steps.get("type") == "ByteLevel"
+    splits_words = steps.get("use_regex", True)
+    if not is_byte_level or not splits_words or steps.get("add_prefix_space"):
         return "its pre-tokenizer is not GPT-2's, without a space before the text"
-    if (definition.get("decoder") or {}).get("type") != "ByteLevel":
+    decoder = definition.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
         return "its decoder is not byte-level"
     vocabulary = reference.get_vocab(with_added_tokens=False)
     if any(token not in vocabulary for token in ByteLevel.alphabet()):
@@ -189,7 +205,9 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
 
 
 def by_kind(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of query_key_value from each head's (q, k, v) to all queries, all keys, all values."""
+    """Rows of query_key_value, (3 D, D) or (3 D,): from each head's (q, k, v) to all queries, all
+    keys, all values.
+    """
     grouped = tensor.view(heads, 3, -1, *tensor.shape[1:])
     return grouped.transpose(0, 1).reshape(tensor.shape)
 

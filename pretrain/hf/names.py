@@ -22,6 +22,8 @@ GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
 CARD_NAME = "README.md"
+# What mends an export that nothing else does.
+AGAIN = "export the run again"
 
 # Parts of our parameters' names in checkpoints -> stock GPT-NeoX's, as on disk; transformers 5
 # reads embed_out as lm_head.
