@@ -36,8 +36,8 @@ from pretrain.checkpoint.reader import load_model
 from pretrain.config.deepspeed import load_engine_config
 from pretrain.config.load import build_recipe, load_recipe
 from pretrain.distributed.world import World
-from pretrain.evaluate import open_data
-from pretrain.evaluation.result import figures_of
+from pretrain.evaluation.open_run import open_data
+from pretrain.evaluation.result import read_result
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.state import note_failure, read_state
@@ -304,7 +304,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         BadSteps(run_dir, recipe.bad_steps, WORLD).restore(None)
 
     def figures() -> None:
-        found = figures_of(run_dir, 20)
+        found = read_result(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
         render(
             "model_card.md.jinja",
@@ -312,7 +312,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             architecture="tablefree",
             dtype="float32",
             trained_parameters=1,
-            figures=found,
+            figures=found.whole_split if found else None,
             one_input={},
             starts=[],
             engines=[],

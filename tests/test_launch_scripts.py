@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY, environment, run_command
+from support.runs import REPOSITORY, environment, run_command
 
 SHELL = REPOSITORY / "launch" / "shell"
 

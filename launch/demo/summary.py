@@ -26,6 +26,7 @@ from data_prep.errors import printable
 from data_prep.files import write_durably
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.find import load_for_reading
+from pretrain.evaluation.result import read_result
 from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_record import tokens_per_second
 
@@ -112,7 +113,9 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
     checkpoint = load_for_reading(run_dir)
     reader = ShardReader(run_dir / "dataset")
     text = held_out_text(reader)
-    evaluation = json.loads((run_dir / "evaluation.json").read_bytes())
+    evaluation = read_result(run_dir, checkpoint.step)
+    assert evaluation, "pretrain.evaluate comes before this"
+    measured = evaluation.whole_split
     steps = read_steps(run_dir)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     of_input = [size for name, size in sizes.items() if name.startswith("input_embedding.")]
@@ -124,9 +127,9 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
         steps=checkpoint.step,
         stopped_at_step=stopped_at_step,
         tokens_per_s=tokens_per_second(steps),
-        val_loss=evaluation["loss"],
-        val_perplexity=evaluation["perplexity"],
-        val_bits_per_byte=evaluation["bits_per_byte"],
+        val_loss=measured.loss,
+        val_perplexity=measured.perplexity,
+        val_bits_per_byte=measured.bits_per_byte,
         val_text_bytes=len(text),
         gzip_bits_per_byte=bits_per_byte(gzip.compress(text, 9, mtime=0), text),
         xz_bits_per_byte=bits_per_byte(lzma.compress(text, preset=9), text),

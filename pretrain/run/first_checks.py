@@ -66,7 +66,7 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
     asked = check_recipe_and_engine(arguments, ranks)
     recipe = asked.recipe
     data_dir = asked.flags.data_dir
-    reader = open_data(data_dir, recipe)
+    reader = open_training_data(data_dir, recipe)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(
@@ -95,7 +95,7 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     )
 
 
-def open_data(data_dir: Path, recipe: Recipe) -> ShardReader:
+def open_training_data(data_dir: Path, recipe: Recipe) -> ShardReader:
     """The data set, whose files are all there and whose ids the model has. Raises UserError."""
     reader = ShardReader(data_dir)
     reader.check_files()

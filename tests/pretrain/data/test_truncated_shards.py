@@ -105,7 +105,7 @@ def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(
     assert ended.exit_codes == [2, 2, 2], ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
     assert re.match(rf"error: rank 2 \(.+\): {shard}: ", line)
-    assert line == f"error: {read_state(run_dir)['reason']}"
+    assert line == f"error: {read_state(run_dir).reason}"
     assert "Traceback" not in ended.output
 
 

@@ -25,10 +25,13 @@ from data_prep.files import digest_file
 from data_prep.shards import ShardReader, read_tokenizer
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.reader import load_model
-from pretrain.export_hf import gpt_neox_parts, main, special_token_ids
-from pretrain.hf.gguf import Vocabulary, gguf_name, write_gguf
+from pretrain.export_hf import main
+from pretrain.hf.architectures import gpt_neox_parts
+from pretrain.hf.export import special_token_ids
+from pretrain.hf.gguf import Vocabulary, write_gguf
 from pretrain.hf.ids import HARD_TEXTS, hard_texts
 from pretrain.hf.marker import read_marker
+from pretrain.hf.names import gguf_name
 from pretrain.hf.tokenizer import as_exported
 from pretrain.modeling_tablefree import (
     TableFreeConfig,

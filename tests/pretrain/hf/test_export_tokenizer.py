@@ -21,7 +21,8 @@ from data_prep.shards import ShardReader, read_tokenizer
 from data_prep.tokenizer.load import load_tokenizer
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.data.staging import staged
-from pretrain.export_hf import main, special_token_ids
+from pretrain.export_hf import main
+from pretrain.hf.export import special_token_ids
 from pretrain.hf.ids import (
     HARD_TEXTS,
     OF_A_SOURCE,
