@@ -228,7 +228,8 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
     """Open a parquet file and check that its text column is there and holds text."""
     is_remote = "://" in file.url
     with explained(
-        (pa.ArrowException, OSError),
+        # the last where what the footer says of its writer is not UTF-8
+        (pa.ArrowException, OSError, UnicodeDecodeError),
         f"{file.url}: not a readable parquet file",
         "fetch or write it again",
     ):
