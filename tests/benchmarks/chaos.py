@@ -46,8 +46,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
+from chaos_jobs import LAUNCHERS, POLL_S, Job, exists, kill_job, send, warm_up
 from support.runs import counting_dataset, write_recipe
+from support.waiting import came_true
 
 from data_prep.errors import UserError, exit_code
 from pretrain.checkpoint.reader import (
@@ -210,7 +211,7 @@ class Attempt:
                 ended = condition() or not self.job.is_running()
                 return ended or fingerprint_of(self.metrics) != before
 
-            if not wait_until(is_news, PATIENCE_S):
+            if not came_true(is_news, PATIENCE_S, POLL_S):
                 raise RuntimeError(
                     f"nothing happened for {PATIENCE_S:.0f} s:\n{self.job.said()[-3000:]}"
                 )
@@ -461,16 +462,16 @@ def kill_one(leg: Leg, attempt: Attempt) -> Record | None:
     helped = not met and not attempt.job.has_launcher
     if helped:
         send([pid for pid in everyone if pid != ranks[rank]], signal.SIGTERM)
-    if not wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S):
+    if not came_true(lambda: not any(map(exists, everyone)), SURVIVORS_S, POLL_S):
         left = [pid for pid in everyone if exists(pid)]
         leg.problem(
             f"{SURVIVORS_S:.0f} s after rank {rank} was killed still there: "
             f"{left}\n{attempt.job.said()[-3000:]}"
         )
         send(everyone, signal.SIGKILL)
-        wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S)
+        came_true(lambda: not any(map(exists, everyone)), SURVIVORS_S, POLL_S)
     seconds = time.monotonic() - began
-    wait_until(lambda: not attempt.job.is_running(), SURVIVORS_S)
+    came_true(lambda: not attempt.job.is_running(), SURVIVORS_S, POLL_S)
     moment = SAVE if attempt.staging() else STEP if loaded else LOADING
     if attempt.job.ended_well():
         leg.problem(f"rank {rank} was killed, and the job ended well")
@@ -578,8 +579,10 @@ def fill_disk(leg: Leg, attempt: Attempt, mount: Path) -> bool:
     if not is_full:
         return False
     saved = saved_steps(leg.run_dir)
-    if not wait_until(
-        lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved}, 60.0
+    if not came_true(
+        lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved},
+        60.0,
+        POLL_S,
     ):
         leg.problem(f"60 s after the disk was full still there:\n{attempt.job.said()[-3000:]}")
         kill_job(attempt.job)
