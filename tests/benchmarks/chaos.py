@@ -1,8 +1,9 @@
 """A run under SIGKILLs, full disks, flipped bytes and changes of world size, held against the same
 run unbroken.
 
-    python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6] [--seed 1] [--ranks 2]
-                                     [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose] [--quick]
+    python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6]
+        [--seed 1] [--ranks 2] [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose]
+        [--quick]
 
 The run is trained once unbroken; then the same command is killed at random moments (in a step, in a
 save, while it loads), whole or one rank alone, and started again until it is done. Two further legs

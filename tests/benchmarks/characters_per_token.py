@@ -27,8 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from data_prep import train_tokenizer
 from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer, new_encoder
 
-HEAD = """| text | tokenizer | characters per token | trained in, s | gigatoken, MB/s | `tokenizers`, MB/s |
-|---|---|---:|---:|---:|---:|"""
+HEAD = (
+    "| text | tokenizer | characters per token | trained in, s "
+    "| gigatoken, MB/s | `tokenizers`, MB/s |\n"
+    "|---|---|---:|---:|---:|---:|"
+)
 PAPER = "| the paper's data | the paper's, as stated | 1.74 | | | |"
 CODE_BYTES = 12_000_000
 CODE_FILE_BYTES = 100_000  # at most; larger ones are mostly tables

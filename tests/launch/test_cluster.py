@@ -306,7 +306,7 @@ class LongRun:
 
 
 @pytest.mark.slow
-def test_a_node_cut_off_in_mid_run_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
+def test_a_node_cut_off_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:
     run = LongRun(two_nodes, tiny_data, tmp_path)

@@ -44,7 +44,8 @@ if os.environ.get("RANK") == "1":
 
     def take_or_die(self, step, take=Prefetch.take):
         died = Path(__file__).with_name(f"died-at-{step}")
-        if str(step) in os.environ["FAIL_AT"].split() and ("ALWAYS" in os.environ or not died.exists()):
+        again = "ALWAYS" in os.environ or not died.exists()
+        if str(step) in os.environ["FAIL_AT"].split() and again:
             died.touch()
             os.kill(os.getpid(), 9)
         return take(self, step)
@@ -170,7 +171,7 @@ def test_a_step_that_fails_twice_ends_the_run_and_its_documents_are_named(
         "deepspeed itself, then SIGKILL to the script",
     ],
 )
-def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start_and_nothing_outlives_the_script(
+def test_a_killed_launcher_s_ranks_end_before_the_next_start_and_nothing_outlives_the_script(
     killed: str, last_signal: signal.Signals, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"

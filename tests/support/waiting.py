@@ -25,7 +25,7 @@ def wait_until(
     job: subprocess.Popen[bytes] | None = None,
     log: Path | None = None,
 ) -> None:
-    """Insist that a condition comes true in time, and before the job ends that is to bring it about.
+    """Insist that a condition comes true in time, before the job ends that is to bring it about.
 
     A failure says what was waited for, and all that the log holds.
     """
