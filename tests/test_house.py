@@ -231,7 +231,7 @@ def test_figures_count_code_comments_expressions_functions_and_unrelated_values(
     assert figures.unrelated == (16,)
     (wing,) = wings_of([figures, figures_of('"""Empty."""', "wing/__init__.py")])
     assert (wing.name, wing.files, wing.code_lines) == ("wing", 1, 10)
-    assert wing.density == figures.expressions / 10
+    assert wing.density == (figures.expressions + 1) / 10
     assert wing.comment_share == 2 / 23
 
 
