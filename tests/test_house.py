@@ -28,7 +28,8 @@ FLOORS = (
     {"hf", "run"},
 )
 TOP_LEVEL = {
-    "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci",
+    "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore",
+    ".pre-commit-config.yaml", ".ci",
     "pretrain", "data_prep", "ds_configs", "launch", "tests", "findings",
 }  # fmt: skip
 
@@ -182,7 +183,7 @@ def test_links_and_files_that_texts_name_are_there() -> None:
     """Relative links of every page, and every path in backquotes below the folders of the
     project.
     """
-    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
+    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     pages += sorted(REPOSITORY.glob("[a-z]*/README.md"))
     assert len(pages) > 5
     missing = []
