@@ -2,7 +2,7 @@
 # pyarrow's Array.to_numpy() and pa.scalar() import pandas, where it is installed, though no pandas object takes part.
 # Seen with pyarrow 26.0.1 and pandas 3.0.0. With pandas 3.1.1 it took 0.25 to 0.65 s of CPU, on a loaded machine,
 # in a process that needs nothing else of it.
-# Our answer: data_prep/formats/flat_arrays.py reads the buffers;
+# Here: data_prep/formats/flat_arrays.py reads the buffers;
 # tests/data_prep/formats/test_flat_arrays.py holds a build free of pandas.
 set -euo pipefail
 work=$(mktemp -d)

@@ -2,8 +2,10 @@
 # tokenizers 0.23.3: NFC (and NFD, NFKC, NFKD) goes by Unicode 9 (2016), regular expressions by Unicode 16.
 #
 # Marks that came with Unicode 10 or later count as ordinary characters: they are not put into canonical order, so two
-# spellings of one text, equal by the standard, get different ids. Python's unicodedata (14) orders them. Answered here
-# by data_prep/tokenizer/doubtful_characters.py: texts with such characters are encoded by the reference, whoever encodes the rest.
+# spellings of one text, equal by the standard, get different ids. Python's unicodedata (14) orders them.
+#
+# Here: data_prep/tokenizer/doubtful_characters.py has texts with such characters encoded by the reference, whoever
+# encodes the rest.
 set -euo pipefail
 
 scratch=$(mktemp -d)

@@ -26,10 +26,11 @@ STEPS = 4
 # torch's own kernels for any x86_64; read at its first operation
 FIXED_KERNELS = {"ATEN_CPU_CAPABILITY": "default"}
 RECIPE = """
-model: {vocab_size: 512, d_model: 48, num_layers: 2, num_heads: 4, seq_len: 32, input_embedding: binary_code,
-        code_bits: 16, code_seed: 3}
+model: {vocab_size: 512, d_model: 48, num_layers: 2, num_heads: 4, seq_len: 32,
+        input_embedding: binary_code, code_bits: 16, code_seed: 3}
 batch: {global_batch_tokens: 192, micro_batch_size: 2}
-optimizer: {peak_learning_rate: 2.0e-3, beta1: 0.9, beta2: 0.95, eps: 1.0e-8, weight_decay: 0.1, gradient_clipping: 0.5}
+optimizer: {peak_learning_rate: 2.0e-3, beta1: 0.9, beta2: 0.95, eps: 1.0e-8,
+            weight_decay: 0.1, gradient_clipping: 0.5}
 schedule: {warmup_fraction: 0.5, final_fraction: 0.1}
 validation: {every_steps: 4, eval_tokens: 64}
 checkpoints: {every_steps: 4}
@@ -43,13 +44,16 @@ WHEN_IT_FAILS = f"""
 The first {STEPS} steps of a {{}} run are not what they were:
   recorded {{}}
   now      {{}}
-A step is a function of recipe, engine, data set, seed and step number, so something changed what it computes.
-- If you did not mean that (a refactor, an option, a speed-up, a new DeepSpeed): it is a bug. Find it; record nothing.
-- If you did (initial weights, order of samples, loss, optimizer, schedule, the manifest that the fingerprint digests):
-  make it a commit of its own, say there why the figures move, and record them in it:
+A step is a function of recipe, engine, data set, seed and step number, so something changed what it
+computes.
+- If you did not mean that (a refactor, an option, a speed-up, a new DeepSpeed): it is a bug. Find
+  it; record nothing.
+- If you did (initial weights, order of samples, loss, optimizer, schedule, the manifest that the
+  fingerprint digests): make it a commit of its own, say there why the figures move, and record them
+  in it:
       python tests/test_golden.py --record
-- If only torch or the processor is new, figures agree to 1e-5 and this test passes; record when the pin in
-  .ci/constraints.txt moves, or to hold that build exactly too."""
+- If only torch or the processor is new, figures agree to 1e-5 and this test passes; record when the
+  pin in .ci/constraints.txt moves, or to hold that build exactly too."""
 
 
 def counting(first: int, stride: int) -> list[int]:

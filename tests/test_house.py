@@ -1,4 +1,7 @@
-"""The walls of the house: who may import whom."""
+"""The walls of the house: who may import whom, and how its lines read.
+
+python tests/test_house.py        prints the figures of each wing; what they are says house_figures
+"""
 
 import ast
 import re
@@ -7,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.house_figures import Function, figures_of, house_modules, table, wings_of
 from support.runs import REPOSITORY
 
-SOURCES = sorted(
-    path
-    for folder in ("data_prep", "pretrain", "launch")
-    for path in (REPOSITORY / folder).rglob("*.py")
-)
+PACKAGES = ("data_prep", "pretrain", "launch")
+
+SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 DATA_PREP = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "data_prep")]
 PRETRAIN = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "pretrain")]
 # The wings of pretrain/ from the ground up: a module imports from its own floor and from those
@@ -33,7 +35,8 @@ TAKEN_FROM_DATA_PREP = {
     "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",
 }  # fmt: skip
 TOP_LEVEL = {
-    "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci",
+    "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore",
+    ".pre-commit-config.yaml", ".ci",
     "pretrain", "data_prep", "ds_configs", "launch", "tests", "findings",
 }  # fmt: skip
 
@@ -187,7 +190,7 @@ def test_links_and_files_that_texts_name_are_there() -> None:
     """Relative links of every page, and every path in backquotes below the folders of the
     project.
     """
-    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
+    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     pages += sorted(REPOSITORY.glob("[a-z]*/README.md"))
     assert len(pages) > 5
     missing = []
@@ -200,3 +203,45 @@ def test_links_and_files_that_texts_name_are_there() -> None:
         ):
             missing += [f"{relative(page)}: {name}"] if not (REPOSITORY / name).exists() else []
     assert not missing
+
+
+FIGURED = '''"""A docstring
+of two lines.
+"""
+
+import os  # not counted as a line of its own
+
+# a reason
+LIMIT = 3
+
+
+class Reader:
+    """Of nothing."""
+
+    def read(self, start, /, stop, *more, step=1, **options):
+        """None."""
+        first, second = start, stop
+        first, second = second, first
+        first, rest = os.path.split(stop)
+
+        return first[
+            LIMIT
+        ]
+'''
+
+
+def test_figures_count_code_comments_expressions_functions_and_unrelated_values() -> None:
+    figures = figures_of(FIGURED, "wing/module.py")
+    assert (figures.lines, figures.code_lines, figures.comment_lines) == (22, 10, 2)
+    # `LIMIT = 3`, three docstrings, a default, two pairs, a call of a method, a subscript
+    assert figures.expressions == 2 + 3 + 1 + 2 * 6 + 8 + 3
+    assert figures.functions == (Function(name="read", line=14, lines=9, parameters=3),)
+    assert figures.unrelated == (16,)
+    (wing,) = wings_of([figures, figures_of('"""Empty."""', "wing/__init__.py")])
+    assert (wing.name, wing.files, wing.code_lines) == ("wing", 1, 10)
+    assert wing.density == (figures.expressions + 1) / 10
+    assert wing.comment_share == 2 / 23
+
+
+if __name__ == "__main__":
+    print(table(wings_of(house_modules(REPOSITORY, PACKAGES))))

@@ -36,7 +36,8 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-output = model.generate(**tokenizer("Number 7", return_tensors="pt"), min_new_tokens=3, max_new_tokens=3)
+prompt = tokenizer("Number 7", return_tensors="pt")
+output = model.generate(**prompt, min_new_tokens=3, max_new_tokens=3)
 print(len(output[0]) - len(tokenizer("Number 7")["input_ids"]))
 """
 

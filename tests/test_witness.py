@@ -32,8 +32,9 @@ FORMS = ("tablefree", "gpt_neox")
 HOST = "host"  # in place of the name of the machine that made the run
 
 WHEN_IT_FAILS = """
-what earlier code wrote is not read, continued or exported as it was. If that is not meant, it is a bug: users have such
-files. If it is meant (another text in the model card, say), make it a commit of its own, say there why, and record it:
+what earlier code wrote is not read, continued or exported as it was. If that is not meant, it is a
+bug: users have such files. If it is meant (another text in the model card, say), make it a commit
+of its own, say there why, and record it:
     python tests/test_witness.py --record"""
 
 

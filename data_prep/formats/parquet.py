@@ -61,7 +61,8 @@ def open_parquet(file: InputFile, text_field: str | None) -> pq.ParquetFile:
     """Open a parquet file and check that its text column is there and holds text."""
     is_remote = "://" in file.url
     problem = f"{file.url}: not a readable parquet file"
-    with explained((pa.ArrowException, OSError), problem, ANEW):
+    # The last is for a footer that names its writer in bytes that are not UTF-8.
+    with explained((pa.ArrowException, OSError, UnicodeDecodeError), problem, ANEW):
         with open_input(file, 0) as stream:
             content = open_input(file, 0) if is_remote else file.url
             parquet = pq.ParquetFile(content, pre_buffer=is_remote)

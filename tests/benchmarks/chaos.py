@@ -1,8 +1,9 @@
 """A run under SIGKILLs, full disks, flipped bytes and changes of world size, held against the same
 run unbroken.
 
-    python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6] [--seed 1] [--ranks 2]
-                                     [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose] [--quick]
+    python tests/benchmarks/chaos.py [--kills 40] [--flips 4] [--full-disks 3] [--changes 6]
+        [--seed 1] [--ranks 2] [--launcher forked|pretrain] [--recipe R] [--data-dir D] [--verbose]
+        [--quick]
 
 The run is trained once unbroken; then the same command is killed at random moments (in a step, in a
 save, while it loads), whole or one rank alone, and started again until it is done. Two further legs
@@ -46,8 +47,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_jobs import LAUNCHERS, Job, exists, kill_job, send, wait_until, warm_up
+from chaos_jobs import LAUNCHERS, POLL_S, Job, exists, kill_job, send, warm_up
 from support.runs import counting_dataset, write_recipe
+from support.waiting import came_true
 
 from data_prep.commands import exit_code
 from data_prep.errors import UserError
@@ -208,7 +210,7 @@ class Attempt:
                 ended = condition() or not self.job.is_running()
                 return ended or fingerprint_of(self.metrics) != before
 
-            if not wait_until(is_news, PATIENCE_S):
+            if not came_true(is_news, PATIENCE_S, POLL_S):
                 raise RuntimeError(
                     f"nothing happened for {PATIENCE_S:.0f} s:\n{self.job.said()[-3000:]}"
                 )
@@ -459,16 +461,16 @@ def kill_one(leg: Leg, attempt: Attempt) -> Record | None:
     helped = not met and not attempt.job.has_launcher
     if helped:
         send([pid for pid in everyone if pid != ranks[rank]], signal.SIGTERM)
-    if not wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S):
+    if not came_true(lambda: not any(map(exists, everyone)), SURVIVORS_S, POLL_S):
         left = [pid for pid in everyone if exists(pid)]
         leg.problem(
             f"{SURVIVORS_S:.0f} s after rank {rank} was killed still there: "
             f"{left}\n{attempt.job.said()[-3000:]}"
         )
         send(everyone, signal.SIGKILL)
-        wait_until(lambda: not any(map(exists, everyone)), SURVIVORS_S)
+        came_true(lambda: not any(map(exists, everyone)), SURVIVORS_S, POLL_S)
     seconds = time.monotonic() - began
-    wait_until(lambda: not attempt.job.is_running(), SURVIVORS_S)
+    came_true(lambda: not attempt.job.is_running(), SURVIVORS_S, POLL_S)
     moment = SAVE if attempt.staging() else STEP if loaded else LOADING
     if attempt.job.ended_well():
         leg.problem(f"rank {rank} was killed, and the job ended well")
@@ -576,8 +578,10 @@ def fill_disk(leg: Leg, attempt: Attempt, mount: Path) -> bool:
     if not is_full:
         return False
     saved = saved_steps(leg.run_dir)
-    if not wait_until(
-        lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved}, 60.0
+    if not came_true(
+        lambda: not attempt.job.is_running() or not {*saved_steps(leg.run_dir)} <= {*saved},
+        60.0,
+        POLL_S,
     ):
         leg.problem(f"60 s after the disk was full still there:\n{attempt.job.said()[-3000:]}")
         kill_job(attempt.job)

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +18,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from support.forked_ranks import fork_server, start_ranks
 from support.runs import environment
+from support.waiting import came_true
 
 POLL_S = 0.001
 
@@ -166,16 +165,6 @@ def send(pids: list[int], number: int) -> None:
             continue
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
-    """Whether it came true in time."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True
-
-
 def kill_job(job: Job) -> None:
     """SIGKILL for every process; stopped first, so that none starts another meanwhile."""
     stopped: list[int] = []
@@ -183,6 +172,6 @@ def kill_job(job: Job) -> None:
         send(new, signal.SIGSTOP)
         stopped += new
     send(stopped, signal.SIGKILL)
-    if not wait_until(lambda: not any(map(exists, stopped)), 30.0):
+    if not came_true(lambda: not any(map(exists, stopped)), 30.0, POLL_S):
         raise RuntimeError(f"killed processes that do not go: {stopped}")
-    wait_until(lambda: not job.is_running(), 5.0)
+    came_true(lambda: not job.is_running(), 5.0, POLL_S)

@@ -28,8 +28,11 @@ from data_prep import train_tokenizer
 from data_prep.tokenizer.encode import new_encoder
 from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
-HEAD = """| text | tokenizer | characters per token | trained in, s | gigatoken, MB/s | `tokenizers`, MB/s |
-|---|---|---:|---:|---:|---:|"""
+HEAD = (
+    "| text | tokenizer | characters per token | trained in, s "
+    "| gigatoken, MB/s | `tokenizers`, MB/s |\n"
+    "|---|---|---:|---:|---:|---:|"
+)
 PAPER = "| the paper's data | the paper's, as stated | 1.74 | | | |"
 CODE_BYTES = 12_000_000
 CODE_FILE_BYTES = 100_000  # at most; larger ones are mostly tables

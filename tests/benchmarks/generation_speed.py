@@ -1,7 +1,8 @@
 """Speed and memory of an export: the class that it ships beside stock GPT-NeoX, with the same
 weights.
 
-    python tests/benchmarks/generation_speed.py [--rounds 7] [--shapes quickstart,wide] [--cpu-seconds] [--quick]
+    python tests/benchmarks/generation_speed.py [--rounds 7] [--shapes quickstart,wide]
+        [--cpu-seconds] [--quick]
 
 Both forms are written as export_hf writes them, with random weights, and loaded by
 `from_pretrained`, in fp32; on the first GPU if there is one (CUDA_VISIBLE_DEVICES= for the CPU).

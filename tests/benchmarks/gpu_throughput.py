@@ -1,7 +1,8 @@
 """Tokens/s and MFU of a recipe on one device, over micro-batch x activation checkpointing x compile
 x loss head.
 
-    python tests/benchmarks/gpu_throughput.py [--recipe paper_binary_code] [--all] [--quick] [--dotted.key=value ...]
+    python tests/benchmarks/gpu_throughput.py [--recipe paper_binary_code] [--all] [--quick]
+        [--dotted.key=value ...]
 
 One command, no network, torch 2.6 or newer. Every row is a process of its own that trains real
 steps on random ids through the engine (DeepSpeed ZeRO-2, bf16 with fp32 masters, accumulation and

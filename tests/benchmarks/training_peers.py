@@ -1,7 +1,7 @@
 """Training on a CPU beside peers: tokens/s, peak memory and first step of the commands themselves.
 
-    python tests/benchmarks/training_peers.py [--peers DIR] [--rounds 5] [--steps 24] [--threads N] [--quick]
-                                              [--dotted.key=value ...]
+    python tests/benchmarks/training_peers.py [--peers DIR] [--rounds 5] [--steps 24] [--threads N]
+        [--quick] [--dotted.key=value ...]
 
 Same shape, tokens a step, micro-batch, fp32, AdamW, clipping, thread count and text (random ids of
 a Zipf law), one rank, every step logged. Each turn is a process of its own; contestants take turns,
@@ -13,9 +13,9 @@ DIR holds the peers, which run on this environment's Python and torch; one that 
 out:
 
     pip install --no-deps --target DIR/trainer accelerate==1.15.0
-    pip install --no-deps --target DIR/litgpt litgpt==0.5.13 lightning==2.6.6 pytorch-lightning==2.6.6 \\
-        lightning-utilities==0.15.3 torchmetrics==1.9.0 jsonargparse==4.41.0 docstring-parser==0.18.0 \\
-        typeshed-client==2.14.0
+    pip install --no-deps --target DIR/litgpt litgpt==0.5.13 lightning==2.6.6 \\
+        pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \\
+        jsonargparse==4.41.0 docstring-parser==0.18.0 typeshed-client==2.14.0
     git clone https://github.com/karpathy/nanoGPT DIR/nanoGPT        (seen at commit 3adf61e1)
 
 What differs, besides initial weights and the order of the windows:

@@ -1,6 +1,7 @@
 """Training tokens/s through the engine and the trainer beside a bare torch loop of the same model.
 
-    python tests/benchmarks/training_throughput.py [--recipe quickstart] [--rounds 5] [--steps 3] [--quick]
+    python tests/benchmarks/training_throughput.py [--recipe quickstart] [--rounds 5] [--steps 3]
+        [--quick]
 
 One process, one rank, all cores. The contestants take turns, round by round, so that a drift of the
 machine's speed meets all of them; a ratio is the median over rounds of (contestant / bare loop).

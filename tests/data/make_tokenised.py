@@ -5,7 +5,8 @@
 
 Each in an environment of its own, with DIR/tokenizer made by
 
-    python -m data_prep.train_tokenizer --vocab-size 300 --source DIR/documents.jsonl --output-dir DIR/tokenizer
+    python -m data_prep.train_tokenizer --vocab-size 300 --source DIR/documents.jsonl \\
+        --output-dir DIR/tokenizer
 
 The texts were written for this purpose: `documents.jsonl` is what `documents()` gives. dolma pins
 tokenizers below 0.20, which can't load a tokenizer.json whose merges are pairs; 0.21 was put in its

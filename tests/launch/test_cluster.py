@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import psutil
 import pytest
 from support.cluster.nodes import RANK, Node, cluster, lacking
 from support.runs import FIXED_THREADS, REPOSITORY, environment, run_command, write_recipe
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
     bool(lacking()), reason=f"no nodes in miniature: this machine {lacking()}"
@@ -32,13 +33,6 @@ with cluster() as nodes:
     print(*(node.first_process for node in nodes), nodes[0].switch, flush=True)
     time.sleep(600)
 """
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
-        time.sleep(0.1)
 
 
 def traces() -> dict[str, object]:
@@ -312,7 +306,7 @@ class LongRun:
 
 
 @pytest.mark.slow
-def test_a_node_cut_off_in_mid_run_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
+def test_a_node_cut_off_ends_the_job_everywhere_and_it_goes_on_with_what_is_left_then_with_both(
     two_nodes: list[Node], tiny_data: Path, tmp_path: Path
 ) -> None:
     run = LongRun(two_nodes, tiny_data, tmp_path)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,9 +19,11 @@ from support.runs import (
     environment,
     losses,
     run_command,
+    steps_of,
     tiny_recipe_content,
     write_recipe,
 )
+from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.locks import lock
@@ -44,7 +45,8 @@ if os.environ.get("RANK") == "1":
 
     def take_or_die(self, step, take=Prefetch.take):
         died = Path(__file__).with_name(f"died-at-{step}")
-        if str(step) in os.environ["FAIL_AT"].split() and ("ALWAYS" in os.environ or not died.exists()):
+        again = "ALWAYS" in os.environ or not died.exists()
+        if str(step) in os.environ["FAIL_AT"].split() and again:
             died.touch()
             os.kill(os.getpid(), 9)
         return take(self, step)
@@ -93,22 +95,9 @@ def start(typed: list[str], log: Path, **variables: str) -> subprocess.Popen[byt
         )
 
 
-def wait_until(
-    condition: Callable[[], bool],
-    job: subprocess.Popen[bytes] | None,
-    log: Path,
-    timeout_s: float = 200.0,
-) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, log.read_text()
-        assert job is None or job.poll() is None, log.read_text()
-        time.sleep(0.02)
-
-
-def steps_of(run_dir: Path) -> int:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def wait_for_word(word: str, job: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the log of a running job holds it."""
+    wait_until(lambda: word in log.read_text(), word, 200, job=job, log=log)
 
 
 def processes_of(run_dir: Path, pattern: str = "") -> list[psutil.Process]:
@@ -183,12 +172,12 @@ def test_a_step_that_fails_twice_ends_the_run_and_its_documents_are_named(
         "deepspeed itself, then SIGKILL to the script",
     ],
 )
-def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start_and_nothing_outlives_the_script(
+def test_a_killed_launcher_s_ranks_end_before_the_next_start_and_nothing_outlives_the_script(
     killed: str, last_signal: signal.Signals, recipe: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     job = start(command(recipe, tiny_data, run_dir, LONG, "--max-restarts=1"), log)
-    wait_until(lambda: steps_of(run_dir) >= 3, job, log)
+    wait_until(lambda: steps_of(run_dir) >= 3, "three steps", 200, job=job, log=log)
     ranks = processes_of(run_dir, "--local_rank=")
     assert len(ranks) == 2
     (launcher,) = [
@@ -197,11 +186,17 @@ def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start_
         if "supervise.py" not in process.cmdline()[1]
     ]
     launcher.kill()
-    wait_until(lambda: "restart 1 continues from" in log.read_text(), job, log)
+    wait_for_word("restart 1 continues from", job, log)
     assert not [
         rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE
     ]
-    wait_until(lambda: standing(run_dir).starts == 2 and steps_of(run_dir) >= 3, job, log)
+    wait_until(
+        lambda: standing(run_dir).starts == 2 and steps_of(run_dir) >= 3,
+        "three steps of the second start",
+        200,
+        job=job,
+        log=log,
+    )
     assert len(processes_of(run_dir, "--local_rank=")) == 2
     job.send_signal(last_signal)
     if last_signal == signal.SIGTERM:
@@ -210,7 +205,7 @@ def test_a_killed_launcher_is_a_failure_and_its_ranks_end_before_the_next_start_
         assert not processes_of(run_dir)
     else:
         job.wait()
-        wait_until(lambda: not processes_of(run_dir), None, log, 10)
+        wait_until(lambda: not processes_of(run_dir), "all to end", 10, log=log)
 
 
 def test_bad_input_is_not_tried_again(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -230,7 +225,7 @@ def test_a_signal_ends_the_wait_for_a_restart(
     log = tmp_path / "log"
     typed = command(recipe, tiny_data, tmp_path / "run", "--max-restarts=3")
     job = start(typed, log, **faults(tmp_path, "7", BACK_OFF_S="300"))
-    wait_until(lambda: "restart 1 of 3 in 300 s" in log.read_text(), job, log)
+    wait_for_word("restart 1 of 3 in 300 s", job, log)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(10) == 128 + signal.SIGUSR1
     assert log.read_text().endswith(": ended by SIGUSR1; the same command continues\n")
@@ -241,7 +236,7 @@ def test_a_signal_before_any_rank_is_there_ends_the_start(
 ) -> None:
     log = tmp_path / "log"
     job = start(command(recipe, tiny_data, tmp_path / "run", "--max-restarts=1"), log)
-    wait_until(lambda: "+ deepspeed" in log.read_text(), job, log)
+    wait_for_word("+ deepspeed", job, log)
     job.send_signal(signal.SIGINT)
     assert job.wait(30) == 128 + signal.SIGINT, log.read_text()
     assert not processes_of(tmp_path / "run")
@@ -254,12 +249,12 @@ def test_a_second_signal_ends_the_run_at_once(
     long_steps = (LONG, f"--batch.global_batch_tokens={200 * 32}", "--model.num_layers=100")
     log = tmp_path / "log"
     job = start(command(recipe, tiny_data, tmp_path / "run", *long_steps), log)
-    wait_until(lambda: "device cpu" in log.read_text(), job, log)
+    wait_for_word("device cpu", job, log)
     job.send_signal(signal.SIGTERM)
     time.sleep(2.5)
     job.send_signal(signal.SIGTERM)
     assert job.wait(10) == 128 + signal.SIGTERM, log.read_text()
-    wait_until(lambda: not processes_of(tmp_path / "run"), None, log, 5)
+    wait_until(lambda: not processes_of(tmp_path / "run"), "all to end", 5, log=log)
 
 
 def supervisor(run_dir: Path, ranks: int | None = None) -> Supervisor:

@@ -27,7 +27,9 @@ pytest_plugins = ("support.prep_fixtures",)
 
 SEED, ROWS, STEPS = 5, 6, 3000
 PART = re.compile(
-    r"(.+), row (\d+): its tokens \[(\d+):(\d+)\] of (\d+)\n  (\S+)\[(\d+):(\d+)\]\n  (…?)(.*?)(…?)\n?"
+    r"(.+), row (\d+): its tokens \[(\d+):(\d+)\] of (\d+)\n"
+    r"  (\S+)\[(\d+):(\d+)\]\n"
+    r"  (…?)(.*?)(…?)\n?"
 )
 
 

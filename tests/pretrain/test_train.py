@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from support.runs import (
     run_command,
     write_recipe,
 )
+from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
@@ -129,13 +129,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.003)
-
-
 @pytest.fixture(scope="module")
 def killed_run(
     recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
@@ -162,6 +155,8 @@ def killed_run(
     wait_until(
         lambda: (run_dir / "checkpoints" / "latest").exists() or launcher.poll() is not None,
         "the first checkpoint",
+        300,
+        every_s=0.003,
     )
     ours = [launcher.pid, *descendants(launcher.pid)]
     for pid in ours:

@@ -33,7 +33,10 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 # so that there are tokens of several digits
 NUMBERS = " ".join(str(1000 + 7 * i % 1500) for i in range(4000))
-GPT_4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+GPT_4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,12 @@ def train(
     return result
 
 
+def steps_of(run_dir: Path) -> int:
+    """How many steps of a run are recorded, none where there is no run yet."""
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def losses(run_dir: Path) -> list[float]:
     """The training losses of a run, by step."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

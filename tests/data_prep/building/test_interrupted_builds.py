@@ -1,8 +1,9 @@
 """A build that is killed, or finds the disk full, goes on where it was and ends with the same bits
 on any ranks.
 
-Real processes and real kills. `TABLEFREE_KILLS=20 pytest tests/data_prep/building/test_interrupted_builds.py` kills
-that often.
+Real processes and real kills; so many of them with
+
+    TABLEFREE_KILLS=20 pytest tests/data_prep/building/test_interrupted_builds.py
 """
 
 import contextlib

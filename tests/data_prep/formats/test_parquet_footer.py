@@ -91,3 +91,13 @@ def test_a_footer_that_ends_early_is_damaged(tmp_path: Path, keep: int) -> None:
         pytest.raises(UserError, match="damaged, its footer can't be read"),
     ):
         refuse_encrypted(file, stream, None)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_footer_whose_writer_is_not_utf8_is_damaged(tmp_path: Path, skip_bad: bool) -> None:
+    path = write(tmp_path / "a.parquet")
+    content, writer = path.read_bytes(), b"parquet-cpp-arrow version"
+    assert content.count(writer) == 1
+    path.write_bytes(content.replace(writer, b"\xf0" + writer[1:]))
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file .*codec"):
+        units_of(path, format="parquet", skip_bad=skip_bad)

@@ -433,7 +433,8 @@ def find(*arguments):
 
 def read(file):
     with inputs.open_input(inputs.InputFile(**file), 0) as stream:
-        return {"texts": pq.ParquetFile(stream, pre_buffer=True).read(columns=["text"])["text"].to_pylist()}
+        table = pq.ParquetFile(stream, pre_buffer=True).read(columns=["text"])
+        return {"texts": table["text"].to_pylist()}
 
 for line in sys.stdin:
     function, *arguments = json.loads(line)
@@ -443,7 +444,8 @@ for line in sys.stdin:
             answer = globals()[function](*arguments)
         except UserError as error:
             answer = {"error": str(error)}
-    print(json.dumps({**answer, "notes": notes.getvalue(), "torch": "torch" in sys.modules}), flush=True)
+    answer |= {"notes": notes.getvalue(), "torch": "torch" in sys.modules}
+    print(json.dumps(answer), flush=True)
 """
 
 

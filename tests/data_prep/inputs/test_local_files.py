@@ -212,7 +212,10 @@ def test_one_file_by_two_names_of_a_source_is_said(
     assert capsys.readouterr().err == ""
     link(tmp_path / "a.txt", tmp_path / "c.txt")
     assert len(find_inputs(tmp_path, "*.txt", "here")) == 3
-    expected = "warning: here: c.txt and a.txt are one file (a link), so its text counts twice; name one of the two\n"
+    expected = (
+        "warning: here: c.txt and a.txt are one file (a link), so its text counts twice; "
+        "name one of the two\n"
+    )
     assert capsys.readouterr().err == expected
 
 

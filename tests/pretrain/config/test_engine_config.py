@@ -234,9 +234,7 @@ def test_the_merged_configuration_is_the_json_and_what_the_recipe_owns() -> None
     )
 
 
-def test_a_json_that_says_nothing_of_it_gets_fp32_accumulation_and_reduction_and_one_that_does_keeps_it() -> (
-    None
-):
+def test_accumulation_and_reduction_are_fp32_unless_the_json_says_otherwise() -> None:
     silent = merge_config(recipe_of(), STAGE_2, world_size=1)
     assert silent["data_types"] == {"grad_accum_dtype": "fp32"}
     assert silent["communication_data_type"] == "fp32"

@@ -369,7 +369,8 @@ soft, hard = int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 stream.OTHER_OPEN_FILES = 20
 try:
-    rows = TrainingLoader(ShardReader(Path(sys.argv[1])), seq_len=4, seed=1).samples(np.arange(400))
+    reader = ShardReader(Path(sys.argv[1]))
+    rows = TrainingLoader(reader, seq_len=4, seed=1).samples(np.arange(400))
     print(len(np.unique(rows[:, 0])))
 except UserError as error:
     print(error)

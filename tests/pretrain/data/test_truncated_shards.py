@@ -5,14 +5,14 @@ deadly.
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.forked_ranks import arguments_of, be_a_rank, end_of, logs_of, start_ranks
-from support.runs import counting_dataset, write_recipe
+from support.runs import counting_dataset, steps_of, write_recipe
+from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
@@ -36,13 +36,6 @@ def recipe(tmp_path: Path) -> Path:
         checkpoints={"every_steps": 10**6},
         validation={"every_steps": 10**6},
     )
-
-
-def wait_for_steps(run_dir: Path, steps: int) -> None:
-    metrics, end = run_dir / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -78,7 +71,7 @@ def test_a_job_whose_shard_is_cut_ends_with_a_line_that_names_it(
     run_dir, shard = tmp_path / "run", data / "shards" / "train" / "up" / "00000.npy"
     logs = logs_of(ranks, run_dir)
     processes = start_ranks(arguments_of(recipe, data, run_dir, LONG), logs)
-    wait_for_steps(run_dir, 3)
+    wait_until(lambda: steps_of(run_dir) >= 3, "3 steps")
     os.truncate(shard, 200)
     ended = end_of(processes, logs, timeout_s=60)
     assert ended.exit_codes == [2] * ranks, ended.output

@@ -82,7 +82,8 @@ SHORTFALLS: tuple[Shortfall, ...] = (
         releases=("5.0.0",),
         forms=("gpt_neox",),
         sentence=r"AssertionError: [\d.]+ from the training class",
-        note='5.0.0 saves a GPT-NeoX without `rotary_pct` and, loading it, takes 0.25: write `"rotary_pct": 1.0` into '
+        note="5.0.0 saves a GPT-NeoX without `rotary_pct` and, loading it, takes 0.25: "
+        'write `"rotary_pct": 1.0` into '
         "the config.json that it saved (`findings/transformers_5_0_gpt_neox_rotary.sh`).",
     ),
 )

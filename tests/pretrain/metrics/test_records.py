@@ -4,13 +4,13 @@ else is refused.
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from support.forked_ranks import run_ranks, train_on
 from support.hand_made_runs import trained_step
 from support.runs import write_recipe
+from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from pretrain.metrics.metrics_file import MetricsFile
@@ -165,10 +165,7 @@ def test_a_run_goes_on_over_what_a_crash_left_and_who_follows_its_metrics_does_t
         )
     try:
         said = train_on(1, recipe, tiny_data, run_dir)
-        end = time.monotonic() + 30
-        while b'"step": 9' not in seen.read_bytes():
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until(lambda: b'"step": 9' in seen.read_bytes(), "the last step", 30)
     finally:
         follower.kill()
         follower.wait()

@@ -137,14 +137,18 @@ from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 def peak_megabytes(mode):
     torch.set_num_threads(1)
-    recipe = ModelRecipe(vocab_size=64, d_model=64, num_layers=12, num_heads=2, seq_len=512, input_embedding="learned")
+    recipe = ModelRecipe(
+        vocab_size=64, d_model=64, num_layers=12, num_heads=2, seq_len=512,
+        input_embedding="learned",
+    )
     model = TableFreeForCausalLM(model_config(recipe))
     apply_activation_checkpointing(model, mode, 1)
     model.model.hidden_states(torch.zeros(4, 512, dtype=torch.int64)).sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 if __name__ == "__main__":
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
+    # a fresh process for each
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         print(json.dumps(pool.map(peak_megabytes, ["none", "selective", "full"], chunksize=1)))
 """
 

@@ -103,7 +103,7 @@ def test_in_bf16_the_figure_is_the_true_loss_of_the_bf16_weights(tokens: int, de
         (5 * CHUNK, 1024, 1000),
     ],
 )
-def test_in_bf16_gradients_are_no_less_accurate_than_those_of_the_whole_logits_for_any_number_of_chunks(
+def test_in_bf16_gradients_are_as_accurate_as_those_of_the_whole_logits_in_any_number_of_chunks(
     tokens: int, width: int, vocab_size: int, seed: int, device: str
 ) -> None:
     hidden, weight, targets = example(tokens, width, vocab_size, torch.bfloat16, seed, device)

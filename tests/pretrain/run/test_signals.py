@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.forked_ranks import arguments_of, end_of, logs_of, start_ranks, train_on
-from support.runs import REPOSITORY, environment, launch_training, losses, write_recipe
+from support.runs import REPOSITORY, environment, launch_training, losses, steps_of, write_recipe
 
 STEP = 6 * 32  # tokens
 SIGNALS_AMID_LINES = """
@@ -39,11 +39,6 @@ while thread.is_alive():
 LONG = f"--train_tokens={10**5 * STEP}"
 
 
-def has_three_steps(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and metrics.read_bytes().count(b"\n") >= 3
-
-
 def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
     """The training command, once it has taken three steps."""
     process = subprocess.Popen(
@@ -55,7 +50,7 @@ def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
         text=True,
     )
     end = time.monotonic() + 100
-    while not has_three_steps(run_dir):
+    while steps_of(run_dir) < 3:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -104,7 +99,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on_bitwise
     run_dir = tmp_path / "run"
     logs = logs_of(1, run_dir)
     (rank,) = start_ranks(arguments_of(recipe, tiny_data, run_dir, LONG), logs)
-    while not has_three_steps(run_dir):
+    while steps_of(run_dir) < 3:
         assert rank.is_alive(), logs[0].read_text()
         time.sleep(0.01)
     for _ in range(2):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,15 @@ import psutil
 import pytest
 from support.forked_ranks import arguments_of, be_a_rank, end_of, logs_of, run_ranks, start_ranks
 from support.hand_made_shards import write_dataset, write_source
-from support.runs import REPOSITORY, counting_documents, environment, free_port, write_recipe
+from support.runs import (
+    REPOSITORY,
+    counting_documents,
+    environment,
+    free_port,
+    steps_of,
+    write_recipe,
+)
+from support.waiting import wait_until
 
 LONG = f"--train_tokens={10**5 * 6 * 32}"
 
@@ -29,18 +36,6 @@ def state(run_dir: Path) -> dict[str, Any]:
 
 def error_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error")]
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 100.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.02)
-
-
-def has_steps(run_dir: Path, steps: int) -> bool:
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.read_bytes().count(b"\n") >= steps
 
 
 def be_a_troubled_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
@@ -179,7 +174,7 @@ def test_a_rank_that_does_not_answer_ends_the_job(
     processes = start_ranks(
         arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables
     )
-    wait_until(lambda: has_steps(run_dir, 3), "three steps")
+    wait_until(lambda: steps_of(run_dir) >= 3, "three steps")
     os.kill(processes[silent].pid or 0, signal.SIGSTOP)
     processes[1 - silent].join(20)
     ended = end_of(processes, logs, timeout_s=0)  # the silent one never ends by itself
@@ -296,7 +291,7 @@ def test_on_every_launcher_no_rank_outlives_another(
         )
     family: list[psutil.Process] = []
     try:
-        wait_until(lambda: has_steps(run_dir, 1) or process.poll() is not None, "a step")
+        wait_until(lambda: steps_of(run_dir) >= 1 or process.poll() is not None, "a step")
         assert process.poll() is None, log.read_text()
         family += psutil.Process(process.pid).children(recursive=True)
         # whose python a launcher's script names as python or as python3
@@ -350,12 +345,12 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(
     processes = start_ranks(
         arguments_of(recipe, tiny_data, run_dir, LONG), logs, be_a_troubled_rank, **variables
     )
-    wait_until(lambda: has_steps(run_dir, 3), "steps")
+    wait_until(lambda: steps_of(run_dir) >= 3, "steps")
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
             os.kill(process.pid or 0, number)
         time.sleep(10)
     steps = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-    wait_until(lambda: has_steps(run_dir, steps + 3), "more steps", 20)
+    wait_until(lambda: steps_of(run_dir) >= steps + 3, "more steps", 20)
     os.kill(processes[0].pid or 0, signal.SIGTERM)
     assert end_of(processes, logs, timeout_s=60).exit_codes == [0, 0]
