@@ -24,9 +24,8 @@ FLOORS = (
     {"config", "distributed"},
     {"data", "checkpoint", "costs"},
     {"model", "metrics"},
-    {"engine", "view", "evaluation"},
-    {"hf", "watch"},
-    {"run"},
+    {"engine", "view", "evaluation", "watch"},
+    {"hf", "run"},
 )
 # What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share; and
 # URLs that are safe to print.
