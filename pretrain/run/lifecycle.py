@@ -89,6 +89,8 @@ def train_from_last_checkpoint(
     """Load what was saved, train the rest once the data are known to be good."""
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
+    # Every rank draws all initial weights, from the seed alone: so they are the same on any number
+    # of ranks.
     model = build_model(run.recipe, run.model_config)
     eos_id = run.reader.manifest.eos_id
     engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
@@ -99,6 +101,7 @@ def train_from_last_checkpoint(
     announce(run, engine, world)
     branch_off(run, world)
     start_step = restore(run, engine, bad_steps)
+    # The digests were checked meanwhile, in threads; no step is trained on data that are not good.
     check.finish()
 
     def end_run() -> None:
@@ -117,6 +120,7 @@ def train_from_last_checkpoint(
             start_step=start_step,
         )
         steps_done = trainer.fit()
+    # All is on the disk by now: leaving the writer waits for its last save, and raises its error.
     skipped = bad_steps.skipped_steps()
     if skipped:
         say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")

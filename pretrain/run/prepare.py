@@ -67,6 +67,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         engine_config=asked.engine_config,
         fingerprint=asked.reader.manifest.fingerprint,
     )
+    # Before anything is written or staged, and without the engine: it costs a manifest.
     check_same_run(flags.run_dir, identity)
     branch_from = None
     if flags.branch_from:
@@ -76,6 +77,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    # A run goes on with the code it was begun with, also if new runs would draw another.
     saved = saved_config(recipe.model, flags.run_dir, branch_from)
     return Run(
         recipe=recipe,

@@ -25,6 +25,7 @@ def save(
     After a bad step none is dropped for it: whether training diverged, only the next steps will
     tell.
     """
+    # Views of this rank's fp32 state; the writer copies them before the next step changes them.
     fragments, optimizer_step = engine.read_state()
     data = run.reader.manifest
     manifest = CheckpointManifest(

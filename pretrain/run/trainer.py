@@ -61,6 +61,7 @@ class Trainer:
         while step < self.run.stop_at_step and not self.engine.ends:
             record = self._step(step)
             if self._calls_for_rewind(record):
+                # The same steps follow, without this one: it is replayed from its decision.
                 step = self._rewind(step)
                 continue
             self._warn_of_compilation(step)
@@ -79,6 +80,7 @@ class Trainer:
         run = self.run
         self._leave_passed_over(self.start_step)
         self._open_metrics(self.start_step)
+        # From here on this start counts as one that trains: launch/pretrain.sh asks for its line.
         warnings = together(
             lambda: record_start(
                 run.run_dir, self.start_step, run.command, self.world, self.engine.device
@@ -120,6 +122,7 @@ class Trainer:
         rate = self._learning_rate(step)
         figures = self.engine.train_step(own_batches, rate)
         if figures.refused:
+            # The weights are still those from before the step, so its rows can be told apart.
             decision = self._refuse(step, figures, self.engine.row_nats(own_batches))
             return replace(self._skipped(decision), is_new=True)
         seconds = sum(figures.own.seconds.values())
@@ -208,7 +211,7 @@ class Trainer:
     def _validate(self, record: AnyStep, progress: Progress) -> AnyStep:
         """The record with its validation, where one is due."""
         run = self.run
-        self.engine.clock.mark("other")
+        self.engine.clock.mark("other")  # what follows is no part of the step
         if not self._is_due(record.step, run.recipe.validation.every_steps):
             return record
         count, batches = validation_batches(run.validation, run.recipe, self.world)
@@ -233,6 +236,7 @@ class Trainer:
         recipe = self.run.recipe.checkpoints
         began = time.monotonic()
         self.engine.clock.mark("other")
+        # `ends` is the same on all ranks, who learnt of it in the exchange of this step.
         is_end = bool(self.engine.ends) or step + 1 == self.run.stop_at_step
         if not is_end and not self._is_due(step, recipe.every_steps):
             return
@@ -254,7 +258,7 @@ class Trainer:
         """Go back to the newest checkpoint; the step to go on with."""
         say(self.world, f"rewinding from step {step}")
         self.watch.step_seconds.clear()  # loading takes as long as at the start
-        self.writer.wait()
+        self.writer.wait()  # a save under way may be the one to go back to
         step = restore(self.run, self.engine, self.bad_steps)
         self._leave_passed_over(step)
         self._close_metrics()
