@@ -37,8 +37,9 @@ def open_run(place: Path, step: int | None, data_dir: Path | None) -> OpenRun:
 def open_data(
     checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None
 ) -> ShardReader:
-    """The data set that the run was trained on, there or at another place; or another one of the
-    same tokenizer. Raises UserError for any other.
+    """The data set that the run was trained on, or another one of the same tokenizer.
+
+    The first may have moved. Raises UserError for any other.
     """
     path = data_dir or Path(checkpoint.manifest["data_dir"])
     if data_dir is None and not path.is_dir():
@@ -67,8 +68,9 @@ def open_data(
 
 
 def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
-    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the
-    tokenizer tells.
+    """The identity of a run's tokenizer.
+
+    Its checkpoint tells it or, in early ones, its copy of the tokenizer; None without both.
     """
     told: str | None = checkpoint.manifest["data"].get("tokenizer_sha256")
     if told:

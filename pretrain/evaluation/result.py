@@ -58,8 +58,9 @@ class EvaluationResult:
 
 
 def result_path(run_dir: Path, result: EvaluationResult, *, is_newest: bool) -> Path:
-    """Where a result is kept, so that none takes the place of another; `is_newest` is for that of
-    the newest checkpoint.
+    """Where a result is kept, so that none takes the place of another.
+
+    `is_newest` is for that of the newest checkpoint.
     """
     is_own_data = result.data_dir is None
     if is_newest and is_own_data:

@@ -1,5 +1,6 @@
-"""A model's loss, perplexity and bits per byte over a whole validation split, and over each of its
-sources.
+"""Scores a model on a whole validation split, and on each of its sources.
+
+The figures are loss, perplexity and bits per byte.
 
 The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id
 after the first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the
@@ -51,8 +52,9 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
 
 
 def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
-    """Ids of windows to score together, (windows, seq_len + 1): whole ones in groups, then the
-    partial one.
+    """Ids of windows to score together, (windows, seq_len + 1).
+
+    Whole ones come in groups, then the partial one by itself.
     """
     whole = windows.whole_windows
     starts = range(0, whole, WINDOWS_AT_ONCE)
@@ -99,8 +101,9 @@ def text_bytes_by_source(manifest: Manifest) -> dict[str, int]:
 
 
 def scoring_module(checkpoint: Checkpoint, manifest: Manifest) -> LanguageModelLoss:
-    """The fp32 masters on this machine's device, scored as they were trained: with documents apart
-    if the run had intra_document_masking.
+    """The fp32 masters on this machine's device, to be scored as they were trained.
+
+    That is with documents apart if the run had intra_document_masking.
     """
     # not in the recipes of early checkpoints
     is_masked = checkpoint.manifest["recipe"].get("intra_document_masking", False)

@@ -132,8 +132,9 @@ def exported_tokenizer(asked: Asked, config: TableFreeConfig) -> ExportedTokeniz
 
 
 def special_token_ids(roles: dict[str, int], eos_id: int) -> dict[str, int]:
-    """The ids of begin, end and padding as a tokenizer names them; the end-of-document id where
-    it names none.
+    """The ids of begin, end and padding, as a tokenizer names them.
+
+    The end-of-document id where it names none.
     """
     return {
         f"{kind}_token_id": roles.get(f"{kind}_token", eos_id) for kind in ("bos", "eos", "pad")
@@ -150,6 +151,7 @@ def card_of(
     checkpoint = asked.checkpoint
     reference = tokenizer.reference
     result = read_result(asked.run_dir, checkpoint.step)
+    step_tokens = checkpoint.manifest["recipe"]["batch"]["global_batch_tokens"]
     sizes = [torch.Size(shape).numel() for shape in checkpoint.shapes.values()]
     return render(
         "model_card.md.jinja",
@@ -157,6 +159,7 @@ def card_of(
         architecture=asked.architecture,
         dtype=asked.dtype,
         trained_parameters=sum(sizes),
+        trained_tokens=checkpoint.step * step_tokens,
         figures=result.whole_split if result else None,
         starts=for_card(read_starts(asked.run_dir), checkpoint.step),
         one_input=tokens_of(reference, aliased_ids(config.to_dict()) or ()),
@@ -176,8 +179,9 @@ def tokens_of(tokenizer: Tokenizer, ids: tuple[int, ...]) -> dict[int, str]:
 
 
 def write_model(directory: Path, weights: Weights, config_text: str, dtype: str) -> None:
-    """Weights and configuration. safetensors makes a file that nobody else may read: it gets the
-    mode of the others.
+    """Write weights and configuration.
+
+    safetensors makes a file that nobody else may read: it gets the mode of the others.
     """
     config_path = directory / CONFIG_FILE
     config_path.write_text(config_text, encoding="utf-8")
@@ -191,8 +195,7 @@ def write_model(directory: Path, weights: Weights, config_text: str, dtype: str)
 def check_tokenizer(
     staged: Path, tokenizer: ExportedTokenizer, checkpoint: Checkpoint, output: Path
 ) -> str:
-    """What AutoTokenizer gives with an export must be the data's ids; returns of what that was
-    seen.
+    """See that AutoTokenizer gives the data's ids with an export; returns what was compared.
 
     The export is in `staged`, and to be called `output`.
     """

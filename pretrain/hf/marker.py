@@ -39,8 +39,9 @@ class Marker:
 
 
 def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The keys of a run's recipe that make it this run and no other; keys that it lacks are as
-    default.
+    """The keys of a run's recipe that make it this run and no other.
+
+    Keys that it lacks are as default.
     """
     recipe = build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path))
     kept = {}
@@ -135,8 +136,9 @@ def refuse_more_than_an_export(output: Path, place: str, marker: Marker) -> None
 
 
 def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:
-    """What would be lost with an export that the export of this checkpoint replaces, or None: it
-    can be made again.
+    """What would be lost with the export there if this checkpoint's took its place.
+
+    None where it can be made again.
     """
     for name, digest in marker.files.items():
         if not (output / name).is_file():
