@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from data_prep.errors import printable
 from data_prep.shards import ShardReader, write_durably
 from pretrain.checkpoint.reader import load_for_reading
+from pretrain.evaluation.result import read_result
 from pretrain.metrics.records import read_lines, tokens_per_second
 from pretrain.run.claim import METRICS_NAME
 
@@ -67,7 +68,9 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
     checkpoint = load_for_reading(run_dir)
     reader = ShardReader(run_dir / "dataset")
     text = held_out_text(reader)
-    evaluation = json.loads((run_dir / "evaluation.json").read_bytes())
+    result = read_result(run_dir, checkpoint.step)
+    assert result is not None, "pretrain.evaluate comes before the summary"
+    score = result.whole_split
     metrics = read_lines(run_dir / METRICS_NAME)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     return {
@@ -80,10 +83,9 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
         "steps": checkpoint.step,
         "stopped_at_step": stopped_at_step,
         "tokens_per_s": tokens_per_second(metrics),
-        **{
-            f"val_{figure}": evaluation[figure]
-            for figure in ("loss", "perplexity", "bits_per_byte")
-        },
+        "val_loss": score.loss,
+        "val_perplexity": score.perplexity,
+        "val_bits_per_byte": score.bits_per_byte,
         "val_text_bytes": len(text),
         "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
