@@ -52,6 +52,7 @@ def open_data(
     difference = f"{path}: fingerprint {got}, but the run was trained on {expected}"
     if data_dir is None:
         raise UserError(f"{difference}; say where that is with --data-dir")
+    # So that its tokenizer is the one that its manifest tells, by which it is compared below.
     reader.check_files()
     own = tokenizer_of(checkpoint, run_dir)
     others = reader.manifest.tokenizer_sha256

@@ -81,6 +81,7 @@ def read_result(run_dir: Path, step: int) -> EvaluationResult | None:
 
     Raises UserError for a file that is not what this module writes.
     """
+    # The first may be of another step by now: the run was trained and evaluated again.
     of_newest = run_dir / EVALUATION_NAME
     of_step = run_dir / EVALUATIONS_NAME / f"{step_name(step)}.json"
     for path in (of_newest, of_step):

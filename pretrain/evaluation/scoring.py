@@ -119,6 +119,7 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
     module = scoring_module(checkpoint, manifest)
     windows = ValidationWindows(reader, seq_len=module.model.config.seq_len)
     text_bytes = text_bytes_by_source(manifest)
+    # Shards of one source lie together, in the order of `text_bytes`.
     tokens = [manifest.tokens("validation", name) for name in text_bytes]
     totals = source_totals(module, windows, np.cumsum(tokens, dtype=np.int64))
     sources = {}
@@ -126,6 +127,7 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
         nats = float(totals.nats[index])
         targets = int(totals.targets[index])
         sources[name] = score(nats, targets, text_bytes[name])
+    # By what the data holds, not by where it lies: data sets are moved.
     is_own_data = manifest.fingerprint == checkpoint.manifest["fingerprint"]
     return EvaluationResult(
         step=checkpoint.step,

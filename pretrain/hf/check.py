@@ -91,6 +91,7 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
     for name in marker.files:
         if not differs(directory, name, marker):
             continue
+        # People complete the card before they publish: that is what it is for.
         if name == CARD_NAME:
             yield f"{name} was edited; nothing loads it"
         elif is_mended(directory, name, marker):

@@ -181,6 +181,7 @@ def own_config_problems(directory: Path, config: Json) -> Problems:
     if code.is_file():
         version = version_of(code)
         told = config.get(VERSION_KEY, FIRST_VERSION)
+        # A newer modelling file reads the configurations of older ones.
         is_newer_code = isinstance(told, int) and told < version
         if told != version and not is_newer_code:
             yield (
@@ -255,6 +256,7 @@ def weight_problems(path: Path, model: ExportedModel) -> Problems:
             yield (
                 f"{path}: {head} has shape {shapes[head]}, {CONFIG_FILE} tells {expected}; {AGAIN}"
             )
+    # By the numbers in names: what a file lacks in the middle is a layer less.
     layers = len({found[1] for name in shapes if (found := LAYER.search(name))})
     layers_told = model.config.get(layers_key)
     if layers != layers_told:

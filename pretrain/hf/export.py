@@ -97,12 +97,14 @@ def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
     """Write all files of an export into an empty directory; the marker, which names them, last."""
     checkpoint = asked.checkpoint
     config = TableFreeConfig.from_dict(checkpoint.manifest["model_config"])
+    # All in memory at once, 4 bytes a parameter, as transformers will have them too.
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     tokenizer = exported_tokenizer(asked, config)
     special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest["data"]["eos_id"])
     card = card_of(asked, config, tokenizer, special_ids)
     (directory / CARD_NAME).write_text(card + "\n", encoding="utf-8")
     if asked.architecture == GGUF:
+        # The engines build a GPT-NeoX of their own from it.
         weights, stock = gpt_neox_parts(masters, config)
         vocabulary = Vocabulary(
             definition=json.loads(tokenizer.files[DEFINITION_NAME]),
@@ -120,6 +122,7 @@ def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
         (directory / GENERATION_FILE).write_text(generation, encoding="utf-8")
     if asked.architecture == TABLEFREE:
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    # Last, for it holds the digests of all the others.
     write_marker(directory, checkpoint, asked.architecture, asked.dtype)
     return tokenizer
 
@@ -187,6 +190,7 @@ def write_model(directory: Path, weights: Weights, config_text: str, dtype: str)
     config_path.write_text(config_text, encoding="utf-8")
     path = directory / WEIGHTS_FILE
     torch_dtype = getattr(torch, dtype)
+    # safetensors refuses tensors that are views of others with gaps in between.
     converted = {name: tensor.to(torch_dtype).contiguous() for name, tensor in weights.items()}
     save_file(converted, path, metadata={"format": "pt"})
     path.chmod(stat.S_IMODE(config_path.stat().st_mode))

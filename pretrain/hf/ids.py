@@ -50,6 +50,7 @@ def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator
         shards = [shard for shard in reader.manifest.shards if shard.source == source.name]
         total = sum(shard.documents for shard in shards)
         count = min(of_each, total)
+        # Documents by number, from the source's first on.
         wanted = [number * total // of_each for number in range(count)]
         before = 0  # documents in the source's shards so far
         for shard in shards:
@@ -100,6 +101,7 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
         for text in texts:
             asked += 1
             ids = expected.encode(text, add_special_tokens=False).ids
+            # Special tokens spelled out are text, as they were when the data was made.
             if exported.encode(text, split_special_tokens=True) != ids:
                 problem = "would give other ids with the exported tokenizer than the data set holds"
                 raise UserError(

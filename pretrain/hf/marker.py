@@ -79,6 +79,7 @@ def read_marker(directory: Path) -> Marker | None:
         return None
     if not isinstance(marker.files, dict) or not isinstance(marker.recipe, dict):
         return None
+    # What was edited by hand may be wrong about the files, and so allows nothing to be replaced.
     is_as_written = marker.to_bytes() == raw
     return marker if is_as_written else None
 
@@ -111,7 +112,7 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
 
 def refuse_a_home_of_others(output: Path, place: str, checkpoint: Checkpoint) -> None:
     """Raise UserError for a place in a run's checkpoints or in a data set."""
-    home = output.resolve()
+    home = output.resolve()  # a link may lead there
     if home.is_relative_to(checkpoint.path.resolve().parent):
         raise UserError(f"{place}: is among the run's checkpoints; give another directory")
     for folder in (home, *home.parents):
@@ -147,6 +148,7 @@ def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | 
             return f"{name} was changed since it was exported"
     here = {"fingerprint": checkpoint.manifest["fingerprint"], **run_recipe(checkpoint)}
     there = {"fingerprint": marker.fingerprint, **marker.recipe}
+    # Keys that only one of the two has are of another version of this project: they tell nothing.
     for key, value in there.items():
         if key in here and here[key] != value:
             return f"holds an export of another run ({key} {value}, here {here[key]})"
