@@ -56,50 +56,13 @@ MODELING_VERSION = 2
 # Words by which a configuration names what a decoder computes. A key with one of them that is not
 # known here would change the model, as far as anyone can tell; other unknown keys (who made it,
 # with which tool) are carried along.
-WORDS_OF_A_MODEL = frozenset(
-    {
-        "act",
-        "activation",
-        "alpha",
-        "attn",
-        "attention",
-        "bias",
-        "dropout",
-        "embed",
-        "embedding",
-        "embeddings",
-        "eps",
-        "expert",
-        "experts",
-        "head",
-        "heads",
-        "hidden",
-        "intermediate",
-        "kv",
-        "layer",
-        "layers",
-        "mlp",
-        "moe",
-        "multiplier",
-        "norm",
-        "position",
-        "positions",
-        "pos",
-        "residual",
-        "rope",
-        "rotary",
-        "scale",
-        "scaling",
-        "sliding",
-        "softcap",
-        "softcapping",
-        "theta",
-        "tie",
-        "vocab",
-        "width",
-        "window",
-    }
-)
+WORDS_OF_A_MODEL = frozenset({
+    "act", "activation", "alpha", "attn", "attention", "bias", "dropout", "embed", "embedding",
+    "embeddings", "eps", "expert", "experts", "head", "heads", "hidden", "intermediate", "kv",
+    "layer", "layers", "mlp", "moe", "multiplier", "norm", "position", "positions", "pos",
+    "residual", "rope", "rotary", "scale", "scaling", "sliding", "softcap", "softcapping", "theta",
+    "tie", "vocab", "width", "window",
+})  # fmt: skip
 
 # What transformers 4 writes into any full config, with the values that ask for nothing; 5 does not
 # know the keys.
@@ -113,16 +76,10 @@ INERT_KEYS: dict[str, Any] = {
 # What `forward` takes beyond its named arguments: for the loss, and for attention functions other
 # than our own.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
-ATTENTION_ARGUMENTS = frozenset(
-    {
-        "attention_instances",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "kernel_options",
-    }
-)
+ATTENTION_ARGUMENTS = frozenset({
+    "attention_instances", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "kernel_options",
+})  # fmt: skip
 # Packed documents: where they begin in all rows, one after the other, their greatest length, and
 # the one of each token.
 DOCUMENT_STARTS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -146,39 +103,43 @@ def bits_needed(vocab_size: int) -> int:
 
 def gf2_rank(rows: list[int]) -> int:
     """Rank over GF(2) of a bit matrix, one integer a row."""
-    rank, rows = 0, list(rows)
-    while rows:
-        pivot = rows.pop()
-        if pivot:
-            rank += 1
-            low_bit = pivot & -pivot
-            rows = [row ^ pivot if row & low_bit else row for row in rows]
+    rank = 0
+    left = list(rows)
+    while left:
+        pivot = left.pop()
+        if pivot == 0:
+            continue
+        rank += 1
+        low_bit = pivot & -pivot
+        left = [row ^ pivot if row & low_bit else row for row in left]
     return rank
 
 
 def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
-    """Draw (A, b) with A in GL(code_bits, 2) by rejection; row i of A as an integer, bit j its
-    column j.
+    """Draw (A, b) with A in GL(code_bits, 2), by rejection.
+
+    Row i of A is an integer, its bit j the column j.
     """
     generator = torch.Generator().manual_seed(seed)
+    shape = (code_bits + 1, code_bits)
     while True:
-        bits = torch.randint(
-            0, 2, (code_bits + 1, code_bits), generator=generator, device="cpu"
-        ).tolist()
-        *rows, offset = (sum(bit << j for j, bit in enumerate(row)) for row in bits)
+        # Of random matrices 0.29 are invertible, so that 3 or 4 draws are to be expected.
+        bits = torch.randint(0, 2, shape, generator=generator, device="cpu").tolist()
+        *rows, offset = [sum(bit << j for j, bit in enumerate(row)) for row in bits]
         if gf2_rank(rows) == code_bits:
             return rows, offset
 
 
 class TableFreeConfig(PretrainedConfig):
-    """Architecture of the decoder, by the keys of DEFAULTS; `affine_rows` and `affine_offset` hold
-    A and b.
+    """Architecture of the decoder, by the keys of DEFAULTS.
 
-    Raises ValueError, in one sentence, for a config that this file cannot compute as it is meant.
+    `affine_rows` and `affine_offset` hold A and b, as `draw_affine_code` gives them. Raises
+    ValueError, in one sentence, for a config that this file cannot compute as it is meant.
     """
 
     model_type = "tablefree"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers declares it so)
+    # Lists and dicts of a class, since transformers declares them so.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "num_hidden_layers": "num_layers",
@@ -193,33 +154,34 @@ class TableFreeConfig(PretrainedConfig):
         if values["code_bits"] is None:
             values["code_bits"] = bits_needed(values["vocab_size"])
         refuse_what_does_not_fit(values)
-        # which transformers takes for a setting of generation
+        # Not through `super()`, where transformers takes it for a setting of generation.
         self.use_cache = values.pop("use_cache")
         super().__init__(**values)
 
 
 def by_our_names(keys: dict[str, Any], our_name: dict[str, str]) -> dict[str, Any]:
-    """The keys under one name each; ValueError for two values of one. Null says nothing beside a
-    value.
+    """The keys under one name each; ValueError for two values of one.
+
+    Null says nothing beside a value.
     """
-    given: dict[str, tuple[str, Any]] = {}
+    values: dict[str, Any] = {}
+    said_by: dict[str, str] = {}  # our name -> the key whose value was taken
     for key, value in keys.items():
         name = our_name.get(key, key)
-        other, taken = given.get(name, (key, None))
+        taken = values.get(name)
         if taken is None:
-            given[name] = key, value
+            values[name] = value
+            said_by[name] = key
         elif value is not None and value != taken:
             raise ValueError(
-                f"config.json: {other} {taken!r} and {key} {value!r} are two names of one key "
-                "with two values; keep one"
+                f"config.json: {said_by[name]} {taken!r} and {key} {value!r} are two names of one "
+                "key with two values; keep one"
             )
-    return {name: value for name, (_, value) in given.items()}
+    return values
 
 
 def refuse_other_models(keys: dict[str, Any]) -> None:
-    """Raise ValueError for a config of a later modelling file, or with a key that asks for
-    another architecture.
-    """
+    """Raise ValueError for a config of a later modelling file, or one of another architecture."""
     version = keys.get("modeling_version", MODELING_VERSION)
     if not isinstance(version, int) or version > MODELING_VERSION:
         raise ValueError(
@@ -239,19 +201,16 @@ def refuse_other_models(keys: dict[str, Any]) -> None:
         "output_attentions",
     }
     for key, value in keys.items():
-        asks_for_something = (
-            value is not None and not key.startswith("_") and not key.endswith("_implementation")
-        )
-        if key in INERT_KEYS and asks_for_something and value != INERT_KEYS[key]:
+        # Private keys, and those like `attn_implementation`, choose how to compute, not what.
+        if value is None or key.startswith("_") or key.endswith("_implementation"):
+            continue
+        if key in INERT_KEYS and value != INERT_KEYS[key]:
             raise ValueError(
                 f"config.json: {key} {value!r} asks for what this decoder does not have; remove "
                 "the key"
             )
-        if (
-            asks_for_something
-            and key not in known
-            and not WORDS_OF_A_MODEL.isdisjoint(key.split("_"))
-        ):
+        names_a_part = not WORDS_OF_A_MODEL.isdisjoint(key.split("_"))
+        if key not in known and names_a_part:
             raise ValueError(
                 f"config.json: {key} is unknown to this modeling_tablefree.py and by its name "
                 "changes the model; take the modeling_tablefree.py that was written for it, or "
@@ -264,18 +223,27 @@ def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
     for key in ("vocab_size", "d_model", "num_layers", "num_heads", "seq_len", "code_bits"):
         if not isinstance(values[key], int) or values[key] < 1:
             raise ValueError(f"config.json: {key} {values[key]!r} is no positive whole number")
-    kind, width, heads = values["input_embedding"], values["d_model"], values["num_heads"]
+    kind = values["input_embedding"]
     if kind not in INPUT_EMBEDDINGS:
         raise ValueError(
             f"config.json: input_embedding {kind!r} is none of {', '.join(INPUT_EMBEDDINGS)}"
         )
-    if width % heads or width // heads % 2:
+    width = values["d_model"]
+    heads = values["num_heads"]
+    # Rotary positions turn the channels of a head in pairs.
+    if width % (2 * heads):
         raise ValueError(
             f"config.json: d_model {width} is no even number of channels for each of {heads} heads"
         )
-    if kind == "learned":
-        return
-    code_bits, vocab_size = values["code_bits"], values["vocab_size"]
+    if kind != "learned":
+        refuse_another_code(values)
+
+
+def refuse_another_code(values: dict[str, Any]) -> None:
+    """Raise ValueError for a code that does not tell all ids apart, or does not fill the width."""
+    code_bits = values["code_bits"]
+    vocab_size = values["vocab_size"]
+    width = values["d_model"]
     if code_bits < bits_needed(vocab_size):
         raise ValueError(
             f"config.json: code_bits {code_bits} tell fewer than vocab_size {vocab_size} ids apart"
@@ -284,34 +252,33 @@ def refuse_what_does_not_fit(values: dict[str, Any]) -> None:
         raise ValueError(
             f"config.json: a code of code_bits {code_bits} does not fill d_model {width} evenly"
         )
-    if kind == "affine_code":
-        rows, offset = values["affine_rows"], values["affine_offset"]
-        fits = (
-            rows is not None
-            and offset is not None
-            and len(rows) == code_bits
-            and gf2_rank(rows) == code_bits
+    is_affine = values["input_embedding"] == "affine_code"
+    if is_affine and not is_invertible(values["affine_rows"], values["affine_offset"], code_bits):
+        raise ValueError(
+            f"config.json: affine_rows and affine_offset are no invertible code of {code_bits} bits"
         )
-        if not fits or not all(0 <= value < 1 << code_bits for value in [*rows, offset]):
-            raise ValueError(
-                "config.json: affine_rows and affine_offset are no invertible code of "
-                f"{code_bits} bits"
-            )
+
+
+def is_invertible(rows: list[int] | None, offset: int | None, code_bits: int) -> bool:
+    """Whether A and b give each of the 2^K codes to one id."""
+    if rows is None or offset is None or len(rows) != code_bits or gf2_rank(rows) != code_bits:
+        return False
+    return all(0 <= value < 1 << code_bits for value in [*rows, offset])
 
 
 def is_traced() -> bool:
-    """Whether this runs to be compiled or exported: values are unknown then, and no tensor made
-    now may be kept.
+    """Whether this runs to be compiled or exported.
+
+    Values are unknown then, and no tensor made now may be kept.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def refuse_other_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for what is no tensor of ids below the vocabulary's size, of which a code
-    would take some bits.
+    """Raise ValueError for what is no tensor of ids below the vocabulary's size.
 
-    A GPU is not waited for: there the assertion fails once it is reached, as that of a table's
-    lookup does.
+    A code would take some bits of it. A GPU is not waited for: there the assertion fails once it is
+    reached, as that of a table's lookup does.
     """
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(
@@ -319,23 +286,38 @@ def refuse_other_ids(ids: Tensor, vocab_size: int) -> None:
             "inputs_embeds"
         )
     if is_traced() or ids.is_meta or type(ids) is not Tensor or ids.numel() == 0:
-        return  # there are no values to look at, or a stand-in has none
+        return  # There are no values to look at, or a stand-in has none.
     within = (
         f"outside 0 to {vocab_size - 1}, of vocab_size {vocab_size}; resize_token_embeddings "
         "makes room for more"
     )
     ids = ids.long()  # bytes would be compared with the low byte of the size
     if ids.is_cuda:
-        torch._assert_async(
-            ((ids >= 0) & (ids < vocab_size)).all(), f"forward() got an id {within}"
-        )
+        all_within = ((ids >= 0) & (ids < vocab_size)).all()
+        torch._assert_async(all_within, f"forward() got an id {within}")
         return
     try:
         lowest, highest = (int(value) for value in ids.aminmax())
     except RuntimeError:  # torch.func maps over it: one value stands for many
         return
-    if lowest < 0 or highest >= vocab_size:
-        raise ValueError(f"forward() got the id {lowest if lowest < 0 else highest}, {within}")
+    if lowest < 0:
+        raise ValueError(f"forward() got the id {lowest}, {within}")
+    if highest >= vocab_size:
+        raise ValueError(f"forward() got the id {highest}, {within}")
+
+
+def bits_of(numbers: Tensor, shifts: Tensor) -> Tensor:
+    """The bits of whole numbers at the places `shifts`, as 0 and 1; the shapes are broadcast."""
+    # Not by >>, for which ONNX has no function on int64.
+    return torch.bitwise_right_shift(numbers, shifts) & 1
+
+
+class CodeConstants(NamedTuple):
+    """What a code is computed with, on one device."""
+
+    shifts_K: Tensor  # noqa: N815  (the bit that is wanted of an id, for each of the code's)
+    matrix_KK: Tensor | None  # noqa: N815  (A transposed; None without an affine code)
+    offset_K: Tensor | None  # noqa: N815  (b)
 
 
 class TokenCode(nn.Module):
@@ -347,10 +329,10 @@ class TokenCode(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self._constants: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._constants: dict[torch.device, CodeConstants] = {}
 
     def __getattr__(self, name: str) -> Any:
-        # what tools ask of an nn.Embedding
+        # Tools ask for these of an nn.Embedding.
         if name in ("weight", "num_embeddings", "embedding_dim"):
             raise AttributeError(
                 "the input of this model is a fixed code of the token ids, without a table: "
@@ -358,57 +340,55 @@ class TokenCode(nn.Module):
             )
         return super().__getattr__(name)
 
-    def constants(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Bit positions (K,), the matrix A transposed (K, K) and the offset b (K,), on the
-        device.
-        """
+    def constants(self, device: torch.device) -> CodeConstants:
+        """What the code is computed with; kept for each device."""
         if device in self._constants:
             return self._constants[device]
         shifts = torch.arange(self.config.code_bits, device=device)
-        matrix = offset = None
+        matrix = None
+        offset = None
         if self.config.input_embedding == "affine_code":
             rows = torch.tensor(self.config.affine_rows, device=device)
-            matrix = (torch.bitwise_right_shift(rows[:, None], shifts) & 1).T.float()
-            offset = (
-                torch.bitwise_right_shift(
-                    torch.tensor(self.config.affine_offset, device=device), shifts
-                )
-                & 1
-            )
+            matrix = bits_of(rows[:, None], shifts).T.float()
+            offset = bits_of(torch.tensor(self.config.affine_offset, device=device), shifts)
+        constants = CodeConstants(shifts, matrix, offset)
         if not is_traced():
-            self._constants[device] = (shifts, matrix, offset)
-        return shifts, matrix, offset
+            self._constants[device] = constants
+        return constants
 
     def code(self, ids: Tensor) -> Tensor:
         """The code of each id as 0 and 1, shape (..., K), int64."""
         shifts, matrix, offset = self.constants(ids.device)
-        # ONNX has no function for >> on int64
-        code = torch.bitwise_right_shift(ids[..., None].long(), shifts) & 1
-        if matrix is not None and offset is not None:
-            code = (code.float() @ matrix).long() & 1 ^ offset
-        return code
+        code = bits_of(ids[..., None].long(), shifts)
+        if matrix is None or offset is None:
+            return code
+        # CUDA multiplies no matrices of int64; fp32 holds sums of K ones exactly.
+        sums = (code.float() @ matrix).long()
+        return (sums & 1) ^ offset
 
     def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Shape (..., D): the code repeated d_model / K times; in torch's default dtype if none
-        is given.
+        """Shape (..., D): the code repeated d_model / K times.
+
+        In torch's default dtype if none is given.
         """
-        return (
-            self.code(ids)
-            .to(dtype or torch.get_default_dtype())
-            .tile(self.config.d_model // self.config.code_bits)
-        )
+        repeats = self.config.d_model // self.config.code_bits
+        code = self.code(ids).to(dtype or torch.get_default_dtype())
+        return code.tile(repeats)
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32; the sine's
-    first half negated.
+    """Cosine and sine of the rotary angles, each (B, 1, T, C), computed in fp32.
+
+    The first half of the sine is negated, so that `rotate` adds where it would subtract.
     """
     channel = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
-    angles = positions_BT[..., None].float() * (1.0 / ROTARY_BASE ** (channel / head_dim))
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[
-        :, None
-    ].to(dtype)
+    frequencies = 1.0 / ROTARY_BASE ** (channel / head_dim)
+    angles = positions_BT[..., None].float() * frequencies
+    cos = angles.cos()
+    sin = angles.sin()
+    cos_B1TC = torch.cat((cos, cos), dim=-1)[:, None]
+    sin_B1TC = torch.cat((-sin, sin), dim=-1)[:, None]
+    return cos_B1TC.to(dtype), sin_B1TC.to(dtype)
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -425,16 +405,17 @@ def sdpa_attention_forward(
     A single token without a mask sees every key.
     """
     if mask is None or isinstance(mask, Tensor):
-        # in an export the comparison is a symbol
+        # bool(), since in an export the comparison is a symbol.
         is_causal = mask is None and bool(query_BHTC.shape[2] > 1)
         attended = F.scaled_dot_product_attention(
             query_BHTC, key_BHSC, value_BHSC, mask, is_causal=is_causal
         )
         return attended.transpose(1, 2), None
-    # for training: an export runs on older torch too
+    # Only training has such masks, and only there torch is known to be new enough.
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask).transpose(1, 2), None
+    attended = flex_attention(query_BHTC, key_BHSC, value_BHSC, block_mask=mask)
+    return attended.transpose(1, 2), None
 
 
 def eager_attention_forward(
@@ -475,13 +456,15 @@ class Past(NamedTuple):
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keep keys and values of a layer; gives all that it then has."""
-        told = [{"cache_position": self.slots_T}] if CACHE_IS_TOLD_WHERE else []
-        return self.cache.update(key, value, layer, *told)
+        if CACHE_IS_TOLD_WHERE:
+            return self.cache.update(key, value, layer, {"cache_position": self.slots_T})
+        return self.cache.update(key, value, layer)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; rows of `query_key_value` are grouped by head, as in
-    GPT-NeoX.
+    """Causal multi-head attention.
+
+    Rows of `query_key_value`, (3 D, D), are grouped by head, as in GPT-NeoX: q, k, v of the first.
     """
 
     def __init__(self, config: TableFreeConfig, layer_index: int) -> None:
@@ -503,7 +486,9 @@ class Attention(nn.Module):
         batch, tokens, width = hidden_BTD.shape
         grouped = self.query_key_value(hidden_BTD).view(batch, tokens, self.num_heads, -1)
         query, key, value = grouped.transpose(1, 2).chunk(3, dim=-1)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        cos, sin = rotation
+        query = rotate(query, cos, sin)
+        key = rotate(key, cos, sin)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -512,7 +497,8 @@ class Attention(nn.Module):
         )
         if attentions is not None:
             attentions.append(weights)
-        return self.output(attended.reshape(batch, tokens, width))
+        output: Tensor = self.output(attended.reshape(batch, tokens, width))
+        return output
 
 
 class MLP(nn.Module):
@@ -524,7 +510,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden_BTD)))
+        output: Tensor = self.down(F.gelu(self.up(hidden_BTD)))
+        return output
 
 
 class Block(GradientCheckpointingLayer):
@@ -545,24 +532,33 @@ class Block(GradientCheckpointingLayer):
         past: Past | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        # What the norm gave has no name, so that its memory is free again for the MLP.
         hidden_BTD = hidden_BTD + self.attention(
             self.attention_norm(hidden_BTD), rotation, mask, past, **kwargs
         )
-        return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+        output: Tensor = hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+        return output
 
 
 def run_block(block: Block, *inputs: Any, **kwargs: Any) -> Tensor:
     """Run a block as it is, keeping everything for the backward pass."""
-    return block(*inputs, **kwargs)
+    output: Tensor = block(*inputs, **kwargs)
+    return output
+
+
+def starts_anew(position_ids: Tensor) -> Tensor:
+    """Where positions, (B, T), do not go on from the one before, (B, T - 1)."""
+    return position_ids[:, 1:] != position_ids[:, :-1] + 1
 
 
 def same_document(position_ids: Tensor | None) -> Tensor | None:
-    """Which tokens are of one document, (B, T, T), where positions start anew within a row; None
-    where none do.
+    """Which tokens are of one document, (B, T, T), by positions that start anew within a row.
+
+    None where none do.
     """
     if position_ids is None:
         return None
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    breaks = starts_anew(position_ids)
     if not is_traced() and not breaks.any():
         return None
     document_BT = F.pad(breaks.long().cumsum(dim=1), (1, 0))
@@ -572,57 +568,61 @@ def same_document(position_ids: Tensor | None) -> Tensor | None:
 def visible_keys(
     attention_mask: Tensor | None, slots_T: Tensor, keys: int, documents: Tensor | None
 ) -> Tensor | None:
-    """Which of S keys each query may see, boolean, (B, 1, T, S); None where
-    `sdpa_attention_forward` needs no mask.
+    """Which of S keys each query may see, boolean, (B, 1, T, S).
 
-    `attention_mask`, (B, S), marks padded keys with 0; a query always sees itself, so that no row
-    is empty.
+    None where `sdpa_attention_forward` needs no mask. `attention_mask`, (B, S), marks padded keys
+    with 0; a query always sees itself, so that no row is empty.
     """
     tokens = slots_T.shape[0]  # len() would fix it in an export
     index_S = torch.arange(keys, device=slots_T.device)
     visible_TS = index_S <= slots_T[:, None]
     if attention_mask is not None:
-        return (visible_TS & attention_mask[:, None, None, :].bool()) | (
-            index_S == slots_T[:, None]
-        )
+        itself_TS = index_S == slots_T[:, None]
+        return (visible_TS & attention_mask[:, None, None, :].bool()) | itself_TS
     if documents is not None:
-        return (visible_TS & F.pad(documents, (0, keys - tokens)))[:, None]
-    return None if tokens == keys else visible_TS[None, None]
+        # A static cache has room for more keys than there are tokens.
+        documents_BTS = F.pad(documents, (0, keys - tokens))
+        return (visible_TS & documents_BTS)[:, None]
+    if tokens == keys:
+        return None
+    return visible_TS[None, None]
 
 
 def tell_the_same(arguments: dict[str, Any], position_ids: Tensor | None) -> bool:
-    """Whether positions start anew wherever the arguments for packed documents say that one
-    begins.
-    """
+    """Whether positions start anew wherever the arguments for packed documents begin one."""
     if position_ids is None:
         return False
     if is_traced():
         return True  # values are unknown
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    # and the end of all
-    starts = F.pad(F.pad(breaks, (1, 0), value=True).flatten(), (0, 1), value=True).nonzero()
-    told = [arguments[name] for name in DOCUMENT_STARTS if name in arguments]
-    index_BT = arguments.get("seq_idx", torch.zeros_like(position_ids)).to(breaks.device)
-    same_index = not ((index_BT[:, 1:] != index_BT[:, :-1]) & ~breaks).any()
-    return same_index and all(
-        bool(torch.isin(each.to(starts.device), starts).all()) for each in told
-    )
+    breaks = starts_anew(position_ids)
+    first_of_row_too = F.pad(breaks, (1, 0), value=True).flatten()
+    # The place after the last token is told as the start of one more.
+    starts = F.pad(first_of_row_too, (0, 1), value=True).nonzero()
+    for name in DOCUMENT_STARTS:
+        if name in arguments and not torch.isin(arguments[name].to(starts.device), starts).all():
+            return False
+    if "seq_idx" not in arguments:
+        return True
+    index_BT = arguments["seq_idx"].to(breaks.device)
+    changes = index_BT[:, 1:] != index_BT[:, :-1]
+    return not bool((changes & ~breaks).any())
 
 
 def attention_arguments(
     arguments: dict[str, Any], implementation: str | None, position_ids: Tensor | None
 ) -> dict[str, Any]:
-    """Those of `forward`'s further arguments that an attention function takes; ValueError for what
-    nothing here takes.
+    """Those of `forward`'s further arguments that an attention function takes.
 
-    What is not known here may carry state: transformers 5.24 renamed the KV cache to `cache`, and a
-    class that took no notice had each new token see itself alone. `position_ids` are those by which
-    our own attention tells documents apart in this pass, if it does.
+    `position_ids` are those by which our own attention tells documents apart in this pass, if it
+    does. Raises ValueError for what nothing here takes, since it may carry state: transformers 5.24
+    renamed the KV cache to `cache`, and a class that took no notice had each new token see itself
+    alone.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     # Unused, where positions tell the same: our mask is made of those, and `seq_idx` is for
     # convolutions over tokens. trl gives all of them with packing, whatever the attention function.
-    unused = given.keys() & (DOCUMENT_ARGUMENTS if implementation in OWN_ATTENTION else {"seq_idx"})
+    is_own = implementation in OWN_ATTENTION
+    unused = given.keys() & (DOCUMENT_ARGUMENTS if is_own else {"seq_idx"})
     if unused and tell_the_same(given, position_ids):
         given = {name: value for name, value in given.items() if name not in unused}
     for name, value in given.items():
@@ -634,7 +634,7 @@ def attention_arguments(
                 "must not ignore; leave it out, or take a newer modeling_tablefree.py or an "
                 "older transformers"
             )
-        if implementation in OWN_ATTENTION or name not in ATTENTION_ARGUMENTS:
+        if is_own or name not in ATTENTION_ARGUMENTS:
             hint = ""
             if name in DOCUMENT_ARGUMENTS:
                 hint = (
@@ -649,8 +649,9 @@ def attention_arguments(
 
 
 def the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The KV cache, under whichever of its two names it came: `past_key_values` before
-    transformers 5.24.
+    """The KV cache, under whichever of its two names it came.
+
+    Before transformers 5.24 it is `past_key_values`.
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("forward() got two KV caches, past_key_values and cache; give one")
@@ -665,7 +666,9 @@ def the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 def static_length(cache: Cache) -> int | None:
     """For how many tokens a static cache has room; None for one that grows."""
-    return getattr(cache.layers[0], "max_cache_len", None) if cache.layers else None
+    if not cache.layers:
+        return None
+    return getattr(cache.layers[0], "max_cache_len", None)
 
 
 def is_empty(cache: Cache | None) -> bool:
@@ -676,16 +679,15 @@ def is_empty(cache: Cache | None) -> bool:
 
 def as_asked(output: Any, config: PretrainedConfig, return_dict: bool | None) -> Any:
     """An output, or its fields as a tuple."""
-    as_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
-    return output if as_dict else output.to_tuple()
+    if return_dict is None:
+        return_dict = getattr(config, "return_dict", True)
+    return output if return_dict else output.to_tuple()
 
 
 def refuse_other_sizes(new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
     """Raise ValueError for what is no size of a vocabulary."""
-    for name, value in (
-        ("new_num_tokens", new_num_tokens),
-        ("pad_to_multiple_of", pad_to_multiple_of),
-    ):
+    sizes = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(
                 f"resize_token_embeddings() got {name} {value}, which is no positive whole number"
@@ -709,27 +711,24 @@ class TableFreePreTrainedModel(PreTrainedModel):
 
 
 class TableFreeModel(TableFreePreTrainedModel):
-    """The decoder without its output projection: ids or embeddings in, normalised hidden states
-    out.
-    """
+    """The decoder without its output projection: ids in, normalised hidden states out."""
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
-        learned = config.input_embedding == "learned"
-        self.input_embedding: nn.Module = (
-            nn.Embedding(config.vocab_size, config.d_model) if learned else TokenCode(config)
-        )
+        self.input_embedding: nn.Module
+        if config.input_embedding == "learned":
+            self.input_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        else:
+            self.input_embedding = TokenCode(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        # how training runs a block: recomputed, compiled
+        self.final_norm: nn.LayerNorm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
+        # How training runs a block, by its index: recomputed, for one.
         self.block_runners: dict[int, Callable[..., Tensor]] = {}
         self.compiled_blocks = False  # training code may compile them
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The trainable table of the baseline, or the fixed code, which maps ids to the width
-        but has no weight.
-        """
+        """The trainable table of the baseline, or the fixed code, which has no weight."""
         return self.input_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -750,8 +749,9 @@ class TableFreeModel(TableFreePreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """The table of the baseline, grown or shrunk; ValueError for a code, whose vocabulary
-        the head alone bounds.
+        """The table of the baseline, grown or shrunk.
+
+        Raises ValueError for a code, whose vocabulary the head alone bounds.
         """
         refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
         if self.config.input_embedding == "learned":
@@ -767,42 +767,47 @@ class TableFreeModel(TableFreePreTrainedModel):
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Ids to the first residual stream, (B, T, D)."""
+        embedded_BTD: Tensor
         if isinstance(self.input_embedding, TokenCode):
-            return self.input_embedding(ids_BT, self.final_norm.weight.dtype)
-        return self.input_embedding(ids_BT)
+            embedded_BTD = self.input_embedding(ids_BT, self.final_norm.weight.dtype)
+        else:
+            embedded_BTD = self.input_embedding(ids_BT)
+        return embedded_BTD
 
     def decode(
         self, hidden_BTD: Tensor, positions_BT: Tensor, mask: Any, past: Past | None = None,
         states: list[Tensor] | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """From the first residual stream to normalised hidden states, (B, T, D); `states` takes
-        what each block got.
+        """From the first residual stream to normalised hidden states, (B, T, D).
+
+        `states` takes what each block got.
         """
-        rotation = rotary_angles(
-            positions_BT, self.config.d_model // self.config.num_heads, hidden_BTD.dtype
-        )
+        head_dim = self.config.d_model // self.config.num_heads
+        rotation = rotary_angles(positions_BT, head_dim, hidden_BTD.dtype)
         runners = self.block_runners if torch.is_grad_enabled() else {}
         for index, layer in enumerate(self.layers):
             if states is not None:
                 states.append(hidden_BTD)
-            hidden_BTD = runners.get(index, run_block)(
-                layer, hidden_BTD, rotation, mask, past, **kwargs
-            )
-        return self.final_norm(hidden_BTD)
+            run: Callable[..., Tensor] = runners.get(index, run_block)
+            hidden_BTD = run(layer, hidden_BTD, rotation, mask, past, **kwargs)
+        normalised_BTD: Tensor = self.final_norm(hidden_BTD)
+        return normalised_BTD
 
     def hidden_states(
         self, ids_BT: Tensor, positions_BT: Tensor | None = None, mask: Any = None
     ) -> Tensor:
-        """What training takes: normalised hidden states (B, T, D), with a mask as
-        `sdpa_attention_forward` wants it.
+        """What training takes: normalised hidden states (B, T, D).
+
+        The mask is as `sdpa_attention_forward` wants it.
         """
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         return self.decode(self.embed(ids_BT), positions_BT, mask)
 
     def recomputes(self) -> bool:
-        """Whether blocks run again in the backward pass, as `gradient_checkpointing_enable` asks
-        of them.
+        """Whether blocks run again in the backward pass.
+
+        `gradient_checkpointing_enable` asks that of them.
         """
         asked = self.training and torch.is_grad_enabled()
         return asked and any(layer.gradient_checkpointing for layer in self.layers)
@@ -814,8 +819,7 @@ class TableFreeModel(TableFreePreTrainedModel):
         use_cache: bool | None,
         cache_position: Tensor | None,
     ) -> Past | None:
-        """The KV cache that was given, or a new one if it is wanted, and where this pass goes in
-        it.
+        """The KV cache, given or new if one is wanted, and where this pass goes in it.
 
         Raises ValueError where keys and values of before would have to be passed over.
         """
@@ -829,15 +833,14 @@ class TableFreeModel(TableFreePreTrainedModel):
             return None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if cache is None and not use_cache:
-            return None
-        cache = DynamicCache() if cache is None else cache
+        if cache is None:
+            if not use_cache:
+                return None
+            cache = DynamicCache()
         if cache_position is not None and static_length(cache) is not None:
             return Past(cache, cache_position)
-        return Past(
-            cache,
-            torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + cache.get_seq_length(),
-        )
+        tokens_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        return Past(cache, tokens_T + cache.get_seq_length())
 
     def attention_mask_of(
         self,
@@ -846,17 +849,16 @@ class TableFreeModel(TableFreePreTrainedModel):
         position_ids: Tensor | None,
         past: Past | None,
     ) -> Any:
-        """What the configured attention function takes for `attention_mask`; one of four
-        dimensions is that already.
+        """What the configured attention function takes for `attention_mask`.
+
+        One of four dimensions is that already.
         """
         if attention_mask is not None and len(attention_mask.shape) == 4:
             return attention_mask
-        tokens, device = hidden_BTD.shape[1], hidden_BTD.device
-        slots_T = torch.arange(tokens, device=device) if past is None else past.slots_T
+        cache = None if past is None else past.cache
+        tokens = hidden_BTD.shape[1]
+        slots_T = torch.arange(tokens, device=hidden_BTD.device) if past is None else past.slots_T
         if self.config._attn_implementation not in OWN_ATTENTION:
-            # its arguments have been renamed and dropped
-            wanted = inspect.signature(create_causal_mask).parameters
-            cache = None if past is None else past.cache
             values = {
                 "config": self.config,
                 "input_embeds": hidden_BTD,
@@ -867,17 +869,17 @@ class TableFreeModel(TableFreePreTrainedModel):
                 "attention_mask": attention_mask,
                 "position_ids": position_ids,
             }
-            return create_causal_mask(
-                **{name: value for name, value in values.items() if name in wanted}
-            )
-        room = None if past is None else static_length(past.cache)
-        keys = room or tokens + (0 if past is None else past.cache.get_seq_length())
+            # Releases of transformers name these differently, and lack some.
+            wanted = inspect.signature(create_causal_mask).parameters
+            taken = {name: value for name, value in values.items() if name in wanted}
+            return create_causal_mask(**taken)
+        room = None
+        keys = tokens
+        if cache is not None:
+            room = static_length(cache)
+            keys = room or tokens + cache.get_seq_length()
         if attention_mask is None:
-            documents = (
-                same_document(position_ids)
-                if is_empty(None if past is None else past.cache)
-                else None
-            )
+            documents = same_document(position_ids) if is_empty(cache) else None
             if documents is None and tokens == 1 and room is None:
                 return None  # it sees all there is
             return visible_keys(None, slots_T, keys, documents)
@@ -886,12 +888,11 @@ class TableFreeModel(TableFreePreTrainedModel):
                 f"attention_mask is of {attention_mask.shape[1]} tokens, where {keys} are to be "
                 "seen, with cached ones"
             )
-        # the usual case, for which there are faster kernels
+        # Without padding no mask is needed, and there are faster kernels.
         if not is_traced() and attention_mask.all():
             return self.attention_mask_of(hidden_BTD, None, None, past)
-        return visible_keys(
-            F.pad(attention_mask, (0, keys - attention_mask.shape[1])), slots_T, keys, None
-        )
+        padded_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[1]))
+        return visible_keys(padded_mask, slots_T, keys, None)
 
     def forward(
         self,
@@ -937,13 +938,14 @@ class TableFreeModel(TableFreePreTrainedModel):
         elif inputs_embeds is not None:
             hidden_BTD = inputs_embeds.to(self.final_norm.weight.dtype)
         if self.recomputes() and not hidden_BTD.requires_grad:
-            # what recomputes by re-entering autograd needs an input
+            # What recomputes by re-entering autograd needs an input that asks for a gradient.
             hidden_BTD = hidden_BTD.detach().requires_grad_()
         past = self.past_of(hidden_BTD, given_cache, use_cache, cache_position)
         positions_BT = position_ids
-        if positions_BT is None:
-            first_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-            positions_BT = (first_T if past is None else past.slots_T)[None]
+        if positions_BT is None and past is not None:
+            positions_BT = past.slots_T[None]
+        elif positions_BT is None:
+            positions_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
         mask = self.attention_mask_of(hidden_BTD, attention_mask, position_ids, past)
         states: list[Tensor] | None = [] if output_hidden_states else None
         if output_attentions:
@@ -957,23 +959,23 @@ class TableFreeModel(TableFreePreTrainedModel):
             attentions=tuple(arguments["attentions"]) if output_attentions else None,
             **{CACHE_FIELD: None if past is None else past.cache},
         )
-        return as_asked(output, config, return_dict)
+        asked: BaseModelOutputWithPast | tuple[Any, ...] = as_asked(output, config, return_dict)
+        return asked
 
 
 def name_in_checkpoints(name: str) -> str:
-    """A parameter of TableFreeForCausalLM, as checkpoints name it, and exports before
-    MODELING_VERSION 2 did.
+    """A parameter of TableFreeForCausalLM, as checkpoints name it.
+
+    So did exports before MODELING_VERSION 2.
     """
     return name.removeprefix("model.").replace("lm_head.", "output_projection.")
 
 
 def name_in_model(name: str) -> str:
     """The parameter of TableFreeForCausalLM that checkpoints have under a name."""
-    return (
-        name.replace("output_projection.", "lm_head.")
-        if name.startswith("output_projection.")
-        else f"model.{name}"
-    )
+    if name.startswith("output_projection."):
+        return name.replace("output_projection.", "lm_head.")
+    return f"model.{name}"
 
 
 class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
@@ -981,22 +983,23 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TableFreeConfig) -> None:
         super().__init__(config)
-        self.model = TableFreeModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.post_init()
+        self.model: TableFreeModel = TableFreeModel(config)
+        self.lm_head: nn.Linear = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for any model of transformers; also from exports whose parameters have the names of
-        checkpoints.
+        """As for any model of transformers.
+
+        Also from exports whose parameters have the names of checkpoints.
         """
-        # transformers 5 adds `model.` by itself
+        # transformers 5 adds `model.` by itself; 4 asks `_get_key_renaming_mapping` below.
         if not hasattr(PreTrainedModel, "_get_key_renaming_mapping"):
-            kwargs["key_mapping"] = {r"^output_projection\.": "lm_head."} | (
-                kwargs.get("key_mapping") or {}
-            )
+            asked = kwargs.get("key_mapping") or {}
+            kwargs["key_mapping"] = {r"^output_projection\.": "lm_head."} | asked
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # By a renaming that is kept `save_pretrained` would give the old name back.
         renamings = getattr(model, "_weight_conversions", None) or []
         kept = [
             renaming
@@ -1004,7 +1007,6 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
             if "output_projection" not in str(renaming.source_patterns)
         ]
         if len(kept) < len(renamings):
-            # by which `save_pretrained` would give the old name back
             model._weight_conversions = kept or None
         return loaded
 
@@ -1014,7 +1016,10 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         """transformers 4 asks this for names in a file -> names of the model."""
         if "output_projection.weight" in checkpoint_keys:
             return {key: name_in_model(key) for key in checkpoint_keys}
-        return super()._get_key_renaming_mapping(checkpoint_keys, *args, **kwargs)  # type: ignore[misc]
+        names: dict[str, str] = super()._get_key_renaming_mapping(  # type: ignore[misc]
+            checkpoint_keys, *args, **kwargs
+        )
+        return names
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -1029,14 +1034,13 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As for any module; peft's prompt tuning asks for its embedding of ids by this name
-        before it guesses.
+        """As for any module; by the name that peft's prompt tuning tries, what embeds the ids.
+
+        Without it, peft guesses.
         """
-        return (
-            self.get_input_embeddings()
-            if target == "embeddings.word_embeddings"
-            else super().get_submodule(target)
-        )
+        if target == "embeddings.word_embeddings":
+            return self.get_input_embeddings()
+        return super().get_submodule(target)
 
     def resize_token_embeddings(  # type: ignore[override]
         self,
@@ -1044,11 +1048,10 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """Grow or shrink the output projection, and the table of the baseline; gives what embeds
-        the ids.
+        """Grow or shrink the output projection, and the table of the baseline.
 
-        Raises ValueError if the ids would be more than the code's bits tell apart, or fewer than
-        one.
+        Gives what embeds the ids. Raises ValueError if the ids would be more than the code's bits
+        tell apart, or fewer than one.
         """
         refuse_other_sizes(new_num_tokens, pad_to_multiple_of)
         if self.config.input_embedding == "learned":
@@ -1058,7 +1061,9 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
         multiple = pad_to_multiple_of or 1
-        size = -(-(new_num_tokens or self.config.vocab_size) // multiple) * multiple
+        wanted = new_num_tokens or self.config.vocab_size
+        missing = -wanted % multiple
+        size = wanted + missing
         code_bits = self.config.code_bits
         if size > 1 << code_bits:
             raise ValueError(
@@ -1068,7 +1073,8 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         self.config.vocab_size = size
         ones = TokenCode(self.config).code(torch.arange(size)).sum(dim=-1)
         alike = ((ones == 0) | (ones == code_bits)).nonzero().flatten().tolist()
-        if len(alike) == 2:  # LayerNorm takes away what all channels share
+        # LayerNorm takes away what all channels share: codes of zeros and of ones are one input.
+        if len(alike) == 2:
             logger.warning(
                 f"Ids {alike[0]} and {alike[1]} are one input to this model now: their codes are "
                 "constant"
@@ -1089,8 +1095,7 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (B, T, V), or of the last `logits_to_keep` positions, or of those that a tensor
-        lists.
+        """Logits (B, T, V), or of the last `logits_to_keep` positions, or of those in a tensor.
 
         Labels are the input ids themselves (the shift happens here), or `shift_labels` are what
         comes next; -100 is no target. With them the loss is there too: the mean over targets, or
@@ -1133,7 +1138,9 @@ class TableFreeForCausalLM(TableFreePreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             **{CACHE_FIELD: output.get(CACHE_FIELD)},
         )
-        return as_asked(result, self.config, return_dict)
+        asked: CausalLMOutputWithPast | tuple[Any, ...]
+        asked = as_asked(result, self.config, return_dict)
+        return asked
 
 
 def checkpoint_parameters(model: TableFreeForCausalLM) -> Iterator[tuple[str, nn.Parameter]]:
@@ -1150,8 +1157,7 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise_parameters(model: TableFreeForCausalLM, seed: int) -> None:
-    """Fill every parameter from (seed, name) alone, so that weights that two models share start
-    bitwise equal.
+    """Fill every parameter from (seed, name) alone: what two models share starts bitwise equal.
 
     Matrices: normal(0, 0.02), those that write to the residual stream scaled by 1 / sqrt(2 *
     layers); biases 0; LayerNorm weights 1.
@@ -1161,9 +1167,9 @@ def initialise_parameters(model: TableFreeForCausalLM, seed: int) -> None:
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
-        scale = (
-            residual_scale if name.endswith(("attention.output.weight", "mlp.down.weight")) else 1.0
-        )
+        std = INIT_STD
+        if name.endswith(("attention.output.weight", "mlp.down.weight")):
+            std = INIT_STD * residual_scale
         values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        values.normal_(0.0, INIT_STD * scale, generator=parameter_generator(seed, name))
+        values.normal_(0.0, std, generator=parameter_generator(seed, name))
         parameter.copy_(values)

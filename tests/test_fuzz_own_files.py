@@ -312,6 +312,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             architecture="tablefree",
             dtype="float32",
             trained_parameters=1,
+            trained_tokens=1,
             figures=found.whole_split if found else None,
             one_input={},
             starts=[],

@@ -38,8 +38,9 @@ def open_run(place: Path, step: int | None, data_dir: Path | None) -> OpenRun:
 def open_data(
     checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None
 ) -> ShardReader:
-    """The data set that the run was trained on, there or at another place; or another one of the
-    same tokenizer. Raises UserError for any other.
+    """The data set that the run was trained on, or another one of the same tokenizer.
+
+    The first may have moved. Raises UserError for any other.
     """
     path = data_dir or Path(checkpoint.manifest.data_dir)
     if data_dir is None and not path.is_dir():
@@ -52,6 +53,7 @@ def open_data(
     difference = f"{path}: fingerprint {got}, but the run was trained on {expected}"
     if data_dir is None:
         raise UserError(f"{difference}; say where that is with --data-dir")
+    # So that its tokenizer is the one that its manifest tells, by which it is compared below.
     reader.check_files()
     own = tokenizer_of(checkpoint, run_dir)
     others = reader.manifest.tokenizer_sha256
@@ -68,8 +70,9 @@ def open_data(
 
 
 def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
-    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the
-    tokenizer tells.
+    """The identity of a run's tokenizer.
+
+    Its checkpoint tells it or, in early ones, its copy of the tokenizer; None without both.
     """
     told: str | None = checkpoint.manifest.data.tokenizer_sha256
     if told:

@@ -58,8 +58,9 @@ class EvaluationResult:
 
 
 def result_path(run_dir: Path, result: EvaluationResult, *, is_newest: bool) -> Path:
-    """Where a result is kept, so that none takes the place of another; `is_newest` is for that of
-    the newest checkpoint.
+    """Where a result is kept, so that none takes the place of another.
+
+    `is_newest` is for that of the newest checkpoint.
     """
     is_own_data = result.data_dir is None
     if is_newest and is_own_data:
@@ -80,6 +81,7 @@ def read_result(run_dir: Path, step: int) -> EvaluationResult | None:
 
     Raises UserError for a file that is not what this module writes.
     """
+    # The first may be of another step by now: the run was trained and evaluated again.
     of_newest = run_dir / EVALUATION_NAME
     of_step = run_dir / EVALUATIONS_NAME / f"{step_name(step)}.json"
     for path in (of_newest, of_step):

@@ -1,5 +1,6 @@
-"""A model's loss, perplexity and bits per byte over a whole validation split, and over each of its
-sources.
+"""Scores a model on a whole validation split, and on each of its sources.
+
+The figures are loss, perplexity and bits per byte.
 
 The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id
 after the first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the
@@ -52,8 +53,9 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
 
 
 def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
-    """Ids of windows to score together, (windows, seq_len + 1): whole ones in groups, then the
-    partial one.
+    """Ids of windows to score together, (windows, seq_len + 1).
+
+    Whole ones come in groups, then the partial one by itself.
     """
     whole = windows.whole_windows
     starts = range(0, whole, WINDOWS_AT_ONCE)
@@ -100,8 +102,9 @@ def text_bytes_by_source(manifest: Manifest) -> dict[str, int]:
 
 
 def scoring_module(checkpoint: Checkpoint, manifest: Manifest) -> LanguageModelLoss:
-    """The fp32 masters on this machine's device, scored as they were trained: with documents apart
-    if the run had intra_document_masking.
+    """The fp32 masters on this machine's device, to be scored as they were trained.
+
+    That is with documents apart if the run had intra_document_masking.
     """
     # not in the recipes of early checkpoints
     is_masked = checkpoint.manifest.recipe.get("intra_document_masking", False)
@@ -117,6 +120,7 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
     module = scoring_module(checkpoint, manifest)
     windows = ValidationWindows(reader, seq_len=module.model.config.seq_len)
     text_bytes = text_bytes_by_source(manifest)
+    # Shards of one source lie together, in the order of `text_bytes`.
     tokens = [manifest.tokens("validation", name) for name in text_bytes]
     totals = source_totals(module, windows, np.cumsum(tokens, dtype=np.int64))
     sources = {}
@@ -124,6 +128,7 @@ def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
         nats = float(totals.nats[index])
         targets = int(totals.targets[index])
         sources[name] = score(nats, targets, text_bytes[name])
+    # By what the data holds, not by where it lies: data sets are moved.
     is_own_data = manifest.fingerprint == checkpoint.manifest.fingerprint
     return EvaluationResult(
         step=checkpoint.step,

@@ -63,9 +63,9 @@ def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> Parts[GPTNeoXCo
         num_attention_heads=config.num_heads,
         intermediate_size=4 * config.d_model,
         max_position_embeddings=config.seq_len,
-        hidden_act="gelu",
+        hidden_act="gelu",  # the exact one; "gelu_new" is the approximation by tanh
         layer_norm_eps=LAYER_NORM_EPS,
-        use_parallel_residual=False,
+        use_parallel_residual=False,  # where GPT-NeoX itself has attention and MLP side by side
         attention_bias=True,
         tie_word_embeddings=False,
         architectures=["GPTNeoXForCausalLM"],
@@ -92,6 +92,8 @@ def config_json(
 ) -> str:
     """`config.json`; the stock one also in the words of transformers 4."""
     content = config.to_diff_dict() | special_ids | {"dtype": dtype, "use_cache": True}
+    # 5.0.0 takes the default of rotary_pct, 0.25, where only the words of 5 are there
+    # (findings/transformers_5_0_gpt_neox_rotary.sh).
     if architecture == GPT_NEOX:
         content |= WHOLE_HEAD_ROTARY
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

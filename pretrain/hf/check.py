@@ -1,5 +1,6 @@
-"""Whether an export is whole and right, told without the run that it was made from: `export_hf
---check DIR`.
+"""Whether an export is whole and right, told without the run that it was made from.
+
+This is `export_hf --check DIR`.
 
 Compared are its files with the digests in its marker; its modelling file, configuration and weights
 with each other (pretrain/hf/check_model.py); and its tokenizer with what an export is made to hold
@@ -91,6 +92,7 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
     for name in marker.files:
         if not differs(directory, name, marker):
             continue
+        # People complete the card before they publish: that is what it is for.
         if name == CARD_NAME:
             yield f"{name} was edited; nothing loads it"
         elif is_mended(directory, name, marker):
@@ -108,8 +110,9 @@ def differs(directory: Path, name: str, marker: Marker) -> bool:
 
 
 def is_mended(directory: Path, name: str, marker: Marker) -> bool:
-    """Whether a file that differs from the exported one is what an export made today would hold,
-    as is advised here.
+    """Whether a file is not as it was exported, but as an export made today would hold it.
+
+    That is what the advice given here leads to.
     """
     if name == MODELING_FILE.name:
         return digest_file(directory / name) == digest_file(MODELING_FILE)
@@ -139,8 +142,9 @@ def file_problems(directory: Path, marker: Marker) -> Iterator[str]:
 
 
 def is_said_elsewhere(directory: Path, name: str, marker: Marker) -> bool:
-    """Whether a file that differs is told of in other words: a modelling file of an early version
-    with the model, what does no harm as a note.
+    """Whether a file that differs is told of in other words.
+
+    A modelling file of an early version is told of with the model, what does no harm as a note.
     """
     if name == MODELING_FILE.name and digest_file(directory / name) in WRONG_WITH_A_CACHE:
         return True

@@ -1,5 +1,6 @@
-"""Whether the modelling file, the configuration and the weights of an export go together, and with
-the transformers of today.
+"""Whether modelling file, configuration and weights of an export fit each other.
+
+And whether they fit the transformers of today.
 """
 
 import ast
@@ -152,8 +153,9 @@ def modelling_file_problems(directory: Path, *, has_marker: bool) -> Problems:
 
 
 def unknown_keys(path: Path, config: Json, read: set[str], known: set[str]) -> Problems:
-    """Keys of a config.json that the class which reads it passes over in silence; `known` are
-    those of ours.
+    """Keys of a config.json that the class which reads it passes over in silence.
+
+    `read` are those that it reads, `known` those of our own exports.
     """
     of_transformers = PretrainedConfig().to_dict().keys()
     for key in sorted(config.keys() - read - OF_ANY_MODEL - of_transformers):
@@ -164,9 +166,7 @@ def unknown_keys(path: Path, config: Json, read: set[str], known: set[str]) -> P
 
 
 def stock_config_problems(path: Path, config: Json) -> Problems:
-    """What in the configuration of a stock export GPT-NeoX would pass over, or what would make it
-    another model.
-    """
+    """What GPT-NeoX would pass over in a stock export's configuration, or what changes it."""
     of_stock = GPTNeoXConfig().to_dict().keys() | OF_ROTARY
     yield from unknown_keys(path, config, of_stock, of_stock)
     for key, value in OF_EVERY_STOCK_EXPORT.items():
@@ -175,14 +175,13 @@ def stock_config_problems(path: Path, config: Json) -> Problems:
 
 
 def own_config_problems(directory: Path, config: Json) -> Problems:
-    """What in the configuration of a table-free export its modelling file would pass over, or
-    not take.
-    """
+    """What the modelling file of an export would pass over in its configuration, or not take."""
     path = directory / CONFIG_FILE
     code = directory / MODELING_FILE.name
     if code.is_file():
         version = version_of(code)
         told = config.get(VERSION_KEY, FIRST_VERSION)
+        # A newer modelling file reads the configurations of older ones.
         is_newer_code = isinstance(told, int) and told < version
         if told != version and not is_newer_code:
             yield (
@@ -220,8 +219,9 @@ def parsed(code: Path) -> ast.Module:
 
 
 def names_in(code: Path) -> set[str]:
-    """Every name and every string of a program: what it doesn't name it can't read from a
-    configuration.
+    """Every name and every string of a program.
+
+    What it doesn't name it can't read from a configuration.
     """
     names: set[str] = set()
     for node in ast.walk(parsed(code)):
@@ -237,8 +237,9 @@ def names_in(code: Path) -> set[str]:
 
 
 def weight_problems(path: Path, model: ExportedModel) -> Problems:
-    """Weights of another shape or number than the configuration tells, by the header of their
-    file.
+    """Weights of another shape or number than the configuration tells.
+
+    Only the header of their file is read.
     """
     if not path.is_file():
         return  # The marker has told of it, or somebody saved the weights anew in several files.
@@ -255,6 +256,7 @@ def weight_problems(path: Path, model: ExportedModel) -> Problems:
             yield (
                 f"{path}: {head} has shape {shapes[head]}, {CONFIG_FILE} tells {expected}; {AGAIN}"
             )
+    # By the numbers in names: what a file lacks in the middle is a layer less.
     layers = len({found[1] for name in shapes if (found := LAYER.search(name))})
     layers_told = model.config.get(layers_key)
     if layers != layers_told:

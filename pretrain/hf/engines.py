@@ -1,5 +1,6 @@
-"""What exports were run in, by release of the engine and form: engines.yaml, which the card of an
-export shows.
+"""What exports were run in, by release of the engine and form.
+
+That is engines.yaml, which the card of an export shows.
 
 The file is written by what ran them (tests/pretrain/hf/matrix/recorded.py), never by hand.
 """

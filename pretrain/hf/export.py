@@ -99,12 +99,14 @@ def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
     """Write all files of an export into an empty directory; the marker, which names them, last."""
     checkpoint = asked.checkpoint
     config = TableFreeConfig.from_dict(checkpoint.manifest.model_config)
+    # All in memory at once, 4 bytes a parameter, as transformers will have them too.
     masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     tokenizer = exported_tokenizer(asked, config)
     special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest.data.eos_id)
     card = card_of(asked, config, tokenizer, special_ids)
     (directory / CARD_NAME).write_text(card + "\n", encoding="utf-8")
     if asked.architecture == GGUF:
+        # The engines build a GPT-NeoX of their own from it.
         weights, stock = gpt_neox_parts(masters, config)
         vocabulary = Vocabulary(
             definition=json.loads(tokenizer.files[DEFINITION_NAME]),
@@ -122,6 +124,7 @@ def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
         (directory / GENERATION_FILE).write_text(generation, encoding="utf-8")
     if asked.architecture == TABLEFREE:
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    # Last, for it holds the digests of all the others.
     write_marker(directory, checkpoint, asked.architecture, asked.dtype)
     return tokenizer
 
@@ -134,8 +137,9 @@ def exported_tokenizer(asked: Asked, config: TableFreeConfig) -> ExportedTokeniz
 
 
 def special_token_ids(roles: dict[str, int], eos_id: int) -> dict[str, int]:
-    """The ids of begin, end and padding as a tokenizer names them; the end-of-document id where
-    it names none.
+    """The ids of begin, end and padding, as a tokenizer names them.
+
+    The end-of-document id where it names none.
     """
     return {
         f"{kind}_token_id": roles.get(f"{kind}_token", eos_id) for kind in ("bos", "eos", "pad")
@@ -152,6 +156,7 @@ def card_of(
     checkpoint = asked.checkpoint
     reference = tokenizer.reference
     result = read_result(asked.run_dir, checkpoint.step)
+    step_tokens = checkpoint.manifest.recipe["batch"]["global_batch_tokens"]
     sizes = [torch.Size(shape).numel() for shape in checkpoint.shapes.values()]
     return render(
         "model_card.md.jinja",
@@ -159,6 +164,7 @@ def card_of(
         architecture=asked.architecture,
         dtype=asked.dtype,
         trained_parameters=sum(sizes),
+        trained_tokens=checkpoint.step * step_tokens,
         figures=result.whole_split if result else None,
         starts=for_card(read_starts(asked.run_dir), checkpoint.step),
         one_input=tokens_of(reference, aliased_ids(config.to_dict()) or ()),
@@ -178,13 +184,15 @@ def tokens_of(tokenizer: Tokenizer, ids: tuple[int, ...]) -> dict[int, str]:
 
 
 def write_model(directory: Path, weights: Weights, config_text: str, dtype: str) -> None:
-    """Weights and configuration. safetensors makes a file that nobody else may read: it gets the
-    mode of the others.
+    """Write weights and configuration.
+
+    safetensors makes a file that nobody else may read: it gets the mode of the others.
     """
     config_path = directory / CONFIG_FILE
     config_path.write_text(config_text, encoding="utf-8")
     path = directory / WEIGHTS_FILE
     torch_dtype = getattr(torch, dtype)
+    # safetensors refuses tensors that are views of others with gaps in between.
     converted = {name: tensor.to(torch_dtype).contiguous() for name, tensor in weights.items()}
     save_file(converted, path, metadata={"format": "pt"})
     path.chmod(stat.S_IMODE(config_path.stat().st_mode))
@@ -193,8 +201,7 @@ def write_model(directory: Path, weights: Weights, config_text: str, dtype: str)
 def check_tokenizer(
     staged: Path, tokenizer: ExportedTokenizer, checkpoint: Checkpoint, output: Path
 ) -> str:
-    """What AutoTokenizer gives with an export must be the data's ids; returns of what that was
-    seen.
+    """See that AutoTokenizer gives the data's ids with an export; returns what was compared.
 
     The export is in `staged`, and to be called `output`.
     """

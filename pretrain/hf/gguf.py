@@ -1,5 +1,6 @@
-"""A run as one GGUF file, for llama.cpp and the engines built on it: the stock GPT-NeoX form under
-GGUF's names.
+"""A run as one GGUF file, for llama.cpp and the engines built on it.
+
+It is the stock GPT-NeoX form under GGUF's names.
 
 The format's keys are those of the `gguf` package, which writes the file. llama.cpp's own converter
 knows tokenizers by a digest over their merges, so none of ours; its engines know pre-tokenizers by
@@ -138,8 +139,9 @@ def add_architecture(
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size: int) -> None:
-    """Tokens, their types, and merges: text gives the data's ids, and special tokens only where an
-    engine is told so.
+    """Add tokens, their types, and merges.
+
+    Text gives the data's ids, and special tokens only where an engine is told so.
     """
     import gguf
 
@@ -177,8 +179,9 @@ def merges_of(definition: Json) -> Iterator[tuple[str, str]]:
 
 
 def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
-    """What in a tokenizer llama.cpp would read otherwise than `tokenizers`; None for a plain
-    byte-level BPE.
+    """What in a tokenizer llama.cpp would read otherwise than `tokenizers`.
+
+    None for a plain byte-level BPE.
     """
     model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
@@ -205,8 +208,9 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
 
 
 def by_kind(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of query_key_value, (3 D, D) or (3 D,): from each head's (q, k, v) to all queries, all
-    keys, all values.
+    """Rows of query_key_value from each head's (q, k, v) to all queries, all keys, all values.
+
+    The shape is (3 D, D), or (3 D,) of a bias.
     """
     grouped = tensor.view(heads, 3, -1, *tensor.shape[1:])
     return grouped.transpose(0, 1).reshape(tensor.shape)

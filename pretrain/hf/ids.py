@@ -1,5 +1,6 @@
-"""Whether an export's tokenizer gives the ids of the data, as whoever loads the export gets it: by
-`AutoTokenizer`.
+"""Whether an export's tokenizer gives the ids of the data, as whoever loads it gets it.
+
+That is by `AutoTokenizer`.
 
 Asked when an export is made, of documents of every source of the data set where it is at hand, and
 of texts that are hard to tokenize in any case; and again by `export_hf --check`, with the
@@ -40,8 +41,9 @@ HARD_TEXTS = (
 
 
 def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator[str]:
-    """Documents of a data set, as their ids decode, evenly spread over each of its sources; of a
-    long one a part.
+    """Documents of a data set, evenly spread over each of its sources.
+
+    They are as their ids decode; of a long one only the beginning.
     """
     sources = reader.manifest.sources
     of_each = max(1, min(OF_A_SOURCE, SAMPLED_DOCUMENTS // len(sources)))
@@ -49,6 +51,7 @@ def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator
         shards = [shard for shard in reader.manifest.shards if shard.source == source.name]
         total = sum(shard.documents for shard in shards)
         count = min(of_each, total)
+        # Documents by number, from the source's first on.
         wanted = [number * total // of_each for number in range(count)]
         before = 0  # documents in the source's shards so far
         for shard in shards:
@@ -68,8 +71,9 @@ def beginning(reader: ShardReader, shard: Shard, document: int, tokenizer: Token
 
 
 def hard_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that tokenizers read differently: those above, all tokens of the vocabulary, special
-    tokens spelled out.
+    """Texts that tokenizers read differently.
+
+    Those above, all tokens of the vocabulary, and special tokens spelled out.
     """
     every_id = list(range(tokenizer.get_vocab_size()))
     every_token = tokenizer.decode(every_id, skip_special_tokens=True)
@@ -79,8 +83,9 @@ def hard_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Path) -> int:
-    """AutoTokenizer, without code from elsewhere, must give these ids for texts; returns how many
-    texts it was asked.
+    """See that AutoTokenizer gives these ids for texts; returns how many texts it was asked.
+
+    It runs no code from elsewhere.
 
     `export` is a whole export, for which class AutoTokenizer takes hangs on its config.json too;
     `place` is what it is called. Special tokens in a text are text here, as in the data. Raises
@@ -97,6 +102,7 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
         for text in texts:
             asked += 1
             ids = expected.encode(text, add_special_tokens=False).ids
+            # Special tokens spelled out are text, as they were when the data was made.
             if exported.encode(text, split_special_tokens=True) != ids:
                 problem = "would give other ids with the exported tokenizer than the data set holds"
                 raise UserError(
@@ -107,8 +113,9 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
 
 @contextlib.contextmanager
 def transformers_unheard() -> Iterator[None]:
-    """transformers says nothing below an error: it would warn of long texts, and of a class whose
-    code is not to be run.
+    """Have transformers say nothing below an error.
+
+    It would warn of long texts, and of a class whose code is not to be run.
     """
     from transformers.utils import logging as transformers_logging
 

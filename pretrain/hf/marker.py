@@ -42,8 +42,9 @@ class Marker:
 
 
 def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The keys of a run's recipe that make it this run and no other; keys that it lacks are as
-    default.
+    """The keys of a run's recipe that make it this run and no other.
+
+    Keys that it lacks are as default.
     """
     recipe = build_recipe(checkpoint.manifest.recipe, str(checkpoint.path))
     kept = {}
@@ -81,6 +82,7 @@ def read_marker(directory: Path) -> Marker | None:
         return None
     if not isinstance(marker.files, dict) or not isinstance(marker.recipe, dict):
         return None
+    # What was edited by hand may be wrong about the files, and so allows nothing to be replaced.
     is_as_written = marker.to_bytes() == raw
     return marker if is_as_written else None
 
@@ -113,7 +115,7 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
 
 def refuse_a_home_of_others(output: Path, place: str, checkpoint: Checkpoint) -> None:
     """Raise UserError for a place in a run's checkpoints or in a data set."""
-    home = output.resolve()
+    home = output.resolve()  # a link may lead there
     if home.is_relative_to(checkpoint.path.resolve().parent):
         raise UserError(f"{place}: is among the run's checkpoints; give another directory")
     for folder in (home, *home.parents):
@@ -138,8 +140,9 @@ def refuse_more_than_an_export(output: Path, place: str, marker: Marker) -> None
 
 
 def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:
-    """What would be lost with an export that the export of this checkpoint replaces, or None: it
-    can be made again.
+    """What would be lost with the export there if this checkpoint's took its place.
+
+    None where it can be made again.
     """
     for name, digest in marker.files.items():
         if not (output / name).is_file():
@@ -148,6 +151,7 @@ def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | 
             return f"{name} was changed since it was exported"
     here = {"fingerprint": checkpoint.manifest.fingerprint, **run_recipe(checkpoint)}
     there = {"fingerprint": marker.fingerprint, **marker.recipe}
+    # Keys that only one of the two has are of another version of this project: they tell nothing.
     for key, value in there.items():
         if key in here and here[key] != value:
             return f"holds an export of another run ({key} {value}, here {here[key]})"

@@ -1,5 +1,4 @@
-"""The tokenizer of an export: to a text it gives the ids that the data set holds for that text, and
-nothing more.
+"""The tokenizer of an export: it gives a text the ids of the data set, and nothing more.
 
 A published tokenizer may add tokens around each text (a template `<s> $A </s>`, or flags that make
 its class add them), cut texts short, pad them, drop merges at random, or ask for a class that
@@ -81,8 +80,9 @@ class ExportedTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of chats, in a file of its own or in the configuration; of several the
-        one called default.
+        """The template of chats, in a file of its own or in the configuration.
+
+        Of several the one called default.
         """
         if CHAT_TEMPLATE_NAME in self.files:
             return self.files[CHAT_TEMPLATE_NAME].decode()
@@ -156,8 +156,9 @@ def read_object(files: dict[str, bytes], name: str, source: Path) -> Json:
 
 
 def merged_config(files: dict[str, bytes], source: Path) -> Json:
-    """`tokenizer_config.json`, and what only `special_tokens_map.json` says, as data preparation
-    reads the two.
+    """`tokenizer_config.json`, and what only `special_tokens_map.json` says.
+
+    As data preparation reads the two.
     """
     config = read_object(files, CONFIG_NAME, source)
     told = {key: value for key, value in config.items() if value is not None}
@@ -165,10 +166,10 @@ def merged_config(files: dict[str, bytes], source: Path) -> Json:
 
 
 def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
-    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells,
-    if it tells one.
+    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells.
 
-    What is missing is left to `as_exported`, which names it.
+    A checkpoint that tells none is content with any. What is missing is left to `as_exported`,
+    which names it.
     """
     files = read_tokenizer(source)
     if not expected or not {DEFINITION_NAME, CONFIG_NAME} <= files.keys():
@@ -207,8 +208,9 @@ def _kept(processor: Json | None) -> Json | None:
 
 
 def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:
-    """A `tokenizer_config.json` that leaves everything to tokenizer.json, and what was left out of
-    it that is said.
+    """A `tokenizer_config.json` that leaves everything to tokenizer.json.
+
+    Returned with what was left out of it and is to be said, a line each.
 
     A role whose token is none of tokenizer.json is left out: transformers would add the token, with
     an id that the model has no output for. So is a further special token that is no added token
@@ -253,8 +255,9 @@ def content_of(token: Any) -> str | None:
 
 
 def more_tokens(told: Json) -> Iterable[str]:
-    """The special tokens without one of the ROLES; newer files give some of them names of their
-    own.
+    """The special tokens without one of the ROLES.
+
+    Newer files give some of them names of their own.
     """
     for key in MORE_TOKENS:
         value = told.get(key)
@@ -268,8 +271,9 @@ def more_tokens(told: Json) -> Iterable[str]:
 
 
 def as_in_the_data(definition: bytes, where: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` as data preparation uses it. Raises UserError if it is
-    none.
+    """The tokenizer of a `tokenizer.json` as data preparation uses it.
+
+    Raises UserError if it is none.
     """
     # the library raises nothing more exact
     with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):

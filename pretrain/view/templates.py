@@ -1,5 +1,6 @@
-"""Texts that commands print and write, from the templates of this folder, and the model card of
-pretrain/hf.
+"""Texts that commands print and write, from templates.
+
+They lie in this folder, and the model card's in pretrain/hf.
 """
 
 from pathlib import Path

@@ -318,6 +318,7 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         "architecture": "gpt_neox",
         "dtype": "float32",
         "trained_parameters": 1,
+        "trained_tokens": 1,
         "figures": figures,
         "one_input": {},
         "starts": [],
