@@ -66,7 +66,7 @@ def medians_in_turns(
 def passes(bench: Bench, layers: int, windows: int) -> Callable[[], None]:
     """A forward and backward pass over random ids of a model of that many layers."""
     recipe = bench.recipe
-    smaller = replace(recipe.model, num_layers=layers)  # type: ignore[type-var]
+    smaller = replace(recipe.model, num_layers=layers)
     model = TableFreeForCausalLM(model_config(smaller))
     checkpointing = recipe.activation_checkpointing
     apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)

@@ -28,7 +28,7 @@ class Mark(NamedTuple):
         """Between an earlier mark and this one."""
         if self.event is None or earlier.event is None:
             return self.at_s - earlier.at_s
-        milliseconds = earlier.event.elapsed_time(self.event)  # type: ignore[no-untyped-call]
+        milliseconds = earlier.event.elapsed_time(self.event)
         return float(milliseconds) / 1e3
 
 
@@ -49,7 +49,7 @@ class StepClock:
         """End a phase here."""
         if self.on_cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()  # type: ignore[no-untyped-call]
+            event.record()
             self._marks.append(Mark(phase, event=event))
         else:
             self._marks.append(Mark(phase, at_s=time.perf_counter()))

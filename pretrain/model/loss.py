@@ -78,7 +78,8 @@ class LanguageModelLoss(nn.Module):
         With an `eos_id`, no token sees another document of its window.
         """
         if self.eos_id is None:
-            return self.model.model.hidden_states(inputs_BT)
+            hidden_BTD: Tensor = self.model.model.hidden_states(inputs_BT)
+            return hidden_BTD
         return hidden_states_by_document(self.model.model, inputs_BT, self.eos_id)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

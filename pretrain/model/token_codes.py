@@ -93,7 +93,7 @@ def aliased_ids(config: Mapping[str, Any]) -> Pair | None:
 
 def all_ones(code_bits: int) -> int:
     """The code of ones alone."""
-    return 2**code_bits - 1
+    return (1 << code_bits) - 1
 
 
 def given_by_no_text(manifest: Manifest) -> set[int]:
