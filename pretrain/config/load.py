@@ -111,7 +111,7 @@ def build_recipe(content: Any, origin: str) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{origin}: not a recipe: expected keys and values in YAML")
     try:
-        # JSON, so that a list is taken where a tuple is declared, strict as the fields are.
+        # What only YAML knows, such as dates, becomes text.
         text = json.dumps(as_numbers(content), default=str)
         recipe = pydantic.TypeAdapter(Recipe).validate_json(text)
         check_recipe(recipe, origin)
