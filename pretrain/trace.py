@@ -28,32 +28,46 @@ from pretrain.data.provenance import Part, parts_of
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
     """Where a sample comes from."""
     place = loader.place(sample)
-    windows, end = (
-        loader.window_counts[loader.names.index(place.source)],
-        place.start + loader.seq_len + 1,
+    windows = loader.source(place.source).windows
+    end = place.start + loader.seq_len + 1
+    return (
+        f"source     {place.source}, epoch {place.epoch}, ordinal {place.ordinal} of {windows}\n"
+        f"window     tokens [{place.start}:{end}] of the source's training shards, one after "
+        "another"
     )
-    drawn = f"source     {place.source}, epoch {place.epoch}, ordinal {place.ordinal} of {windows}"
-    return f"{drawn}\nwindow     tokens [{place.start}:{end}] of the source's training shards, one after another"
 
 
 def describe_part(part: Part, reader: ShardReader, tokenizer: Tokenizer, characters: int) -> str:
-    """A document, what the window holds of it, and the beginning of that text, without the
-    end-of-document id.
+    """A document, what the window holds of it, and the beginning of that text.
+
+    The end-of-document id has no text that is shown.
     """
-    start, stop = part.offsets.start, part.offsets.stop
-    first, last, total = start - part.document.start, stop - part.document.start, len(part.document)
-    ids = reader.tokens(part.shard)[start : stop - (last == total)].tolist()
+    start = part.offsets.start
+    stop = part.offsets.stop
+    # The same in the document's own tokens.
+    first = start - part.document.start
+    last = stop - part.document.start
+    total = len(part.document)
+    is_whole_end = last == total
+    end_of_text = stop - 1 if is_whole_end else stop
+    ids = reader.tokens(part.shard)[start:end_of_text].tolist()
     text = tokenizer.decode(ids, skip_special_tokens=False)
     shown = text[:characters].replace("\r", "␍").replace("\n", "⏎")
-    left, right = "…" * (first > 0), "…" * (last < total or len(text) > characters)
-    head = f"{part.origin[0]}, row {part.origin[1]}: its tokens [{first}:{last}] of {total}"
-    return f"{head}\n  {part.shard.path}[{start}:{stop}]\n  {left}{shown}{right}"
+    left = "…" if first > 0 else ""
+    right = "" if is_whole_end and len(text) <= characters else "…"
+    file, row = part.origin
+    return (
+        f"{file}, row {row}: its tokens [{first}:{last}] of {total}\n"
+        f"  {part.shard.path}[{start}:{stop}]\n"
+        f"  {left}{shown}{right}"
+    )
 
 
 @cache
 def warn_of_damage(reader: ShardReader, shard: Shard) -> None:
-    """Say on stderr that a shard is not as it was built: what a run has seen in it may be why
-    one asks.
+    """Say on stderr that a shard is not as it was built.
+
+    What a run has seen in it may be why one asks.
     """
     try:
         check_shards(reader, [shard])
@@ -63,13 +77,12 @@ def warn_of_damage(reader: ShardReader, shard: Shard) -> None:
 
 def build_parser() -> CommandParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
+    about = "From a row of a training step back to the documents it was made of."
     more = (
         "Steps, rows and all else count from 0. With --recipe, any recipe key can be set with "
         "--dotted.key=value."
     )
-    parser = CommandParser(
-        prog="python -m pretrain.trace", description=(__doc__ or "").split("\n")[0], epilog=more
-    )
+    parser = CommandParser(prog="python -m pretrain.trace", description=about, epilog=more)
     run = parser.add_mutually_exclusive_group(required=True)
     run.add_argument("--run-dir", type=Path, help="directory of a run of pretrain.train")
     run.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
@@ -99,6 +112,12 @@ def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
     return load_recipe(str(run_dir / "recipe.yaml"))
 
 
+def check_range(flag: str, number: int, end: int) -> None:
+    """Raise UserError unless a flag's number is one of range(end)."""
+    if not 0 <= number < end:
+        raise UserError(f"--{flag} {number}: expected a number from 0 to {end - 1}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags, overrides = build_parser().parse_known_args(arguments)
@@ -108,25 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only"
         )
-    fingerprint = reader.manifest.fingerprint
     if flags.run_dir:
-        recipe = recipe_of(flags.run_dir, fingerprint)
+        recipe = recipe_of(flags.run_dir, reader.manifest.fingerprint)
     else:
         recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     rows = recipe.global_batch_size
-    for name, end in (("step", recipe.total_steps), ("row", rows), ("characters", 2**31)):
-        if not 0 <= getattr(flags, name) < end:
-            raise UserError(
-                f"--{name} {getattr(flags, name)}: expected a number from 0 to {end - 1}"
-            )
+    check_range("step", flags.step, recipe.total_steps)
+    check_range("row", flags.row, rows)
+    check_range("characters", flags.characters, 2**31)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
-    tokenizer = Tokenizer.from_file(str(flags.data_dir / TOKENIZER_NAME / "tokenizer.json"))
+    tokenizer_file = flags.data_dir / TOKENIZER_NAME / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     sample = flags.step * rows + flags.row
     print(f"sample     {sample}: row {flags.row} of step {flags.step}, which has {rows} rows")
     print(describe_sample(loader, sample))
     for part in parts_of(loader, sample):
         warn_of_damage(reader, part.shard)
-        print("\n" + printable(describe_part(part, reader, tokenizer, flags.characters)))
+        described = describe_part(part, reader, tokenizer, flags.characters)
+        print("\n" + printable(described))
 
 
 if __name__ == "__main__":

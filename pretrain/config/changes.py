@@ -16,38 +16,13 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "activation_checkpointing",
         "validation",
         "checkpoints",
+        "bad_steps",
+        "stalls",
+        "engine",
     }
-    | {"bad_steps", "stalls", "engine"}
 )
+# A branch may also go on longer, and decay otherwise.
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def refuse_changes(
-    saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str
-) -> None:
-    """Raise UserError for the first dotted key whose value differs, unless it, or its section,
-    may change.
-    """
-    old, new = flatten(saved), flatten(now)
-    for key in [*old, *(k for k in new if k not in old)]:
-        if old.get(key) != new.get(key) and may_change.isdisjoint((key, key.partition(".")[0])):
-            raise UserError(
-                f"{origin}: this run was started with {key}={old.get(key)!r}, got "
-                f"{new.get(key)!r}; give the old value to continue it, or another --run-dir to "
-                "start a new run"
-            )
-
-
 # Keys of the merged configuration that may differ when a run is resumed: they don't change what a
 # step computes. The last three are what earlier versions added otherwise than this one; their runs
 # go on.
@@ -62,3 +37,36 @@ ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
         "zero_allow_untested_optimizer",
     }
 )
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def refuse_changes(
+    saved: dict[str, Any], now: dict[str, Any], may_change: frozenset[str], origin: str
+) -> None:
+    """Raise UserError for the first dotted key whose value differs.
+
+    Keys in `may_change`, or whose sections are in it, may differ.
+    """
+    old = flatten(saved)
+    new = flatten(now)
+    for key in old | new:
+        section = key.partition(".")[0]
+        if key in may_change or section in may_change:
+            continue
+        before = old.get(key)
+        after = new.get(key)
+        if before != after:
+            raise UserError(
+                f"{origin}: this run was started with {key}={before!r}, got {after!r}; give the "
+                "old value to continue it, or another --run-dir to start a new run"
+            )

@@ -65,7 +65,7 @@ KNOWN_KEYS = {
     "bf16": {"enabled": FLAG},
     "data_types": {"grad_accum_dtype": DTYPE},
 }
-# the last three of the sections that know them
+# Of the sections that know them.
 REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]
 
 
@@ -81,17 +81,18 @@ def load_engine_config(name: str) -> dict[str, Any]:
 
 
 def objections(config: dict[str, Any]) -> Iterator[str]:
-    """What this pipeline can't honour in a DeepSpeed JSON. Later ones rely on there being no
-    earlier ones.
+    """What this pipeline can't honour in a DeepSpeed JSON.
+
+    Later ones rely on there being no earlier ones.
     """
     for key, home in OWNED_BY_RECIPE.items():
         if key in config:
             yield f"{key} belongs to the recipe ({home}); remove it here"
     yield from key_objections(config)
-    zero, sums = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
-    if zero["stage"] == 0 and (
-        config.get("bf16", {}).get("enabled") or sums == "bf16" or "offload_optimizer" in zero
-    ):
+    zero = config["zero_optimization"]
+    is_bf16 = config.get("bf16", {}).get("enabled")
+    sums_in_bf16 = config.get("data_types", {}).get("grad_accum_dtype") == "bf16"
+    if zero["stage"] == 0 and (is_bf16 or sums_in_bf16 or "offload_optimizer" in zero):
         yield (
             "zero_optimization.stage is 0, which is for fp32 alone, without bf16 or "
             "offload_optimizer; write 1 or 2"
@@ -101,11 +102,9 @@ def objections(config: dict[str, Any]) -> Iterator[str]:
 def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
     """Keys that are not known where they stand, that are missing, or hold what they may not."""
     known = KNOWN_KEYS[section]
-    texts = dict.fromkeys((key for key in REQUIRED_KEYS if key in known), "missing")
-    for key, text in {
-        **texts,
-        **{key: json.dumps(value) for key, value in content.items()},
-    }.items():
+    texts = {key: "missing" for key in REQUIRED_KEYS if key in known}
+    texts |= {key: json.dumps(value) for key, value in content.items()}
+    for key, text in texts.items():
         name = f"{section}.{key}".lstrip(".")
         if key not in known:
             yield f"unknown key {name}; {nearest(key, known)}"
@@ -118,46 +117,59 @@ def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches that each rank takes in a step. Raises UserError unless the batch divides
-    evenly.
+    """Micro-batches that each rank takes in a step.
+
+    Raises UserError unless the batch divides evenly.
     """
-    batch, at_once = recipe.global_batch_size, world_size * recipe.batch.micro_batch_size
-    if batch % at_once == 0:
-        return batch // at_once
-    below = batch // at_once * at_once
-    tokens = " or ".join(str(n * recipe.model.seq_len) for n in (below, below + at_once) if n)
-    ways = [f"batch.global_batch_tokens {tokens}"]
-    sizes = [
-        n for n in range(1, recipe.batch.micro_batch_size + 1) if batch % (world_size * n) == 0
-    ]
-    ways += [f"batch.micro_batch_size {n}" for n in sizes[-1:]]
-    ranks = [
-        n for n in range(1, world_size + 1) if batch % (recipe.batch.micro_batch_size * n) == 0
-    ]
-    ways += [f"{n} of the ranks" for n in ranks[-1:]]
+    batch = recipe.global_batch_size
+    micro_batch = recipe.batch.micro_batch_size
+    steps, rest = divmod(batch, world_size * micro_batch)
+    if rest == 0:
+        return steps
+    ways = ", or ".join(ways_to_divide(recipe, world_size))
     raise UserError(
         f"a step of {batch} windows does not divide over {world_size} ranks x micro-batch "
-        f"{recipe.batch.micro_batch_size}; nearest that do: {', or '.join(ways)}"
+        f"{micro_batch}; nearest that do: {ways}"
     )
 
 
-def merge_config(recipe: Recipe, engine_config: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The one dictionary that DeepSpeed gets. Gradients add up and travel in fp32 unless the JSON
-    says otherwise.
+def ways_to_divide(recipe: Recipe, world_size: int) -> list[str]:
+    """What to change, one thing at a time, so that a step divides over ranks and micro-batches."""
+    batch = recipe.global_batch_size
+    micro_batch = recipe.batch.micro_batch_size
+    at_once = world_size * micro_batch
+    below = batch // at_once * at_once
+    above = below + at_once
+    batches = [windows * recipe.model.seq_len for windows in (below, above) if windows > 0]
+    ways = [f"batch.global_batch_tokens {' or '.join(map(str, batches))}"]
 
-    DeepSpeed's own search for infinite gradients is off: it would make the host wait, and skip the
-    step in silence where Engine.train_step raises.
+    for size in range(micro_batch, 0, -1):
+        if batch % (world_size * size) == 0:
+            ways.append(f"batch.micro_batch_size {size}")
+            break
+    for ranks in range(world_size, 0, -1):
+        if batch % (micro_batch * ranks) == 0:
+            ways.append(f"{ranks} of the ranks")
+            break
+    return ways
+
+
+def merge_config(recipe: Recipe, engine_config: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The one dictionary that DeepSpeed gets.
+
+    Gradients add up and travel in fp32 unless the JSON says otherwise. DeepSpeed's own search for
+    infinite gradients is off: it would make the host wait, and skip the step in silence where
+    Engine.train_step says why.
     """
-    return {
+    merged = {
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_force_ds_cpu_optimizer": False,
         **engine_config,
-        **(
-            {"bf16": {**engine_config["bf16"], "check_grad_overflow": False}}
-            if "bf16" in engine_config
-            else {}
-        ),
+    }
+    if "bf16" in engine_config:
+        merged["bf16"] = {**engine_config["bf16"], "check_grad_overflow": False}
+    return merged | {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe, world_size),

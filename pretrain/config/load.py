@@ -25,14 +25,18 @@ def dotted_keys(section: Any, prefix: str = "") -> list[str]:
     """Every key of a recipe, sections and what is in them."""
     keys = []
     for key in fields(section):
-        inside = dotted_keys(key.type, f"{prefix}{key.name}.") if is_dataclass(key.type) else []
-        keys += [prefix + key.name, *inside]
+        dotted = prefix + key.name
+        keys.append(dotted)
+        if is_dataclass(key.type):
+            keys += dotted_keys(key.type, f"{dotted}.")
     return keys
 
 
 def shipped_file(name: str, directory: Path, suffix: str, key: str) -> Path:
     """A file that the project ships, by its name, or the path itself."""
-    path = Path(name) if Path(name).suffix else directory / f"{name}{suffix}"
+    path = Path(name)
+    if not path.suffix:
+        path = directory / f"{name}{suffix}"
     if not path.is_file():
         raise UserError(f"{key} {name}: no such file; {nearest_file(name, directory, suffix)}")
     return path
@@ -45,7 +49,8 @@ def nearest_file(name: str, directory: Path, suffix: str) -> str:
     if not path.suffix:
         return f"{nearest(name, shipped)} (or give a {suffix} file)"
     beside = [known.name for known in path.parent.glob(f"*{suffix}")]
-    if close := difflib.get_close_matches(path.name, beside, n=1, cutoff=NEAR):
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=NEAR)
+    if close:
         return f"did you mean {path.with_name(close[0])}?"
     if path.stem in shipped:
         return f"did you mean the shipped {path.stem}, without {suffix}?"
@@ -53,16 +58,16 @@ def nearest_file(name: str, directory: Path, suffix: str) -> str:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `--dotted.key=value` arguments in the recipe's nested dictionary; values are read as
-    YAML.
+    """Set `--dotted.key=value` arguments in a recipe's nested dictionary, in place.
+
+    Values are read as YAML. Raises UserError for what is no such argument.
     """
     for argument in overrides:
         dotted, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            key = OURS.get(dotted.rpartition(".")[2].replace("-", "_"))
-            form = f"--{key}=value" if key else "--dotted.key=value"
             raise UserError(
-                f"{argument}: not a known flag; a recipe key is set as {form}, with the sign ="
+                f"{argument}: not a known flag; a recipe key is set as {form_of(dotted)}, with the "
+                "sign ="
             )
         *sections, key = dotted.split(".")
         target = content
@@ -73,10 +78,15 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
         target[key] = parse_yaml(text, argument)
 
 
+def form_of(flag: str) -> str:
+    """How a recipe key is set, for somebody who wrote it otherwise."""
+    last = flag.rpartition(".")[2]
+    key = OURS.get(last.replace("-", "_"))
+    return f"--{key}=value" if key else "--dotted.key=value"
+
+
 def as_numbers(value: Any) -> Any:
-    """Read the numbers that YAML takes for text, `6e-4` and `17e9`, and make whole ones
-    integers.
-    """
+    """Read the numbers that YAML takes for text, `6e-4` and `17e9`; whole ones become integers."""
     if isinstance(value, dict):
         return {key: as_numbers(inner) for key, inner in value.items()}
     if not isinstance(value, str | float):
@@ -94,24 +104,21 @@ def nearest_key(dotted: str) -> str:
 
 
 def build_recipe(content: Any, origin: str) -> Recipe:
-    """Check a nested dictionary and make it a Recipe. Raises UserError for the first thing that
-    is wrong.
+    """Check a nested dictionary and make it a Recipe.
+
+    Raises UserError for the first thing that is wrong.
     """
     if not isinstance(content, dict):
         raise UserError(f"{origin}: not a recipe: expected keys and values in YAML")
     try:
-        recipe = pydantic.TypeAdapter(Recipe).validate_json(
-            json.dumps(as_numbers(content), default=str)
-        )
+        # What only YAML knows, such as dates, becomes text.
+        text = json.dumps(as_numbers(content), default=str)
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(text)
         check_recipe(recipe, origin)
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {first_problem(error, nearest_key)}") from None
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # keys that are lists, endless numbers
+    # Of keys that are lists, and of endless numbers.
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{origin}: {error}") from None
     return recipe
 
@@ -126,27 +133,29 @@ def load_recipe(name: str, overrides: Sequence[str] = (), data_dir: Path | None 
     if isinstance(content, dict):
         apply_overrides(content, overrides)
         resolve_vocab_size(content, data_dir, str(path))
-    return build_recipe(content, " ".join([str(path), *overrides]))
+    origin = " ".join([str(path), *overrides])
+    return build_recipe(content, origin)
 
 
 def resolve_vocab_size(content: dict[str, Any], data_dir: Path | None, origin: str) -> None:
-    """Put the number of the data set's ids in the place of `model.vocab_size: auto`. Raises
-    UserError without one.
+    """Put the number of the data set's ids in the place of `model.vocab_size: auto`.
+
+    Raises UserError without a data set.
     """
     model = content.get("model")
     if not isinstance(model, dict) or model.get("vocab_size") != AUTO:
         return
     if data_dir is None:
-        advice = "give --data-dir, or a number as --model.vocab_size=N"
         raise UserError(
-            f"{origin}: model.vocab_size is {AUTO}, the number of the data set's ids; {advice}"
+            f"{origin}: model.vocab_size is {AUTO}, the number of the data set's ids; give "
+            "--data-dir, or a number as --model.vocab_size=N"
         )
     model["vocab_size"] = ShardReader(data_dir).manifest.vocab_size
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as nested dictionaries."""
-    return asdict(recipe)  # type: ignore[call-overload]
+    return asdict(recipe)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

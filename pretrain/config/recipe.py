@@ -22,14 +22,13 @@ STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 class ModelRecipe:
     """Architecture of the decoder."""
 
-    # in a recipe's file also `auto`, see load_recipe
-    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)  # in a file also `auto`; see load_recipe
     d_model: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     seq_len: int = Field(ge=1)
     input_embedding: Literal["binary_code", "affine_code", "learned"]
-    # default: ceil(log2 vocab_size)
+    # By default as few as tell all ids apart: ceil(log2 vocab_size).
     code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)
     code_seed: int = 0  # draws A and b of an affine code
 
@@ -56,8 +55,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScheduleRecipe:
-    """Linear warm-up to the peak, then a decay to a fraction of it at the last step; see
-    pretrain/config/schedule.py.
+    """Linear warm-up to the peak, then a decay to a fraction of it at the last step.
 
     `cosine` and `linear` decay from the end of the warm-up, `wsd` (warmup-stable-decay) over its
     last `decay_steps`, or `decay_fraction` of all steps; `constant` stays at the peak.
@@ -72,19 +70,15 @@ class ScheduleRecipe:
 
     def warmup(self, total_steps: int) -> int:
         """Steps of the warm-up."""
-        return (
-            math.ceil(self.warmup_fraction * total_steps)
-            if self.warmup_steps is None
-            else self.warmup_steps
-        )
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_fraction * total_steps)
 
     def decay(self, total_steps: int) -> int:
         """Steps of the decay of `wsd`."""
-        return (
-            math.ceil(self.decay_fraction * total_steps)
-            if self.decay_steps is None
-            else self.decay_steps
-        )
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return math.ceil(self.decay_fraction * total_steps)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,7 +86,7 @@ class DataRecipe:
     """How a node gets at the shards."""
 
     stage_dir: str | None = None  # a local disk of each node, to which the data set is copied once
-    # the shards' digests, before a start's first step; once a node
+    # The shards' digests, before a start's first step: once a node, at every start, or not at all.
     verify: Literal["once", "always", "never"] = "once"
 
 
@@ -114,34 +108,31 @@ class ValidationRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointsRecipe:
-    """How often to save, and which checkpoints to keep: the newest ones, and those of each
-    multiple of some steps.
-    """
+    """How often to save, and which checkpoints to keep."""
 
     every_steps: int = Field(ge=1)
-    keep_last: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)
+    keep_last: int = Field(default=2, ge=1)  # the newest ones
+    keep_every: int | None = Field(default=None, ge=1)  # those of each multiple of so many steps
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BadStepsRecipe:
-    """What becomes of a step whose loss or gradient norm is no number, or a spike; see
-    pretrain/run/bad_steps.py.
+    """What becomes of a step whose loss or gradient norm is no number, or a spike.
+
+    See pretrain/run/bad_steps.py.
     """
 
     policy: Literal["skip", "rewind", "stop"] = "skip"
-    # above the running median; default: none is a spike
+    # A spike lies so far above the running median. By default none is a spike.
     spike_deviations: float | None = Field(default=None, gt=0)
     max_in_a_row: int = Field(default=10, ge=1)  # after so many the run has diverged, and stops
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StallsRecipe:
-    """When a run that does nothing has stalled: after so many median steps, but not before so
-    many seconds.
-    """
+    """When a run that does nothing has stalled: after both."""
 
-    after_medians: float = Field(default=30.0, ge=1)
+    after_medians: float = Field(default=30.0, ge=1)  # of the seconds of its steps
     after_s: float = Field(default=300.0, gt=0)
 
 
@@ -163,7 +154,7 @@ class Recipe:
     stalls: StallsRecipe = Field(default_factory=StallsRecipe)
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
-    # no token sees another document of its window; positions restart
+    # No token sees another document of its window; positions restart.
     intra_document_masking: bool = False
     compile: bool = False  # torch.compile of the blocks
     loss_head: Literal["chunked", "whole", "liger"] = "chunked"  # see pretrain/model/loss.py

@@ -7,17 +7,19 @@ from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe, Recipe
 def check_recipe(recipe: Recipe, origin: str) -> None:
     """Rules that tie several keys together."""
     model = recipe.model
-    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
+    if model.d_model % (2 * model.num_heads) != 0:
+        head_width = model.d_model / model.num_heads
         raise UserError(
             f"{origin}: model.d_model {model.d_model} over model.num_heads {model.num_heads} is "
-            f"{model.d_model / model.num_heads:g}; rotary heads need a whole, even width"
+            f"{head_width:g}; rotary heads need a whole, even width"
         )
     if model.input_embedding != "learned":
         check_code_bits(model, origin)
     check_schedule(recipe, origin)
     if recipe.batch.global_batch_tokens % model.seq_len:
         below = recipe.global_batch_size * model.seq_len
-        near = f"{below} and {below + model.seq_len}" if below else f"{model.seq_len}"
+        above = below + model.seq_len
+        near = f"{below} and {above}" if below else f"{above}"
         raise UserError(
             f"{origin}: batch.global_batch_tokens {recipe.batch.global_batch_tokens} is not a "
             f"whole number of windows of model.seq_len {model.seq_len}; the nearest are {near}"
@@ -26,7 +28,8 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
 
 def check_schedule(recipe: Recipe, origin: str) -> None:
     """Warm-up and decay must fit into the run."""
-    schedule, total = recipe.schedule, recipe.total_steps
+    schedule = recipe.schedule
+    total = recipe.total_steps
     if schedule.kind != "wsd" and schedule.decay_steps is not None:
         raise UserError(
             f"{origin}: schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}"
@@ -34,10 +37,12 @@ def check_schedule(recipe: Recipe, origin: str) -> None:
     warmup = schedule.warmup(total)
     decay = schedule.decay(total) if schedule.kind == "wsd" else 0
     if warmup + decay > total:
+        parts = f"{warmup:,} steps of warm-up"
+        if decay:
+            parts += f" and {decay:,} of decay"
         raise UserError(
-            f"{origin}: schedule: {warmup:,} steps of "
-            f"warm-up{f' and {decay:,} of decay' if decay else ''} are longer than the run of "
-            f"{total:,} steps; make them shorter or train_tokens larger"
+            f"{origin}: schedule: {parts} are longer than the run of {total:,} steps; make them "
+            "shorter or train_tokens larger"
         )
 
 
@@ -51,12 +56,11 @@ def check_code_bits(model: ModelRecipe, origin: str) -> None:
             f"to {needed} or more"
         )
     if model.d_model % bits:
-        fitting = next((k for k in range(bits, MAX_CODE_BITS + 1) if model.d_model % k == 0), None)
-        advice = (
-            f"set model.code_bits to {fitting}, the next that does"
-            if fitting
-            else "change model.d_model"
-        )
+        larger = range(bits, MAX_CODE_BITS + 1)
+        fitting = [size for size in larger if model.d_model % size == 0]
+        advice = "change model.d_model"
+        if fitting:
+            advice = f"set model.code_bits to {fitting[0]}, the next that does"
         raise UserError(
             f"{origin}: model.code_bits {bits} does not divide model.d_model {model.d_model}; "
             f"{advice}"

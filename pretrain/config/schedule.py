@@ -15,13 +15,18 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleRe
     warmup = schedule.warmup(total_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    decay = {"wsd": schedule.decay(total_steps), "constant": 0}.get(
-        schedule.kind, total_steps - warmup
-    )
-    progress = (step - (total_steps - decay) + 1) / decay if decay else 0.0
-    if progress <= 0.0:
+    decay = total_steps - warmup
+    if schedule.kind == "wsd":
+        decay = schedule.decay(total_steps)
+    if schedule.kind == "constant" or decay == 0:
         return peak
-    above_final = (
-        0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
-    )
-    return peak * (schedule.final_fraction + (1.0 - schedule.final_fraction) * above_final)
+    stable_until = total_steps - decay
+    if step < stable_until:
+        return peak
+    progress = (step - stable_until + 1) / decay
+    if schedule.kind == "cosine":
+        above_final = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        above_final = 1.0 - progress
+    final = schedule.final_fraction
+    return peak * (final + (1.0 - final) * above_final)

@@ -16,7 +16,7 @@ class Device:
     peak_flops: float  # dense, in bf16 with fp32 sums
     memory_bytes: float  # decimal, as data sheets count; a driver reports some per cent more
     bytes_per_s: float  # of its memory; infinity where it is not known
-    # One of LINKS, which all devices of a node have: of cards that bridges join in pairs, PCIe.
+    # One of LINKS, which all devices of a node have: PCIe of cards that bridges join in pairs.
     link: str
 
 

@@ -10,9 +10,9 @@ from pretrain.costs.memory import MODES, Sizes, needed_bytes, sizes_of
 
 def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe:
     """The recipe with another micro-batch and checkpointing mode."""
-    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var, arg-type]
-    batch = replace(recipe.batch, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
-    return replace(recipe, batch=batch, activation_checkpointing=checkpointing)  # type: ignore[type-var]
+    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[arg-type]
+    batch = replace(recipe.batch, micro_batch_size=micro_batch_size)
+    return replace(recipe, batch=batch, activation_checkpointing=checkpointing)
 
 
 def largest_micro_batch(sizes: Sizes, available_bytes: float, mode: str) -> int | None:

@@ -104,16 +104,23 @@ def validation_batches(
     each: always the same windows, spread over the whole split.
     """
     windows = windows_to_validate(split, recipe)
+    if windows == 0:
+        return 1, whole_split(split, world)
     at_once = recipe.batch.micro_batch_size
-    spread = np.arange(windows) * split.whole_windows // max(1, windows)  # over all sources
+    spread = np.arange(windows) * split.whole_windows // windows  # over all sources
     mine = spread[world.rank :: world.world_size]
     groups = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
 
     def read() -> Iterator[Tokens]:
         with met_alone():
-            if windows == 0 and world.is_main:  # the whole split is shorter than one window
-                yield split.window(0)[None]
             for group in groups:
                 yield split.windows(group)
 
     return max(1, len(groups)), read()
+
+
+def whole_split(split: ValidationWindows, world: World) -> Iterator[Tokens]:
+    """The one window of a split that is shorter than a whole one; rank 0 takes it."""
+    if world.is_main:
+        with met_alone():
+            yield split.window(0)[None]

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import xxhash
 
@@ -39,22 +39,24 @@ from pretrain.distributed.world import World
 CHECKED_NAME = "checked_data"
 MOST_THREADS = 4  # of a rank: so many reads at once keep a disk busy
 POLL_S = 0.05
+# A check that takes this long is told of, and then every so often.
 FIRST_LINE_AFTER_S = 2.0
 LINE_EVERY_S = 15.0
 
 
 def stamp_of(found: dict[str, os.stat_result], digests: dict[str, str]) -> str:
     """A digest of what the file system says of every file, and of what each is to hold."""
-    lines = [
-        f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ino} {digests[path]}\n"
-        for path, status in found.items()
-    ]
+    lines = []
+    for path, status in found.items():
+        about = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        lines.append(f"{path} {about} {digests[path]}\n")
     return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
 def read_stamp(path: Path) -> str | None:
-    """The stamp that a node left, or None: one that can't be read has the data checked again, no
-    more.
+    """The stamp that a node left, or None.
+
+    One that can't be read has the data checked again, no more.
     """
     try:
         return str(json.loads(path.read_bytes())["stamp"])
@@ -68,35 +70,52 @@ def largest_first(sizes: dict[str, int], part: int, parts: int) -> list[str]:
     return ordered[part::parts]
 
 
-class DataCheck:
-    """A rank's part in checking the data that it reads, from entering its `with` block to `finish`;
-    on all ranks.
+class Progress(NamedTuple):
+    """How far a rank is with its part."""
 
-    `reader` reads the data set in `data_dir`, or a staged copy of it; a bad file of a copy of this
-    user's is copied again. `on_file` is called as the check moves on, from one of its threads.
+    is_done: bool
+    checked_bytes: int
+    bytes: int
+
+
+class DataCheck:
+    """A rank's part in checking the data that it reads; on all ranks.
+
+    It begins as its `with` block is entered, and is waited for in `finish`. `reader` reads the data
+    set in `data_dir`, or a staged copy of it; a bad file of a copy of this user's is copied again.
+    `on_file` is called as the check moves on, from one of its threads.
     """
 
     def __init__(
         self, reader: ShardReader, data_dir: Path, run_dir: Path, recipe: DataRecipe, world: World
     ) -> None:
-        self.home, self.data_dir, self.world = reader.data_dir, data_dir, world
+        self.home = reader.data_dir  # which is `data_dir`, unless it was staged
+        self.data_dir = data_dir
+        self.world = world
         self.digests = digests_of(reader.manifest.shards)
-        self.stamp_path = run_dir / CHECKED_NAME / f"{socket.gethostname()}.json"
+        self.host = socket.gethostname()
+        self.stamp_path = run_dir / CHECKED_NAME / f"{self.host}.json"
         self.is_copy = self.home != data_dir
-        # whoever wants no check of what is theirs has not said so of what another user copied
-        self.verify = "once" if self.is_copy and not is_ours(self.home) else recipe.verify
+        self.verify = recipe.verify
+        if self.is_copy and not is_ours(self.home):
+            # Whoever wants no check of what is theirs has not said so of what another user copied.
+            self.verify = "once"
         self.on_file: Callable[[], None] = lambda: None
         self.mended: list[str] = []
         self._stamp = ""
-        self._bytes = self._checked_bytes = 0  # of this rank's part
+        self._bytes = 0  # of this rank's part
+        self._checked_bytes = 0
         self._waiting: deque[str] = deque()  # its files that no thread has taken yet
         self._sizes: dict[str, int] = {}
         self._failure: UserError | OSError | None = None
 
     def __enter__(self) -> Self:
-        here = (socket.gethostname(), str(self.home.resolve()))
-        readers = [rank for rank, place in enumerate(gather(here)) if place == here]
-        self._part, self._parts = readers.index(self.world.rank), len(readers)
+        # The ranks that read the same files share the work.
+        here = (self.host, str(self.home.resolve()))
+        places = gather(here)
+        readers = [rank for rank, place in enumerate(places) if place == here]
+        self._part = readers.index(self.world.rank)
+        self._parts = len(readers)
         self._thread = threading.Thread(target=self._run, name="data check", daemon=True)
         self._thread.start()
         return self
@@ -111,16 +130,18 @@ class DataCheck:
         try:
             self._plan()
         except FileNotFoundError as error:
-            missing = f"{error.filename}: missing, but the manifest lists it"
-            self._failure = UserError(f"{missing}; {repair_advice(self.data_dir)}")
+            advice = repair_advice(self.data_dir)
+            self._failure = UserError(
+                f"{error.filename}: missing, but the manifest lists it; {advice}"
+            )
         except OSError as error:
             self._failure = error
-        cores = len(os.sched_getaffinity(0)) // max(1, self.world.local_world_size)
-        threads = [
-            threading.Thread(target=self._work, daemon=True)
-            for _ in range(min(MOST_THREADS, max(1, cores)))
-        ]
-        for thread in threads:
+        cores = len(os.sched_getaffinity(0))
+        own_cores = cores // max(1, self.world.local_world_size)
+        threads = []
+        for _ in range(min(MOST_THREADS, max(1, own_cores))):
+            thread = threading.Thread(target=self._work, daemon=True)
+            threads.append(thread)
             thread.start()
         for thread in threads:
             thread.join()
@@ -154,17 +175,14 @@ class DataCheck:
 
     def _check(self, path: str) -> None:
         """A file has its digest, or is copied again where it is a copy."""
+        digest = self.digests[path]
         if not self.is_copy:
-            check_file(self.home, path, self.digests[path], repair_advice(self.home))
+            check_file(self.home, path, digest, repair_advice(self.home))
         elif not is_ours(self.home):
-            check_file(
-                self.home,
-                path,
-                self.digests[path],
-                "another user staged it: give another data.stage_dir",
-            )
-        elif digest_file(self.home / path) != self.digests[path]:
-            copy_checked(self.data_dir, self.home, path, self.digests[path])
+            advice = "another user staged it: give another data.stage_dir"
+            check_file(self.home, path, digest, advice)
+        elif digest_file(self.home / path) != digest:
+            copy_checked(self.data_dir, self.home, path, digest)
             self.mended.append(path)
 
     def _raise_failure(self) -> None:
@@ -172,50 +190,52 @@ class DataCheck:
             raise self._failure
 
     def finish(self) -> None:
-        """Wait until all ranks are done. Raises UserError on all of them for the first bad file
-        of any.
+        """Wait until all ranks are done.
+
+        Raises UserError on all of them for the first bad file of any.
         """
         next_line_at = time.monotonic() + FIRST_LINE_AFTER_S
         while True:
             is_done = not self._thread.is_alive()
-            ranks = gather((is_done, self._checked_bytes, self._bytes))
+            own = Progress(is_done, checked_bytes=self._checked_bytes, bytes=self._bytes)
+            ranks = gather(own)
             together(self._raise_failure)
-            if all(done for done, _, _ in ranks):
+            if all(rank.is_done for rank in ranks):
                 break
             if time.monotonic() > next_line_at:
-                checked, total = (sum(figures) for figures in list(zip(*ranks, strict=True))[1:])
-                text = (
-                    f"checking the digests of the data before the first step: {checked / 1e9:.1f} "
-                    "of "
-                )
-                say(
-                    self.world,
-                    f"{text}{total / 1e9:.1f} GB (--data.verify says whether, and how often)",
-                )
+                self._say_progress(ranks)
                 next_line_at = time.monotonic() + LINE_EVERY_S
             time.sleep(POLL_S)
         self._conclude()
+
+    def _say_progress(self, ranks: list[Progress]) -> None:
+        """A line of the log on how far all ranks are."""
+        checked = sum(rank.checked_bytes for rank in ranks)
+        total = sum(rank.bytes for rank in ranks)
+        say(
+            self.world,
+            f"checking the digests of the data before the first step: {checked / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB (--data.verify says whether, and how often)",
+        )
 
     def _conclude(self) -> None:
         """Say what was mended, and leave a stamp where all was good as it was."""
         of_ranks = gather([str(self.home / path) for path in self.mended])
         mended = [path for paths in of_ranks for path in paths]
         if mended:
-            first = f"{mended[0]}: differed from its digest"
             say(
                 self.world,
-                f"warning: {first}; {len(mended)} such files were copied again from "
-                f"{self.data_dir}",
+                f"warning: {mended[0]}: differed from its digest; {len(mended)} such files were "
+                f"copied again from {self.data_dir}",
             )
-        together(
-            lambda: self._write_stamp() if not mended and self._part == 0 and self._stamp else None
-        )
+        is_good = not mended and self._stamp != ""
+        writes = is_good and self._part == 0
+        together(lambda: self._write_stamp() if writes else None)
 
     def _write_stamp(self) -> None:
         """For the next start of this run on this node."""
         content = {"data_dir": str(self.home), "files": len(self.digests), "stamp": self._stamp}
-        # by a name of its own: hosts may share theirs
         if read_stamp(self.stamp_path) != self._stamp:
-            write_durably(
-                self.stamp_path, json.dumps(content).encode(), f".{secrets.token_hex(8)}.tmp"
-            )
+            # Hosts may share their name, and then this file.
+            suffix = f".{secrets.token_hex(8)}.tmp"
+            write_durably(self.stamp_path, json.dumps(content).encode(), suffix)

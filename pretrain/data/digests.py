@@ -1,6 +1,4 @@
-"""Whether files of a data set are still as they were built. Without torch, which takes seconds
-to import.
-"""
+"""Whether files of a data set are still as they were built. No torch."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,15 +11,20 @@ from pretrain.checkpoint.patience import patiently
 
 
 def digests_of(shards: Iterable[Shard]) -> dict[str, str]:
-    """Files of shards, ids and document indexes, relative to the data set, and their xxh3-128
-    digests.
+    """Files of shards, ids and document indexes, and their xxh3-128 digests.
+
+    Paths are relative to the data set.
     """
-    return {path: digest for shard in shards for path, digest in shard.digests.items()}
+    digests: dict[str, str] = {}
+    for shard in shards:
+        digests |= shard.digests
+    return digests
 
 
 def check_file(data_dir: Path, path: str, digest: str, advice: str) -> None:
     """Raise UserError unless a file of a data set has its digest."""
-    if (got := patiently(lambda: digest_file(data_dir / path))) != digest:
+    got = patiently(lambda: digest_file(data_dir / path))
+    if got != digest:
         raise UserError(
             f"{data_dir / path}: differs from its digest: {got}, expected {digest}; {advice}"
         )

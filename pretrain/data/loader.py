@@ -10,14 +10,13 @@ consecutive draws cover every window once, with no index in memory or on disk.
 Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming is arithmetic.
 """
 
-import itertools
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import BLOCK_SAMPLES
+from data_prep.manifest import BLOCK_SAMPLES, Shard
 from data_prep.shards import ShardReader, Tokens
 from pretrain.data.permutation import derive_key, permute
 from pretrain.data.stream import I64, TokenStream
@@ -35,44 +34,89 @@ class SamplePlace:
     start: int  # first id of the window in the source's stream
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceWindows:
+    """A source's part of the corpus, cut into windows."""
+
+    name: str
+    share: int  # samples of every block
+    begin: int  # of its stream in the corpus
+    tokens: int
+    windows: int  # whole ones, of seq_len + 1 ids that overlap by one
+
+
+class Block(NamedTuple):
+    """The samples of one block."""
+
+    number: int
+    starts: I64  # first position in the corpus of each
+
+
 class TrainingLoader:
-    """Training samples by number. Holds no state: the same n gives the same ids, always."""
+    """Training samples by number. Holds no state: the same n gives the same ids, always.
+
+    Raises UserError for a source that is shorter than one window.
+    """
 
     def __init__(self, reader: ShardReader, *, seq_len: int, seed: int) -> None:
-        self.manifest, self.seq_len = reader.manifest, seq_len
+        self.manifest = reader.manifest
+        self.seq_len = seq_len
         self.identity = (self.manifest.fingerprint, seed)
-        self.names = [source.name for source in self.manifest.sources]
-        shards = [self.manifest.shards_of("train", name) for name in self.names]
-        self.corpus = TokenStream(reader, tuple(itertools.chain(*shards)))
-        self.tokens = [sum(shard.tokens for shard in of_source) for of_source in shards]
-        self.begins = np.cumsum([0, *self.tokens])  # of the sources in it
-        self.window_counts = [(tokens - 1) // seq_len for tokens in self.tokens]
-        for name, count, tokens in zip(self.names, self.window_counts, self.tokens, strict=True):
-            if count < 1:
-                problem = (
-                    f"source {name} has {tokens:,} training tokens, fewer than one window of "
-                    f"{seq_len + 1:,}"
-                )
+        self.sources: list[SourceWindows] = []
+        shards: list[Shard] = []
+        begin = 0
+        for source in self.manifest.sources:
+            own = self.manifest.shards_of("train", source.name)
+            tokens = sum(shard.tokens for shard in own)
+            windows = (tokens - 1) // seq_len
+            if windows < 1:
                 raise UserError(
-                    f"{reader.data_dir}: {problem}; give it more text or leave it out of the "
-                    "mixture"
+                    f"{reader.data_dir}: source {source.name} has {tokens:,} training tokens, "
+                    f"fewer than one window of {seq_len + 1:,}; give it more text or leave it out "
+                    "of the mixture"
                 )
-        self.shares = np.array([source.share for source in self.manifest.sources], np.int64)
+            in_corpus = SourceWindows(
+                name=source.name,
+                share=source.share,
+                begin=begin,
+                tokens=tokens,
+                windows=windows,
+            )
+            self.sources.append(in_corpus)
+            shards += own
+            begin += tokens
+        self.corpus = TokenStream(reader, tuple(shards))
         self._lay_out_block()
 
     def _lay_out_block(self) -> None:
         """Which source each place of a block belongs to, and its rank among that source's
         places.
         """
-        in_order = np.repeat(np.arange(len(self.shares)), self.shares)
-        key = np.array(derive_key(*self.identity, "block"), np.uint64)
-        places = permute(np.arange(BLOCK_SAMPLES, dtype=np.uint64), BLOCK_SAMPLES, key)
-        self.source_at = in_order[places]
-        self.rank_at = np.empty(BLOCK_SAMPLES, np.int64)
-        for index, share in enumerate(self.shares):
-            self.rank_at[self.source_at == index] = np.arange(share)
-        # and the starts of its samples
-        self._last_block: tuple[int, I64] = (-1, np.empty(0, np.int64))
+        shares = [source.share for source in self.sources]
+        in_order = np.repeat(np.arange(len(shares)), shares)
+        key = derive_key(*self.identity, "block")
+        every_place = np.arange(BLOCK_SAMPLES, dtype=np.uint64)
+        places = permute(every_place, BLOCK_SAMPLES, np.array(key, np.uint64))
+        self._source_at = in_order[places]
+        self._rank_at = np.empty(BLOCK_SAMPLES, np.int64)
+        for index, share in enumerate(shares):
+            mine = self._source_at == index
+            self._rank_at[mine] = np.arange(share)
+        self._last_block: Block | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The sources, in the order of the manifest."""
+        return [source.name for source in self.sources]
+
+    @property
+    def window_counts(self) -> list[int]:
+        """Windows of each source."""
+        return [source.windows for source in self.sources]
+
+    def source(self, name: str) -> SourceWindows:
+        """The source of that name."""
+        return next(source for source in self.sources if source.name == name)
 
     def _block_starts(self, block: int) -> I64:
         """The first position in `corpus` of every sample of a block.
@@ -80,51 +124,52 @@ class TrainingLoader:
         A step takes a few windows of a block and the next step the next few: so the last block is
         kept.
         """
-        known, starts = self._last_block  # read once: another thread may change it
-        if known != block:
-            starts = np.empty(BLOCK_SAMPLES, np.int64)
-            for source, (share, count) in enumerate(
-                zip(self.shares.tolist(), self.window_counts, strict=True)
-            ):
-                epochs, ordinals = np.divmod(block * share + np.arange(share), count)
-                unique_epochs, epoch_index = np.unique(epochs, return_inverse=True)
-                keys = [
-                    derive_key(*self.identity, "epoch", self.names[source], epoch)
-                    for epoch in unique_epochs
-                ]
-                windows = permute(
-                    ordinals.astype(np.uint64), count, np.array(keys, np.uint64)[epoch_index]
-                )
-                starts[self.source_at == source] = (
-                    self.begins[source] + windows.astype(np.int64) * self.seq_len
-                )
-            self._last_block = block, starts
+        known = self._last_block  # read once: another thread may change it
+        if known is not None and known.number == block:
+            return known.starts
+        starts = np.empty(BLOCK_SAMPLES, np.int64)
+        for index, source in enumerate(self.sources):
+            mine = self._source_at == index
+            starts[mine] = self._starts_of(source, block)
+        self._last_block = Block(block, starts)
         return starts
+
+    def _starts_of(self, source: SourceWindows, block: int) -> I64:
+        """The first position in `corpus` of a source's samples of a block, in order."""
+        drawn_before = block * source.share
+        drawn = drawn_before + np.arange(source.share)
+        epochs, ordinals = np.divmod(drawn, source.windows)
+        unique_epochs, epoch_index = np.unique(epochs, return_inverse=True)
+        keys = [derive_key(*self.identity, "epoch", source.name, epoch) for epoch in unique_epochs]
+        key_of_each = np.array(keys, np.uint64)[epoch_index]
+        windows = permute(ordinals.astype(np.uint64), source.windows, key_of_each)
+        return source.begin + windows.astype(np.int64) * self.seq_len
 
     def samples(self, numbers: I64) -> Tokens:
         """Ids of the samples, shape (len(numbers), seq_len + 1), uint16."""
         blocks, places = np.divmod(numbers, BLOCK_SAMPLES)
-        starts = np.empty(len(numbers), np.int64)
+        starts = np.empty_like(blocks)
         for block in np.unique(blocks).tolist():
             mine = blocks == block
-            starts[mine] = self._block_starts(block)[places[mine]]
+            of_block = self._block_starts(block)
+            starts[mine] = of_block[places[mine]]
         return self.corpus.windows(starts, self.seq_len + 1)
 
     def place(self, number: int) -> SamplePlace:
         """Where sample `number` comes from."""
         block, place = divmod(number, BLOCK_SAMPLES)
-        source = int(self.source_at[place])
-        ordinal = block * int(self.shares[source]) + int(self.rank_at[place])
-        epoch, ordinal = divmod(ordinal, self.window_counts[source])
-        start = int(self._block_starts(block)[place] - self.begins[source])
-        return SamplePlace(source=self.names[source], epoch=epoch, ordinal=ordinal, start=start)
+        source = self.sources[self._source_at[place]]
+        rank = int(self._rank_at[place])
+        drawn = block * source.share + rank
+        epoch, ordinal = divmod(drawn, source.windows)
+        start = int(self._block_starts(block)[place])
+        return SamplePlace(
+            source=source.name, epoch=epoch, ordinal=ordinal, start=start - source.begin
+        )
 
     def unseen_tail_tokens(self) -> dict[str, int]:
         """Ids at the end of each source's stream that no window reaches."""
-        return {
-            name: (tokens - 1) % self.seq_len
-            for name, tokens in zip(self.names, self.tokens, strict=True)
-        }
+        return {source.name: (source.tokens - 1) % self.seq_len for source in self.sources}
 
 
 class ValidationWindows:
@@ -145,7 +190,8 @@ class ValidationWindows:
     def window(self, index: int) -> Tokens:
         """Ids of window `index`: seq_len + 1 of them, fewer in the last, partial window."""
         start = index * self.seq_len
-        return self.stream.read(start, min(self.seq_len + 1, self.stream.tokens - start))
+        length = min(self.seq_len + 1, self.stream.tokens - start)
+        return self.stream.read(start, length)
 
     def windows(self, indices: I64) -> Tokens:
         """Ids of whole windows, shape (len(indices), seq_len + 1)."""

@@ -19,12 +19,15 @@ class Part:
 
 def parts_of(loader: TrainingLoader, sample: int) -> Iterator[Part]:
     """The documents in a sample's window, in order."""
-    place, corpus = loader.place(sample), loader.corpus
-    position = int(loader.begins[loader.names.index(place.source)]) + place.start
+    place = loader.place(sample)
+    reader = loader.corpus.reader
+    position = loader.source(place.source).begin + place.start
     end = position + loader.seq_len + 1
     while position < end:
-        shard, start = corpus.locate(position)
-        document, origin = corpus.reader.document(shard, corpus.reader.document_at(shard, start))
-        offsets = range(start, min(start + end - position, document.stop))
+        shard, start = loader.corpus.locate(position)
+        number = reader.document_at(shard, start)
+        document, origin = reader.document(shard, number)
+        left = end - position
+        offsets = range(start, min(start + left, document.stop))
         yield Part(shard=shard, offsets=offsets, document=document, origin=origin)
         position += len(offsets)

@@ -1,8 +1,11 @@
-"""Staging: a copy of the data set on a node's local disk, made once, for clusters whose shared disk
-is slow.
+"""Staging: a copy of the data set on a node's local disk, made once.
 
-    <stage_dir>/<fingerprint>/             the data set; a file gets its name when it is whole and on the disk
-    <stage_dir>/<fingerprint>.uid-<uid>/   the same, of a user who found another's copy there, and not a whole one
+It is for clusters whose shared disk is slow.
+
+    <stage_dir>/<fingerprint>/             the data set; a file gets its name when it is whole and
+                                           on the disk
+    <stage_dir>/<fingerprint>.uid-<uid>/   the same, of a user who found another's copy there, and
+                                           not a whole one
 
 Every node reads all shards, since each step draws its windows from all of them. Ranks of a node
 take turns at a lock, without a time limit: the first copies what is not there, the others find it.
@@ -37,8 +40,9 @@ COPIES_AT_ONCE = 4
 
 
 def staged(reader: ShardReader, stage_dir: Path) -> ShardReader:
-    """The data set in its local copy, which is made, or mended, first. Raises UserError if there
-    is no room for it.
+    """The data set in its local copy, which is made, or mended, first.
+
+    Raises UserError if there is no room for it.
     """
     home = home_of_copy(reader, stage_dir)
     if is_ours(home):
@@ -69,24 +73,20 @@ def home_of_copy(reader: ShardReader, stage_dir: Path) -> Path:
         return shared
     if not own.exists() and is_whole(reader, shared):
         return shared
+    problem = f"data.stage_dir {stage_dir}: you may not make a copy of the data there"
     advice = (
         f"give a directory of your own, such as {stage_dir}-$USER, or have its owner chmod 1777 "
         f"{stage_dir}"
     )
-    with explained(
-        PermissionError,
-        f"data.stage_dir {stage_dir}: you may not make a copy of the data there",
-        advice,
-    ):
+    with explained(PermissionError, problem, advice):
         own.mkdir(parents=True, exist_ok=True)
     return own
 
 
 def is_whole(reader: ShardReader, home: Path) -> bool:
-    """Whether a copy holds every file in its full size, and may be read. Its manifest is written
-    last.
-    """
+    """Whether a copy holds every file in its full size, and may be read."""
     try:
+        # Which is written last.
         has_manifest = (home / MANIFEST_NAME).read_bytes() == reader.manifest.to_bytes()
         check_links(home, reader.manifest)
         return has_manifest and not missing_files(reader, home)
@@ -95,14 +95,13 @@ def is_whole(reader: ShardReader, home: Path) -> bool:
 
 
 def missing_files(reader: ShardReader, home: Path) -> dict[str, int]:
-    """Files of the data set that a copy lacks, has in another size, or with another header; and
-    their bytes.
-    """
+    """Files that a copy lacks, has in another size, or with another header; and their bytes."""
     missing = {}
     for shard in reader.manifest.shards:
         headers = {shard.path: shard_header(shard.tokens), shard.index_path: b""}
         for path, header in headers.items():
-            copy, size = home / path, (reader.data_dir / path).stat().st_size
+            copy = home / path
+            size = (reader.data_dir / path).stat().st_size
             is_there = copy.is_file() and copy.stat().st_size == size
             if not is_there or not first_bytes(copy).startswith(header):
                 missing[path] = size
@@ -116,8 +115,9 @@ def first_bytes(path: Path) -> bytes:
 
 
 def copy_data_set(reader: ShardReader, home: Path) -> None:
-    """Copy what is not there yet in its full size: shards and indexes, then the tokenizer and
-    the manifest.
+    """Copy what is not there yet in its full size.
+
+    Shards and indexes come first, then the tokenizer, and last the manifest.
     """
     digests = digests_of(reader.manifest.shards)
     missing = missing_files(reader, home)
@@ -128,16 +128,16 @@ def copy_data_set(reader: ShardReader, home: Path) -> None:
             f"data.stage_dir {home.parent}: {needed:,} bytes to copy, {free:,} are free; make "
             "room, give a larger disk, or leave data.stage_dir out"
         )
+
+    def copy_one(path: str) -> None:
+        copy_checked(reader.data_dir, home, path, digests[path])
+
     with ThreadPoolExecutor(COPIES_AT_ONCE) as threads:
-        list(
-            threads.map(
-                lambda path: copy_checked(reader.data_dir, home, path, digests[path]), missing
-            )
-        )
-    last = {
-        f"{TOKENIZER_NAME}/{name}": held
-        for name, held in read_tokenizer(reader.data_dir / TOKENIZER_NAME).items()
-    }
+        for _ in threads.map(copy_one, missing):
+            pass  # what one of them raised, asking for its result raises
+    last = {}
+    for name, held in read_tokenizer(reader.data_dir / TOKENIZER_NAME).items():
+        last[f"{TOKENIZER_NAME}/{name}"] = held
     last[MANIFEST_NAME] = (reader.data_dir / MANIFEST_NAME).read_bytes()
     for path, content in last.items():
         copy = home / path

@@ -1,7 +1,7 @@
-"""How ranks share a machine, meet, and agree on an error.
+"""How ranks agree: on values, on an error, and on who says it.
 
-Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here
-that runs before the process group exists needs only the environment that the launcher set.
+Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process; before there is a
+process group, a rank agrees with itself.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -53,8 +54,9 @@ class SharedError(UserError):
 
 
 class LoneError(SharedError):
-    """What one rank met amid a step, where the others wait for it: its watch tells them, and
-    they end.
+    """What one rank met amid a step, where the others wait for it.
+
+    Its watch tells them, and they end.
     """
 
 
@@ -67,26 +69,35 @@ def met_alone() -> Iterator[None]:
         raise LoneError(str(error)) from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How an action went on one rank."""
+
+    host: str
+    failure: str | None = None
+    exit_code: int = 0
+
+
 def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
-    result, message, code, host = None, None, 0, socket.gethostname()
+    answer = Answer(host=socket.gethostname())
+    result: T | None = None
     try:
         result = action()
     except (UserError, OSError) as error:
-        message = os_error_line(error)
-        code = exit_code_of(error)
-    answers = gather((message, code, host), group)
-    first_host = answers[0][2]
-    for failure, exit_code, where in answers:
-        if failure is not None:
-            raise SharedError(
-                failure if where == first_host else f"on {where}: {failure}", exit_code
-            )
-    return result  # type: ignore[return-value]
+        answer = replace(answer, failure=os_error_line(error), exit_code=exit_code_of(error))
+    answers: list[Answer] = gather(answer, group)
+    for each in answers:
+        if each.failure is None:
+            continue
+        if each.host == answers[0].host:
+            raise SharedError(each.failure, each.exit_code)
+        raise SharedError(f"on {each.host}: {each.failure}", each.exit_code)
+    return cast(T, result)
 
 
 def exit_with(error: UserError, world: World) -> int:
-    """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit.
+    """Rank 0 prints the one line; the others let it, since launchers end a job at the first exit.
 
     A rank that is still there after that, and met an error that rank 0 did not, prints its own.
     """
@@ -96,7 +107,7 @@ def exit_with(error: UserError, world: World) -> int:
         where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
         with unheard():
             print(f"error{where}: {printable(one_line(error))}", file=sys.stderr, flush=True)
-    # threads of a process group abort, now and then, a process that ends as usual
+    # Threads of a process group abort, now and then, a process that ends as usual.
     if world.world_size > 1:
         os._exit(error.exit_code)
     return error.exit_code

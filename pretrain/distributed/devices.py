@@ -13,17 +13,22 @@ from data_prep.errors import (
 )
 from pretrain.distributed.world import World
 
+# Parameters of mallopt as malloc.h numbers them.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
 
 def set_up_rank(world: World) -> None:
-    """Give this process its part of the machine: a GPU, or cores unless the launcher set
-    OMP_NUM_THREADS.
+    """Give this process its part of the machine: a GPU, or some of the cores.
 
-    Raises UserError where others of the machine leave no GPU for it.
+    The launcher's OMP_NUM_THREADS, where it is set, says how many cores instead. Raises UserError
+    where others of the machine leave no GPU for it.
     """
     memory_of_rank(world)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_world_size))
 
 
 def keep_freed_memory() -> None:
@@ -36,16 +41,15 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if torch.accelerator.is_available() or not hasattr(library, "mallopt"):
         return
-    mmap_max, trim_threshold = -4, -1  # as malloc.h numbers them
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(M_MMAP_MAX, 0)
+    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def memory_of_rank(world: World) -> tuple[str, float]:
-    """Kind of this rank's device, cuda or cpu, and the bytes that it may take: all, or its part of
-    the machine's.
+    """Kind of this rank's device, cuda or cpu, and the bytes that it may take.
 
-    Raises UserError where the machine has fewer GPUs than ranks.
+    They are all of a GPU's, or its part of the machine's. Raises UserError where the machine has
+    fewer GPUs than ranks.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus <= world.local_rank:
@@ -54,14 +58,15 @@ def memory_of_rank(world: World) -> tuple[str, float]:
             "for each"
         )
     if gpus:
-        return "cuda", float(torch.cuda.get_device_properties(world.local_rank).total_memory)
+        properties = torch.cuda.get_device_properties(world.local_rank)
+        return "cuda", float(properties.total_memory)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "cpu", min(physical, *cgroup_limits()) / world.local_world_size
+    allowed = min(physical, *cgroup_limits())
+    return "cpu", allowed / world.local_world_size
 
 
 def check_kernels(device_type: str, *, is_bf16: bool) -> None:
-    """Raise UserError where the kernels that ATEN_CPU_CAPABILITY asks for can't attend in bf16 on
-    this CPU.
+    """Raise UserError where the kernels that ATEN_CPU_CAPABILITY asks for can't attend in bf16.
 
     On processors with AMX, torch 2.13's bf16 attention over 64 tokens or more needs kernels of
     AVX-512 ("default" and "avx2" are below it) and raises "pack_vnni2 is only supported when avx512
@@ -71,23 +76,27 @@ def check_kernels(device_type: str, *, is_bf16: bool) -> None:
     if not wanted or device_type != "cpu" or not is_bf16:
         return
     query_BHTC = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
+    problem = f"ATEN_CPU_CAPABILITY={wanted}: bf16 attention fails with it on this CPU"
     advice = "unset it, or train in fp32 (--deepspeed-config zero2_fp32)"
-    with explained(
-        RuntimeError,
-        f"ATEN_CPU_CAPABILITY={wanted}: bf16 attention fails with it on this CPU",
-        advice,
-    ):
+    with explained(RuntimeError, problem, advice):
         torch.nn.functional.scaled_dot_product_attention(
             query_BHTC, query_BHTC, query_BHTC, is_causal=True
         )
 
 
 def cgroup_limits() -> list[float]:
-    """Bytes that a container or Slurm allows this process, as cgroups (v2, v1) say; infinity
-    where they say none.
+    """Bytes that a container or Slurm allows this process, as cgroups (v2, v1) say.
+
+    The first is infinity, for where they say nothing.
     """
+    group = ""
     own = Path("/proc/self/cgroup")
-    group = own.read_text().rpartition("::")[2].strip("/\n") if own.is_file() else ""
-    names = (f"{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes")
-    files = [path for path in (Path("/sys/fs/cgroup") / name for name in names) if path.is_file()]
-    return [math.inf, *(float(path.read_text().replace("max", "inf")) for path in files)]
+    if own.is_file():
+        group = own.read_text().rpartition("::")[2].strip("/\n")
+    limits = [math.inf]
+    for name in (f"{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / name
+        if path.is_file():
+            limit = path.read_text().replace("max", "inf")
+            limits.append(float(limit))
+    return limits

@@ -1,4 +1,7 @@
-"""Where the ranks of a launch meet: addresses, ports, and the environment that torch.distributed reads."""
+"""Where the ranks of a launch meet: addresses, ports, and what torch.distributed is told.
+
+It needs only the environment that the launcher set, and no process group.
+"""
 
 import os
 import socket
@@ -28,40 +31,47 @@ def own_address(seen_by: str = "10.255.255.255") -> str:
 def interface_towards(host: str) -> str:
     """The network interface through which this machine reaches a host."""
     own = own_address(host)
-    interfaces = psutil.net_if_addrs().items()
-    return next(
-        name for name, addresses in interfaces if own in {each.address for each in addresses}
-    )
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in {each.address for each in addresses}:
+            return str(name)
+    raise UserError(f"no network interface of this machine has its address {own}")
 
 
 def set_rendezvous(world: World) -> None:
-    """Complete the environment that torch.distributed reads: an address and port that all ranks
-    share.
-    """
-    address = (
-        os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(os.environ.get("MASTER_PORT", 0)) or free_port(),
-    )
-    if world.launched_by_mpi:
-        from mpi4py import MPI  # only under mpiexec: importing it starts MPI
+    """Complete the environment that torch.distributed reads.
 
-        if MPI.COMM_WORLD.Get_size() != world.world_size:
-            raise UserError(
-                f"mpiexec started {world.world_size} ranks but mpi4py sees a world of "
-                f"{MPI.COMM_WORLD.Get_size()}: its MPI library is another than mpiexec's; use the "
-                "mpiexec that belongs to it"
-            )
-        if world.world_size > world.local_world_size and "MASTER_ADDR" not in os.environ:
-            address = (own_address(), address[1])
-        address = MPI.COMM_WORLD.bcast(address, root=0)
+    All ranks then share an address and a port. Raises UserError where MPI sees other ranks than its
+    launcher started.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", 0)) or free_port()
+    spans_machines = world.world_size > world.local_world_size
+    if world.launched_by_mpi:
+        if spans_machines and "MASTER_ADDR" not in os.environ:
+            host = own_address()
+        host, port = of_rank_0(host, port, world.world_size)
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.world_size),
         LOCAL_RANK=str(world.local_rank),
         LOCAL_WORLD_SIZE=str(world.local_world_size),
-        MASTER_ADDR=address[0],
-        MASTER_PORT=str(address[1]),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
     )
-    # gloo would ask for the address of this machine's name
-    if world.world_size > world.local_world_size:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address[0]))
+    if spans_machines:
+        # Gloo would ask for the address of this machine's name, which may be the loopback's.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(host))
+
+
+def of_rank_0(host: str, port: int, world_size: int) -> tuple[str, int]:
+    """The address and port of rank 0, told through MPI."""
+    from mpi4py import MPI  # only under mpiexec: importing it starts MPI
+
+    seen = MPI.COMM_WORLD.Get_size()
+    if seen != world_size:
+        raise UserError(
+            f"mpiexec started {world_size} ranks but mpi4py sees a world of {seen}: its MPI "
+            "library is another than mpiexec's; use the mpiexec that belongs to it"
+        )
+    host, port = MPI.COMM_WORLD.bcast((host, port), root=0)
+    return host, port

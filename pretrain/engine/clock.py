@@ -5,10 +5,11 @@ meet anyway: where loss and gradient norm are read, just before the update. So a
 one such place to the next, and the optimizer's seconds in it are those of the update before.
 """
 
+import itertools
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -16,48 +17,65 @@ PHASES = ("data", "forward", "backward", "optimizer", "other")
 PAUSE = "pause"  # validation and saving: between steps, part of none
 
 
+class Mark(NamedTuple):
+    """The end of a phase."""
+
+    phase: str
+    at_s: float = 0.0
+    event: torch.cuda.Event | None = None  # on a GPU, instead of the host's seconds
+
+    def seconds_since(self, earlier: Self) -> float:
+        """Between an earlier mark and this one."""
+        if self.event is None or earlier.event is None:
+            return self.at_s - earlier.at_s
+        milliseconds = earlier.event.elapsed_time(self.event)
+        return float(milliseconds) / 1e3
+
+
 class StepClock:
-    """Seconds of each phase of a step. The time between two marks belongs to the phase that the
-    second one names.
+    """Seconds of each phase of a step.
+
+    The time between two marks belongs to the phase that the second one names.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[Mark] = []
         self._steps = 0
         self._blocks = 0
         self.mark(PAUSE)
 
     def mark(self, phase: str) -> None:
         """End a phase here."""
-        now: float | torch.cuda.Event = time.perf_counter()
         if self.on_cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((phase, now))
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(Mark(phase, event=event))
+        else:
+            self._marks.append(Mark(phase, at_s=time.perf_counter()))
 
     def split(self) -> dict[str, float]:
-        """Seconds of each of PHASES since the last call. The device must have reached the last
-        mark.
+        """Seconds of each of PHASES since the last call.
+
+        The device must have reached the last mark.
         """
-        seconds = dict.fromkeys((*PHASES, PAUSE), 0.0)
-        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            seconds[phase] += start.elapsed_time(end) / 1e3 if self.on_cuda else end - start  # type: ignore
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for start, end in itertools.pairwise(self._marks):
+            if end.phase != PAUSE:
+                seconds[end.phase] += end.seconds_since(start)
         self._marks = self._marks[-1:]
         self._steps += 1
-        del seconds[PAUSE]
         return seconds
 
     def saved_block(self) -> None:
-        """Count a block of a checkpoint that was written, or a file of data checked, from
-        whichever thread did so.
+        """Count a block of a checkpoint that was written, or a file of data that was checked.
+
+        Any thread may call it.
         """
         self._blocks += 1
 
     def place(self) -> list[Any]:
-        """How far this rank is: steps, marks in the step, the last one's phase, and blocks
-        written.
-        """
+        """How far this rank is: steps, marks in the step, the last one's phase, blocks written."""
         return [self._steps, len(self._marks), self._marks[-1][0], self._blocks]
 
 
@@ -65,6 +83,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: the device's, or on a CPU the process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return most
+    return most * 1024  # Linux counts in KiB

@@ -6,27 +6,31 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-TRACE_NAME, TABLE_NAME = "trace.json", "table.txt"
+TRACE_NAME = "trace.json"
+TABLE_NAME = "table.txt"
 
 
 class StepProfiler:
-    """Profiles some steps, if any: a trace for Perfetto or chrome://tracing, and a table of the
-    ten largest costs.
+    """Profiles some steps, if any.
+
+    It leaves a trace for Perfetto or chrome://tracing, and a table of the ten largest costs.
     """
 
     SKIPPED_STEPS = 2  # the first steps compile, allocate and fill caches
 
     def __init__(self, steps: int, of: range, output_dir: Path, say: Callable[[str], None]) -> None:
-        self.first = (
-            max(of.start, min(of.start + self.SKIPPED_STEPS, of.stop - steps)) if steps else -1
-        )
-        self.last = min(self.first + steps, of.stop) - 1 if steps else -1
+        """`steps` of the steps `of` are profiled: later ones, if there are enough."""
+        self.first = -1  # no step
+        self.last = -1
+        if steps:
+            first = min(of.start + self.SKIPPED_STEPS, of.stop - steps)
+            self.first = max(of.start, first)
+            self.last = min(self.first + steps, of.stop) - 1
         self.output_dir = output_dir
         self.say = say
-        activities = [
-            ProfilerActivity.CPU,
-            *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-        ]
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
         self.profile = profile(activities=activities)
 
     def before(self, step: int) -> None:
@@ -43,12 +47,11 @@ class StepProfiler:
     def write(self) -> None:
         """Trace and table, as files and on the log."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.profile.export_chrome_trace(str(self.output_dir / TRACE_NAME))
+        trace_path = self.output_dir / TRACE_NAME
+        self.profile.export_chrome_trace(str(trace_path))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self.profile.key_averages().table(
             sort_by=key, row_limit=10, max_name_column_width=50
         )
         (self.output_dir / TABLE_NAME).write_text(table, encoding="utf-8")
-        self.say(
-            f"{table}\nsteps {self.first} to {self.last}; trace: {self.output_dir / TRACE_NAME}"
-        )
+        self.say(f"{table}\nsteps {self.first} to {self.last}; trace: {trace_path}")

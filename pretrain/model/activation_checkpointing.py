@@ -1,5 +1,4 @@
-"""Activation checkpointing: which blocks forget their activations and compute them again in the
-backward pass.
+"""Activation checkpointing: which blocks forget activations and compute them again, going back.
 
 none        keep everything
 full        a recomputed block keeps only its input
@@ -44,23 +43,25 @@ def keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 def run_keeping_input(block: Block, *inputs: Any) -> Tensor:
     """Run a block that keeps its input and recomputes everything."""
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    hidden: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return hidden
 
 
 def run_keeping_expensive(block: Block, *inputs: Any) -> Tensor:
     """Run a block that recomputes what is cheap."""
     contexts = partial(create_selective_checkpoint_contexts, keep_expensive)
-    return checkpoint(
+    hidden: Tensor = checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
+    return hidden
 
 
 def apply_activation_checkpointing(
     model: TableFreeForCausalLM, mode: str, every_n_layers: int
 ) -> None:
     """Recompute every n-th block in the given mode."""
-    if mode != "none":
-        run = run_keeping_expensive if mode == "selective" else run_keeping_input
-        model.model.block_runners = dict.fromkeys(
-            range(0, len(model.model.layers), every_n_layers), run
-        )
+    if mode == "none":
+        return
+    run = run_keeping_expensive if mode == "selective" else run_keeping_input
+    recomputed = range(0, len(model.model.layers), every_n_layers)
+    model.model.block_runners = dict.fromkeys(recomputed, run)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict
+from typing import Any
 
 from pretrain.config.recipe import ModelRecipe, Recipe
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
@@ -17,22 +18,27 @@ from pretrain.modeling_tablefree import (
 
 def model_config(model: ModelRecipe) -> TableFreeConfig:
     """The architecture as the modelling file wants it, the affine code drawn."""
+    architecture: dict[str, Any] = asdict(model)
     code_bits = model.code_bits or bits_needed(model.vocab_size)
-    architecture = asdict(model) | {"code_bits": code_bits}  # type: ignore[call-overload]
+    architecture["code_bits"] = code_bits
     seed = architecture.pop("code_seed")
     if model.input_embedding == "affine_code":
-        architecture["affine_rows"], architecture["affine_offset"] = draw_affine_code(
-            code_bits, seed
-        )
+        rows, offset = draw_affine_code(code_bits, seed)
+        architecture["affine_rows"] = rows
+        architecture["affine_offset"] = offset
     return TableFreeConfig(**architecture)
 
 
 def build_model(
     recipe: Recipe, architecture: TableFreeConfig | None = None
 ) -> TableFreeForCausalLM:
-    """The decoder with its initial weights; without an architecture, that of the recipe alone."""
-    # transformers writes into a model's config
-    own = copy.deepcopy(architecture) or model_config(recipe.model)
+    """The decoder with its initial weights; without an architecture, that of the recipe alone.
+
+    In this order: weights, then which blocks recompute, then what is compiled.
+    """
+    if architecture is None:
+        architecture = model_config(recipe.model)
+    own = copy.deepcopy(architecture)  # transformers writes into a model's config
     model = TableFreeForCausalLM(own)
     initialise_parameters(model, recipe.seed)
     checkpointing = recipe.activation_checkpointing

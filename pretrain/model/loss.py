@@ -1,11 +1,9 @@
-"""The loss head: next-token cross-entropy that never holds the whole logits.
+"""The loss of next tokens, and which of its heads a run takes.
 
-At V = 65,536 the logits of a micro-batch dwarf the model, so the head works on chunks of tokens. In
-training it computes the gradients of a chunk while its logits are at hand. Whatever the precision
-of the model, logits, loss and both gradients are fp32 sums of exact products; a gradient is rounded
-once, when it is whole and scaled.
+At V = 65,536 the logits of a micro-batch dwarf the model, so the default head works on chunks of
+tokens; see pretrain/model/chunked_cross_entropy.py.
 
-Tensor legend: N tokens of a micro-batch, C tokens of a chunk, D model width, V vocabulary.
+Tensor legend: B windows, T tokens, N = B T tokens of a micro-batch, D model width, V vocabulary.
 """
 
 import functools
@@ -28,12 +26,14 @@ def chunked_head(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None
 ) -> Tensor:
     """Ours, the default: chunks of `chunk` tokens, or of as many as `chunk_tokens` says."""
-    return ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk)
+    apply: Callable[..., Tensor] = ChunkedCrossEntropy.apply
+    return apply(hidden_ND, weight_VD, targets_N, chunk)
 
 
 def whole_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """As it is usually written, with all logits at once."""
-    return F.cross_entropy((hidden_ND @ weight_VD.T).float(), targets_N)
+    logits_NV = hidden_ND @ weight_VD.T
+    return F.cross_entropy(logits_NV.float(), targets_N)
 
 
 def build_loss_head(name: str) -> LossHead:
@@ -41,8 +41,10 @@ def build_loss_head(name: str) -> LossHead:
 
     `liger` is the fused Triton kernel of the package liger-kernel, for CUDA.
     """
-    if name != "liger":
-        return {"chunked": chunked_head, "whole": whole_head}[name]
+    if name == "chunked":
+        return chunked_head
+    if name == "whole":
+        return whole_head
     if not torch.cuda.is_available():
         raise UserError(
             "loss_head liger: it needs a CUDA device and this machine has none; set loss_head to "
@@ -71,21 +73,25 @@ class LanguageModelLoss(nn.Module):
         self.loss_head = build_loss_head(loss_head)
 
     def hidden_states(self, inputs_BT: Tensor) -> Tensor:
-        """Final hidden states, (B, T, D); with an `eos_id`, no token sees another document of
-        its window.
+        """Final hidden states, (B, T, D).
+
+        With an `eos_id`, no token sees another document of its window.
         """
         if self.eos_id is None:
-            return self.model.model.hidden_states(inputs_BT)
+            hidden_BTD: Tensor = self.model.model.hidden_states(inputs_BT)
+            return hidden_BTD
         return hidden_states_by_document(self.model.model, inputs_BT, self.eos_id)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all targets; every target counts the same."""
         hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
-        return self.loss_head(hidden_ND, self.model.lm_head.weight, targets_BT.flatten())
+        targets_N = targets_BT.flatten()
+        return self.loss_head(hidden_ND, self.model.lm_head.weight, targets_N)
 
     @torch.no_grad()
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target in nats, fp32, shape (B, T)."""
         hidden_ND = self.hidden_states(inputs_BT).flatten(0, 1)
-        nats_N = token_nats(hidden_ND, self.model.lm_head.weight, targets_BT.flatten())
+        targets_N = targets_BT.flatten()
+        nats_N = token_nats(hidden_ND, self.model.lm_head.weight, targets_N)
         return nats_N.view(targets_BT.shape)

@@ -7,7 +7,8 @@ the same to this decoder. It tells all other codes apart. Without a code of ones
 is given by no text, as `<pad>` at the end of our tokenizers' vocabularies:
 
     binary_code   ids 0 and V - 1, where V = 2 ** code_bits
-    affine_code   two random ids, so b is drawn such that one of them is no text's, if there is any such id
+    affine_code   two random ids, so b is drawn such that one of them is no text's, if there is any
+                  such id
 
 A run goes on with the code that its checkpoints hold, also if they were made before codes were
 drawn so.
@@ -34,21 +35,39 @@ Pair = tuple[int, int]
 
 def affine_code(rows: list[int], offset: int, token_id: int) -> int:
     """The code A * bits xor b of an id, as an integer; row i of A gives its bit i."""
-    return offset ^ sum(((row & token_id).bit_count() & 1) << i for i, row in enumerate(rows))
+    code = offset
+    for i, row in enumerate(rows):
+        parity = (row & token_id).bit_count() % 2
+        code ^= parity << i
+    return code
 
 
 def solve_gf2(rows: list[int], value: int) -> int:
     """The one x with A * x = value over GF(2), by elimination; A is square and invertible."""
     width = len(rows)
-    # the right side as bit `width`
-    equations = [row | (value >> i & 1) << width for i, row in enumerate(rows)]
+    # Each equation is a row of A, and its right side as bit `width`.
+    equations = []
+    for i, row in enumerate(rows):
+        right_side = bit(value, i)
+        equations.append(row | right_side << width)
     for column in range(width):
-        pivot = next(i for i in range(column, width) if equations[i] >> column & 1)
+        pivot = column
+        while not bit(equations[pivot], column):
+            pivot += 1
         equations[column], equations[pivot] = equations[pivot], equations[column]
         for i in range(width):
-            if i != column and equations[i] >> column & 1:
+            if i != column and bit(equations[i], column):
                 equations[i] ^= equations[column]
-    return sum((equation >> width) << i for i, equation in enumerate(equations))
+    # What is left is x, bit by bit.
+    solution = 0
+    for i, equation in enumerate(equations):
+        solution |= bit(equation, width) << i
+    return solution
+
+
+def bit(number: int, place: int) -> int:
+    """A bit of a number, 0 or 1."""
+    return number >> place & 1
 
 
 def aliased_ids(config: Mapping[str, Any]) -> Pair | None:
@@ -57,16 +76,25 @@ def aliased_ids(config: Mapping[str, Any]) -> Pair | None:
     `config` has the keys of TableFreeConfig: vocab_size, code_bits, input_embedding, affine_rows,
     affine_offset.
     """
-    ones = (1 << config["code_bits"]) - 1
     if config["input_embedding"] == "learned":
         return None
-    if config["input_embedding"] == "binary_code":
-        pair = (0, ones)
-    else:
-        rows, offset = config["affine_rows"], config["affine_offset"]
-        low, high = sorted((solve_gf2(rows, offset), solve_gf2(rows, offset ^ ones)))
-        pair = (low, high)
-    return pair if pair[1] < config["vocab_size"] else None
+    ones = all_ones(config["code_bits"])
+    # The ids whose codes are all zeros and all ones.
+    zeros_id = 0
+    ones_id = ones
+    if config["input_embedding"] == "affine_code":
+        rows = config["affine_rows"]
+        offset = config["affine_offset"]
+        zeros_id = solve_gf2(rows, offset)
+        ones_id = solve_gf2(rows, offset ^ ones)
+    low = min(zeros_id, ones_id)
+    high = max(zeros_id, ones_id)
+    return (low, high) if high < config["vocab_size"] else None
+
+
+def all_ones(code_bits: int) -> int:
+    """The code of ones alone."""
+    return (1 << code_bits) - 1
 
 
 def given_by_no_text(manifest: Manifest) -> set[int]:
@@ -76,14 +104,17 @@ def given_by_no_text(manifest: Manifest) -> set[int]:
 
 def is_harmless(pair: Pair, manifest: Manifest) -> bool:
     """Whether one of the two never occurs in the data set, so that nothing has to be told apart."""
-    return not given_by_no_text(manifest).isdisjoint(pair) or pair[1] >= manifest.vocab_size
+    _, high = pair
+    is_beyond = high >= manifest.vocab_size
+    return is_beyond or not given_by_no_text(manifest).isdisjoint(pair)
 
 
 def config_of_run(
     model: ModelRecipe, manifest: Manifest, saved: dict[str, Any] | None = None
 ) -> "TableFreeConfig":
-    """The architecture of a run on a data set; `saved` is that of its checkpoints, whose affine
-    code it keeps.
+    """The architecture of a run on a data set.
+
+    `saved` is that of the run's checkpoints, whose affine code it keeps.
     """
     from pretrain.model.build import model_config  # which imports torch
 
@@ -91,7 +122,8 @@ def config_of_run(
     if model.input_embedding != "affine_code":
         return config
     if saved:
-        config.affine_rows, config.affine_offset = saved["affine_rows"], saved["affine_offset"]
+        config.affine_rows = saved["affine_rows"]
+        config.affine_offset = saved["affine_offset"]
         return config
     pair = aliased_ids(config.to_dict())
     if pair is None or is_harmless(pair, manifest):
@@ -101,36 +133,39 @@ def config_of_run(
 
 
 def harmless_offset(config: "TableFreeConfig", manifest: Manifest, seed: int) -> int:
-    """b drawn among all those that give an id of no text a constant code; the one there is, if no
-    id is such.
+    """b drawn among all those that give an id of no text a constant code.
 
-    What drawing A and b again and again until they are harmless would end in, without the 30,000
-    attempts that one such id among 65,536 takes.
+    If no id is such, it is the b that there is. This is what drawing A and b again and again until
+    they are harmless would end in, without the 30,000 attempts that one such id among 65,536 takes.
     """
     import torch
 
     from pretrain.modeling_tablefree import parameter_generator
 
     special = sorted(given_by_no_text(manifest))
-    # codes that stand for no id of the tokenizer
-    beyond = (1 << config.code_bits) - manifest.vocab_size
+    codes = 2**config.code_bits
+    # Codes above the vocabulary stand for no id of the tokenizer.
+    beyond = codes - manifest.vocab_size
     if not special and not beyond:
         return int(config.affine_offset)
     generator = parameter_generator(seed, "affine_offset")
-    chosen, wants_ones = torch.randint(0, 1 << 62, (2,), generator=generator).tolist()
-    chosen %= len(special) + beyond
-    token_id = (
-        special[chosen] if chosen < len(special) else manifest.vocab_size + chosen - len(special)
-    )
+    drawn, coin = torch.randint(0, 2**62, (2,), generator=generator).tolist()
+    chosen = drawn % (len(special) + beyond)
+    if chosen < len(special):
+        token_id = special[chosen]
+    else:
+        token_id = manifest.vocab_size + chosen - len(special)
+    # With this b the id has the code of zeros; with its complement that of ones.
     offset = affine_code(config.affine_rows, 0, token_id)
-    return offset ^ ((1 << config.code_bits) - 1 if wants_ones & 1 else 0)
+    if coin % 2 == 1:
+        offset ^= all_ones(config.code_bits)
+    return offset
 
 
 def saved_config(
     model: ModelRecipe, run_dir: Path, branch_from: "Checkpoint | None"
 ) -> dict[str, Any] | None:
-    """The architecture that a run's checkpoints hold, or the one it branches off from; None at a
-    run's beginning.
+    """The architecture of a run's checkpoints, or of the one it branches off from, or None.
 
     Only an affine code has to be looked up; any other follows from the recipe.
     """
@@ -146,31 +181,35 @@ def saved_config(
 
 
 def check_same_code(config: "TableFreeConfig", checkpoint: "Checkpoint") -> None:
-    """Raise UserError if a rank has built another code, because it could not read the
-    checkpoints when it began.
+    """Raise UserError if a rank has built another code than a checkpoint's.
+
+    It does so where it could not read the checkpoints when it began.
     """
     saved = checkpoint.manifest.model_config
-    if any(getattr(config, key) != saved.get(key) for key in ("affine_rows", "affine_offset")):
+    now = (config.affine_rows, config.affine_offset)
+    if now != (saved.get("affine_rows"), saved.get("affine_offset")):
         raise UserError(
             f"{checkpoint.path}: not readable when this rank began; start the same command again"
         )
 
 
 def wider_code_bits(d_model: int, code_bits: int) -> int | None:
-    """The next larger number of bits that tiles the width; then no id has the code of ones. None
-    if there is none.
+    """The next larger number of bits that tiles the width, or None.
+
+    With it no id has the code of ones.
     """
-    return next(
-        (bits for bits in range(code_bits + 1, MAX_CODE_BITS + 1) if d_model % bits == 0), None
-    )
+    for bits in range(code_bits + 1, MAX_CODE_BITS + 1):
+        if d_model % bits == 0:
+            return bits
+    return None
 
 
 def remedy(d_model: int, code_bits: int) -> str:
     """What tells the two apart."""
     wider = wider_code_bits(d_model, code_bits)
-    return (
-        f"model.code_bits={wider}" if wider else f"a model.d_model with a divisor above {code_bits}"
-    )
+    if wider is None:
+        return f"a model.d_model with a divisor above {code_bits}"
+    return f"model.code_bits={wider}"
 
 
 def warnings(config: "TableFreeConfig", reader: ShardReader) -> list[str]:
@@ -179,36 +218,43 @@ def warnings(config: "TableFreeConfig", reader: ShardReader) -> list[str]:
     if pair is None or is_harmless(pair, reader.manifest):
         return []
     counts, counted = reader.count_ids(pair)
-    is_exact = counted == sum(shard.tokens for shard in reader.manifest.shards)
+    in_all = sum(shard.tokens for shard in reader.manifest.shards)
+    is_exact = counted == in_all
     if is_exact and not all(counts):
         return []
+    low_count, high_count = counts
     low, high = (describe_id(token_id, reader.data_dir) for token_id in pair)
-    amount = "all" if is_exact else "of"
+    tokens = f"all {counted:,} tokens" if is_exact else f"of {counted:,} tokens counted"
     return [
         f"warning: {low} and {high} are one input to this decoder: their codes are constant, and "
-        f"LayerNorm takes away what all channels share. They occur {counts[0]:,} and "
-        f"{counts[1]:,} times in {amount} {counted:,} tokens{'' if is_exact else ' counted'}; in "
-        f"a new run {remedy(config.d_model, config.code_bits)} tells them apart"
+        f"LayerNorm takes away what all channels share. They occur {low_count:,} and "
+        f"{high_count:,} times in {tokens}; in a new run "
+        f"{remedy(config.d_model, config.code_bits)} tells them apart"
     ]
 
 
 def about_one_input(model: ModelRecipe, manifest: Manifest | None) -> str | None:
-    """What a plan says, with or without a data set; None where the vocabulary leaves the code of
-    ones to no id.
+    """What a plan says, with or without a data set.
+
+    None where the vocabulary leaves the code of ones to no id.
     """
-    code_bits = model.code_bits or (model.vocab_size - 1).bit_length()
-    is_binary = model.input_embedding == "binary_code"
-    if model.input_embedding == "learned" or model.vocab_size < 1 << code_bits:
+    last_id = model.vocab_size - 1
+    code_bits = model.code_bits or last_id.bit_length()
+    codes = 2**code_bits
+    if model.input_embedding == "learned" or model.vocab_size < codes:
         return None
-    which = f"ids 0 and {model.vocab_size - 1:,}" if is_binary else "two ids"
+    is_binary = model.input_embedding == "binary_code"
+    which = f"ids 0 and {last_id:,}" if is_binary else "two ids"
     apart = f"{remedy(model.d_model, code_bits)} tells them apart"
     if manifest is None:
         return (
             f"{which}; harmless where no text gives one of them, as with our tokenizers; else "
             f"{apart}"
         )
-    has_spare = bool(given_by_no_text(manifest)) or manifest.vocab_size < 1 << code_bits
-    harmless = is_harmless((0, model.vocab_size - 1), manifest) if is_binary else has_spare
+    if is_binary:
+        harmless = is_harmless((0, last_id), manifest)
+    else:  # the code is drawn such that it is, where it can be
+        harmless = bool(given_by_no_text(manifest)) or manifest.vocab_size < codes
     return f"{which}; harmless, no text gives one of them" if harmless else f"{which}; {apart}"
 
 
@@ -217,7 +263,6 @@ def describe_id(token_id: int, data_dir: Path) -> str:
     file = data_dir / TOKENIZER_NAME / "tokenizer.json"
     if not file.is_file():
         return f"id {token_id}"
-    return (
-        f"id {token_id} "
-        f"({Tokenizer.from_file(str(file)).decode([token_id], skip_special_tokens=False)!r})"
-    )
+    tokenizer = Tokenizer.from_file(str(file))
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return f"id {token_id} ({text!r})"

@@ -1,6 +1,4 @@
-"""What `--dry-run` prints: everything that a run would be, from the checks that need no other
-rank.
-"""
+"""What `--dry-run` prints: everything that a run would be, as far as one rank can tell."""
 
 import json
 from typing import Any
@@ -15,13 +13,14 @@ from pretrain.view.templates import render
 
 
 def learning_rates(recipe: Recipe) -> dict[int, float]:
-    """The learning rate at eleven steps from the first to the last, and at the end of the
-    warm-up.
-    """
-    total, peak = recipe.total_steps, recipe.optimizer.peak_learning_rate
+    """By step: at eleven steps from the first to the last, and at the end of the warm-up."""
+    total = recipe.total_steps
+    peak = recipe.optimizer.peak_learning_rate
     end_of_warmup = max(0, recipe.schedule.warmup(total) - 1)
-    shown = sorted({0, end_of_warmup, *(round(i * (total - 1) / 10) for i in range(11))})
-    return {step: learning_rate(step, total, peak, recipe.schedule) for step in shown}
+    shown = {end_of_warmup}
+    for tenth in range(11):
+        shown.add(round(tenth * (total - 1) / 10))
+    return {step: learning_rate(step, total, peak, recipe.schedule) for step in sorted(shown)}
 
 
 def describe(
@@ -36,14 +35,16 @@ def describe(
     `default_start` is a line on what launch/pretrain.sh would start, where this is no launch of
     several ranks.
     """
+    parameters = count_parameters(recipe.model)
     return render(
         "dry_run.txt.jinja",
         recipe=recipe,
         recipe_yaml=recipe_to_yaml(recipe),
         engine_config=engine_config,
         engine_json=json.dumps(engine_config, indent=1),
-        parameters=count_parameters(recipe.model),
-        flops=flops_per_token(recipe.model),
+        parameters=parameters,
+        parameters_in_all=sum(parameters.values()),
+        gflops_per_token=flops_per_token(recipe.model) / 1e9,
         rates=learning_rates(recipe),
         world_size=world_size,
         epochs=epochs_lines(recipe, loader),
