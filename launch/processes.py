@@ -72,7 +72,7 @@ class Ranks:
         answer = run_on(self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", *arguments)
         return bool(answer.stdout)
 
-    def end(self, launcher: "subprocess.Popen[bytes]", signals: Signals) -> None:
+    def end(self, launcher: subprocess.Popen[bytes], signals: Signals) -> None:
         """Have the ranks end after their step, and wait for that, unless one more signal comes.
 
         The launcher may be gone before them: who ends a whole job signals each of its processes.
@@ -84,7 +84,7 @@ class Ranks:
                 break
 
 
-def start_guarded(command: Command) -> "subprocess.Popen[bytes]":
+def start_guarded(command: Command) -> subprocess.Popen[bytes]:
     """Start a launcher that is killed, with all that it started, when its pipe is closed: by
     leaving the `with` of what is returned, or with this process.
     """
