@@ -68,8 +68,10 @@ class Ranks:
         """Send a signal to all ranks, of 0 none; whether there were any. Raises UserError where a
         host does not answer.
         """
-        arguments = ["|".join(self.ports), str(int(number))]
-        answer = run_on(self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", *arguments)
+        ports = "|".join(self.ports)
+        answer = run_on(
+            self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", ports, str(int(number))
+        )
         return bool(answer.stdout)
 
     def end(self, launcher: subprocess.Popen[bytes], signals: Signals) -> None:
