@@ -68,11 +68,13 @@ class Ranks:
         """Send a signal to all ranks, of 0 none; whether there were any. Raises UserError where a
         host does not answer.
         """
-        arguments = ["|".join(self.ports), str(int(number))]
-        answer = run_on(self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", *arguments)
+        ports = "|".join(self.ports)
+        answer = run_on(
+            self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", ports, str(int(number))
+        )
         return bool(answer.stdout)
 
-    def end(self, launcher: "subprocess.Popen[bytes]", signals: Signals) -> None:
+    def end(self, launcher: subprocess.Popen[bytes], signals: Signals) -> None:
         """Have the ranks end after their step, and wait for that, unless one more signal comes.
 
         The launcher may be gone before them: who ends a whole job signals each of its processes.
@@ -84,7 +86,7 @@ class Ranks:
                 break
 
 
-def start_guarded(command: Command) -> "subprocess.Popen[bytes]":
+def start_guarded(command: Command) -> subprocess.Popen[bytes]:
     """Start a launcher that is killed, with all that it started, when its pipe is closed: by
     leaving the `with` of what is returned, or with this process.
     """

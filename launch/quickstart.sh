@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The whole line on real text: corpus -> tokenizer -> shards -> ZeRO-2 training, stopped and resumed ->
-# evaluation -> Hugging Face export -> a generated continuation.
+# The whole line on real text: corpus -> tokenizer -> shards -> ZeRO-2 training, stopped and
+# resumed -> evaluation -> Hugging Face export -> a generated continuation.
 #
 #   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
-#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps, or as begun)
+#   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps,
+#                                                 or as begun)
 #
-# Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2 cores.
-# A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
+# Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2
+# cores. A second call finds what is done. Each stage is a command of its own; this script only
+# calls them in order.
 set -euo pipefail
 
 # shellcheck source=launch/shell/install.sh
@@ -15,12 +17,20 @@ case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
 esac
-[ $# -le 1 ] || fail "${*:2}: not known beside the directory; $0 --help says what there is (STEPS stands before it)"
+[ $# -le 1 ] ||
+  fail "${*:2}: not known beside the directory; $0 --help says what there is" \
+    "(STEPS stands before it)"
 [ -z "${STEPS:-}" ] || need_count STEPS "$STEPS" 2
+
 run_dir=${1:-$REPOSITORY/runs/quickstart}
-[ -d "$run_dir" ] || [ ! -e "$run_dir" ] || fail "$run_dir: is a file; give a directory, or one that is not there yet"
-mkdir -p "$run_dir" 2> /dev/null || fail "$run_dir: this directory can't be made; give another one"
+if [ -e "$run_dir" ] && [ ! -d "$run_dir" ]; then
+  fail "$run_dir: is a file; give a directory, or one that is not there yet"
+fi
+mkdir -p "$run_dir" 2> /dev/null ||
+  fail "$run_dir: this directory can't be made; give another one"
 run_dir=$(cd "$run_dir" && pwd)
+corpus=$run_dir/corpus
+mixture=$corpus/mixture.yaml
 
 # Steps of the run that is there, from the recipe it began with; nothing if there is none.
 steps_there() {
@@ -31,41 +41,48 @@ steps_there() {
 
 there=$(steps_there)
 steps=${STEPS:-${there:-320}}
-[ -z "$there" ] || [ "$steps" -eq "$there" ] ||
-  fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
-[ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
-mixture=$run_dir/corpus/mixture.yaml
-[ ! -e "$mixture" ] || cmp -s "$REPOSITORY/launch/demo/quickstart.yaml" "$mixture" ||
+if [ -n "$there" ] && [ "$steps" -ne "$there" ]; then
+  fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it," \
+    "or give another directory"
+fi
+if [ -f "$run_dir/summary.txt" ]; then
+  exec cat "$run_dir/summary.txt"
+fi
+if [ -e "$mixture" ] && ! cmp -s "$REPOSITORY/launch/demo/quickstart.yaml" "$mixture"; then
   fail "$mixture: is not the quick start's; give another directory, or move that file away"
+fi
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
 install_project demo
 cd "$REPOSITORY"
 
-stage() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+stage() { printf '\n\033[1m%s\033[0m\n' "$*"; } # in bold
 
 took=() # how long the whole job took is known if nothing of it was there before
-[ -d "$run_dir/corpus" ] || took=("$(date +%s)")
+[ -d "$corpus" ] || took=("$(date +%s)")
 
 stage "1/7  corpus: 249 State of the Union addresses"
 [ -e "$mixture" ] || install -D -m 644 launch/demo/quickstart.yaml "$mixture"
-[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo/demo_corpus.py "$run_dir/corpus/corpus.parquet"
+[ -f "$corpus/corpus.parquet" ] || python launch/demo/demo_corpus.py "$corpus/corpus.parquet"
 
 stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
-[ -d "$run_dir/corpus/tokenizer" ] || python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
-  --source "$run_dir/corpus/corpus.parquet" --output-dir "$run_dir/corpus/tokenizer"
+[ -d "$corpus/tokenizer" ] ||
+  python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
+    --source "$corpus/corpus.parquet" --output-dir "$corpus/tokenizer"
 
 stage "3/7  shards: uint16 ids, memory-mapped, fingerprinted"
 python -m data_prep.build_shards --mixture "$mixture" --output-dir "$run_dir/dataset"
 python -m data_prep.verify "$run_dir/dataset"
 
+# A step has 6 windows in all, or a few more where 6 does not divide over the ranks.
 gpus=$(python launch/count_gpus.py)
 ranks=$((gpus > 0 ? gpus : 2))
-windows=$(((6 + ranks - 1) / ranks)) # of each rank: 6 in all, or a few more where 6 does not divide
+windows_of_rank=$(((6 + ranks - 1) / ranks))
+step_tokens=$((windows_of_rank * ranks * 128)) # 128: the recipe's model.seq_len
 train() {
-  ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" --ranks "$ranks" \
-    --batch.micro_batch_size=$windows --batch.global_batch_tokens=$((windows * ranks * 128)) \
-    --train_tokens=$((steps * windows * ranks * 128)) "$@"
+  ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" \
+    --ranks "$ranks" --batch.micro_batch_size=$windows_of_rank \
+    --batch.global_batch_tokens=$step_tokens --train_tokens=$((steps * step_tokens)) "$@"
 }
 stage "4/7  training: ZeRO-2, $ranks ranks, stopped after $half of $steps steps"
 [ -f "$run_dir/checkpoints/latest" ] || train --stop-at-step $half
@@ -76,8 +93,11 @@ train
 stage "6/7  evaluation on the held-out addresses, fp32 masters"
 python -m pretrain.evaluate --run-dir "$run_dir"
 
+export_as() { # FOLDER ARCHITECTURE
+  python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/$1" --architecture "$2"
+}
 stage "7/7  export to Hugging Face format, in both forms"
-python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/hf" --architecture tablefree
-python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/gpt_neox" --architecture gpt_neox
+export_as hf tablefree
+export_as gpt_neox gpt_neox
 
 python launch/demo/summary.py "$run_dir" $half "${took[@]}"

@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None = None) -> Job:
         ranks=flags.ranks,
         hostfile=flags.hostfile,
         max_restarts=flags.max_restarts,
-        trainer_flags=[*required, *others],
+        trainer_flags=required + others,
     )
 
 
@@ -243,12 +243,12 @@ class Supervisor:
         """What a step that failed twice was made of."""
         batch = self.load_recipe().global_batch_size
         first = step * batch
-        where = ["--run-dir", str(self.job.run_dir), "--data-dir", str(self.job.data_dir)]
-        row = ["--step", str(step), "--row", "0"]
-        shown_by = shlex.join(["python", "-m", "pretrain.trace", *where, *row])
+        trace = ["python", "-m", "pretrain.trace"]
+        trace += ["--run-dir", str(self.job.run_dir), "--data-dir", str(self.job.data_dir)]
+        trace += ["--step", str(step), "--row", "0"]
         return (
             f"step {step} failed twice in a row; it has the samples {first} to "
-            f"{first + batch - 1}, and {shown_by} shows the documents in the first"
+            f"{first + batch - 1}, and {shlex.join(trace)} shows the documents in the first"
         )
 
     def back_off(self) -> None:

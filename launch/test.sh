@@ -14,9 +14,13 @@ ruff check .
 ruff format --check .
 mypy
 if command -v shellcheck > /dev/null; then
-  shellcheck --external-sources launch/*.sh launch/shell/*.sh .ci/run
+  shellcheck --external-sources launch/*.sh launch/*.slurm launch/shell/*.sh .ci/run
 else
   echo "skipped: shellcheck is not installed (Debian package shellcheck)"
 fi
-# side by side, one more than there are cores, up to 8: many tests wait for processes to start and to end
-exec python -m pytest -rs -n "$(($(nproc) < 8 ? $(nproc) + 1 : 8))" --dist loadfile "$@"
+
+# Side by side, one more than there are cores, up to 8: many tests wait for processes to start and
+# to end.
+cores=$(nproc)
+workers=$((cores < 8 ? cores + 1 : 8))
+exec python -m pytest -rs -n "$workers" --dist loadfile "$@"

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: refusals of one line, help, launcher flags. Sourced by each of them.
+# What the scripts share: refusals of one line, help, launcher flags. Sourced by each of them.
 
+# One line, exit code 2.
 fail() {
   echo "error: $*" >&2
   exit 2
@@ -11,17 +12,24 @@ usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# need_count NAME VALUE [LEAST]
-need_count() {
-  [[ "$2" =~ ^[1-9][0-9]{0,8}$ && "$2" -ge "${3:-1}" ]] || fail "$1 $2: expected a number, ${3:-1} or more"
+need_count() { # NAME VALUE [LEAST]
+  local least=${3:-1}
+  # at most nine digits, which fit into the shell's numbers
+  [[ "$2" =~ ^[1-9][0-9]{0,8}$ && "$2" -ge "$least" ]] ||
+    fail "$1 $2: expected a number, $least or more"
 }
 
-# Takes the launcher's flags out of a command line: sets ranks and hostfile, and flags to all the rest.
+need_tool() { # NAME WHAT_TO_DO
+  command -v "$1" > /dev/null || fail "$1: not found; $2"
+}
+
+# Takes the launcher's flags out of a command line: sets ranks and hostfile, and flags to the rest.
 parse_flags() {
   ranks='' hostfile='' flags=()
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help) usage; exit 0 ;;
+      # --ranks=2 becomes --ranks 2
       --ranks=* | --hostfile=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     esac
     case $1 in
@@ -34,12 +42,13 @@ parse_flags() {
   done
   [ ${#flags[@]} -gt 0 ] || fail "no flags; $0 --help lists them"
   [ -z "$ranks" ] || need_count --ranks "$ranks"
-  [ -z "$hostfile" ] || [ -f "$hostfile" ] || fail "--hostfile $hostfile: no such file; it holds a line for each host"
+  [ -z "$hostfile" ] || [ -f "$hostfile" ] ||
+    fail "--hostfile $hostfile: no such file; it holds a line for each host"
 }
 
 # Prints a command, then becomes it.
 run() {
-  command -v "$1" > /dev/null || fail "$1: not found; activate the environment that holds the project"
+  need_tool "$1" "activate the environment that holds the project"
   echo "+$(printf ' %q' "$@")"
   exec "$@"
 }

@@ -23,7 +23,7 @@ if [ "$signal" = 9 ]; then
   done
 fi
 
-# What a rank has started, such as workers of torch's compiler, has its environment but not its flag.
+# What a rank has started, such as workers of torch's compiler, has its environment, not its flag.
 for rank in $(processes_with environ "MASTER_PORT=($ports)"); do
   if grep -qzxs -e "--local_rank=[0-9]*" "$rank/cmdline"; then
     kill -s "$signal" "$rank" && echo "$rank"
