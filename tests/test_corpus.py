@@ -30,7 +30,7 @@ from prep_helpers import (
     write_parquet,
 )
 
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats import documents as corpus
 from data_prep.formats.known import format_of, read_documents
@@ -55,9 +55,10 @@ def units_of(
 ) -> list[WorkUnit]:
     field = None if format == "txt" else "text"
     files = input_files(*paths)
-    return cut_units(
-        files, source="s", format=format, text_field=field, unit_bytes=unit_bytes, skip_bad=skip_bad
+    inputs = SourceInputs(
+        source="s", files=files, format=format, text_field=field, skip_bad=skip_bad
     )
+    return cut_units(inputs, unit_bytes)
 
 
 def read(units: list[WorkUnit]) -> tuple[list[str], list[int], Bad]:
@@ -108,9 +109,8 @@ def save_to_disk(path: Path, dataset: datasets.Dataset) -> InputFile:
 
 
 def read_saved(file: InputFile, unit_bytes: int = 1 << 20) -> tuple[list[str], list[int], Bad]:
-    units = cut_units(
-        [file], source="s", format="save_to_disk", text_field="text", unit_bytes=unit_bytes
-    )
+    inputs = SourceInputs(source="s", files=[file], format="save_to_disk", text_field="text")
+    units = cut_units(inputs, unit_bytes)
     assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     return read(units)
 
@@ -273,7 +273,7 @@ def test_a_damaged_saved_data_set_is_named(tmp_path: Path) -> None:
         tmp_path / "a", datasets.Dataset.from_dict({"text": ["x"] * 100, "n": [1] * 100})
     )
     assert read_saved(file)[0] == ["x"] * 100
-    units = cut_units([file], source="s", format="save_to_disk", text_field="n")
+    units = cut_units(SourceInputs(source="s", files=[file], format="save_to_disk", text_field="n"))
     with pytest.raises(UserError, match="column 'n' is of type int64, expected string"):
         read(units)
     next((tmp_path / "a").glob("*.arrow")).write_bytes(b"")

@@ -28,7 +28,7 @@ from pretrain.run.first_checks import check_arguments
 HOLD = """
 import time
 from pathlib import Path
-from data_prep.shards import lock
+from data_prep.locks import lock
 held = lock(Path({!r}), "training there", "--run-dir")
 print("held", flush=True)
 time.sleep(60)

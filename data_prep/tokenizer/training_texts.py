@@ -19,7 +19,7 @@ from data_prep.building.build_plan import source_files
 from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
 from data_prep.building.mixture import Mixture
 from data_prep.building.validation_split import hash_texts, validation_threshold
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.documents import Documents
 from data_prep.formats.known import format_of, place, read_documents, text_field_of
@@ -166,8 +166,9 @@ def texts_of_files(
     units: list[WorkUnit] = []
     for file in files:
         own = format or format_of(file.name, "--source")
+        field_of_text = text_field_of(own, text_field)
         units += cut_units(
-            [file], source="text", format=own, text_field=text_field_of(own, text_field)
+            SourceInputs(source="text", files=[file], format=own, text_field=field_of_text)
         )
     return TrainingTexts(
         sources=[TextSource(name="--source", files=files, units=units)],
@@ -189,13 +190,14 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
                 f"{where}: holds ids of a tokenizer, no text; train with a mixture without it"
             )
         text_field = text_field_of(format_, source.text_field)
-        units = cut_units(
-            files,
+        inputs = SourceInputs(
             source=source.name,
+            files=files,
             format=format_,
             text_field=text_field,
             skip_bad=mixture.skip_bad,
         )
+        units = cut_units(inputs)
         sources.append(
             TextSource(name=where, files=files, units=units, share=source.weight / whole)
         )
