@@ -53,8 +53,9 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
         given = self.model_fields_set
         if ("path" in given) == ("hub" in given):
             raise ValueError("expected either path or hub; see data_prep/mixtures/example.yaml")
-        if "path" in given and (meaningless := sorted(HUB_KEYS & given)):
-            raise ValueError(f"{meaningless[0]} has a meaning only beside hub; remove it")
+        of_hub = sorted(HUB_KEYS & given)
+        if "path" in given and of_hub:
+            raise ValueError(f"{of_hub[0]} has a meaning only beside hub; remove it")
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r}, expected one of {', '.join(FORMATS)}")
         has_field = self.format is None or FORMATS[self.format].has_text_field

@@ -101,7 +101,7 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = validation_threshold(self.validation_fraction)
-        # gigatoken's own threads: this rank's share of the cores.
+        # This rank's share of the cores, for gigatoken's own threads.
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
         self._prover = Prover(self.tokenizer, self.encoder)
