@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import normalizers
 
-from data_prep.formats.flat_arrays import text_bounds
+from data_prep.formats.flat_arrays import numbers_at, text_bounds
 
 CODE_POINTS = 0x110000
 FIRST_NOT_ASCII = 0x80
@@ -98,18 +98,21 @@ class Doubtful:
     def find(self, texts: pa.LargeStringArray) -> Places:
         """Numbers of the texts that hold one of the characters, in order."""
         bounds = text_bounds(texts)
-        buffer = texts.buffers()[2]
+        _, _, buffer = texts.buffers()
         if not buffer:
             return np.zeros(0, np.int64)
-        data = np.frombuffer(buffer, np.uint8)[bounds[0] : bounds[-1]]
-        places = self._places(data) + bounds[0]
-        return np.unique(np.searchsorted(bounds, places, side="right") - 1)
+        first = bounds[0]
+        last = bounds[-1]
+        data = np.frombuffer(buffer, np.uint8)[first:last]
+        places = self._places(data) + first
+        return np.unique(numbers_at(bounds, places))
 
     def _places(self, data: Bytes) -> Places:
         """Where in UTF-8 one of the characters begins."""
         found = [np.zeros(0, np.int64)]
         for start in range(0, len(data), PIECE_BYTES):
-            places = self._beginnings(data[start : start + PIECE_BYTES]) + start
+            piece = data[start : start + PIECE_BYTES]
+            places = self._beginnings(piece) + start
             first = data[places]
             second = data[places + 1]
             places = places[self._may_follow(first, second)]
@@ -143,9 +146,9 @@ class Doubtful:
         start = beginning << bits_behind
         stop = start + (1 << bits_behind)
         newer = [is_newer_than_python(code_point) for code_point in range(start, stop)]
-        self._characters[start:stop] |= newer
-        is_any = self._characters[start:stop].any()
-        self._pairs[lead, second] = SOME if is_any else NONE
+        block = self._characters[start:stop]
+        block |= newer
+        self._pairs[lead, second] = SOME if block.any() else NONE
 
     def _beginnings(self, piece: Bytes) -> Places:
         """Where in a piece of UTF-8 a byte stands that may begin one of the characters.
@@ -156,7 +159,8 @@ class Doubtful:
         whole = len(piece) // 8 * 8
         words = piece[:whole].view(np.uint64)
         other = np.flatnonzero((words & HIGH_BITS) != 0)
-        in_rest = whole + np.flatnonzero(self._may_begin[piece[whole:]])
+        rest = piece[whole:]
+        in_rest = np.flatnonzero(self._may_begin[rest]) + whole
         if len(other) < len(words) // DENSE_ONE_IN:
             other_bytes = words[other].view(np.uint8).reshape(-1, 8)
             number, byte = np.nonzero(self._may_begin[other_bytes])
@@ -164,8 +168,9 @@ class Doubtful:
         else:
             may_begin = np.zeros(whole, np.bool_)
             for leads in self._leads:
-                # below the first, it wraps to far above the last
-                may_begin |= piece[:whole] - np.uint8(leads.start) < len(leads)
+                first = np.uint8(leads.start)
+                # what is below the first wraps to far above the last
+                may_begin |= piece[:whole] - first < len(leads)
             in_words = np.flatnonzero(may_begin)
         return np.append(in_words, in_rest)
 
@@ -183,11 +188,17 @@ def neighbours(numbers: list[int]) -> list[range]:
 
 def _code_points_at(data: Bytes, places: Places) -> Places:
     """The characters that begin there, none of them ASCII; valid UTF-8 has their bytes."""
-    last = len(data) - 1  # of shorter characters, bytes behind them are read in vain
-    lead = data[places].astype(np.int64)
-    second = data[np.minimum(places + 1, last)].astype(np.int64) & MORE
-    third = data[np.minimum(places + 2, last)].astype(np.int64) & MORE
-    fourth = data[np.minimum(places + 3, last)].astype(np.int64) & MORE
+    last = len(data) - 1
+
+    def byte_behind(ahead: int) -> Places:
+        """Of shorter characters, bytes behind them are read in vain."""
+        at = np.minimum(places + ahead, last)
+        return data[at].astype(np.int64)
+
+    lead = byte_behind(0)
+    second = byte_behind(1) & MORE
+    third = byte_behind(2) & MORE
+    fourth = byte_behind(3) & MORE
     of_two = (lead & LEAD_OF_TWO) << 6 | second
     of_three = (lead & LEAD_OF_THREE) << 12 | second << 6 | third
     of_four = (lead & LEAD_OF_FOUR) << 18 | second << 12 | third << 6 | fourth
@@ -199,7 +210,9 @@ def is_newer_than_python(code_point: int) -> bool:
     """Whether Python's Unicode (14 in Python 3.11) has no character there, where later versions
     may have one.
     """
-    if code_point < THREE_BYTES or any(code_point in block for block in FULL_BLOCKS):
+    if code_point < THREE_BYTES:
+        return False
+    if any(code_point in block for block in FULL_BLOCKS):
         return False
     if code_point < ASSIGNED_PLANES << 16:
         return unicodedata.category(chr(code_point)) == "Cn"
@@ -231,7 +244,9 @@ def normalized_otherwise(form: Form) -> frozenset[int]:
         if not is_mark and not is_composed:
             continue
         decomposed = unicodedata.normalize("NFD", character)
-        text = f"a{MARK_ABOVE}{character}{MARK_BELOW}" if is_mark else character
+        text = character
+        if is_mark:
+            text = f"a{MARK_ABOVE}{character}{MARK_BELOW}"
         if of_reference(text) != unicodedata.normalize(form, text):
             found.add(code_point)
             found.update(map(ord, decomposed))

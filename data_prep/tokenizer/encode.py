@@ -16,7 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep.errors import one_line
-from data_prep.formats.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
+from data_prep.formats.flat_arrays import (
+    Offsets,
+    arrow_ids,
+    bounds_of,
+    large_strings,
+    numbers_at,
+    text_bounds,
+)
 from data_prep.tokenizer.load import Backend, LoadedTokenizer, for_gigatoken, load_gigatoken
 from data_prep.tokenizer.reference import Reference
 
@@ -94,14 +101,16 @@ def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) ->
     """
     reasons: dict[int, str] = {}
     for of_no_text in tokenizer.ranges_of_no_text:
+        first = np.uint32(of_no_text.start)
         if len(of_no_text) == 1:
-            is_special = ids == of_no_text.start
-        else:  # unsigned: what lies below the range is far above it then
-            is_special = ids - np.uint32(of_no_text.start) < len(of_no_text)
+            is_special = ids == first
+        else:
+            above_first = ids - first  # unsigned: what lies below the range is far above it then
+            is_special = above_first < len(of_no_text)
         if not np.count_nonzero(is_special):
             continue
         places = np.flatnonzero(is_special)
-        numbers = np.searchsorted(offsets, places, side="right") - 1
+        numbers = numbers_at(offsets, places)
         for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
             token = tokenizer.name_of(special)
             reasons[number] = (
@@ -120,12 +129,14 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
     import awkward as ak
 
     def of_gigatoken(texts: pa.LargeStringArray) -> Encoded:
-        data = np.frombuffer(texts.buffers()[2], np.uint8)
+        _, _, buffer = texts.buffers()
+        data = np.frombuffer(buffer, np.uint8)
         characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
         bounds = ak.index.Index64(text_bounds(texts))
         of_strings = {"__array__": "string"}
         strings = ak.contents.ListOffsetArray(bounds, characters, parameters=of_strings)
-        rows = backend.encode_batch(ak.Array(strings), parallel=True).layout
+        encoded = backend.encode_batch(ak.Array(strings), parallel=True)
+        rows = encoded.layout
         return rows.content.data, rows.offsets.data
 
     def encode(texts: pa.LargeStringArray) -> Encoded:
@@ -157,11 +168,11 @@ def _replaced(encoded: Encoded, numbers: Offsets, others: Encoded) -> Encoded:
     parts.append(ids[offsets[done] :])
     lengths = np.diff(offsets)
     lengths[numbers] = np.diff(other_offsets)
-    return np.concatenate(parts), np.append(0, np.cumsum(lengths))
+    return np.concatenate(parts), bounds_of(lengths)
 
 
 def _reference_encode(reference: Reference, texts: pa.LargeStringArray) -> Encoded:
     """The same through `tokenizers`."""
-    ids = [np.array(row, np.uint32) for row in reference.encode(texts.to_pylist())]
-    lengths = [len(row) for row in ids]
-    return np.concatenate(ids), np.append(0, np.cumsum(lengths))
+    rows = reference.encode(texts.to_pylist())
+    ids = [np.array(row, np.uint32) for row in rows]
+    return np.concatenate(ids), bounds_of([len(row) for row in rows])

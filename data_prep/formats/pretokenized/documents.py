@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.formats.first_bytes import Kind, own_kind
-from data_prep.formats.flat_arrays import Offsets
+from data_prep.formats.flat_arrays import Offsets, bounds_of, numbers_at
 from data_prep.formats.pretokenized import flat_ids
 from data_prep.formats.pretokenized.bounded_ids import open_datatrove, open_olmo
 from data_prep.formats.pretokenized.flat_ids import OTHER_TOKENIZER, FlatIds
@@ -157,7 +157,7 @@ def read_ids(
         is_eos = np.append(ids == eos_id, False)
         inside = np.setdiff1d(np.flatnonzero(is_eos), ends - 1)
         if len(inside) and not ID_FORMATS[format].spells_special_tokens:
-            document = first + int(np.searchsorted(offsets, inside[0], "right")) - 1
+            document = first + int(numbers_at(offsets, inside[:1])[0])
             raise UserError(
                 f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; "
                 f"{OTHER_TOKENIZER}"
@@ -165,7 +165,7 @@ def read_ids(
         is_ended = is_eos[ends - 1] & (np.diff(offsets) > 0)
         is_end = np.zeros(len(ids), bool)
         is_end[ends[is_ended] - 1] = True
-        left_out_before = np.append(0, np.cumsum(is_ended))
+        left_out_before = bounds_of(is_ended)
         yield ids[~is_end].astype(np.uint32), offsets - left_out_before
 
 

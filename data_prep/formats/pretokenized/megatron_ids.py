@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError
-from data_prep.formats.flat_arrays import Offsets
+from data_prep.formats.flat_arrays import Offsets, bounds_of
 from data_prep.inputs.sources import InputFile
 
 AnyIds = npt.NDArray[Any]
@@ -103,7 +103,7 @@ class MegatronIds:
         first = documents[0]
         last = documents[-1]
         sizes = self.sizes[first:last]
-        bounds = np.append(0, np.cumsum(sizes, dtype=np.int64))  # of sequences, in ids
+        bounds = bounds_of(sizes)  # of sequences, in ids
         bytes_told = np.append(self.pointers[first:last], self.byte(stop))
         bytes_counted = self.byte(start) + self.itemsize * bounds
         is_sound = (
