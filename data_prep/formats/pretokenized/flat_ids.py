@@ -26,6 +26,7 @@ SEARCH_TOKENS = 64 << 10
 NUMPY_MAGIC = b"\x93NUMPY"
 # 256 of int32: magic, version, number of ids, nothing; from llm.c's dev/data/data_common.py
 LLM_C_HEADER_BYTES = 1024
+LLM_C_BEGINNING = struct.Struct("<3i")
 LLM_C_IDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic and version
 LLM_C_MAGICS = {magic for magic, _ in LLM_C_IDS}
 OTHER_TOKENIZER = "was it made with another tokenizer than the mixture's?"
@@ -87,8 +88,8 @@ class FlatIds:
         """
         position = (byte - self.data_byte) // self.itemsize
         for begin in range(max(start, position - 1), stop, SEARCH_TOKENS):
-            ids = self._ids(begin, min(begin + SEARCH_TOKENS, stop))
-            is_eos = ids == self.eos_id
+            end = min(begin + SEARCH_TOKENS, stop)
+            is_eos = self._ids(begin, end) == self.eos_id
             if is_eos.any():
                 return begin + int(is_eos.argmax()) + 1
         return stop
@@ -105,12 +106,18 @@ class FlatIds:
     def places(self) -> list[AnyIds]:
         """Ids at places evenly spread over the file, its beginning, middle and end among them."""
         last = max(self.start, self.stop - LOOKED_AT_IDS)
+        whole = last - self.start
         steps = LOOKED_AT_PLACES - 1
-        begins = {self.start + (last - self.start) * step // steps for step in range(steps + 1)}
-        return [self._ids(begin, min(begin + LOOKED_AT_IDS, self.stop)) for begin in sorted(begins)]
+        begins = sorted({self.start + whole * step // steps for step in range(steps + 1)})
+        places = []
+        for begin in begins:
+            stop = min(begin + LOOKED_AT_IDS, self.stop)
+            places.append(self._ids(begin, stop))
+        return places
 
     def _ids(self, start: int, stop: int) -> AnyIds:
-        return np.fromfile(self.path, self.dtype, stop - start, offset=self.byte(start))
+        count = stop - start
+        return np.fromfile(self.path, self.dtype, count, offset=self.byte(start))
 
     def _find_first_document(self, is_eos_first: bool) -> None:
         """Where documents come after their end-of-document ids, the first of these belongs to
@@ -128,7 +135,9 @@ class FlatIds:
 
     def _is_eos(self, position: int) -> bool:
         """Whether there is an end-of-document id; there is none before the file or behind it."""
-        return position >= 0 and self.eos_id in self._ids(position, position + 1)
+        if position < 0:
+            return False
+        return self.eos_id in self._ids(position, position + 1)
 
 
 def layout_of(file: InputFile) -> Layout:
@@ -138,7 +147,8 @@ def layout_of(file: InputFile) -> Layout:
     FirstBytes(format="uint16", kinds=KINDS_THAT_ARE_NO_IDS).check(file, first)
     if first.startswith(NUMPY_MAGIC):
         return _numpy_layout(file)
-    magic, version, ids = struct.unpack("<3i", first[:12].ljust(12, b"\0"))
+    beginning = first[: LLM_C_BEGINNING.size].ljust(LLM_C_BEGINNING.size, b"\0")
+    magic, version, ids = LLM_C_BEGINNING.unpack(beginning)
     if magic in LLM_C_MAGICS:
         if (magic, version) not in LLM_C_IDS:
             raise UserError(
@@ -147,12 +157,22 @@ def layout_of(file: InputFile) -> Layout:
             )
         dtype = np.dtype(LLM_C_IDS[magic, version])
         start = LLM_C_HEADER_BYTES // dtype.itemsize  # the header counts as ids, too
-        expected = f"a header of {LLM_C_HEADER_BYTES:,} and {ids:,} ids of {dtype.itemsize}"
-        return Layout(dtype, start + ids, expected, start=start, is_eos_first=True)
+        return Layout(
+            dtype=dtype,
+            start=start,
+            stop=start + ids,
+            expected=f"a header of {LLM_C_HEADER_BYTES:,} and {ids:,} ids of {dtype.itemsize}",
+            is_eos_first=True,
+        )
     if file.url.endswith(".npy"):
         advice = "if dolma wrote it, set format: olmo; if it holds ids alone, name it .bin"
         raise UserError(f"{file.url}: named .npy, without NumPy's header; {advice}")
-    return Layout(np.dtype("<u2"), file.size // 2, "ids of 2", is_bare=True)
+    return Layout(
+        dtype=np.dtype("<u2"),
+        stop=file.size // 2,
+        expected="ids of 2",
+        is_bare=True,
+    )
 
 
 def _numpy_layout(file: InputFile) -> Layout:
@@ -179,8 +199,12 @@ def _numpy_layout(file: InputFile) -> Layout:
             "another"
         )
     (ids,) = shape
-    expected = f"a header of {data_byte} and {ids:,} ids of {dtype.itemsize}"
-    return Layout(dtype, ids, expected, data_byte=data_byte)
+    return Layout(
+        dtype=dtype,
+        stop=ids,
+        expected=f"a header of {data_byte} and {ids:,} ids of {dtype.itemsize}",
+        data_byte=data_byte,
+    )
 
 
 def check_lengths(files: Sequence[InputFile], eos_id: int, where: str) -> None:
