@@ -56,8 +56,9 @@ def refuse_dangling(path: Path, name: str, where: str) -> None:
 
 
 def refuse_closed_folders(base: Path, pattern: str, where: str) -> None:
-    """Raise UserError for a folder that a glob would pass over: one that can't be listed, or a
-    link to none.
+    """Raise UserError for a folder that a glob would pass over.
+
+    That is one that can't be listed, or a link to none.
     """
     parts = Path(pattern).parts
     for end in range(1, len(parts)):
@@ -114,8 +115,9 @@ class Family(NamedTuple):
 
 
 def warn_of_gaps(names: Iterable[str], where: str) -> None:
-    """Say which numbered parts (-0000N-of-0000M, counted from 0 or 1) are not among the files
-    that a glob found.
+    """Say which numbered parts are not among the files that a glob found.
+
+    Their names hold -0000N-of-0000M, counted from 0 or 1.
     """
     families: dict[Family, set[int]] = {}
     widths: dict[Family, int] = {}
@@ -143,8 +145,9 @@ def warn_of_gaps(names: Iterable[str], where: str) -> None:
 
 
 def warn_of_one_file_twice(paths: Mapping[str, Path], where: str) -> None:
-    """Say which files of a source, by name and path, are one: a link or a hard link, whose text
-    would count twice.
+    """Say which files of a source, by name and path, are one.
+
+    The text of such a link or hard link would count twice.
     """
     names: dict[tuple[int, int], str] = {}  # by device and inode
     for name, path in paths.items():
@@ -160,8 +163,9 @@ def warn_of_one_file_twice(paths: Mapping[str, Path], where: str) -> None:
 
 
 def refuse_inside(output_dir: Path, files: Iterable[str], where: str) -> None:
-    """Raise UserError for a file inside of the output directory: what is built would be taken
-    for input next time.
+    """Raise UserError for a file inside of the output directory.
+
+    What is built would be taken for input next time.
     """
     home = os.path.realpath(output_dir).rstrip("/") + "/"
 

@@ -1,5 +1,6 @@
-"""Which files a source names, and how their bytes are read: paths, URLs (fsspec), data sets of the
-Hugging Face hub.
+"""Which files a source names, and how their bytes are read.
+
+It names a path, a URL (which fsspec reads) or a data set of the Hugging Face hub.
 
 A network may fail for half a minute: each failed request is announced and made again. What can't
 succeed later (not found, access refused, changed since it was listed) fails at once.
@@ -75,8 +76,9 @@ def find_inputs(base: Path, pattern: str, where: str) -> list[InputFile]:
 def find_hub_inputs(
     name: str, configs: Sequence[str], split: str, revision: str | None, where: str
 ) -> tuple[list[InputFile], str]:
-    """The files of a hub data set's split in the order of `datasets`, and their commit (40 hex
-    digits).
+    """The files of a hub data set's split, and their commit (40 hex digits).
+
+    Their order is that of `datasets`.
     """
     what = f"{where}: {name}"
     repository, commit = _with_retries(what, _resolve, name, revision, what)
@@ -238,8 +240,9 @@ def _remote_file(fs: Any, info: Info, name: str, address: str) -> InputFile:
 
 
 def _open_remote(file: InputFile) -> Any:
-    """The file as fsspec opens it, without a buffer. UserError if it isn't the one that was
-    listed.
+    """The file as fsspec opens it, without a buffer.
+
+    Raises UserError if it isn't the one that was listed.
     """
     fs, path = _filesystem(file.secret_url or file.url)
     if f"@{file.version}/" not in file.url:  # a commit of the hub never changes

@@ -1,5 +1,6 @@
-"""URLs without the secrets in them: what is stored, printed or digested names a source, and opens
-nothing.
+"""URLs without the secrets in them.
+
+What is stored, printed or digested names a source, and opens nothing.
 
 Passwords and signatures come and go while the file behind them stays the same one, so they are no
 part of its name. Where it is not certain whether a part is a secret, it goes.
@@ -53,8 +54,9 @@ FILE_NAME = re.compile(  # S3's name of a file, as in ?key=data/a.jsonl
 
 
 def without_credentials(text: str) -> str:
-    """A URL, or any text with URLs in it, without passwords, tokens and signatures; what names
-    the source stays.
+    """A URL, or any text with URLs in it, without passwords, tokens and signatures.
+
+    What names the source stays.
     """
     return _cleaned(text, 0)
 
@@ -77,9 +79,7 @@ def _cleaned(text: str, depth: int) -> str:
 
 
 def _without(url: str, depth: int) -> str:
-    """One URL: its user and password, and the parts of its path, query and fragment that are
-    secrets.
-    """
+    """One URL without what is secret in its user, path, query and fragment."""
     scheme, _, rest = url.partition("://")
     rest = _with_plain_user(rest)
     user = USER.match(rest)
@@ -99,8 +99,9 @@ def _without(url: str, depth: int) -> str:
 
 
 def _with_plain_user(rest: str) -> str:
-    """What follows `://`, with a user and password that are percent-encoded as a whole
-    (u%3Apw%40host) decoded.
+    """What follows `://`, with a user and password that are encoded as a whole decoded.
+
+    As in u%3Apw%40host.
     """
     authority = AUTHORITY.match(rest)
     written = authority.group() if authority else ""
@@ -133,9 +134,7 @@ def _without_in_path(path: str, depth: int) -> str:
 
 
 def _without_secrets(query: str, depth: int) -> str:
-    """The parameters of a query that are no secrets, as they were but for secrets of URLs within
-    them.
-    """
+    """The parameters of a query that are no secrets; URLs within them lose theirs."""
     parts = SEPARATOR.split(query)
     written = parts[::2]
     marks = ["", *parts[1::2]]  # before each
@@ -169,8 +168,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _harmful(name: str) -> str:
-    """A parameter's name in small letters, without marks and without words that only look like
-    those of secrets.
+    """A parameter's name in small letters, without marks and without harmless words.
+
+    These only look like those of secrets.
     """
     letters = re.sub(r"[\W_]", "", name.lower())
     return HARMLESS.sub("", letters)

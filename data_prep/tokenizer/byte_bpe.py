@@ -95,9 +95,7 @@ def _swapped(token: str) -> str:
 
 
 def spellings(text: str) -> Iterator[str]:
-    """Every word of the text in lower case, with a capital and in capitals; each also after a
-    space.
-    """
+    """Every word of the text in small letters, with a capital, in capitals; also after a space."""
     words = set(WORD.findall(text))
     for word in sorted({word.lower() for word in words}):
         for spelling in (word, word.capitalize(), word.upper()):
@@ -105,8 +103,9 @@ def spellings(text: str) -> Iterator[str]:
 
 
 def build_vocab(merges: Merges, vocab_size: int) -> tuple[Vocab, Merges]:
-    """Ids: end of document, the 256 bytes, then what the merges make, at last padding; and the
-    merges used.
+    """The ids, and the merges used.
+
+    First comes the end of a document, then the 256 bytes, what the merges make, and padding.
     """
     tokens = [EOS_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: id_ for id_, token in enumerate(tokens)}

@@ -71,8 +71,9 @@ class Grams(NamedTuple):
 
 
 def learn_vocab(texts: Iterable[str]) -> tuple[Vocab, Merges]:
-    """Ids and merges, with the n-grams of these texts; what too small a text leaves over stays
-    unused.
+    """Ids and merges, with the n-grams of these texts.
+
+    What too small a text leaves over stays unused.
     """
     counts = count_grams(texts)
     grams = choose_grams(*counts)
@@ -169,8 +170,9 @@ def _in_step_first(grams: list[str], aligned: Counts, anywhere: Counts) -> list[
 
 
 def build_vocab(bigrams: list[str], trigrams: list[str]) -> tuple[Vocab, Merges]:
-    """The ids of the whole table above; merges of bytes to characters, then to trigrams, then to
-    bigrams.
+    """The ids of the whole table above, and the merges.
+
+    These are first of bytes to characters, then to trigrams, then to bigrams.
     """
     vocab: Vocab = {spell(chr(id_)): id_ for id_ in CHARACTER_IDS}
     vocab[spell("\uffff")] = NONCHARACTER_ID

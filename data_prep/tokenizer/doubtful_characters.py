@@ -1,5 +1,4 @@
-"""Characters that are newer than the Unicode tables in use, of which two encoders may think
-differently.
+"""Characters of which two encoders may think differently: newer than their Unicode tables.
 
 `tokenizers` 0.23 knows Unicode 16 in regular expressions (`\\p{L}`), but normalises (NFC and its
 kin) by the tables of Unicode 9; gigatoken has other tables. So a text with a character that is
@@ -70,8 +69,7 @@ NOT_ASKED = 2
 
 
 class Doubtful:
-    """Characters newer than Python's Unicode, and some others: a set, prepared for finding them in
-    UTF-8.
+    """A set of characters newer than Python's Unicode, and some others, to be found in UTF-8.
 
     Threads may share it: what two of them find out at the same time is the same.
     """
@@ -207,8 +205,9 @@ def _code_points_at(data: Bytes, places: Places) -> Places:
 
 
 def is_newer_than_python(code_point: int) -> bool:
-    """Whether Python's Unicode (14 in Python 3.11) has no character there, where later versions
-    may have one.
+    """Whether Python's Unicode has no character there, where later versions may have one.
+
+    Python 3.11 has Unicode 14.
     """
     if code_point < THREE_BYTES:
         return False
@@ -220,8 +219,9 @@ def is_newer_than_python(code_point: int) -> bool:
 
 
 def other_normal_forms(normalizer: str) -> frozenset[int]:
-    """Code points of which a tokenizer's normalizer, as tokenizer.json has it, and Python make
-    different things.
+    """Code points of which a tokenizer's normalizer and Python make different things.
+
+    `normalizer` is as tokenizer.json has it.
     """
     found: frozenset[int] = frozenset()
     for form in FORMS:
@@ -232,8 +232,9 @@ def other_normal_forms(normalizer: str) -> frozenset[int]:
 
 @cache
 def normalized_otherwise(form: Form) -> frozenset[int]:
-    """Code points of which Python and the reference make different things; with those that they
-    are composed of.
+    """Code points of which Python and the reference make different things.
+
+    With those that they are composed of.
     """
     of_reference = getattr(normalizers, form)().normalize_str
     found: set[int] = set()

@@ -73,8 +73,9 @@ def _reference_encoder(tokenizer: LoadedTokenizer, fallback_reason: str | None) 
 
 
 def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:
-    """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for
-    the caller to find.
+    """The texts of documents, exact for a byte-level tokenizer.
+
+    What isn't UTF-8 stays so, for the caller to find.
     """
     if tokenizer.token_bytes is None:
         bounds = itertools.pairwise(offsets.tolist())
@@ -96,8 +97,9 @@ def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
 
 
 def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
-    """Documents whose text gave a special id, which no text may: their numbers, and what is
-    wrong with each.
+    """Documents whose text gave a special id, which no text may.
+
+    Returns their numbers, and what is wrong with each.
     """
     reasons: dict[int, str] = {}
     for of_no_text in tokenizer.ranges_of_no_text:

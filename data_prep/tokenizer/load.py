@@ -97,8 +97,9 @@ class LoadedTokenizer:
 
     @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
-        """What each id of a byte-level tokenizer stands for, shape (ids,); of one without a token
-        a byte that no text holds. None if the tokenizer is not byte-level.
+        """What each id of a byte-level tokenizer stands for, shape (ids,); None of another one.
+
+        An id without a token stands for a byte that no text holds.
         """
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
             return None
@@ -206,8 +207,7 @@ def load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
 
 
 def read_files(directory: Path) -> TokenizerFiles:
-    """The files that make a tokenizer, the token that ends documents, and what was left out of
-    them.
+    """What makes a tokenizer, of what its directory holds.
 
     transformers supplies what they lack. Code that the directory brings along (`auto_map`) is never
     run: a tokenizer whose tokenizer.json says all does without, and any other one is refused.
@@ -309,8 +309,9 @@ def _not_special(added_tokens: list[dict[str, Any]] | None) -> list[dict[str, An
 
 
 def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
-    """tokenizer.json as gigatoken is to load it: without special tokens, and without what
-    encodes at random.
+    """tokenizer.json as gigatoken is to load it.
+
+    That is without special tokens, and without what encodes at random.
     """
     content = tokenizer.files[TOKENIZER_JSON]
     if tokenizer.is_random:

@@ -1,5 +1,6 @@
-"""What a tokenizer loses of a work unit's text: unk counted in all of it, documents that change on
-a sample.
+"""What a tokenizer loses of a work unit's text.
+
+Its unk are counted in all of it, documents that change on a sample.
 
 Of a tokenizer that keeps all text, only the documents that are proved anyway are looked at. Of any
 other one, unk is counted exactly, and at least LEAST_SAMPLE documents of a unit are decoded: the
@@ -67,8 +68,9 @@ class UnitLoss:
     def add_batch(
         self, texts: pa.LargeStringArray, encoded: Encoded, hashes: Index, proved: list[int]
     ) -> None:
-        """Count all of a batch, and keep what may belong to the sample; the documents `proved`
-        are in it already.
+        """Count all of a batch, and keep what may belong to the sample.
+
+        The documents `proved` are in it already.
         """
         if self.tokenizer.keeps_all_text:
             return

@@ -47,8 +47,9 @@ class Reference(Protocol):
 
 
 class LocalReference:
-    """The reference in this process. Raises whatever `tokenizers` does for a definition that it
-    can't load.
+    """The reference in this process.
+
+    Raises whatever `tokenizers` does for a definition that it can't load.
     """
 
     def __init__(self, tokenizer_json: bytes) -> None:

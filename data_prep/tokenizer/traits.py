@@ -1,5 +1,6 @@
-"""What a tokenizer's definition tells before any text is encoded: where it loses text, and where
-encoders part ways.
+"""What a tokenizer's definition tells before any text is encoded.
+
+That is where it loses text, and where encoders part ways.
 """
 
 import json
@@ -30,8 +31,9 @@ def unknown_id(reference: Tokenizer) -> int | None:
 
 
 def keeps_all_text(reference: Tokenizer) -> bool:
-    """Whether a tokenizer is of the form that loses nothing: byte-level, with nothing that changes
-    or drops text.
+    """Whether a tokenizer is of the form that loses nothing.
+
+    That is byte-level, with nothing that changes or drops text.
 
     False says only that this is not known from its definition.
     """
@@ -57,8 +59,7 @@ def _keeps_text(step: Definition) -> bool:
 
 
 def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[int]:
-    """Special ids that some text might give all the same, although their names in a text are read
-    as text.
+    """Special ids that some text might give, although their names in a text are read as text.
 
     Added tokens are not looked for in a text; but the model may hold the same token, and build it:
     Unigram, WordLevel and WordPiece take any token of theirs that fits, BPE one that its merges

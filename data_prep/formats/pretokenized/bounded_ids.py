@@ -1,5 +1,4 @@
-"""Files of ids whose borders another file holds: datatrove's `.ds`, and the `.npy` of dolma and
-OLMo.
+"""Files of ids whose borders another file holds: datatrove's, and those of dolma and OLMo.
 
 Documents are what the writer's own index says. So a text that spells the end-of-document token,
 which both writers turn into its id, is found out, and texts without such an id at their end are
@@ -34,8 +33,9 @@ class BoundedIds:
     start = 0
 
     def __init__(self, file: InputFile, index_path: Path, bounds: Offsets) -> None:
-        """`bounds`: where each document begins, in ids, and where the last one ends (documents +
-        1). Raises UserError if the file is not of this size.
+        """`bounds`: where documents begin, in ids, and the last ends, shape (documents + 1,).
+
+        Raises UserError if the file is not of this size.
         """
         self.path = file.url
         self.bounds = bounds

@@ -57,8 +57,9 @@ def read(unit: WorkUnit, given: Reading) -> Iterator[Documents]:
 def _as_ordinary_text(
     tokenizer: LoadedTokenizer, encoded: Encoded, is_special: npt.NDArray[np.bool_]
 ) -> Encoded:
-    """The documents, those with special ids inside encoded anew: what their texts spell is
-    ordinary text to us.
+    """The documents, those with special ids inside encoded anew.
+
+    What their texts spell is ordinary text to us.
     """
     ids, offsets = encoded
     documents = np.split(ids, offsets[1:-1])

@@ -1,5 +1,6 @@
-"""Documents that are token ids already, in the formats of other projects: a module beside this one
-and a row of ID_FORMATS for each.
+"""Documents that are token ids already, in the formats of other projects.
+
+Each has a module beside this one, and a row of ID_FORMATS.
 
 Documents are cut and read here; `decoded` gives them their texts, by the mixture's tokenizer.
 """
@@ -48,8 +49,9 @@ class IdFile(Protocol):
         """Where a position lies in the file."""
 
     def next_cut(self, start: int, stop: int, byte: int) -> int:
-        """The first position after start at which a document begins, at this byte or later; or
-        stop.
+        """The first position after start, at this byte or later, at which a document begins.
+
+        Or stop, if there is none before.
         """
 
     def read(self, start: int, stop: int) -> tuple[AnyIds, Offsets]:

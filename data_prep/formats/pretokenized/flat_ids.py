@@ -1,5 +1,6 @@
-"""Files of ids alone, an end-of-document id after each document (nanoGPT) or before it (llm.c,
-build-nanogpt).
+"""Files of ids alone, as nanoGPT, llm.c and build-nanogpt write them.
+
+An end-of-document id stands after each document (nanoGPT) or before it (llm.c, build-nanogpt).
 
 A `.npy` file, and llm.c's two headers, say how wide their ids are. A bare file does not: it is read
 as uint16, and what looks like ids of another width, at any place of it, is refused (`id_width`).
@@ -52,8 +53,10 @@ class FlatIds:
     """One such file. Positions count ids."""
 
     def __init__(self, file: InputFile, eos_id: int) -> None:
-        """Raises UserError if its size is not what its header says, if its ids look wider than
-        they are read, or if no document ends in it.
+        """Raises UserError if the file is not what it is read as.
+
+        Its size may not be what its header says, its ids may look wider than they are read, and
+        there may be no document that ends in it.
         """
         self.path = file.url
         self.eos_id = eos_id
@@ -83,8 +86,9 @@ class FlatIds:
         return self.data_byte + self.itemsize * position
 
     def next_cut(self, start: int, stop: int, byte: int) -> int:
-        """Behind the first end-of-document id after start that ends at this byte or later; or
-        stop.
+        """Behind the first end-of-document id after start that ends at this byte or later.
+
+        Or stop, if there is none before.
         """
         position = (byte - self.data_byte) // self.itemsize
         for begin in range(max(start, position - 1), stop, SEARCH_TOKENS):
@@ -120,9 +124,7 @@ class FlatIds:
         return np.fromfile(self.path, self.dtype, count, offset=self.byte(start))
 
     def _find_first_document(self, is_eos_first: bool) -> None:
-        """Where documents come after their end-of-document ids, the first of these belongs to
-        none.
-        """
+        """Pass over the first end-of-document id where documents come after theirs."""
         end = self.next_cut(self.start, self.stop, 0)
         if not self._is_eos(end - 1):
             problem = f"eos_id {self.eos_id} never occurs, so where documents end is not known"
@@ -176,8 +178,9 @@ def layout_of(file: InputFile) -> Layout:
 
 
 def _numpy_layout(file: InputFile) -> Layout:
-    """What a `.npy` file's header says. Raises UserError for anything but integers in one
-    dimension.
+    """What a `.npy` file's header says.
+
+    Raises UserError for anything but integers in one dimension.
     """
     npy = np.lib.format
     with (
@@ -208,8 +211,9 @@ def _numpy_layout(file: InputFile) -> Layout:
 
 
 def check_lengths(files: Sequence[InputFile], eos_id: int, where: str) -> None:
-    """Raises UserError for a source most of whose documents, at the places looked at, have one
-    token or none.
+    """Raises UserError for a source most of whose documents have one token or none.
+
+    Looked at are some places of some files, `eos_id` being what ends documents.
     """
     numbers = {len(files) * number // LOOKED_AT_FILES for number in range(LOOKED_AT_FILES)}
     short = 0

@@ -32,8 +32,9 @@ LOWER_HALF = 0xFFFF
 
 
 def refuse_other_width(ids: AnyIds, path: str) -> None:
-    """Raises UserError if every second uint16 is as the upper half of a wider id, whichever half
-    comes first.
+    """Raises UserError if every second uint16 is as the upper half of a wider id.
+
+    Whichever half comes first.
     """
     pairs = len(ids) // 2
     if pairs < LEAST_PAIRS:
@@ -72,8 +73,7 @@ def refuse_other_width_anywhere(ids: AnyIds, path: str, first_byte: int) -> None
 
 
 def refuse_runs_of_other_width(ids: AnyIds, path: str, first_byte: int) -> None:
-    """Raises UserError, naming the byte, where every second uint16 of a run is 0 and those between
-    are ids.
+    """Raises UserError, naming the byte, where every second uint16 of a run is 0.
 
     So lie ids of 4 or 8 bytes within a file of 2, wherever they begin; `first_byte` is where `ids`
     lies in the file.
