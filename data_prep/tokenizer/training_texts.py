@@ -1,5 +1,6 @@
-"""The documents that a tokenizer is learned from: of the files named, or of a mixture in the shares
-of its weights.
+"""The documents that a tokenizer is learned from.
+
+They are of the files named, or of a mixture in the shares of its weights.
 
 Used by `train_tokenizer`. Where all would be too much, the beginning of every work unit is taken.
 Of a mixture the validation documents are left out, by the rule that `build_shards` has, and a
@@ -89,9 +90,7 @@ class TrainingTexts:
             yield from self._once(source, wanted - before)
 
     def _once(self, source: TextSource, limit: int) -> Iterator[str]:
-        """A source's documents, evenly over its units, until they are read or hold so many
-        characters.
-        """
+        """A source's documents, evenly over its units, up to so many characters."""
         for number, unit in enumerate(source.units):
             share = limit // (len(source.units) - number)
             limit -= share
@@ -177,8 +176,9 @@ def texts_of_files(
 
 
 def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
-    """The training documents of a mixture, in the shares of its weights. Raises UserError for a
-    source of ids.
+    """The training documents of a mixture, in the shares of its weights.
+
+    Raises UserError for a source of ids.
     """
     whole = sum(source.weight for source in mixture.sources)
     sources = []
@@ -217,8 +217,7 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
 
 
 def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:
-    """Raises UserError if a file's text is there twice, by whatever path of the file: it would
-    count twice.
+    """Raises UserError if a file's text is there twice, by whatever path of the file.
 
     Of each file: its text's column or field, and who names it.
     """
