@@ -13,20 +13,22 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from data_prep.errors import UserError, exit_code_of, nearest, os_error_line, printable
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+LARGEST_NUMBER = 1e18  # on a command line; counts stay below what 64 bits hold
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """What is printed inside may go unheard: a closed pipe, or a full disk below a log, ends
-    nothing.
+    """What is printed inside may go unheard.
+
+    A closed pipe, or a full disk below a log, ends nothing.
     """
     try:
         yield
@@ -36,7 +38,12 @@ def unheard() -> Iterator[None]:
                 stream.flush()
             except OSError as error:
                 if error.errno != errno.ENOSPC:  # room may come back, a reader does not
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                    _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Lead a stream nowhere, for good: what it still holds would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -51,51 +58,55 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def list_commands(folder: Path, arguments: Sequence[str]) -> None:
-    """Print a line for each module of a folder that is a command: how it is called, and what it
-    says it does.
+    """Print a line for each module of a folder that is a command: its call, and what it does.
 
     Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a
     command.
     """
-    texts = {
-        path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))
-    }
-    commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
+    commands = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        text = path.read_text(encoding="utf-8")
+        if IS_A_COMMAND in text:
+            commands[path.stem] = text
     if arguments and arguments[0] not in ("-h", "--help"):
-        name = arguments[0] if arguments[0] in commands else None
-        advice = (
-            f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
-        )
-        raise UserError(
-            f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}"
-        )
+        raise _only_lists(folder, commands, arguments[0])
     calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
-    width = max(map(len, calls))
+    width = max(len(call) for call in calls)
     for call, text in calls.items():
-        print(f"{call:<{width}}  {first_sentence(text)}")
+        print(f"{call.ljust(width)}  {first_sentence(text)}")
     print("--help after any of them lists its flags")
 
 
+def _only_lists(folder: Path, commands: Collection[str], argument: str) -> UserError:
+    advice = nearest(argument, commands)
+    if argument in commands:
+        advice = f"write python -m {folder.name}.{argument}"
+    return UserError(f"python -m {folder.name} {argument}: it only lists the commands; {advice}")
+
+
 def first_sentence(module_text: str) -> str:
-    """What a module's docstring begins with."""
+    """What a module's docstring begins with, up to a full stop or a colon."""
     docstring = ast.get_docstring(ast.parse(module_text)) or ""
-    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(
-        ".:"
-    )
+    paragraph, _, _ = docstring.partition("\n\n")
+    sentences = re.split(r"[.:](?=\s)", paragraph.replace("\n", " "))
+    return sentences[0].rstrip(".:")
 
 
 def large_number(text: str) -> int:
     """A number of 1 or more on a command line; 17e9 is one too."""
     with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e18:
-            return int(float(text))
+        number = float(text)
+        if 1 <= number < LARGEST_NUMBER:
+            return int(number)
     raise argparse.ArgumentTypeError(f"{text}: expected a number of 1 or more, such as 8 or 17e9")
 
 
 def signal_name(number: int) -> str:
     """A signal as whoever sent it knows it."""
     name = signal.Signals(number).name
-    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
+    if number == signal.SIGINT:
+        return f"Ctrl-C ({name})"
+    return name
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -104,7 +115,7 @@ def exit_code(main: Callable[[], None]) -> int:
     2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
     """
     for stream in (sys.stdout, sys.stderr):
-        # names are bytes, and a terminal may have another alphabet
+        # Names are bytes, and a terminal may have another alphabet.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -114,9 +125,9 @@ def exit_code(main: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except (UserError, OSError) as error:
-        # who read our output has seen enough (`| head`)
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever reads our output has seen enough (`| head`).
+            _silence(sys.stdout)
             return 0
         print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
         return exit_code_of(error)

@@ -33,8 +33,6 @@ PASSING_ERRORS = frozenset(
         errno.EAGAIN,
         errno.EINTR,
         errno.ENOTCONN,
-    }
-    | {
         errno.ESHUTDOWN,
         errno.ECONNRESET,
         errno.ECONNABORTED,
@@ -54,8 +52,9 @@ CONTROLS = re.compile(
 
 
 class UserError(Exception):
-    """Input that can't be used. The message says what, where, got, expected, and what to do; no
-    URL's secrets.
+    """Input that can't be used.
+
+    The message says what, where, got, expected, and what to do; secrets of URLs are taken out.
     """
 
     exit_code = USER_ERROR_EXIT_CODE
@@ -65,9 +64,7 @@ class UserError(Exception):
 
 
 class RetryableError(UserError):
-    """What failed though the input is good, so that the same command may do: a disk, say. The
-    message is as above.
-    """
+    """What failed though the input is good, a disk, say: the same command may do later."""
 
     exit_code = FAILURE_EXIT_CODE
 
@@ -78,9 +75,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def refusal(error: Exception, message: str) -> UserError:
-    """The UserError with this message for what another error says: a `RetryableError` where that
-    may pass by itself.
-    """
+    """The UserError for what another error says; a `RetryableError` where that may pass."""
     return RetryableError(message) if is_passing(error) else UserError(message)
 
 
@@ -99,9 +94,7 @@ def naming(path: Path) -> Iterator[None]:
 def explained(
     kinds: type[Exception] | tuple[type[Exception], ...], problem: str, advice: str
 ) -> Iterator[None]:
-    """Exceptions of these kinds become a UserError: the problem, (what the exception says), and
-    what to do.
-    """
+    """Exceptions of these kinds become a UserError: "problem (what they say); advice"."""
     try:
         yield
     except UserError:
@@ -111,72 +104,78 @@ def explained(
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last
-    in silence.
+    """Refuses a key that stands twice in one mapping.
+
+    YAML's own loader takes the last of them, in silence.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         firsts: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
-            if firsts.setdefault((key.tag, str(key.value)), key) is not key:
-                raise ValueError(
-                    f"line {key.start_mark.line + 1}: {key.value!r} is there already; keep one of "
-                    "the two"
-                )
+            first = firsts.setdefault((key.tag, str(key.value)), key)
+            if first is not key:
+                problem = f"{key.value!r} is there already; keep one of the two"
+                raise ValueError(f"line {key.start_mark.line + 1}: {problem}")
         return node
 
 
+# What readers of YAML raise: also those of tags, such as `!!bool x`.
+YAML_ERRORS = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
 def parse_yaml(content: str | bytes, where: str) -> Any:
-    """The content of a YAML file. Raises UserError naming `where`, and line and key if one is
-    repeated.
+    """The content of a YAML file.
+
+    Raises UserError naming `where`, and line and key if one is repeated.
     """
-    kinds = (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    )
-    # a tag such as !!bool x raises what its reader does
-    with explained(kinds, f"{where}: not valid YAML", "mend it"):
+    with explained(YAML_ERRORS, f"{where}: not valid YAML", "mend it"):
         try:
             return yaml.load(content, _UniqueKeysLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.context_mark or error.problem_mark
             if mark and "alias" in f"{error.context} {error.problem}":
                 problem = "a value that begins with * is an alias to YAML"
-                raise UserError(
-                    f"{where}: line {mark.line + 1}: {problem}; put it in quotes, as in path: "
-                    "'*.jsonl'"
-                ) from None
+                advice = "put it in quotes, as in path: '*.jsonl'"
+                line = f"{where}: line {mark.line + 1}: {problem}; {advice}"
+                raise UserError(line) from None
             raise
 
 
 def parse_json(content: str | bytes, where: str, advice: str) -> Any:
-    """The content of a JSON file of ours or of others. Raises UserError naming `where`, whatever is
-    wrong with it.
+    """The content of a JSON file, of ours or of others.
 
-    Python's parser raises ValueError for text that is no JSON, UnicodeDecodeError (one of its
-    kinds) for bytes that are no UTF-8, and RecursionError for brackets nested too deeply.
+    Raises UserError naming `where`, whatever is wrong with it. Python's parser raises ValueError
+    for text that is no JSON, UnicodeDecodeError (one of its kinds) for bytes that are no UTF-8, and
+    RecursionError for brackets nested too deeply.
     """
     with explained((ValueError, RecursionError), f"{where}: not valid JSON", advice):
-        # json decodes less strictly
-        text = content if isinstance(content, str) else content.decode("utf-8-sig")
-        return json.loads(text)
+        if isinstance(content, bytes):
+            content = content.decode("utf-8-sig")  # json would decode less strictly
+        return json.loads(content)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt name: `did you mean x?`, or the list of what there is."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"expected one of {', '.join(names)}"
 
 
 def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], str]) -> str:
-    """What is wrong with content that pydantic has read, in words; an unknown key first, with a
-    suggestion.
+    """What is wrong with content that pydantic has read, in words.
+
+    An unknown key comes first, with a suggestion: what else is wrong may follow from it.
     """
     unknown = ("extra_forbidden", "unexpected_keyword_argument")  # to a model, to a dataclass
     first: Any = min(error.errors(), key=lambda problem: problem["type"] not in unknown)
@@ -192,12 +191,14 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
 
 def os_error_line(error: UserError | OSError) -> str:
     """The line of a UserError, or what the operating system refused, and where."""
-    if isinstance(error, OSError) and error.filename:
-        what = f"{error.filename}: {error.strerror}"
-        if is_passing(error):
-            return without_credentials(f"{what}; the disk or its server failed")
-        return without_credentials(what if error.errno in FULL else f"{what}; check the path")
-    return one_line(error)
+    if not isinstance(error, OSError) or not error.filename:
+        return one_line(error)
+    line = f"{error.filename}: {error.strerror}"
+    if is_passing(error):
+        line += "; the disk or its server failed"
+    elif error.errno not in FULL:
+        line += "; check the path"
+    return without_credentials(line)
 
 
 def exit_code_of(error: UserError | OSError) -> int:
@@ -208,15 +209,13 @@ def exit_code_of(error: UserError | OSError) -> int:
 
 
 def what_it_says(error: Exception) -> str:
-    """The error's text as one line, of an OSError without the path; its name, if it says
-    nothing.
-    """
-    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+    """The error's text as one line, of an OSError without the path; its name, if it is silent."""
+    strerror: str | None = getattr(error, "strerror", None)
+    return strerror or one_line(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:
-    """The error's text without line breaks, so that it stays one line of a log, and without secrets
-    in URLs.
+    """The error's text without line breaks, so that it stays one line of a log; no URL's secrets.
 
     Of a very long one, which quotes what a damaged file holds, the middle is left out, and that is
     said.
@@ -224,14 +223,16 @@ def one_line(error: Exception) -> str:
     text = without_credentials(" ".join(str(error).split()))
     if len(text) <= LONGEST_LINE:
         return text
-    beginning, end = text[: LONGEST_LINE * 3 // 4], text[-LONGEST_LINE // 4 :]
-    return f"{beginning} [... {len(text) - len(beginning) - len(end):,} characters ...] {end}"
+    beginning = text[: LONGEST_LINE * 3 // 4]
+    end = text[-LONGEST_LINE // 4 :]
+    left_out = len(text) - len(beginning) - len(end)
+    return f"{beginning} [... {left_out:,} characters ...] {end}"
 
 
 def printable(text: str) -> str:
-    """Text of documents, file names or others' messages for a terminal: what it would obey is
-    spelled out (`\\u001b`).
+    """Text of documents, file names or others' messages, for a terminal.
 
-    Tabs and line feeds stay. JSON stays the same JSON.
+    What it would obey is spelled out (`\\u001b`). Tabs and line feeds stay. JSON stays the same
+    JSON.
     """
     return CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)

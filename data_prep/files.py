@@ -1,5 +1,4 @@
-"""Files that outlive a kill and a power cut: written beside, flushed, renamed; and the digests that
-identify them.
+"""Files that outlive a kill and a power cut: written beside, flushed, renamed; and their digests.
 
 Nothing here writes through a symbolic link that somebody left in the place of a temporary file.
 """
@@ -35,7 +34,7 @@ def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + suffix)
     with naming(path):
-        # what a kill left there; or a link, which opening would follow
+        # What a kill left there; or a link, which opening would follow.
         staged.unlink(missing_ok=True)
         with staged.open("xb") as file:
             file.write(content)
@@ -46,11 +45,11 @@ def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp")
 
 
 def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
-    """Write a directory beside, flush it, then put it in place of the old one; a link to a
-    directory keeps its place.
+    """Write a directory beside, flush it, then put it in place of the old one.
 
-    The old one goes once the new one has its name. If that fails, or is interrupted, the old one is
-    put back; a kill just then leaves it beside, as `.NAME.old.RANDOM`.
+    A link to a directory keeps its place. The old one goes once the new one has its name. If that
+    fails, or is interrupted, the old one is put back; a kill just then leaves it beside, as
+    `.NAME.old.RANDOM`.
     """
     home = directory.resolve()
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +58,9 @@ def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
         staged = Path(scratch, "new")
         staged.mkdir()
         write(staged)
-        for path in (*staged.iterdir(), staged):
+        for path in staged.iterdir():
             fsync_directory(path)
+        fsync_directory(staged)
         try:
             if home.exists():
                 os.rename(home, old)

@@ -18,14 +18,17 @@ from pathlib import Path
 SPLITS = ("train", "validation")
 SHARDS_NAME = "shards"
 UNITS_NAME = "units"
-# of a source or a unit: it names a directory or file, and no other
+# Of a source or a unit: it names a directory or file, and no other.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SHARD_SUFFIX, INDEX_SUFFIX, RECORD_SUFFIX = ".npy", ".documents.npy", ".json"
+SHARD_SUFFIX = ".npy"
+INDEX_SUFFIX = ".documents.npy"
+RECORD_SUFFIX = ".json"
 UNIT = r"\d{5,}-[A-Za-z0-9._-]*-\d{5,}"  # file, its name, part: what builds name a unit
-WRITTEN = re.compile(  # what builds write in these folders, whole or not
-    rf"{SHARDS_NAME}/({'|'.join(SPLITS)})/{NAME.pattern}/{UNIT}(\.documents)?\.npy(\.tmp)?"
-    rf"|{UNITS_NAME}/{NAME.pattern}/{UNIT}\.json(\.tmp)?"
-)
+ANY_SPLIT = "|".join(SPLITS)
+# What builds write in these folders, whole or not.
+WRITTEN_SHARD = rf"{SHARDS_NAME}/({ANY_SPLIT})/{NAME.pattern}/{UNIT}(\.documents)?\.npy(\.tmp)?"
+WRITTEN_RECORD = rf"{UNITS_NAME}/{NAME.pattern}/{UNIT}\.json(\.tmp)?"
+WRITTEN = re.compile(f"{WRITTEN_SHARD}|{WRITTEN_RECORD}")
 
 
 def shard_path(split: str, source: str, unit: str) -> str:
@@ -45,48 +48,57 @@ def is_name(text: str) -> bool:
 
 def is_shard_path(path: str, split: str, source: str) -> bool:
     """Whether the layout gives this path to a shard of a split and source."""
-    unit = path.rpartition("/")[2].removesuffix(SHARD_SUFFIX)
-    is_other = f"{unit}{SHARD_SUFFIX}".endswith(INDEX_SUFFIX)
-    return (
-        split in SPLITS
-        and is_name(source)
-        and is_name(unit)
-        and not is_other
-        and path == shard_path(split, source, unit)
-    )
+    _, _, name = path.rpartition("/")
+    unit = name.removesuffix(SHARD_SUFFIX)
+    if split not in SPLITS or not is_name(source) or not is_name(unit):
+        return False
+    # A unit named `x.documents` would have its shard where the index of unit `x` lies.
+    is_index = f"{unit}{SHARD_SUFFIX}".endswith(INDEX_SUFFIX)
+    return not is_index and path == shard_path(split, source, unit)
 
 
 def is_written_by_builds(path: str) -> bool:
-    """Whether builds write files of this path (relative to the data set); others are somebody's
-    own.
-    """
+    """Whether builds write files of this path, relative to the data set; others are not ours."""
     return WRITTEN.fullmatch(path) is not None
 
 
 def links_out(home: Path, paths: Iterable[str]) -> Iterator[Path]:
-    """Those of some paths (relative to a directory of ours, with forward slashes) that a link leads
-    out of it.
+    """Those of some paths of a data set that a link leads out of it.
 
-    Each directory is listed once, so that many files cost no look at each. What is not there leads
-    nowhere.
+    Paths are relative to `home`, with forward slashes. Each directory is listed once, so that many
+    files cost no look at each. What is not there leads nowhere.
     """
-    wanted: dict[str, set[str]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        wanted.setdefault(folder, set()).add(name)
     roots = (os.path.realpath(home), os.path.realpath(home / SHARDS_NAME))
-
-    def is_outside(path: Path | str) -> bool:
-        real = os.path.realpath(path)
-        return not any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots)
-
-    for folder, names in wanted.items():
+    for folder, names in _by_folder(paths).items():
         directory = home / folder
-        if is_outside(directory):
+        if _is_outside(directory, roots):
             yield directory
         elif directory.is_dir():
-            with os.scandir(directory) as entries:
-                links = sorted(
-                    entry.name for entry in entries if entry.name in names and entry.is_symlink()
-                )
-            yield from (directory / name for name in links if is_outside(directory / name))
+            for name in _links_of(directory, names):
+                if _is_outside(directory / name, roots):
+                    yield directory / name
+
+
+def _by_folder(paths: Iterable[str]) -> dict[str, set[str]]:
+    """The names of files, by the folder that they lie in."""
+    names: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        names.setdefault(folder, set()).add(name)
+    return names
+
+
+def _links_of(directory: Path, names: set[str]) -> list[str]:
+    """Which of some files of a directory are links."""
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if entry.name in names and entry.is_symlink())
+
+
+def _is_outside(path: Path, roots: Iterable[str]) -> bool:
+    """Whether a path leads to none of some directories, nor to what lies in them."""
+    real = os.path.realpath(path)
+    for root in roots:
+        inside = root.rstrip("/") + "/"  # of the root directory, one slash alone
+        if real == root or real.startswith(inside):
+            return False
+    return True

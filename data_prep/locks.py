@@ -1,8 +1,8 @@
 """One process at a time in a directory: a lock that ends with its process, however that ends.
 
     .lock          held by `flock`; empty
-    .lock.holder   where the file system has no `flock`: made by one process alone, with its host, its number and a
-                   heartbeat (the file's time, renewed every HEARTBEAT_S)
+    .lock.holder   where the file system has no `flock`: made by one process alone, with its host,
+                   its number and a heartbeat (the file's time, renewed every HEARTBEAT_S)
 
 A holder's file stays behind when its process is killed. It is taken over once it is known to be
 left: its process is gone on this machine, or, on another one, its heartbeat is older than
@@ -71,13 +71,14 @@ def lock(directory: Path, work: str, flag: str, wait: bool = False) -> Lock:
     taken = UserError(
         f"{directory}: another process is {work}; wait for it, or give another {flag}"
     )
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         descriptor = _open_no_link(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, operation)
             if _is_still(path, descriptor):
                 return _Flock(descriptor)
-            # whoever held it has removed the file meanwhile: what is locked is nobody's
+            # Whoever held it has removed the file meanwhile: what is locked is nobody's.
             os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
@@ -111,7 +112,8 @@ def _is_a_link(path: Path) -> UserError:
 def _is_still(path: Path, descriptor: int) -> bool:
     """Whether a path names the file that is open."""
     with contextlib.suppress(FileNotFoundError):
-        named, opened = path.lstat(), os.fstat(descriptor)
+        named = path.lstat()
+        opened = os.fstat(descriptor)
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
     return False
 
@@ -120,7 +122,9 @@ class _HolderFile(Lock):
     """Held by a file that one process alone can make, and renews while it lives."""
 
     def __init__(self, path: Path, content: bytes) -> None:
-        self.path, self.content, self._pid = path, content, os.getpid()
+        self.path = path
+        self.content = content
+        self._pid = os.getpid()
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         atexit.register(self.close)  # a lock that ends with its process
@@ -129,18 +133,17 @@ class _HolderFile(Lock):
         """Renew the file's time; say it once, should another process have taken over."""
         while not self._ended.wait(HEARTBEAT_S):
             if _read(self.path) not in (self.content, None):
-                print(
-                    f"warning: {self.path}: another process took over here; end one of the two",
-                    file=sys.stderr,
-                )
+                problem = "another process took over here; end one of the two"
+                print(f"warning: {self.path}: {problem}", file=sys.stderr)
                 return
-            # a server that is away for a while: the next beat will do
+            # A server may be away for a while: the next beat will do.
             with contextlib.suppress(OSError):
                 os.utime(self.path, follow_symlinks=False)
 
     def close(self) -> None:
         """Let others in."""
-        if self._ended.is_set() or os.getpid() != self._pid:  # a fork's exit is not the holder's
+        is_holder = os.getpid() == self._pid  # a fork's exit is not the holder's
+        if self._ended.is_set() or not is_holder:
             return
         self._ended.set()
         atexit.unregister(self.close)
@@ -152,26 +155,28 @@ def _hold_by_file(directory: Path, reason: OSError, taken: UserError, wait: bool
     """The lock of file systems without `flock`; says so."""
     path = directory / HOLDER_NAME
     pid = os.getpid()
-    about = {"host": platform.node(), "machine": _machine(), "pid": pid, "started": _started(pid)}
-    content = json.dumps({**about, "nonce": secrets.token_hex(8)}).encode()
+    about = {
+        "host": platform.node(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _started(pid),
+        "nonce": secrets.token_hex(8),
+    }
+    content = json.dumps(about).encode()
     while not _create(path, content):
         if path.is_symlink():
             raise _is_a_link(path)
-        if (left := _left_by(path)) is not None:
+        left = _left_by(path)
+        if left is not None:
             if _take_away(path, left):
-                print(
-                    f"note: {path}: left by {_name_of(left)}, which is gone; taken over",
-                    file=sys.stderr,
-                )
-        elif not wait:
-            raise taken
-        else:
+                gone = f"left by {_name_of(left)}, which is gone; taken over"
+                print(f"note: {path}: {gone}", file=sys.stderr)
+        elif wait:
             time.sleep(POLL_S)
-    text = (
-        f"no flock here ({reason.strerror}); held by a file with host, process and heartbeat "
-        "instead"
-    )
-    print(f"note: {path}: {text}", file=sys.stderr)
+        else:
+            raise taken
+    instead = "held by a file with host, process and heartbeat instead"
+    print(f"note: {path}: no flock here ({reason.strerror}); {instead}", file=sys.stderr)
     return _HolderFile(path, content)
 
 
@@ -212,16 +217,15 @@ def _name_of(content: bytes) -> str:
 
 
 def _machine() -> str:
-    """What tells processes that see each other's numbers: the host, its start, and the namespace
-    of processes.
+    """What tells processes that see each other's numbers.
+
+    That is the host, its start, and the namespace of processes.
     """
     facts = [platform.node()]
-    for read in (
-        Path("/proc/sys/kernel/random/boot_id").read_text,
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        with contextlib.suppress(OSError):
-            facts.append(read().strip())
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid").strip())
     return " ".join(facts)
 
 
@@ -233,8 +237,10 @@ def _left_by(path: Path) -> bytes | None:
     about = _holder(content)
     pid = about.get("pid")
     if about.get("machine") == _machine() and isinstance(pid, int) and pid > 0:
-        return None if _is_alive(pid, about.get("started")) else content
-    return content if _age_s(path) > LEFT_AFTER_S else None
+        is_left = not _is_alive(pid, about.get("started"))
+    else:
+        is_left = _age_s(path) > LEFT_AFTER_S
+    return content if is_left else None
 
 
 def _is_alive(pid: int, started: object) -> bool:
@@ -251,15 +257,15 @@ def _is_alive(pid: int, started: object) -> bool:
 def _started(pid: int) -> str | None:
     """When a process began, in ticks since the machine did; None where that isn't told."""
     with contextlib.suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return fields[19]  # field 22 in proc(5); the name before the bracket may hold spaces
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        # The second field is the name, in brackets; it may hold spaces.
+        _, _, behind_name = text.rpartition(")")
+        return behind_name.split()[19]  # field 22 in proc(5)
     return None
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since a file was written, by the clock that its file system writes with; 0 if it
-    is gone.
-    """
+    """Seconds since a file was written, by the clock of its file system; 0 if it is gone."""
     probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         _create(probe, b"")

@@ -1,6 +1,4 @@
-"""Show what a data set holds: its sources in numbers, samples of its documents, and where a
-token came from.
-"""
+"""Show what a data set holds: sources in numbers, samples, and where a token came from."""
 
 import argparse
 import sys
@@ -44,7 +42,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """What the command line says."""
-    parser = CommandParser(prog="python -m data_prep.show", description=__doc__)
+    about = (
+        "Show what a data set holds: its sources in numbers, samples of its documents, and where a "
+        "token came from."
+    )
+    parser = CommandParser(prog="python -m data_prep.show", description=about)
     parser.add_argument(
         "data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json"
     )

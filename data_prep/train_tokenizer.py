@@ -176,8 +176,9 @@ def about_training(
 def save(
     tokenizer: Tokenizer, output_dir: Path, special_tokens: dict[str, str], training: dict[str, Any]
 ) -> bool:
-    """Write the tokenizer's directory in one step; False if it is there already, identical,
-    however it was made.
+    """Write the tokenizer's directory in one step.
+
+    False if it is there already, identical, however it was made.
     """
     config = json.dumps(CONFIG | special_tokens, indent=2, sort_keys=True)
     texts = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": config}

@@ -4,32 +4,27 @@ Prints a line for each bad file and exits with 2 if there is any. With --repair,
 bad files are built again from their sources, and put in place if they are what the manifest says.
 """
 
+import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.building.build_plan import make_plan
-from data_prep.building.mixture import load_mixture, mixture_path
-from data_prep.building.output_dir import BUILD_NAME, refuse_shared_folders, write_tokenizer
-from data_prep.building.ranks import Communicator, Progress
-from data_prep.building.unit_records import shard_path
-from data_prep.building.unit_shards import UnitBuilder
+from data_prep.building.output_dir import BUILD_NAME
+from data_prep.building.repair import repair
 from data_prep.commands import CommandParser, exit_code
 from data_prep.errors import UserError, parse_json, printable
-from data_prep.files import digest_file, write_durably
+from data_prep.files import digest_file
 from data_prep.formats.flat_arrays import Offsets
-from data_prep.layout import SPLITS, UNITS_NAME
+from data_prep.layout import RECORD_SUFFIX, UNITS_NAME
 from data_prep.locks import HOLDER_NAME, LOCK_NAME, lock
 from data_prep.manifest import MANIFEST_NAME, REBUILD, Manifest, Shard, load_manifest
 from data_prep.shards import (
@@ -43,7 +38,6 @@ from data_prep.shards import (
     open_array,
     tokenizer_sha256,
 )
-from data_prep.tokenizer.load import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
 
@@ -59,9 +53,23 @@ class Problem:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandParser(
-        prog="python -m data_prep.verify", description=__doc__.partition("\n")[0]
-    )
+    arguments = parse_arguments(argv)
+    data_dir: Path = arguments.data_dir
+    started = time.perf_counter()
+    manifest = load_manifest(data_dir)
+    if arguments.repair:
+        problems = repair_all(data_dir, manifest, arguments.mixture)
+    else:
+        problems = print_problems(data_dir, manifest)
+    if problems:
+        raise refusal_of(data_dir, problems)
+    print_good(data_dir, manifest, time.perf_counter() - started)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says."""
+    about = (__doc__ or "").partition("\n")[0]
+    parser = CommandParser(prog="python -m data_prep.verify", description=about)
     parser.add_argument(
         "data_dir", type=Path, metavar="DATASET", help="directory with a manifest.json"
     )
@@ -71,99 +79,105 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--mixture", metavar="NAME_OR_FILE", help="for --repair, if the mixture file was moved"
     )
-    arguments = parser.parse_args(argv)
-    data_dir: Path = arguments.data_dir
-    started = time.perf_counter()
-    manifest = load_manifest(data_dir)
+    return parser.parse_args(argv)
+
+
+def repair_all(data_dir: Path, manifest: Manifest, mixture_name: str | None) -> list[Problem]:
+    """Repair what is bad, while no build and no other repair is at work; what is bad still."""
     with contextlib.ExitStack() as held:
-        if arguments.repair:
-            held.enter_context(lock(data_dir, "building or repairing it", "DATASET"))
-            held.callback((data_dir / LOCK_NAME).unlink)
-        problems = list(find_problems(data_dir, manifest))
-        for problem in problems:
-            print(f"bad: {printable(problem.line)}")
-        if arguments.repair and problems:
-            repair(
-                data_dir,
-                manifest,
-                [problem.shard for problem in problems if problem.shard],
-                arguments.mixture,
-            )
+        held.enter_context(lock(data_dir, "building or repairing it", "DATASET"))
+        held.callback((data_dir / LOCK_NAME).unlink)
+        problems = print_problems(data_dir, manifest)
+        if problems:
+            bad = [problem.shard for problem in problems if problem.shard]
+            repair(data_dir, manifest, bad, mixture_name)
             problems = list(find_problems(data_dir, manifest))
-    if problems:
-        many = f"{len(problems)} bad file{'s' if len(problems) > 1 else ''}, the first"
-        advice = (
-            "; --repair builds bad files again"
-            if any(p.is_mended_by_repair for p in problems)
-            else ""
-        )
-        raise UserError(f"{data_dir}: {many}: {problems[0].line}{advice}")
-    seconds = time.perf_counter() - started
-    size = sum(
-        (data_dir / path).stat().st_size for shard in manifest.shards for path in shard.digests
-    )
+    return problems
+
+
+def print_problems(data_dir: Path, manifest: Manifest) -> list[Problem]:
+    """What is wrong, a line each."""
+    problems = list(find_problems(data_dir, manifest))
+    for problem in problems:
+        print(f"bad: {printable(problem.line)}")
+    return problems
+
+
+def refusal_of(data_dir: Path, problems: Sequence[Problem]) -> UserError:
+    """One line for all: how many files are bad, and the first of them."""
+    many = "1 bad file" if len(problems) == 1 else f"{len(problems)} bad files"
+    line = f"{data_dir}: {many}, the first: {problems[0].line}"
+    if any(problem.is_mended_by_repair for problem in problems):
+        line += "; --repair builds bad files again"
+    return UserError(line)
+
+
+def print_good(data_dir: Path, manifest: Manifest, seconds: float) -> None:
+    """That nothing is wrong, with how much was read, and how fast."""
+    size = sum((data_dir / path).stat().st_size for path in manifest.paths())
     rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
-    print(
-        f"OK: {data_dir}: {len(manifest.shards):,} shards, {rate}, fingerprint "
-        f"{manifest.fingerprint}"
-    )
+    shards = f"{len(manifest.shards):,} shards"
+    print(f"OK: {data_dir}: {shards}, {rate}, fingerprint {manifest.fingerprint}")
 
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
-    """A line for each bad file: the manifest, the tokenizer, shards in the order of the
-    manifest, files unknown.
-    """
-    yield from (Problem(line=line) for line in find_other_build(data_dir, manifest))
-    if tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
-        line = f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
+    """What is wrong: the manifest, the tokenizer, shards in its order, files unknown."""
+    for line in find_other_build(data_dir, manifest):
+        yield Problem(line=line)
+    tokenizer_dir = data_dir / TOKENIZER_NAME
+    if tokenizer_sha256(tokenizer_dir) != manifest.tokenizer_sha256:
+        line = f"{tokenizer_dir}: its sha256 is not the manifest's"
         yield Problem(line=line, is_mended_by_repair=True)
 
-    def check(shard: Shard) -> Iterator[Problem]:
-        starts = None
-        try:
-            starts = check_index(data_dir, shard)
-        except UserError as error:
-            yield bad_shard(shard, error)
-        try:
-            check_tokens(data_dir, manifest, shard, starts)
-        except UserError as error:
-            yield bad_shard(shard, error)
+    def check(shard: Shard) -> list[Problem]:
+        return check_shard(data_dir, manifest, shard)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = pool.map(lambda shard: list(check(shard)), manifest.shards)
-        for lines in tqdm(
+        found = pool.map(check, manifest.shards)
+        progress = tqdm(
             found,
             total=len(manifest.shards),
             desc="verifying",
             unit="shard",
             leave=False,
             disable=None,
-        ):
-            yield from lines
-    yield from (Problem(line=line) for line in find_strays(data_dir, manifest))
+        )
+        for problems in progress:
+            yield from problems
+    for line in find_strays(data_dir, manifest):
+        yield Problem(line=line)
+
+
+def check_shard(data_dir: Path, manifest: Manifest, shard: Shard) -> list[Problem]:
+    """What is wrong with the files of a shard."""
+    problems = []
+    starts = None
+    try:
+        starts = check_index(data_dir, shard)
+    except UserError as error:
+        problems.append(bad_shard(shard, error))
+    try:
+        check_tokens(data_dir, manifest, shard, starts)
+    except UserError as error:
+        problems.append(bad_shard(shard, error))
+    return problems
 
 
 def bad_shard(shard: Shard, error: UserError) -> Problem:
     """What is wrong with a shard's file; that a repair mends it is said once, of all of them."""
-    return Problem(
-        line=str(error).removesuffix(f"; {REPAIR}"), shard=shard, is_mended_by_repair=True
-    )
+    line = str(error).removesuffix(f"; {REPAIR}")
+    return Problem(line=line, shard=shard, is_mended_by_repair=True)
 
 
 def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with build.json, if it is there: it is damaged, or tells of another
-    manifest.
-    """
+    """What is wrong with build.json, if it is there: damaged, or of another manifest."""
     built = data_dir / BUILD_NAME
     if not built.is_file():
         return
     content = built.read_bytes()
+    advice = "remove it: it tells how the data set was made, and is no part of it"
     try:
-        parse_json(
-            content,
-            str(built),
-            "remove it: it tells how the data set was made, and is no part of it",
-        )
+        parse_json(content, str(built), advice)
     except UserError as error:
         yield str(error)
         return
@@ -172,109 +186,36 @@ def find_other_build(data_dir: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{data_dir / MANIFEST_NAME}: {other}; {REBUILD}"
 
 
-def repair(
-    data_dir: Path, manifest: Manifest, bad: Sequence[Shard], mixture_name: str | None
-) -> None:
-    """Build the units of bad shards again, beside; put them in place if they are what the
-    manifest says.
-    """
-    refuse_shared_folders(data_dir)
-    built = built_from(data_dir)
-    path = (
-        mixture_path(mixture_name)
-        if mixture_name
-        else Path(built.get("mixture", "its mixture file"))
-    )
-    if not path.is_file():
-        raise UserError(
-            f"{path}: not there, and {data_dir} was built from it; say where it is with --mixture "
-            "FILE"
-        )
-    if not mixture_name:
-        print(f"repairing by {path}, as {data_dir / BUILD_NAME} says")
-    tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
-    is_own_good = tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
-    mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
-    threads = len(os.sched_getaffinity(0))
-    tokenizer = load_tokenizer(mixture.tokenizer_dir, prefer="gigatoken", threads=threads)
-    # its own copy is the one even where an earlier version kept an `auto_map` in it, which loading
-    # leaves out
-    if not is_own_good and tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise UserError(
-            f"{tokenizer.directory}: not the tokenizer that made {data_dir}; bring that one back"
-        )
-    if not is_own_good:
-        write_tokenizer(data_dir, tokenizer)
-    plan = make_plan(mixture, tokenizer, None, data_dir)
-    names = {shard.path for shard in bad}
-    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in SPLITS}]
-    with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:
-        builder = UnitBuilder(
-            output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=threads,
-            validation_fraction=manifest.validation_fraction,
-        )  # fmt: skip
-        builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))
-        for shard in bad:
-            for name, digest in shard.digests.items():
-                if not Path(scratch, name).is_file() or digest_file(Path(scratch, name)) != digest:
-                    where = (
-                        f"{shard.inputs[0]}: rows {shard.first_row} to "
-                        f"{shard.first_row + shard.rows - 1}"
-                    )
-                    raise UserError(
-                        f"{where}: not the text any more that {shard.path} was made of; bring it "
-                        "back"
-                    )
-        for name in sorted({name for shard in bad for name in shard.digests}):
-            write_durably(data_dir / name, Path(scratch, name).read_bytes())
-            print(f"repaired: {data_dir / name}")
-
-
-def built_from(data_dir: Path) -> dict[str, str]:
-    """The paths of mixture and tokenizer that build.json tells; only those that are such, as it
-    may be damaged.
-    """
-    told: Any = None
-    with contextlib.suppress(OSError, UserError):
-        told = parse_json((data_dir / BUILD_NAME).read_bytes(), BUILD_NAME, "")
-    paths = (
-        {key: told.get(key) for key in ("mixture", "tokenizer")} if isinstance(told, dict) else {}
-    )
-    return {
-        key: path
-        for key, path in paths.items()
-        if isinstance(path, str) and path.isprintable() and path[:1] == "/"
-    }
-
-
 def check_index(data_dir: Path, shard: Shard) -> Offsets:
-    """The index is as the manifest says, and its rows lie in the unit, in order; returns the
-    documents' starts.
+    """The documents' starts in a good index, shape (documents,).
+
+    Raises UserError if it is not as the manifest says, or its rows don't lie in the unit, in order.
     """
     path = data_dir / shard.index_path
     index = open_array(data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
     if digest_file(path) != shard.index_xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     rows = index[:, 1].astype(np.int64)
-    if not len(rows) or rows[0] < 0 or rows[-1] >= shard.rows or (np.diff(rows) <= 0).any():
+    is_within = len(rows) > 0 and rows[0] >= 0 and rows[-1] < shard.rows
+    if not is_within or (np.diff(rows) <= 0).any():
         raise UserError(f"{path}: rows are not increasing within 0 to {shard.rows - 1}")
     return index[:, 0].astype(np.int64)
 
 
 def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offsets | None) -> None:
-    """The ids are as the manifest says, below vocab_size, and documents end where a good index
-    says.
+    """Raises UserError unless the ids are as the manifest says, and below vocab_size.
+
+    Documents must end where a good index says, whose `starts` are given.
     """
     path = data_dir / shard.path
-    # it is of that kind and shape
+    # It is of that kind and shape; its map is not needed.
     open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
     found = scan_tokens(path, manifest.eos_id)
     if found.xxh3_128 != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     if found.largest_id >= manifest.vocab_size:
-        raise UserError(
-            f"{path}: holds id {found.largest_id}, the vocabulary ends at {manifest.vocab_size - 1}"
-        )
+        last = manifest.vocab_size - 1
+        raise UserError(f"{path}: holds id {found.largest_id}, the vocabulary ends at {last}")
     if starts is None:
         return
     expected_ends = np.append(starts[1:], shard.tokens) - 1
@@ -292,8 +233,9 @@ class Scan:
 
 
 def scan_tokens(path: Path, eos_id: int) -> Scan:
-    """Read a shard once, in pieces that stay in the core's cache while they are digested and
-    looked through.
+    """Read a shard once.
+
+    Its pieces stay in the core's cache while they are digested and looked through.
     """
     digest = xxhash.xxh3_128()
     piece = np.empty(PIECE_BYTES // TOKEN_DTYPE.itemsize, TOKEN_DTYPE)
@@ -317,18 +259,14 @@ def scan_tokens(path: Path, eos_id: int) -> Scan:
 
 def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest doesn't know."""
-    known = {
-        MANIFEST_NAME,
-        BUILD_NAME,
-        LOCK_NAME,
-        HOLDER_NAME,
-        f"{TOKENIZER_NAME}/{CHAT_TEMPLATE_NAME}",
-    }
-    known.update(f"{TOKENIZER_NAME}/{name}" for name in TOKENIZER_FILES)
-    known.update(path for shard in manifest.shards for path in shard.digests)
+    known = {MANIFEST_NAME, BUILD_NAME, LOCK_NAME, HOLDER_NAME}
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME):
+        known.add(f"{TOKENIZER_NAME}/{name}")
+    known.update(manifest.paths())
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
-        if name not in known and not (name.startswith(f"{UNITS_NAME}/") and name.endswith(".json")):
+        is_record = name.startswith(f"{UNITS_NAME}/") and name.endswith(RECORD_SUFFIX)
+        if name not in known and not is_record:
             yield f"{path}: not part of the data set; remove it"
 
 

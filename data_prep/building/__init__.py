@@ -1,1 +1,1 @@
-"""What a build does: the mixture, its units of work, the ranks that share them, the shards of each."""
+"""What a build does: mixture, plan, units of work, the ranks that share them, their shards."""

@@ -1,17 +1,18 @@
 """The plan of a build: the files of a mixture's sources, cut into work units, and who takes which.
 
-Read by `build_shards`, and by `verify` to build a part again.
+Made by `build_shards`, and by `verify` to build a part again.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from data_prep.building.mixture import Mixture, MixtureSource
 from data_prep.building.unit_records import read_record, record_path, unit_signature
-from data_prep.building.work_units import apart, cut_units
+from data_prep.building.work_units import SourceInputs, apart, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.known import find_files, format_of, text_field_of, with_files_beside
 from data_prep.formats.work_unit import WorkUnit
@@ -21,13 +22,47 @@ from data_prep.tokenizer.load import LoadedTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedSource:
+    """What the manifest says of a source, apart from counts.
+
+    A plan's signature is made of these fields, in this order: another order would be another one,
+    and finished builds would no longer be known as such.
+    """
+
+    name: str
+    weight: float
+    origin: str
+    format: str
+    text_field: str | None
+    revision: str | None
+    license: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What tells, in build.json, whose units lie in a directory."""
+
+    signature: str  # of sources, units and tokenizer, as they lie on this machine
+    tokenizer_sha256: str
+    origins: list[list[str]]  # of each source its name and origin; lists, as JSON gives them back
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is to be built, from what."""
 
     mixture: Mixture
-    sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
+    sources: tuple[PlannedSource, ...]
     units: tuple[WorkUnit, ...]
-    identity: dict[str, Any]  # what tells, in build.json, whose units lie in a directory
+    identity: Identity
+
+
+class SourceFiles(NamedTuple):
+    """The files of a source, as they were found."""
+
+    files: list[InputFile]
+    format: str
+    revision: str | None  # of a data set of the hub
 
 
 def make_plan(
@@ -36,64 +71,79 @@ def make_plan(
     output_dir: Path | None = None,
     built_dir: Path | None = None,
 ) -> Plan:
-    """Find the files of a mixture and cut them into units, as units that are built already were
-    cut.
+    """Find the files of a mixture and cut them into units.
 
-    `built_dir`, or else the output directory, holds those. Raises UserError if files lie in the
-    output directory.
+    Units that are built already, in `built_dir` or else in the output directory, stay cut as they
+    were. Raises UserError if files lie in the output directory.
     """
     built_dir = built_dir or output_dir
-    fraction = mixture.validation_fraction
     if output_dir:
-        tokenizer_file = str(tokenizer.directory.absolute() / "tokenizer.json")
-        refuse_inside(output_dir, [tokenizer_file], f"{mixture.path}: tokenizer")
+        tokenizer_file = tokenizer.directory.absolute() / "tokenizer.json"
+        refuse_inside(output_dir, [str(tokenizer_file)], f"{mixture.path}: tokenizer")
+    sources: list[PlannedSource] = []
     units: list[WorkUnit] = []
-    sources = []
     for source in mixture.sources:
         where = f"{mixture.path}: source {source.name!r}"
-        files, format_, revision = source_files(mixture.path.parent, source, where)
+        found = source_files(mixture.path.parent, source, where)
         if output_dir:
-            refuse_inside(output_dir, (file.url for file in files), where)
-        if not any(file.size for file in files):
+            refuse_inside(output_dir, (file.url for file in found.files), where)
+        if not any(file.size for file in found.files):
             raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
-        text_field = text_field_of(format_, source.text_field)
-        cut = cut_units(
-            files,
-            source=source.name,
-            format=format_,
-            text_field=text_field,
+        planned = planned_source(source, found)
+        sources.append(planned)
+        inputs = SourceInputs(
+            source=planned.name,
+            files=found.files,
+            format=planned.format,
+            text_field=planned.text_field,
             skip_bad=mixture.skip_bad,
             eos_id=tokenizer.eos_id,
         )
-        units += cut_as_before(cut, built_dir, tokenizer.sha256, fraction) if built_dir else cut
-        sources.append(
-            {
-                "name": source.name,
-                "weight": source.weight,
-                "origin": source.origin,
-                "format": format_,
-                "text_field": text_field,
-                "revision": revision,
-                "license": source.license,
-            }
-        )
+        cut = cut_units(inputs)
+        if built_dir:
+            cut = cut_as_before(cut, built_dir, tokenizer.sha256, mixture.validation_fraction)
+        units += cut
+    identity = identify(mixture, tokenizer, sources, units)
+    return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
+
+
+def planned_source(source: MixtureSource, found: SourceFiles) -> PlannedSource:
+    """What the manifest says of a source, apart from counts."""
+    return PlannedSource(
+        name=source.name,
+        weight=source.weight,
+        origin=source.origin,
+        format=found.format,
+        text_field=text_field_of(found.format, source.text_field),
+        revision=found.revision,
+        license=source.license,
+    )
+
+
+def identify(
+    mixture: Mixture,
+    tokenizer: LoadedTokenizer,
+    sources: Sequence[PlannedSource],
+    units: Sequence[WorkUnit],
+) -> Identity:
+    """What tells this build from others."""
+    fraction = mixture.validation_fraction
     about = [
-        sources,
+        [asdict(source) for source in sources],
         [unit_signature(unit, tokenizer.sha256, fraction) for unit in units],
         mixture.skip_bad,
     ]
-    # of all as it lies on this machine
-    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    origins = [[source["name"], source["origin"]] for source in sources]
-    identity = {"signature": signature, "tokenizer_sha256": tokenizer.sha256, "origins": origins}
-    return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
+    return Identity(
+        signature=hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+        tokenizer_sha256=tokenizer.sha256,
+        origins=[[source.name, source.origin] for source in sources],
+    )
 
 
 def cut_as_before(
     units: list[WorkUnit], output_dir: Path, tokenizer_sha256: str, validation_fraction: float
 ) -> list[WorkUnit]:
-    """The units of a source; where an output directory holds one of a small file by itself, each
-    has its own there.
+    """The units of a source; or each small file by itself, where one was built so.
 
     So data sets made before small files shared units are gone on with, repaired and built anew as
     they are.
@@ -103,17 +153,20 @@ def cut_as_before(
         return units
     for unit in separate:
         path = output_dir / record_path(unit)
-        if path.is_file() and read_record(
-            path, unit_signature(unit, tokenizer_sha256, validation_fraction)
-        ):
+        if not path.is_file():
+            continue
+        signature = unit_signature(unit, tokenizer_sha256, validation_fraction)
+        if read_record(path, signature):
             return separate
     return units
 
 
-def source_files(
-    base: Path, source: MixtureSource, where: str
-) -> tuple[list[InputFile], str, str | None]:
-    """The files of a source, their format, and the revision if they are of the hub."""
+def source_files(base: Path, source: MixtureSource, where: str) -> SourceFiles:
+    """The files of a source, their format, and the revision if they are of the hub.
+
+    Raises UserError, which begins with `where`, if there are none or they can't be read as the
+    source says.
+    """
     revision = None
     if source.hub:
         files, revision = find_hub_inputs(
@@ -124,20 +177,21 @@ def source_files(
     files = with_files_beside(source.format, base, files, where)
     formats = {source.format or format_of(file.name, where) for file in files}
     if len(formats) > 1:
-        raise UserError(
-            f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of "
-            "its own"
-        )
-    return files, formats.pop(), revision
+        named = " and ".join(sorted(formats))
+        raise UserError(f"{where}: files of formats {named}; make each a source of its own")
+    return SourceFiles(files, formats.pop(), revision)
 
 
-def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
-    """Units of each rank: largest first to the least loaded, each rank's in the order of the
-    plan.
-    """
+def assign(units: Sequence[WorkUnit], ranks: int) -> list[list[WorkUnit]]:
+    """Units of each rank: largest first to the least loaded, each rank's in the plan's order."""
     loads = [0] * ranks
     owner: dict[int, int] = {}
-    for i in sorted(range(len(units)), key=lambda i: (-units[i].size_bytes, i)):
-        owner[i] = loads.index(min(loads))
-        loads[owner[i]] += units[i].size_bytes
+
+    def largest_first(i: int) -> tuple[int, int]:
+        return -units[i].size_bytes, i
+
+    for i in sorted(range(len(units)), key=largest_first):
+        rank = loads.index(min(loads))
+        loads[rank] += units[i].size_bytes
+        owner[i] = rank
     return [[unit for i, unit in enumerate(units) if owner[i] == rank] for rank in range(ranks)]

@@ -4,6 +4,7 @@ Relative paths are relative to the mixture file. Unknown keys are errors that na
 one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -24,7 +25,7 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[
     tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 ]
-# YAML leaves 2e-1 as text, which float reads
+# YAML leaves 2e-1 as text, which float reads.
 Number = Annotated[
     float,
     Field(strict=True),
@@ -52,8 +53,9 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
         given = self.model_fields_set
         if ("path" in given) == ("hub" in given):
             raise ValueError("expected either path or hub; see data_prep/mixtures/example.yaml")
-        if "path" in given and (meaningless := sorted(HUB_KEYS & given)):
-            raise ValueError(f"{meaningless[0]} has a meaning only beside hub; remove it")
+        of_hub = sorted(HUB_KEYS & given)
+        if "path" in given and of_hub:
+            raise ValueError(f"{of_hub[0]} has a meaning only beside hub; remove it")
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r}, expected one of {', '.join(FORMATS)}")
         has_field = self.format is None or FORMATS[self.format].has_text_field
@@ -64,10 +66,10 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
     @property
     def origin(self) -> str:
         """Where the source comes from, as the manifest says it: without a URL's secrets."""
-        return (
-            without_credentials(self.path or "")
-            or f"hf://datasets/{self.hub} {' + '.join(self.config) or 'default'} {self.split}"
-        )
+        if self.path is not None:
+            return without_credentials(self.path)
+        config = " + ".join(self.config) or "default"
+        return f"hf://datasets/{self.hub} {config} {self.split}"
 
 
 class MixtureFile(BaseModel, extra="forbid"):
@@ -91,19 +93,18 @@ class Mixture:
     skip_bad: bool
     sources: tuple[MixtureSource, ...]
     allow_lossy: bool = False  # more than MAX_UNKNOWN_SHARE of the tokens may be unk
-    # of a source's rows; more of them are an error, even where bad ones are skipped
+    # Of a source's rows; more of them are an error, even where bad ones are skipped.
     max_bad_fraction: float = 0.01
 
 
 def mixture_path(name: str) -> Path:
     """The file of a shipped mixture's name, or the path itself."""
-    shipped = sorted(path.stem for path in MIXTURES_DIR.glob("*.yaml"))
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
+    shipped = sorted(path.stem for path in MIXTURES_DIR.glob("*.yaml"))
     if name not in shipped:
-        raise UserError(
-            f"--mixture {name}: no such mixture; give a .yaml file or one of {', '.join(shipped)}"
-        )
+        known = ", ".join(shipped)
+        raise UserError(f"--mixture {name}: no such mixture; give a .yaml file or one of {known}")
     return MIXTURES_DIR / f"{name}.yaml"
 
 
@@ -116,32 +117,44 @@ def load_mixture(path: Path, tokenizer: Path | None = None) -> Mixture:
         written = MixtureFile.model_validate(parse_yaml(path.read_bytes(), str(path)))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {first_problem(error, _nearest_key)}") from None
-    sources = written.sources
-    names = [source.name for source in sources]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: two sources are named {repeated[0]!r}; give each its own name")
-    for source, share in zip(
-        sources, integer_shares([source.weight for source in sources]), strict=True
-    ):
-        if not share:
-            problem = f"weight {source.weight:g} is below 1/{BLOCK_SAMPLES} of the whole"
-            raise UserError(
-                f"{path}: source {source.name!r}: {problem}; raise it, or leave that source out"
-            )
-    if not (tokenizer or written.tokenizer):
-        raise UserError(
-            f"{path}: 'tokenizer' is missing, and no --tokenizer was given; train one first"
-        )
+    _check_names(path, written.sources)
+    _check_shares(path, written.sources)
+    if tokenizer is None:
+        if written.tokenizer is None:
+            problem = "'tokenizer' is missing, and no --tokenizer was given"
+            raise UserError(f"{path}: {problem}; train one first")
+        tokenizer = path.parent / written.tokenizer
     return Mixture(
-        path=path, tokenizer_dir=tokenizer or path.parent / str(written.tokenizer), sources=sources,
-        validation_fraction=written.validation_fraction, skip_bad=written.on_bad_document == "skip",
+        path=path,
+        tokenizer_dir=tokenizer,
+        validation_fraction=written.validation_fraction,
+        skip_bad=written.on_bad_document == "skip",
+        sources=written.sources,
         allow_lossy=written.allow_lossy_tokenizer,
         max_bad_fraction=written.max_bad_fraction,
-    )  # fmt: skip
+    )
+
+
+def _check_names(path: Path, sources: Sequence[MixtureSource]) -> None:
+    """Raise UserError for a name that two sources have: they would share a directory."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two sources are named {name!r}; give each its own name")
+
+
+def _check_shares(path: Path, sources: Sequence[MixtureSource]) -> None:
+    """Raise UserError for a source so small that no block of samples has one of its own."""
+    shares = integer_shares([source.weight for source in sources])
+    for source, share in zip(sources, shares, strict=True):
+        if share == 0:
+            problem = f"weight {source.weight:g} is below 1/{BLOCK_SAMPLES} of the whole"
+            advice = "raise it, or leave that source out"
+            raise UserError(f"{path}: source {source.name!r}: {problem}; {advice}")
 
 
 def _nearest_key(place: str) -> str:
     """A suggestion for a misspelt key, such as `sources.0.wieght`."""
-    return nearest(
-        place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields
-    )
+    kind = MixtureSource if "." in place else MixtureFile
+    _, _, key = place.rpartition(".")
+    return nearest(key, kind.model_fields)

@@ -1,5 +1,6 @@
-"""One process or many: what `build_shards` needs of MPI. mpi4py is imported only under a
-launcher.
+"""One process or many: what `build_shards` needs of MPI.
+
+mpi4py is imported only under a launcher: where there is none, it need not even be installed.
 """
 
 import functools
@@ -9,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -17,7 +18,12 @@ from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_erro
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+SRUN_TASKS = "SLURM_STEP_NUM_TASKS"  # srun without MPI says its tasks too
 POLL_SECONDS = 0.02
+BAR_SECONDS = 0.5  # between two states of the bar on a terminal
+LOG_SECONDS = 30.0  # and in a log, which keeps each of them
+
+Result = TypeVar("Result")
 
 
 class Communicator:
@@ -27,65 +33,82 @@ class Communicator:
     size = 1
 
     def bcast(self, value: Any, root: int = 0) -> Any:
+        """The value of one rank, on all."""
         return value
 
     def allgather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on all."""
         return [value]
 
 
 def connect() -> tuple[Communicator, int]:
-    """The communicator, and how many cores this rank may use: its share of what the ranks of its
-    machine have.
+    """The communicator, and how many cores this rank may use.
 
-    Raises UserError if the launcher started another number of ranks than MPI sees: every rank would
-    then believe to be alone and write the same files.
+    That is its share of what the ranks of its machine have. Raises UserError if the launcher
+    started another number of ranks than MPI sees: every rank would then believe to be alone and
+    write the same files.
     """
     cores = os.sched_getaffinity(0)
     if not any(name in os.environ for name in RANK_VARIABLES):
-        if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-            advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
-            _refuse(
-                f"srun started {tasks} tasks without MPI; {advice}",
-                int(os.environ.get("SLURM_PROCID", "0")),
-            )
+        _refuse_tasks_without_mpi()
         return Communicator(), len(cores)
+    mpi = _import_mpi()
+    world = mpi.COMM_WORLD
+    sys.excepthook = functools.partial(_abort, world)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
+    expected = _environment(SIZE_VARIABLES, world.size)
+    if world.size != expected:
+        started = f"the launcher started {expected} ranks, but mpi4py sees {world.size}"
+        advice = (
+            "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
+        )
+        _refuse(
+            f"{started}: they belong to different MPIs; {advice}", _environment(RANK_VARIABLES, 0)
+        )
+    local = world.Split_type(mpi.COMM_TYPE_SHARED)
+    # A launcher may bind each rank to cores of its own, or all of them to the same ones.
+    cores_of_all: set[int] = set().union(*local.allgather(cores))
+    share = len(cores_of_all) // local.size
+    return world, max(1, min(len(cores), share))
+
+
+def _refuse_tasks_without_mpi() -> None:
+    """Raise UserError if srun started several tasks that don't see each other."""
+    tasks = _environment([SRUN_TASKS], 1)
+    if tasks > 1:
+        advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
+        rank = _environment(["SLURM_PROCID"], 0)
+        _refuse(f"srun started {tasks} tasks without MPI; {advice}", rank)
+
+
+def _import_mpi() -> Any:
+    """mpi4py's MPI, which begins with its import."""
     unusable = "started by an MPI launcher, but mpi4py can't be used"
     with (
         explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # of another MPI's launcher: the check below says it better
+        # It warns of another MPI's launcher, which `connect` says better.
+        warnings.simplefilter("ignore")
         from mpi4py import MPI
-    world: Any = MPI.COMM_WORLD
-    sys.excepthook = functools.partial(_abort, world)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
-    expected = _environment(SIZE_VARIABLES, world.size)
-    if world.size != expected:
-        problem = (
-            f"the launcher started {expected} ranks, but mpi4py sees {world.size}: they belong to "
-            "different MPIs"
-        )
-        advice = (
-            "use the mpiexec of the MPI that mpi4py was built with (pip install mpich brings one)"
-        )
-        _refuse(f"{problem}; {advice}", _environment(RANK_VARIABLES, 0))
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    # those of one rank, if the launcher binds each to its own
-    all_cores = set().union(*local.allgather(cores))
-    return world, max(1, min(len(cores), len(all_cores) // local.size))
+    return MPI
 
 
 def _abort(world: Any, *defect: Any) -> None:
     """An exception that nobody expects must not leave the other ranks waiting for ever."""
     sys.__excepthook__(*defect)
     sys.stderr.flush()
-    # launchers end the job at once, and what they have not read by then is lost
+    # Launchers end the job at once, and what they have not read by then is lost.
     time.sleep(POLL_SECONDS)
     world.Abort(1)
 
 
 def _environment(names: Sequence[str], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    """The number in the first of some variables that is set."""
+    for name in names:
+        if name in os.environ:
+            return int(os.environ[name])
+    return default
 
 
 def _refuse(message: str, rank: int) -> NoReturn:
@@ -95,19 +118,33 @@ def _refuse(message: str, rank: int) -> NoReturn:
     raise UserError(message)
 
 
-def together(comm: Communicator, work: Callable[[], Any]) -> Any:
-    """Do this rank's part; if any rank meets an error of use, the first is raised on rank 0 and
-    all stop with it.
+def together(comm: Communicator, work: Callable[[], Result]) -> Result:
+    """Do this rank's part; every rank calls this.
+
+    If any rank meets an error of use, the first is raised on rank 0 and all stop with it.
     """
-    result, error = None, None
+    result: Any = None
+    error = None
     try:
         result = work()
     except (UserError, OSError) as raised:
         error = os_error_line(raised)
-    if errors := [message for message in comm.allgather(error) if message is not None]:
-        more = f" ({len(errors) - 1} more ranks met errors)" if len(errors) > 1 else ""
-        _refuse(errors[0] + more, comm.rank)
-    return result
+    errors = [message for message in comm.allgather(error) if message is not None]
+    if errors:
+        first = errors[0]
+        if len(errors) > 1:
+            first += f" ({len(errors) - 1} more ranks met errors)"
+        _refuse(first, comm.rank)
+    return result  # type: ignore[no-any-return]
+
+
+def on_first(comm: Communicator, work: Callable[[], Result]) -> Result | None:
+    """Work that rank 0 does for all; None on the others. Every rank calls this."""
+
+    def own_part() -> Result | None:
+        return work() if comm.rank == 0 else None
+
+    return together(comm, own_part)
 
 
 class Progress:
@@ -115,7 +152,7 @@ class Progress:
 
     def __init__(self, comm: Communicator, total_bytes: int) -> None:
         self.comm = comm
-        interval = 0.5 if sys.stderr.isatty() else 30.0
+        interval = BAR_SECONDS if sys.stderr.isatty() else LOG_SECONDS
         self.bar = tqdm(
             total=max(total_bytes, 1),
             desc="building",
@@ -127,9 +164,10 @@ class Progress:
         )
 
     def report(self, state: str, done_bytes: int = 0) -> set[str]:
-        """Show what all ranks did since; how this one stands (working, done, failed), and how
-        all do. All call it.
+        """Show what all ranks did since; all ranks call it.
+
+        Takes how this one stands (working, done, failed), gives back how any of them do.
         """
-        states, of_ranks = zip(*self.comm.allgather((state, done_bytes)), strict=True)
-        self.bar.update(sum(of_ranks))
-        return set(states)
+        reports = self.comm.allgather((state, done_bytes))
+        self.bar.update(sum(done for _, done in reports))
+        return {state for state, _ in reports}

@@ -7,64 +7,86 @@ build that was killed takes it from there.
 """
 
 import itertools
-import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from data_prep.building.proofs import PARITY_ONE_IN, Prover, Sampled
 from data_prep.building.ranks import Progress
 from data_prep.building.unit_records import (
-    LATER_FACTS,
     UnitResult,
-    _seal,
     read_record,
     record_path,
     shard_path,
     unit_signature,
+    write_record,
     writing,
 )
 from data_prep.building.validation_split import hash_texts, validation_threshold
 from data_prep.errors import UserError
-from data_prep.files import digest_file, write_durably
+from data_prep.files import digest_file
 from data_prep.formats.documents import Documents, Reasons, without
-from data_prep.formats.flat_arrays import (
-    Offsets,
-    byte_lengths,
-    character_counts,
-    large_strings,
-)
+from data_prep.formats.flat_arrays import Mask, Offsets, byte_lengths, character_counts
 from data_prep.formats.known import read_documents, refusal
-from data_prep.formats.pretokenized import documents as pretokenized
 from data_prep.formats.work_unit import WorkUnit
 from data_prep.layout import SPLITS
-from data_prep.manifest import TokenizerLoss
-from data_prep.shards import TOKEN_DTYPE, ShardWriter, Tokens
-from data_prep.tokenizer.encode import Encoder, Ids, new_encoder, reference_ids, special_documents
+from data_prep.manifest import ShardFacts
+from data_prep.shards import TOKEN_DTYPE, Index, ShardWriter, Tokens
+from data_prep.tokenizer.encode import Encoded, Ids, new_encoder, special_documents
 from data_prep.tokenizer.load import LoadedTokenizer
-from data_prep.tokenizer.losses import UnitLoss, lost
+from data_prep.tokenizer.losses import UnitLoss
 
-PARITY_ONE_IN = 1024  # documents, chosen by their hash
-PARITY_CHARACTERS = 64 << 10  # of a document, at most
-PARITY_MARGIN = 64  # tokens at the end of a document that was cut for the comparison
 LONG_DOCUMENT_TOKENS = 512  # from here on copying document by document is the faster way
 POLL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """A document that is to be proved."""
+@dataclass(kw_only=True)
+class UnitInWork:
+    """A unit that is being built, and what was read of it so far."""
 
-    row: int  # in its unit
-    text: str
-    ids: Ids  # that it got
+    unit: WorkUnit
+    writers: list[ShardWriter]  # of the splits, in the order of SPLITS
+    loss: UnitLoss
+    rows: list[int] = field(init=False)  # of each of its files
+    documents: list[int] = field(init=False)  # of each of its files
+    empty: int = 0
+    bad: Reasons = field(default_factory=list)
+    row_bytes: int = 0
+    bad_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows = [0] * len(self.unit.files)
+        self.documents = [0] * len(self.unit.files)
+
+    def count(self, documents: Documents) -> None:
+        """Count a batch, without the documents that are left out of it."""
+        self.rows[documents.file] += documents.rows_read
+        self.documents[documents.file] += len(documents.texts)
+        self.empty += documents.empty
+        self.bad += documents.bad
+        self.row_bytes += documents.row_bytes
+        self.bad_bytes += documents.bad_bytes
+
+    def result(self, shards: tuple[ShardFacts, ...]) -> UnitResult:
+        """What the unit gave, once its shards are written; this waits for proofs."""
+        has_rows_of_files = len(self.unit.parts()) > 1
+        return UnitResult(
+            rows=sum(self.rows),
+            empty_documents=self.empty,
+            bad_documents=self.bad,
+            shards=shards,
+            loss=self.loss.total(),
+            input_rows=tuple(self.rows) if has_rows_of_files else (),
+            input_documents=tuple(self.documents) if has_rows_of_files else (),
+            row_bytes=self.row_bytes,
+            bad_bytes=self.bad_bytes,
+        )
 
 
 @dataclass(kw_only=True)
@@ -79,225 +101,175 @@ class UnitBuilder:
 
     def __post_init__(self) -> None:
         self.validation_below = validation_threshold(self.validation_fraction)
-        # gigatoken's own: this rank's share of the cores
+        # This rank's share of the cores, for gigatoken's own threads.
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         self.encoder = new_encoder(self.tokenizer, prefer=self.prefer)
+        self._prover = Prover(self.tokenizer, self.encoder)
         self._encoding = threading.Semaphore(self.threads)  # units that hold a batch
-        # which waits for the reference while the next batch is encoded
-        self._proving = ThreadPoolExecutor(1)
         self._stopping = threading.Event()
 
     def build(self, units: Sequence[WorkUnit], progress: Progress) -> dict[str, UnitResult]:
-        """Build the units, a core each; what they gave, by record path, once every file of every
-        rank is on the disk.
+        """Build the units, a core each.
 
-        The first error stops all ranks. It is raised where it was met; the others return nothing.
+        Returns what they gave, by record path, once every file of every rank is on the disk. The
+        first error stops all ranks. It is raised where it was met; the others return nothing.
         """
 
         def work(unit: WorkUnit) -> UnitResult:
             with writing(self.output_dir, f"unit {unit.name}"):
                 return self._build_unit(unit)
 
-        # while a unit waits for the disk, the next is encoded
+        # While a unit waits for the disk, the next is encoded.
         with ThreadPoolExecutor(2 * self.threads) as pool:
-            futures = {record_path(unit): pool.submit(work, unit) for unit in units}
+            futures: dict[str, Future[UnitResult]] = {}
+            pending_bytes: dict[Future[UnitResult], int] = {}
+            for unit in units:
+                future = pool.submit(work, unit)
+                futures[record_path(unit)] = future
+                pending_bytes[future] = unit.size_bytes
             try:
-                is_whole = watch(
-                    {futures[record_path(unit)]: unit.size_bytes for unit in units}, progress
-                )
+                is_whole = watch(pending_bytes, progress)
             finally:
                 self._stopping.set()
-                self._proving.shutdown(wait=False, cancel_futures=True)
+                self._prover.shutdown()
                 pool.shutdown(cancel_futures=True)
-        return {path: future.result() for path, future in futures.items() if is_whole}
+        if not is_whole:
+            return {}
+        return {path: future.result() for path, future in futures.items()}
 
     def _build_unit(self, unit: WorkUnit) -> UnitResult:
+        """Build a unit, if no earlier build has."""
         signature = unit_signature(unit, self.tokenizer.sha256, self.validation_fraction)
-        if (finished := self._finished(unit, signature)) is not None:
+        finished = self._finished(unit, signature)
+        if finished is not None:
             return finished
         with ExitStack() as held:
             with self._encoding:
-                writers = (
-                    ShardWriter(self.output_dir / shard_path(split, unit), split)
-                    for split in SPLITS
-                )
-                splits = [held.enter_context(closing(writer)) for writer in writers]
-                read, loss = self._encode_unit(unit, self.encoder, splits)
-            written = tuple(part.finish() for part in splits if part.documents)
-        # waits for proofs, while others encode
-        result = UnitResult(**read, loss=loss.total(), shards=written)
-        content = {
-            name: value
-            for name, value in asdict(result).items()
-            if (name, value) not in LATER_FACTS
-        }
-        sealed = json.dumps({"seal": _seal(signature, content), **content}, indent=1) + "\n"
-        write_durably(self.output_dir / record_path(unit), sealed.encode())
+                writers = []
+                for split in SPLITS:
+                    writer = ShardWriter(self.output_dir / shard_path(split, unit), split)
+                    writers.append(held.enter_context(closing(writer)))
+                loss = UnitLoss(tokenizer=self.tokenizer)
+                work = UnitInWork(unit=unit, writers=writers, loss=loss)
+                self._encode_unit(work)
+            written = tuple(writer.finish() for writer in writers if writer.documents)
+        # This waits for proofs, while other units are encoded.
+        result = work.result(written)
+        write_record(self.output_dir / record_path(unit), signature, result)
         return result
 
-    def _encode_unit(
-        self, unit: WorkUnit, encoder: Encoder, splits: list[ShardWriter]
-    ) -> tuple[dict[str, Any], UnitLoss]:
-        """Read, encode and write a unit's documents; what `UnitResult` says of them, shards
-        aside, and their loss.
+    def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
+        """What an earlier build left of a unit, if it is whole.
+
+        That is its record, and files with the digests in it.
         """
-        rows, documents_of = [0] * len(unit.files), [0] * len(unit.files)
-        empty = row_bytes = bad_bytes = 0
-        bad: Reasons = []
-        loss = UnitLoss(tokenizer=self.tokenizer)
-        for documents in read_documents(unit, self.tokenizer):
+        result = read_record(self.output_dir / record_path(unit), signature)
+        if result is None or (result.bad_documents and not unit.skip_bad):
+            return None
+        if not self.tokenizer.keeps_all_text and not result.has_exact_loss:
+            return None  # of an earlier version, which counted on few documents
+        for shard in result.shards:
+            path = self.output_dir / shard_path(shard.split, unit)
+            index_path = path.with_name(f"{unit.name}.documents.npy")
+            digests = {path: shard.xxh3_128, index_path: shard.index_xxh3_128}
+            for file, digest in digests.items():
+                if not file.is_file() or digest_file(file) != digest:
+                    return None
+        return result
+
+    def _encode_unit(self, work: UnitInWork) -> None:
+        """Read, encode and write a unit's documents."""
+        for documents in read_documents(work.unit, self.tokenizer):
             if self._stopping.is_set():
                 raise CancelledError
             if len(documents.texts):
-                documents = self._encoded(unit, documents, encoder)
-            if len(documents.texts):
-                self._add(unit, documents, encoder, splits, loss)
-            rows[documents.file] += documents.rows_read
-            documents_of[documents.file] += len(documents.texts)
-            empty += documents.empty
-            bad += documents.bad
-            row_bytes += documents.row_bytes
-            bad_bytes += documents.bad_bytes
-        facts = {"rows": sum(rows), "empty_documents": empty, "bad_documents": bad}
-        facts |= {"row_bytes": row_bytes, "bad_bytes": bad_bytes}
-        if len(unit.parts()) > 1:
-            facts |= {"input_rows": tuple(rows), "input_documents": tuple(documents_of)}
-        return facts, loss
+                encoded = documents.encoded or self.encoder.encode(documents.texts)
+                documents = self._without_special(work.unit, documents, encoded)
+            if documents.encoded and len(documents.texts):
+                self._add(work, documents, documents.encoded)
+            work.count(documents)
 
-    def _encoded(self, unit: WorkUnit, documents: Documents, encoder: Encoder) -> Documents:
-        """A batch with its ids, without documents whose text gives a special id: they are bad."""
-        encoded = documents.encoded or encoder.encode(documents.texts)
-        reasons = special_documents(self.tokenizer, *encoded)
+    def _without_special(self, unit: WorkUnit, documents: Documents, encoded: Encoded) -> Documents:
+        """A batch with its ids, without documents whose text gives a special id: they are bad.
+
+        Raises UserError for the first of these, unless the unit says to leave bad ones out.
+        """
+        ids, offsets = encoded
+        reasons = special_documents(self.tokenizer, ids, offsets)
         if not reasons:
             return replace(documents, encoded=encoded)
         if not unit.skip_bad:
             first = min(reasons)
             of_file = unit.parts()[documents.file]
-            raise refusal(
-                of_file, int(documents.rows[first]) - documents.rows_before, reasons[first]
-            )
+            row = int(documents.rows[first]) - documents.rows_before
+            raise refusal(of_file, row, reasons[first])
         return without(documents, reasons, encoded)
 
-    def _finished(self, unit: WorkUnit, signature: str) -> UnitResult | None:
-        """What an earlier build left of a unit, if it is whole: its record, and files with the
-        digests in it.
-        """
-        result = read_record(self.output_dir / record_path(unit), signature)
-        if result is None or (result.bad_documents and not unit.skip_bad):
-            return None
-        if not self.tokenizer.keeps_all_text and not _has_exact_loss(result):
-            return None  # of an earlier version, which counted on few documents
-        for shard in result.shards:
-            path = self.output_dir / shard_path(shard.split, unit)
-            files = {
-                path: shard.xxh3_128,
-                path.with_name(f"{unit.name}.documents.npy"): shard.index_xxh3_128,
-            }
-            if not all(
-                file.is_file() and digest_file(file) == digest for file, digest in files.items()
-            ):
-                return None
-        return result
-
-    def _add(
-        self,
-        unit: WorkUnit,
-        documents: Documents,
-        encoder: Encoder,
-        parts: list[ShardWriter],
-        loss: UnitLoss,
-    ) -> None:
-        """Count the loss of a batch and add all of it to their splits; have some proved, at
-        least one of a unit.
-        """
-        ids, offsets = documents.encoded or encoder.encode(documents.texts)
+    def _add(self, work: UnitInWork, documents: Documents, encoded: Encoded) -> None:
+        """Add a batch to the shards of its splits, counted and some of it proved."""
+        ids, offsets = encoded
+        self._check_ids(ids)
         hashes = hash_texts(documents.texts)
-        sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
-        if not sample and not any(part.documents for part in parts):
-            sample = [int(hashes.argmin())]
-        for i in sample:
-            own = ids[offsets[i] : offsets[i + 1]].copy()  # a view would keep the batch
-            document = Sampled(row=int(documents.rows[i]), text=documents.texts[i].as_py(), ids=own)
-            loss.add_proved(self._proving.submit(self._prove, unit, document, encoder))
-        loss.add_batch(documents.texts, (ids, offsets), hashes, sample)
-        tokens, starts = self._with_eos(ids, offsets, encoder)
+        self._sample(work, documents, encoded, hashes)
+        tokens = ended(ids, offsets, self.tokenizer.eos_id)
+        # Before each document lie the end-of-document ids of those before it.
+        starts = offsets + np.arange(len(offsets))
         is_validation = hashes < self.validation_below
         lengths = byte_lengths(documents.texts)
         characters = character_counts(documents.texts)
-        for part, chosen in zip(parts, (~is_validation, is_validation), strict=True):
+        for writer, chosen in zip(work.writers, (~is_validation, is_validation), strict=True):
             for first, stop in _runs(chosen):
                 start = starts[first]
-                part.add(
+                writer.add(
                     tokens[start : starts[stop]],
                     starts[first:stop] - start,
                     documents.rows[first:stop],
                 )
-            part.text_bytes += int(lengths[chosen].sum())
-            part.text_characters += int(characters[chosen].sum())
+            writer.text_bytes += int(lengths[chosen].sum())
+            writer.text_characters += int(characters[chosen].sum())
 
-    def _with_eos(self, ids: Ids, offsets: Offsets, encoder: Encoder) -> tuple[Tokens, Offsets]:
-        """Shard tokens of a batch, and the start of each document in them (documents + 1)."""
+    def _check_ids(self, ids: Ids) -> None:
+        """Raise UserError for an id that the vocabulary lacks."""
         if len(ids) and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(
-                f"{encoder.name} gave id {ids.max()}, beyond the vocabulary; use --encoder "
-                "tokenizers"
-            )
-        return ended(ids, offsets, self.tokenizer.eos_id), offsets + np.arange(len(offsets))
+            given = f"{self.encoder.name} gave id {ids.max()}"
+            raise UserError(f"{given}, beyond the vocabulary; use --encoder tokenizers")
 
-    def _prove(self, unit: WorkUnit, document: Sampled, encoder: Encoder) -> TokenizerLoss:
-        """Compare a document with the reference; what the tokenizer lost of it.
-
-        Raises UserError naming the document if the ids differ.
-        """
-        is_import = unit.format in pretokenized.FORMATS
-        text, got = document.text, document.ids
-        is_cut = len(text) > PARITY_CHARACTERS
-        text = text[:PARITY_CHARACTERS]
-        is_proved = encoder.is_reference and not is_import and not is_cut
-        expected = got if is_proved else reference_ids(self.tokenizer, text)
-        loss = lost(self.tokenizer, text, expected)
-        if encoder.is_reference and not is_import:
-            return loss
-        if is_cut and is_import:
-            expected = expected[:-PARITY_MARGIN]
-            got = got[: len(expected)]
-        elif is_cut:  # the whole document's ids may differ far before the cut
-            got, _ = encoder.encode(large_strings([text.encode()]))
-        if not np.array_equal(got, expected):
-            problem = (
-                f"{encoder.name} and tokenizers give different ids; build with --encoder tokenizers"
+    def _sample(
+        self, work: UnitInWork, documents: Documents, encoded: Encoded, hashes: Index
+    ) -> None:
+        """Have some of a batch proved, at least one document of a unit; count the loss of all."""
+        ids, offsets = encoded
+        sample = np.flatnonzero(hashes % PARITY_ONE_IN == 0).tolist()
+        is_first_batch = not any(writer.documents for writer in work.writers)
+        if is_first_batch and not sample:
+            sample = [int(hashes.argmin())]
+        for i in sample:
+            document = Sampled(
+                row=int(documents.rows[i]),
+                text=documents.texts[i].as_py(),
+                ids=ids[offsets[i] : offsets[i + 1]].copy(),  # a view would keep the batch
             )
-            if is_import:
-                own = f"its ids are not what {self.tokenizer.directory} gives for their text"
-                problem = f"{own}; name the tokenizer that made them"
-            raise UserError(
-                f"{unit.url}: document in row {document.row} of unit {unit.name}: {problem}"
-            )
-        return loss
+            work.loss.add_proved(self._prover.submit(work.unit, document))
+        work.loss.add_batch(documents.texts, encoded, hashes, sample)
 
 
 def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> bool:
-    """Report progress until every rank is done, or one has met an error: then raise it, if it is
-    ours, or say False.
+    """Report progress until every rank is done, or one has met an error.
+
+    Raises an error of this rank. Returns whether all units of all ranks are built.
     """
     states = {"working"}
     while "working" in states and "failed" not in states:
         finished, _ = wait(pending_bytes, POLL_SECONDS, FIRST_EXCEPTION)
-        has_failed = any(future.exception() for future in finished)
-        done_bytes = sum(map(pending_bytes.pop, finished))
-        states = progress.report(
-            "failed" if has_failed else "working" if pending_bytes else "done", done_bytes
-        )
+        done_bytes = sum(pending_bytes.pop(future) for future in finished)
+        state = "working" if pending_bytes else "done"
+        if any(future.exception() for future in finished):
+            state = "failed"
+        states = progress.report(state, done_bytes)
         for future in finished:
             future.result()
     progress.bar.close()
     return "failed" not in states
-
-
-def _has_exact_loss(result: UnitResult) -> bool:
-    """Whether the loss was counted in all documents, not only in the sampled ones."""
-    tokens = sum(shard.tokens - shard.documents for shard in result.shards)
-    return result.loss is not None and result.loss.tokens == tokens
 
 
 def ended(ids: Ids, offsets: Offsets, eos_id: int) -> Tokens:
@@ -305,14 +277,14 @@ def ended(ids: Ids, offsets: Offsets, eos_id: int) -> Tokens:
     documents = len(offsets) - 1
     if len(ids) < LONG_DOCUMENT_TOKENS * documents:
         return np.insert(ids.astype(TOKEN_DTYPE), offsets[1:], eos_id)
-    # of long documents this takes half the time
+    # Of long documents this takes half the time.
     tokens = np.full(len(ids) + documents, eos_id, TOKEN_DTYPE)
     for number, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         tokens[start + number : stop + number] = ids[start:stop]
     return tokens
 
 
-def _runs(chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+def _runs(chosen: Mask) -> Iterator[tuple[int, int]]:
     """Ranges of neighbours that are chosen."""
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).tolist()
     return zip(edges[::2], edges[1::2], strict=True)

@@ -1,4 +1,7 @@
-"""Which documents are held out for validation: those whose text has a low hash."""
+"""Which documents are held out for validation: those whose text has a low hash.
+
+So copies of a text fall on the same side, and no order of files or documents matters.
+"""
 
 import itertools
 
@@ -6,20 +9,22 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_prep.formats.flat_arrays import (
-    text_bounds,
-)
+from data_prep.formats.flat_arrays import text_bounds
 from data_prep.shards import Index
 
 
 def validation_threshold(fraction: float) -> np.uint64:
     """Documents whose `hash_texts` is below it are the validation documents."""
-    return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    hashes = 2**64
+    threshold = int(fraction * hashes)
+    # A fraction close to 1 is rounded up to all, which 64 bits don't hold.
+    return np.uint64(min(threshold, hashes - 1))
 
 
 def hash_texts(texts: pa.LargeStringArray) -> Index:
-    """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity
-    sample.
+    """xxh3-64 of each text's UTF-8 bytes, shape (texts,).
+
+    It chooses a document's split, and its place in the sample that is proved.
     """
     view = memoryview(texts.buffers()[2])
     bounds = text_bounds(texts).tolist()

@@ -19,6 +19,7 @@ from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import InputFile, open_input
 
 MAGIC_OF_A_FILE = b"ARROW1"
+LONGEST_NAMES = 1000  # characters of columns' names in a message
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 # what damaged files make Arrow's library raise
 DAMAGED = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, ValueError)
@@ -48,7 +49,8 @@ def _columns(stream: BinaryIO, file: InputFile, text_field: str | None) -> Itera
     else:
         reader = batches = pa.ipc.open_stream(stream)
     check_schema(file, reader.schema, text_field)
-    place = reader.schema.names.index(text_field)
+    names = reader.schema.names
+    place = names.index(text_field)
     for batch in batches:
         column = batch.column(place)
         column.validate()
@@ -69,7 +71,8 @@ def check_schema(file: InputFile, schema: pa.Schema, text_field: str | None) -> 
     if is_text(type_):
         return
     advice = "write the text as a column of strings"
-    others = ", ".join(column.name for column in schema if is_text(column.type))[:1000]
+    of_text = [column.name for column in schema if is_text(column.type)]
+    others = ", ".join(of_text)[:LONGEST_NAMES]
     if others:
         advice = f"{advice}, or set text_field to one that is: {others}"
     else:

@@ -1,5 +1,6 @@
-"""CSV as RFC 4180 has it, and as pandas and `datasets` write it: a record is a document, a file is
-a unit.
+"""CSV as RFC 4180 has it, and as pandas and `datasets` write it.
+
+A record is a document, a file is a unit.
 
 Python's `csv` ends a record at a lone carriage return outside quotes, wherever it stands. Its
 writers (pandas' too, and with it that of `datasets`) quote a field only for the characters that end

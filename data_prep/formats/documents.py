@@ -16,6 +16,7 @@ from data_prep.formats.flat_arrays import (
     Mask,
     Offsets,
     arrow_mask,
+    bounds_of,
     byte_lengths,
     large_strings,
     null_mask,
@@ -120,7 +121,7 @@ def _kept(documents: Documents, keep: Mask, encoded: Encoded | None) -> Document
     if encoded:
         ids, offsets = encoded
         counts = np.diff(offsets)
-        encoded = ids[np.repeat(keep, counts)], np.append(0, np.cumsum(counts[keep]))
+        encoded = ids[np.repeat(keep, counts)], bounds_of(counts[keep])
     return replace(
         documents,
         texts=documents.texts.filter(arrow_mask(keep)),

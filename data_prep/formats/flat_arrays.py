@@ -16,12 +16,25 @@ Offsets = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
+def bounds_of(lengths: npt.ArrayLike) -> Offsets:
+    """Where each of some neighbours begins, and where the last one ends, by their lengths."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.append(np.int64(0), ends)
+
+
+def numbers_at(bounds: Offsets, places: Offsets) -> Offsets:
+    """In which of some neighbours, by their bounds, each place lies."""
+    return np.searchsorted(bounds, places, side="right") - 1
+
+
 def text_bounds(texts: pa.LargeStringArray) -> Offsets:
     """Where each text begins in the array's bytes, and where the last ends, shape (texts + 1,)."""
     if not len(texts):
         return np.zeros(1, np.int64)
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)
-    return offsets[texts.offset : texts.offset + len(texts) + 1]
+    _, bounds, _ = texts.buffers()
+    start = texts.offset  # an array may be a slice of another
+    stop = start + len(texts) + 1
+    return np.frombuffer(bounds, np.int64)[start:stop]
 
 
 def byte_lengths(texts: pa.LargeStringArray) -> Offsets:
@@ -41,26 +54,28 @@ def null_mask(array: pa.Array) -> Mask:
     if not array.null_count:
         return np.zeros(len(array), np.bool_)
     nulls = pc.is_null(array)
-    bits = np.unpackbits(np.frombuffer(nulls.buffers()[1], np.uint8), bitorder="little")
-    return bits[nulls.offset : nulls.offset + len(nulls)].astype(np.bool_)
+    _, packed = nulls.buffers()
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+    start = nulls.offset
+    stop = start + len(nulls)
+    return bits[start:stop].astype(np.bool_)
 
 
 def arrow_mask(chosen: Mask) -> pa.BooleanArray:
     """A mask that `filter` takes."""
-    bits = np.packbits(chosen, bitorder="little")
-    return pa.BooleanArray.from_buffers(pa.bool_(), len(chosen), [None, pa.py_buffer(bits)])
+    buffer = pa.py_buffer(np.packbits(chosen, bitorder="little"))
+    return pa.BooleanArray.from_buffers(pa.bool_(), len(chosen), [None, buffer])
 
 
 def arrow_ids(ids: npt.NDArray[np.uint32]) -> pa.UInt32Array:
     """Indices that `take` takes."""
-    return pa.UInt32Array.from_buffers(
-        pa.uint32(), len(ids), [None, pa.py_buffer(np.ascontiguousarray(ids))]
-    )
+    buffer = pa.py_buffer(np.ascontiguousarray(ids))
+    return pa.UInt32Array.from_buffers(pa.uint32(), len(ids), [None, buffer])
 
 
 def large_strings(texts: Sequence[bytes]) -> pa.LargeStringArray:
     """Texts, as UTF-8, that are not checked to be so."""
-    bounds = np.append(0, np.cumsum([len(text) for text in texts], dtype=np.int64))
-    return pa.LargeStringArray.from_buffers(
-        len(texts), pa.py_buffer(bounds), pa.py_buffer(b"".join(texts))
-    )
+    lengths = [len(text) for text in texts]
+    bounds = pa.py_buffer(bounds_of(lengths))
+    data = pa.py_buffer(b"".join(texts))
+    return pa.LargeStringArray.from_buffers(len(texts), bounds, data)

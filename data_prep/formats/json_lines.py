@@ -123,8 +123,9 @@ def _documents(block: bytes, field: str, begins_file: bool) -> Documents:
 def _checked_inside(
     file: InputFile, chunks: Iterator[bytes], first_bytes: FirstBytes
 ) -> Iterator[bytes]:
-    """The bytes that a compressed file holds; a UserError if they begin as those of another kind
-    of file do.
+    """The bytes that a compressed file holds.
+
+    Raises UserError if they begin as those of another kind of file do.
     """
     first = b""
     for chunk in chunks:
@@ -138,9 +139,7 @@ def _checked_inside(
 
 
 def read_chunks(stream: BinaryIO, format: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes from start to stop of a plain stream; those of a compressed one whole, and
-    decompressed.
-    """
+    """The bytes of a stream: from start to stop; of a compressed one all, decompressed."""
     if format in DECOMPRESSORS:
         yield from _decompress(stream, DECOMPRESSORS[format])
         return
@@ -177,8 +176,9 @@ def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterat
 
 
 def blocks(chunks: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The same bytes in blocks of whole lines, about block_bytes each; a line too long becomes
-    TOO_LONG.
+    """The same bytes in blocks of whole lines, about block_bytes each.
+
+    A line that is too long becomes TOO_LONG.
 
     What broke the stream is raised after the whole lines before it.
     """
@@ -237,8 +237,9 @@ def parse_block(block: bytes, field: str, begins_file: bool) -> Parsed:
 
 
 def bytes_of_lines(block: bytes, rows: list[int]) -> int:
-    """Bytes of some lines of a block, by their numbers; of one that was too long, what tells
-    that it is.
+    """Bytes of some lines of a block, by their numbers.
+
+    Of one that was too long, so many as tell that it is.
     """
     if not rows:
         return 0

@@ -27,21 +27,33 @@ def read(unit: WorkUnit, given: Reading) -> Iterator[Documents]:
     row_groups = range(unit.start, unit.stop)
     runs = row_group_runs(file, row_groups, unit.text_field, documents.BATCH_BYTES)
     for start, stop, size_bytes in runs:
-        numbers = list(range(start, stop))
-        rows = sum(file.metadata.row_group(number).num_rows for number in numbers)
-        batch_rows = rows_of_a_batch(rows, size_bytes)
+        numbers = range(start, stop)
+        batch_rows = rows_of_a_batch(_rows_of(file, numbers), size_bytes)
         where = f"{unit.url}: row groups {start} to {stop - 1}"
         with explained((pa.ArrowException, OSError), f"{where}: damaged", ANEW):
-            columns = [unit.text_field]
-            for batch in file.iter_batches(batch_rows, numbers, columns, use_threads=False):
+            batches = file.iter_batches(
+                batch_rows,
+                row_groups=list(numbers),
+                columns=[unit.text_field],
+                use_threads=False,  # units are read side by side
+            )
+            for batch in batches:
                 yield all_rows(batch.column(0))
 
 
 def place(unit: WorkUnit, row: int) -> str:
     """Where a row of a unit lies, for a message."""
-    metadata = open_parquet(unit.files[0], unit.text_field).metadata
-    rows_before = sum(metadata.row_group(number).num_rows for number in range(unit.start))
+    file = open_parquet(unit.files[0], unit.text_field)
+    rows_before = _rows_of(file, range(unit.start))
     return f"{unit.url}: row {rows_before + row}"
+
+
+def _rows_of(file: pq.ParquetFile, row_groups: range) -> int:
+    """How many rows some row groups hold."""
+    rows = 0
+    for number in row_groups:
+        rows += file.metadata.row_group(number).num_rows
+    return rows
 
 
 def row_group_runs(
@@ -51,9 +63,12 @@ def row_group_runs(
     sizes = []
     for number in numbers:
         group = file.metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        texts = [column for column in columns if column.path_in_schema == text_field]
-        sizes.append(sum(column.total_uncompressed_size for column in texts))
+        size = 0
+        for place in range(group.num_columns):
+            column = group.column(place)
+            if column.path_in_schema == text_field:
+                size += column.total_uncompressed_size
+        sizes.append(size)
     return runs_within(sizes, limit_bytes, numbers.start)
 
 

@@ -14,11 +14,28 @@ from data_prep.inputs.sources import InputFile
 
 # of a file; what the footer says behind its columns takes 3 bytes a column, and less
 TAIL_BYTES = 64 << 10
-CREATED_BY, ENCRYPTION_ALGORITHM = 6, 8  # fields of FileMetaData
+# behind the footer: its length, and the magic "PAR1"
+LENGTH_BYTES = 4
+END_BYTES = 8
+# fields of FileMetaData
+CREATED_BY = 6
+ENCRYPTION_ALGORITHM = 8
 DECRYPT = "decrypt it, and write it again without encryption"
-STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(
-    13
-)  # types of fields
+# types of fields
+STOP = 0
+TRUE = 1
+FALSE = 2
+BYTE = 3
+I16 = 4
+I32 = 5
+I64 = 6
+DOUBLE = 7
+BINARY = 8
+LIST = 9
+SET = 10
+MAP = 11
+STRUCT = 12
+MANY = 15  # of the elements of a list: so many or more, told behind the head
 MAX_DEPTH = 32
 
 
@@ -28,14 +45,11 @@ def refuse_encrypted(file: InputFile, stream: BinaryIO, created_by: str | None) 
     `created_by` is the footer's own; it lies behind the columns, so that what is before it need not
     be read.
     """
-    with explained(
-        (IndexError, RecursionError),
-        f"{file.url}: damaged, its footer can't be read",
-        "write it again",
-    ):
-        if is_encrypted(
-            _footer(stream, file.size, (created_by or "").encode()), (created_by or "").encode()
-        ):
+    written_by = (created_by or "").encode()
+    damaged = f"{file.url}: damaged, its footer can't be read"
+    with explained((IndexError, RecursionError), damaged, "write it again"):
+        footer = _footer(stream, file.size, written_by)
+        if is_encrypted(footer, written_by):
             raise UserError(f"{file.url}: has encrypted columns; {DECRYPT}")
 
 
@@ -44,9 +58,12 @@ def is_encrypted(footer: bytes, created_by: bytes) -> bool:
 
     Raises IndexError where it ends amid a field.
     """
+    before = 0  # the field behind which to look
     at = footer.rfind(created_by) if created_by else -1
-    reader = _Reader(footer[at + len(created_by) :] if at >= 0 else footer)
-    return ENCRYPTION_ALGORITHM in reader.field_numbers(CREATED_BY if at >= 0 else 0)
+    if at >= 0:
+        before = CREATED_BY
+        footer = footer[at + len(created_by) :]
+    return ENCRYPTION_ALGORITHM in _Reader(footer).field_numbers(before)
 
 
 def _footer(stream: BinaryIO, size: int, created_by: bytes) -> bytes:
@@ -54,11 +71,13 @@ def _footer(stream: BinaryIO, size: int, created_by: bytes) -> bytes:
     start = max(0, size - TAIL_BYTES)
     stream.seek(start)
     tail = stream.read(size - start)
-    length = int.from_bytes(tail[-8:-4], "little")
-    if created_by not in tail[max(0, len(tail) - 8 - length) : -8] or not created_by:
-        stream.seek(max(0, size - 8 - length))
-        return stream.read(length)
-    return tail[max(0, len(tail) - 8 - length) : -8]
+    length = int.from_bytes(tail[-END_BYTES : LENGTH_BYTES - END_BYTES], "little")
+    in_tail = max(0, len(tail) - END_BYTES - length)
+    end_of_footer = tail[in_tail:-END_BYTES]
+    if created_by and created_by in end_of_footer:
+        return end_of_footer
+    stream.seek(max(0, size - END_BYTES - length))
+    return stream.read(length)
 
 
 class _Reader:
@@ -71,13 +90,18 @@ class _Reader:
         """Of a struct, from the field behind number `before` to its end."""
         if depth > MAX_DEPTH:
             raise IndexError("fields within fields, without end")
-        found, number = set(), before
-        while (head := self._byte()) & 0x0F != STOP:
-            step = head >> 4
-            number = number + step if step else self._zigzag()
+        found: set[int] = set()
+        number = before
+        while True:
+            step, type_ = self._halves()
+            if type_ == STOP:
+                return found
+            if step:
+                number += step
+            else:  # too far for half a byte: the number itself
+                number = self._zigzag()
             found.add(number)
-            self._skip(head & 0x0F, depth + 1)
-        return found
+            self._skip(type_, depth + 1)
 
     def _skip(self, type_: int, depth: int) -> None:
         """Over a value of a type."""
@@ -90,35 +114,54 @@ class _Reader:
         elif type_ == BINARY:
             self._bytes(self._varint())
         elif type_ in (LIST, SET):
-            head = self._byte()
-            count = head >> 4 if head >> 4 < 15 else self._varint()
-            for _ in range(count):
-                self._skip_element(head & 0x0F, depth)
+            self._skip_list(depth)
         elif type_ == MAP:
-            count = self._varint()
-            types = self._byte() if count else 0
-            for _ in range(count):
-                self._skip_element(types >> 4, depth)
-                self._skip_element(types & 0x0F, depth)
+            self._skip_map(depth)
         elif type_ == STRUCT:
             self.field_numbers(0, depth)
         elif type_ not in (TRUE, FALSE):
             raise IndexError(f"a field of type {type_}")
 
+    def _skip_list(self, depth: int) -> None:
+        count, type_ = self._halves()
+        if count == MANY:
+            count = self._varint()
+        for _ in range(count):
+            self._skip_element(type_, depth)
+
+    def _skip_map(self, depth: int) -> None:
+        count = self._varint()
+        if count == 0:  # then no byte tells its types
+            return
+        key_type, value_type = self._halves()
+        for _ in range(count):
+            self._skip_element(key_type, depth)
+            self._skip_element(value_type, depth)
+
     def _skip_element(self, type_: int, depth: int) -> None:
         """A truth value is a byte here; as a field, it is in the field's head."""
-        self._skip(BYTE if type_ in (TRUE, FALSE) else type_, depth)
+        if type_ in (TRUE, FALSE):
+            type_ = BYTE
+        self._skip(type_, depth)
+
+    def _halves(self) -> tuple[int, int]:
+        """The upper and the lower half of a byte."""
+        byte = self._byte()
+        return byte >> 4, byte & 0x0F
 
     def _zigzag(self) -> int:
         value = self._varint()
         return (value >> 1) ^ -(value & 1)
 
     def _varint(self) -> int:
-        value, shift = 0, 0
-        while (byte := self._byte()) & 0x80:
+        value = 0
+        shift = 0
+        while True:
+            byte = self._byte()
             value |= (byte & 0x7F) << shift
+            if byte & 0x80 == 0:  # no more bytes
+                return value
             shift += 7
-        return value | byte << shift
 
     def _byte(self) -> int:
         return self._bytes(1)[0]

@@ -39,20 +39,22 @@ def cut(file: InputFile, cutting: Cutting) -> list[Range]:
     ranges = []
     for start in range(0, rows, unit_rows):
         stop = min(start + unit_rows, rows)
-        ranges.append(Range(start, stop, (stop - start) * file.size // rows))
+        size_bytes = (stop - start) * file.size // rows
+        ranges.append(Range(start, stop, size_bytes))
     return ranges
 
 
 def read(unit: WorkUnit, given: Reading) -> Iterator[Documents]:
     """Rows in the order of `datasets`, which may not be that of its files."""
-    saved = load_from_disk(unit.files[0])
-    check_schema(unit.files[0], saved.features.arrow_schema, unit.text_field)
-    batch_rows = min(MAX_BATCH_ROWS, rows_of_a_batch(unit.stop - unit.start, unit.size_bytes))
+    file = unit.files[0]
+    saved = load_from_disk(file)
+    check_schema(file, saved.features.arrow_schema, unit.text_field)
+    rows = range(unit.start, unit.stop)
+    batch_rows = min(MAX_BATCH_ROWS, rows_of_a_batch(len(rows), unit.size_bytes))
     # its exceptions have no base
     with explained(Exception, f"{unit.url}: datasets can't read it", SAVE_AGAIN):
-        rows = saved.select(range(unit.start, unit.stop))
-        texts = rows.select_columns([unit.text_field]).with_format("arrow")
-        for table in texts.iter(batch_rows):
+        part = saved.select(rows).select_columns([unit.text_field])
+        for table in part.with_format("arrow").iter(batch_rows):
             yield all_rows(table.column(0))
 
 

@@ -69,8 +69,9 @@ def whole_file(file: InputFile, cutting: Cutting) -> list[Range]:
 
 
 def runs_within(sizes: Iterable[int], limit: int, first: int = 0) -> list[Range]:
-    """Runs of neighbours within a limit of bytes, numbered from `first`; a larger one is a run
-    by itself.
+    """Runs of neighbours within a limit of bytes; a larger one is a run by itself.
+
+    `first` is the number of the first.
     """
     runs: list[Range] = []
     for number, size in enumerate(sizes, first):
@@ -88,8 +89,9 @@ def row_of_file(unit: WorkUnit, row: int) -> str:
 
 
 def check_unchanged(unit: WorkUnit, *, is_folder: bool) -> None:
-    """A file that became shorter or longer since it was cut would lose documents, or parts of
-    them: a UserError.
+    """Raises UserError if a file became shorter or longer since it was cut.
+
+    Else documents would be lost, or parts of them.
     """
     if is_folder:  # its size is of all that lie in it
         return

@@ -4,12 +4,14 @@ What a glob leaves out in silence is text that nobody misses: links that lead no
 gaps in numbered parts warnings.
 """
 
+import functools
 import glob
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.errors import UserError, printable
 
@@ -29,41 +31,48 @@ def matching_files(base: Path, pattern: str, where: str) -> dict[str, Path]:
         found = [pattern]
     else:
         refuse_closed_folders(base, pattern, where)
-        found = sorted(set(glob.glob(pattern, root_dir=base, recursive=True)))
+        matches = glob.glob(pattern, root_dir=base, recursive=True)
+        found = sorted(set(matches))  # ** may find one twice
     paths = {}
     for name in found:
         path = (base / name).absolute()
         refuse_dangling(path, name, where)
-        if path.is_file():
-            if not is_utf8(str(path)):
-                raise UserError(f"{where}: {escaped(str(path))}: its name is not UTF-8; rename it")
-            paths[name] = path
+        if not path.is_file():
+            continue
+        if not is_utf8(str(path)):
+            raise UserError(f"{where}: {escaped(str(path))}: its name is not UTF-8; rename it")
+        paths[name] = path
     return paths
 
 
 def refuse_dangling(path: Path, name: str, where: str) -> None:
     """Raise UserError for a link that leads nowhere."""
     if path.is_symlink() and not path.exists():
-        problem = f"is a link that leads nowhere (to {escaped(os.readlink(path))})"
+        target = escaped(os.readlink(path))
+        problem = f"is a link that leads nowhere (to {target})"
         raise UserError(
             f"{where}: {escaped(name)}: {problem}; bring back what it leads to, or remove it"
         )
 
 
 def refuse_closed_folders(base: Path, pattern: str, where: str) -> None:
-    """Raise UserError for a folder that a glob would pass over: one that can't be listed, or a
-    link to none.
+    """Raise UserError for a folder that a glob would pass over.
+
+    That is one that can't be listed, or a link to none.
     """
     parts = Path(pattern).parts
     for end in range(1, len(parts)):
-        folder = str(Path(*parts[:end]))
-        if "**" in parts[:end] or not glob.has_magic(folder):
-            continue  # below **, any link that leads nowhere may be of something else
+        beginning = parts[:end]
+        if "**" in beginning:
+            break  # below it, any link that leads nowhere may be of something else
+        folder = str(Path(*beginning))
+        if not glob.has_magic(folder):
+            continue
         for name in glob.glob(folder, root_dir=base):
-            refuse_dangling(base / name, name, where)
-            if (base / name).is_dir() and not os.access(
-                base / name, os.R_OK | os.X_OK, effective_ids=True
-            ):
+            path = base / name
+            refuse_dangling(path, name, where)
+            may_be_listed = os.access(path, os.R_OK | os.X_OK, effective_ids=True)
+            if path.is_dir() and not may_be_listed:
                 raise UserError(
                     f"{where}: {escaped(name)}: may not be listed; check its permissions"
                 )
@@ -83,29 +92,51 @@ def escaped(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def warn_of_gaps(names: Iterable[str], where: str) -> None:
-    """Say which numbered parts (-0000N-of-0000M, counted from 0 or 1) are not among the files
-    that a glob found.
-    """
-    families: dict[tuple[str, str, str], set[int]] = {}
-    widths: dict[tuple[str, str, str], int] = {}
-    for name in names:
-        if match := PART.fullmatch(name):
-            family = (match[1], match[3], OWN_HASH.sub("*", match[4]))
-            families.setdefault(family, set()).add(int(match[2]))
-            widths[family] = len(match[2])
-    for family, numbers in families.items():
-        head, total, tail = family
-        count = int(total)
-        first = 1 if count in numbers and 0 not in numbers else 0
+class Family(NamedTuple):
+    """Numbered parts of one whole, by what they share: their names but for their own numbers."""
+
+    head: str
+    total: str  # as written
+    tail: str  # with * for the part's own hash
+
+    def name_of(self, number: int, width: int) -> str:
+        """The name of a part, whose number is written in so many digits."""
+        return f"{self.head}{number:0{width}d}-of-{self.total}{self.tail}"
+
+    def missing(self, numbers: set[int]) -> list[int]:
+        """The parts that are not among the numbers; they count from 0, or from 1."""
+        count = int(self.total)
         if len(numbers) >= count:
+            return []
+        is_from_1 = count in numbers and 0 not in numbers
+        first = 1 if is_from_1 else 0
+        whole = range(first, first + count)
+        return [number for number in whole if number not in numbers]
+
+
+def warn_of_gaps(names: Iterable[str], where: str) -> None:
+    """Say which numbered parts are not among the files that a glob found.
+
+    Their names hold -0000N-of-0000M, counted from 0 or 1.
+    """
+    families: dict[Family, set[int]] = {}
+    widths: dict[Family, int] = {}
+    for name in names:
+        match = PART.fullmatch(name)
+        if match:
+            head, number, total, rest = match.groups()
+            family = Family(head, total, OWN_HASH.sub("*", rest))
+            families.setdefault(family, set()).add(int(number))
+            widths[family] = len(number)
+    for family, numbers in families.items():
+        missing = family.missing(numbers)
+        if not missing:
             continue
-        missing = [number for number in range(first, first + count) if number not in numbers]
-        named = ", ".join(
-            f"{head}{number:0{widths[family]}d}-of-{total}{tail}"
-            for number in missing[:PARTS_NAMED]
-        )
-        more = f" and {len(missing) - PARTS_NAMED:,} more" if len(missing) > PARTS_NAMED else ""
+        width = widths[family]
+        named = ", ".join(family.name_of(number, width) for number in missing[:PARTS_NAMED])
+        unnamed = len(missing) - PARTS_NAMED
+        more = f" and {unnamed:,} more" if unnamed > 0 else ""
+        count = int(family.total)
         text = (
             f"{len(missing):,} of {count:,} parts are not there: {named}{more}; fetch them unless "
             "that is meant"
@@ -114,42 +145,43 @@ def warn_of_gaps(names: Iterable[str], where: str) -> None:
 
 
 def warn_of_one_file_twice(paths: Mapping[str, Path], where: str) -> None:
-    """Say which files of a source, by name and path, are one: a link or a hard link, whose text
-    would count twice.
+    """Say which files of a source, by name and path, are one.
+
+    The text of such a link or hard link would count twice.
     """
-    names: dict[tuple[int, int], str] = {}
+    names: dict[tuple[int, int], str] = {}  # by device and inode
     for name, path in paths.items():
         about = path.stat()
-        place = about.st_dev, about.st_ino
-        if about.st_size and about.st_ino and place in names:
+        has_place = about.st_ino != 0  # some file systems give no number
+        first_name = names.setdefault((about.st_dev, about.st_ino), name)
+        if first_name != name and has_place and about.st_size:
             text = (
-                f"{name} and {names[place]} are one file (a link), so its text counts twice; name "
+                f"{name} and {first_name} are one file (a link), so its text counts twice; name "
                 "one of the two"
             )
             print(printable(f"warning: {where}: {text}"), file=sys.stderr)
-        names.setdefault(place, name)
 
 
 def refuse_inside(output_dir: Path, files: Iterable[str], where: str) -> None:
-    """Raise UserError for a file inside of the output directory: what is built would be taken
-    for input next time.
+    """Raise UserError for a file inside of the output directory.
+
+    What is built would be taken for input next time.
     """
-    home = os.path.realpath(output_dir)
-    is_inside: dict[str, bool] = {}
+    home = os.path.realpath(output_dir).rstrip("/") + "/"
+
+    @functools.cache  # many files lie in one folder
+    def is_inside(folder: str) -> bool:
+        return f"{os.path.realpath(folder)}/".startswith(home)
+
     for file in files:
         local = file.removeprefix("file://")
         if "://" in local:
             continue
-        for place in {local, os.path.realpath(local) if os.path.islink(local) else local}:
-            folder = os.path.dirname(place)
-            if folder not in is_inside:  # many files lie in one folder
-                is_inside[folder] = f"{os.path.realpath(folder)}/".startswith(
-                    home.rstrip("/") + "/"
-                )
-            if is_inside[folder]:
-                problem = (
-                    f"{local} lies inside --output-dir {output_dir}, which holds what is built"
-                )
-                raise UserError(
-                    f"{where}: {problem}; name other files, or choose an --output-dir elsewhere"
-                )
+        places = [local]
+        if os.path.islink(local):
+            places.append(os.path.realpath(local))
+        if any(is_inside(os.path.dirname(place)) for place in places):
+            problem = f"{local} lies inside --output-dir {output_dir}, which holds what is built"
+            raise UserError(
+                f"{where}: {problem}; name other files, or choose an --output-dir elsewhere"
+            )

@@ -1,5 +1,6 @@
-"""URLs without the secrets in them: what is stored, printed or digested names a source, and opens
-nothing.
+"""URLs without the secrets in them.
+
+What is stored, printed or digested names a source, and opens nothing.
 
 Passwords and signatures come and go while the file behind them stays the same one, so they are no
 part of its name. Where it is not certain whether a part is a secret, it goes.
@@ -31,38 +32,21 @@ SECRET_PARTS = re.compile(
     r"token|secret|key|sig|pass|pwd|auth|cred|hmac|hdn(?:ts|ea|tl)|verify|accesscode"
 )
 HARMLESS = re.compile(  # what holds such a part by chance
-    r"tokeni[sz]\w*|author(?!i)|key(?:word|board|frame|space)|monkey|turkey|hockey|passage|passenger|passive|compass"
-    r"|bypass|signal|signific|design|assign|insight|sacred|credit|incredible"
+    r"tokeni[sz]\w*|author(?!i)|key(?:word|board|frame|space)|monkey|turkey|hockey|passage"
+    r"|passenger|passive|compass|bypass|signal|signific|design|assign|insight|sacred|credit"
+    r"|incredible"
 )
 SECRET_WORDS = {"bearer", "jwt", "pw", "sas", "session", "policy"}
 SECRET_NAMES = {"code", "md5"}  # alone: language_code and content_md5 name a source
 PRESIGNED = re.compile(r"(x-amz|x-goog|x-ms|x-oss|q)-.*", re.IGNORECASE)  # the last is Tencent's
 OF_GOOGLE = "googleaccessid"
 SIGNING = re.compile(r"sig|hmac|hdn|md5|policy|verify")
-BESIDE_A_SIGNATURE = {  # what it covers and changes with it: Azure's, Akamai's, and when it ends
-    "sv",
-    "sr",
-    "st",
-    "se",
-    "sp",
-    "sk",
-    "ss",
-    "srt",
-    "spr",
-    "sip",
-    "skoid",
-    "sktid",
-    "skt",
-    "ske",
-    "sks",
-    "skv",
-    "acl",
-    "expires",
-    "expire",
-    "exp",
-    "timestamp",
-    "ts",
-}
+# What a signature covers and changes with it: Azure's, Akamai's, and when it ends.
+BESIDE_A_SIGNATURE = {
+    "sv", "sr", "st", "se", "sp", "sk", "ss", "srt", "spr", "sip",
+    "skoid", "sktid", "skt", "ske", "sks", "skv",
+    "acl", "expires", "expire", "exp", "timestamp", "ts",
+}  # fmt: skip
 FILE_NAME = re.compile(  # S3's name of a file, as in ?key=data/a.jsonl
     r"[\w./-]+\.(jsonl?|parquet|csv|tsv|txt|arrow|npy|bin|md|html?|zip|tar|gz|bz2|xz|zst)",
     re.IGNORECASE,
@@ -70,8 +54,9 @@ FILE_NAME = re.compile(  # S3's name of a file, as in ?key=data/a.jsonl
 
 
 def without_credentials(text: str) -> str:
-    """A URL, or any text with URLs in it, without passwords, tokens and signatures; what names
-    the source stays.
+    """A URL, or any text with URLs in it, without passwords, tokens and signatures.
+
+    What names the source stays.
     """
     return _cleaned(text, 0)
 
@@ -86,43 +71,51 @@ def _cleaned(text: str, depth: int) -> str:
     def of_url(found: re.Match[str]) -> str:
         whole = found.group()
         url = whole.rstrip(TRAILING)
-        return "::".join(_without(part, depth) for part in CHAIN.split(url)) + whole[len(url) :]
+        trailing = whole[len(url) :]
+        cleaned = [_without(part, depth) for part in CHAIN.split(url)]
+        return "::".join(cleaned) + trailing
 
     return URL.sub(of_url, text)
 
 
 def _without(url: str, depth: int) -> str:
-    """One URL: its user and password, and the parts of its path, query and fragment that are
-    secrets.
-    """
+    """One URL without what is secret in its user, path, query and fragment."""
     scheme, _, rest = url.partition("://")
     rest = _with_plain_user(rest)
-    if user := USER.match(rest):
-        rest = _kept_user(scheme.lower(), user) + rest[user.end() :]
+    user = USER.match(rest)
+    if user:
+        behind_user = rest[user.end() :]
+        rest = _kept_user(scheme.lower(), user) + behind_user
     rest, fragment_mark, fragment = rest.partition("#")
     place, query_mark, query = rest.partition("?")
     host, slash, path = place.partition("/")
-    cleaned = f"{scheme}://{host}{slash}{_without_in_path(path, depth)}"
+    path = _without_in_path(path, depth)
+    cleaned = f"{scheme}://{host}{slash}{path}"
     for mark, parts in ((query_mark, query), (fragment_mark, fragment)):
-        if kept := _without_secrets(parts, depth):
+        kept = _without_secrets(parts, depth)
+        if kept:
             cleaned += mark + kept
     return cleaned
 
 
 def _with_plain_user(rest: str) -> str:
-    """What follows `://`, with a user and password that are percent-encoded as a whole
-    (u%3Apw%40host) decoded.
+    """What follows `://`, with a user and password that are encoded as a whole decoded.
+
+    As in u%3Apw%40host.
     """
     authority = AUTHORITY.match(rest)
     written = authority.group() if authority else ""
     plain = _decoded(written)
-    return plain + rest[len(written) :] if "@" in plain and "@" not in rest else rest
+    if "@" in plain and "@" not in rest:
+        return plain + rest[len(written) :]
+    return rest
 
 
 def _kept_user(scheme: str, user: re.Match[str]) -> str:
     """A name stays where it tells whose files they are; a token in a name's place does not."""
-    name = user.group(1)
-    is_kept = scheme in USER_NAMES or (scheme in CONTAINERS and not user.group(2))
+    name, password, _ = user.groups()
+    is_container = scheme in CONTAINERS and not password
+    is_kept = scheme in USER_NAMES or is_container
     return f"{name}@" if is_kept and name else ""
 
 
@@ -130,48 +123,57 @@ def _without_in_path(path: str, depth: int) -> str:
     """A path: URLs in it, as proxies have them, and ;name=value behind a part of it."""
     if "://" in path:
         return _cleaned(path, depth + 1)
-    parts = [part if "%" not in part else _cleaned_value(part, depth) for part in path.split("/")]
-    return "/".join(_without_secrets(part, depth) if ";" in part else part for part in parts)
+    parts = []
+    for part in path.split("/"):
+        if "%" in part:
+            part = _cleaned_value(part, depth)
+        if ";" in part:
+            part = _without_secrets(part, depth)
+        parts.append(part)
+    return "/".join(parts)
 
 
 def _without_secrets(query: str, depth: int) -> str:
-    """The parameters of a query that are no secrets, as they were but for secrets of URLs within
-    them.
-    """
+    """The parameters of a query that are no secrets; URLs within them lose theirs."""
     parts = SEPARATOR.split(query)
-    written, marks = parts[::2], ["", *parts[1::2]]
+    written = parts[::2]
+    marks = ["", *parts[1::2]]  # before each
     names = [_decoded(part.partition("=")[0]) for part in written]
     is_signed = any(SIGNING.search(_harmful(name)) for name in names)
     kept = ""
     for mark, name, part in zip(marks, names, written, strict=True):
         _, is_set, value = part.partition("=")
-        if is_set and (
-            _is_secret(name, value) or (is_signed and name.lower() in BESIDE_A_SIGNATURE)
-        ):
+        is_beside_signature = is_signed and name.lower() in BESIDE_A_SIGNATURE
+        if is_set and (is_beside_signature or _is_secret(name, value)):
             continue
-        kept += (mark if kept else "") + part.removesuffix(value) + _cleaned_value(value, depth)
+        if kept:
+            kept += mark
+        kept += part.removesuffix(value) + _cleaned_value(value, depth)
     return kept
 
 
 def _is_secret(name: str, value: str) -> bool:
     """Whether a parameter of this name is one, judged by what the name contains."""
-    if name.lower() == "key" and FILE_NAME.fullmatch(_decoded(value)):
+    lower = name.lower()
+    if lower == "key" and FILE_NAME.fullmatch(_decoded(value)):
         return False
-    if (
-        PRESIGNED.fullmatch(name)
-        or name.lower() == OF_GOOGLE
-        or name.lower() in SECRET_NAMES | SECRET_WORDS
-    ):
+    if PRESIGNED.fullmatch(name):
+        return True
+    if lower == OF_GOOGLE or lower in SECRET_NAMES | SECRET_WORDS:
         return True
     words = {word.lower() for word in WORDS.findall(name)}
-    return bool(words & SECRET_WORDS) or SECRET_PARTS.search(_harmful(name)) is not None
+    if not words.isdisjoint(SECRET_WORDS):
+        return True
+    return SECRET_PARTS.search(_harmful(name)) is not None
 
 
 def _harmful(name: str) -> str:
-    """A parameter's name in small letters, without marks and without words that only look like
-    those of secrets.
+    """A parameter's name in small letters, without marks and without harmless words.
+
+    These only look like those of secrets.
     """
-    return HARMLESS.sub("", re.sub(r"[\W_]", "", name.lower()))
+    letters = re.sub(r"[\W_]", "", name.lower())
+    return HARMLESS.sub("", letters)
 
 
 def _cleaned_value(value: str, depth: int) -> str:

@@ -16,7 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep.errors import one_line
-from data_prep.formats.flat_arrays import Offsets, arrow_ids, large_strings, text_bounds
+from data_prep.formats.flat_arrays import (
+    Offsets,
+    arrow_ids,
+    bounds_of,
+    large_strings,
+    numbers_at,
+    text_bounds,
+)
 from data_prep.tokenizer.load import Backend, LoadedTokenizer, for_gigatoken, load_gigatoken
 from data_prep.tokenizer.reference import Reference
 
@@ -37,39 +44,50 @@ class Encoder:
 
 def new_encoder(tokenizer: LoadedTokenizer, *, prefer: str) -> Encoder:
     """gigatoken if it is preferred and able; else the reference, with the reason."""
-    reason = None
-    if prefer == "gigatoken" and tokenizer.not_for_gigatoken:
-        reason = (
-            f"gigatoken gives other ids with {tokenizer.directory} ({tokenizer.not_for_gigatoken})"
-        )
-    elif prefer == "gigatoken":
-        backend = tokenizer.gigatoken or load_gigatoken(for_gigatoken(tokenizer))
-        if not isinstance(backend, Exception):
-            encode = _gigatoken_encode(tokenizer, backend)
-            return Encoder(
-                name=f"gigatoken {version('gigatoken')}", encode=encode, is_reference=False
-            )
-        reason = f"gigatoken can't load {tokenizer.directory} ({one_line(backend)})"
-    encode = partial(_reference_encode, tokenizer.here)
+    if prefer != "gigatoken":
+        return _reference_encoder(tokenizer, None)
+    directory = tokenizer.directory
+    why_not = tokenizer.not_for_gigatoken
+    if why_not:
+        reason = f"gigatoken gives other ids with {directory} ({why_not})"
+        return _reference_encoder(tokenizer, reason)
+    backend = tokenizer.gigatoken or load_gigatoken(for_gigatoken(tokenizer))
+    if isinstance(backend, Exception):
+        reason = f"gigatoken can't load {directory} ({one_line(backend)})"
+        return _reference_encoder(tokenizer, reason)
+    return Encoder(
+        name=f"gigatoken {version('gigatoken')}",
+        encode=_gigatoken_encode(tokenizer, backend),
+        is_reference=False,
+    )
+
+
+def _reference_encoder(tokenizer: LoadedTokenizer, fallback_reason: str | None) -> Encoder:
+    """`tokenizers`, in this process."""
     return Encoder(
         name=f"tokenizers {version('tokenizers')}",
-        encode=encode,
+        encode=partial(_reference_encode, tokenizer.here),
         is_reference=True,
-        fallback_reason=reason,
+        fallback_reason=fallback_reason,
     )
 
 
 def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.LargeStringArray:
-    """The texts of documents, exact for a byte-level tokenizer: what isn't UTF-8 stays so, for
-    the caller to find.
+    """The texts of documents, exact for a byte-level tokenizer.
+
+    What isn't UTF-8 stays so, for the caller to find.
     """
     if tokenizer.token_bytes is None:
-        rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
+        bounds = itertools.pairwise(offsets.tolist())
+        rows = [ids[start:stop].tolist() for start, stop in bounds]
         texts = tokenizer.reference.decode_batch(rows, skip_special_tokens=False)
         return large_strings([text.encode() for text in texts])
-    _, bounds, data = tokenizer.token_bytes.take(arrow_ids(ids)).buffers()
-    text_offsets = np.frombuffer(bounds, np.int64)[offsets]
-    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(text_offsets), data)
+    tokens = tokenizer.token_bytes.take(arrow_ids(ids))
+    _, token_bounds, data = tokens.buffers()
+    # where a document begins, in bytes: where its first token does
+    bounds_in_bytes = np.frombuffer(token_bounds, np.int64)[offsets]
+    documents = len(offsets) - 1
+    return pa.LargeStringArray.from_buffers(documents, pa.py_buffer(bounds_in_bytes), data)
 
 
 def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
@@ -79,26 +97,28 @@ def reference_ids(tokenizer: LoadedTokenizer, text: str) -> Ids:
 
 
 def special_documents(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> dict[int, str]:
-    """Documents whose text gave a special id, which no text may: their numbers, and what is
-    wrong with each.
+    """Documents whose text gave a special id, which no text may.
+
+    Returns their numbers, and what is wrong with each.
     """
     reasons: dict[int, str] = {}
     for of_no_text in tokenizer.ranges_of_no_text:
+        first = np.uint32(of_no_text.start)
         if len(of_no_text) == 1:
-            is_special = ids == of_no_text.start
-        else:  # unsigned: what lies below the range is far above it then
-            is_special = ids - np.uint32(of_no_text.start) < len(of_no_text)
+            is_special = ids == first
+        else:
+            above_first = ids - first  # unsigned: what lies below the range is far above it then
+            is_special = above_first < len(of_no_text)
         if not np.count_nonzero(is_special):
             continue
         places = np.flatnonzero(is_special)
-        numbers = np.searchsorted(offsets, places, side="right") - 1
+        numbers = numbers_at(offsets, places)
         for number, special in zip(numbers.tolist(), ids[places].tolist(), strict=True):
             token = tokenizer.name_of(special)
-            problem = (
+            reasons[number] = (
                 f"its text gives the special token {token!r} (id {special}), which stands for no "
                 "text"
             )
-            reasons[number] = problem
     return reasons
 
 
@@ -110,14 +130,15 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
     """
     import awkward as ak
 
-    def of_gigatoken(texts: pa.LargeStringArray) -> tuple[Ids, Offsets]:
-        data = np.frombuffer(texts.buffers()[2], np.uint8)
+    def of_gigatoken(texts: pa.LargeStringArray) -> Encoded:
+        _, _, buffer = texts.buffers()
+        data = np.frombuffer(buffer, np.uint8)
         characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
         bounds = ak.index.Index64(text_bounds(texts))
-        strings = ak.contents.ListOffsetArray(
-            bounds, characters, parameters={"__array__": "string"}
-        )
-        rows = backend.encode_batch(ak.Array(strings), parallel=True).layout
+        of_strings = {"__array__": "string"}
+        strings = ak.contents.ListOffsetArray(bounds, characters, parameters=of_strings)
+        encoded = backend.encode_batch(ak.Array(strings), parallel=True)
+        rows = encoded.layout
         return rows.content.data, rows.offsets.data
 
     def encode(texts: pa.LargeStringArray) -> Encoded:
@@ -126,28 +147,34 @@ def _gigatoken_encode(tokenizer: LoadedTokenizer, backend: Backend) -> Encode:
         encoded = of_gigatoken(texts)
         if not len(numbers):
             return encoded
-        of_reference = _reference_encode(
-            tokenizer.by_reference, texts.take(arrow_ids(numbers.astype(np.uint32)))
-        )
-        return _replaced(*encoded, numbers, of_reference)
+        doubtful = texts.take(arrow_ids(numbers.astype(np.uint32)))
+        of_reference = _reference_encode(tokenizer.by_reference, doubtful)
+        return _replaced(encoded, numbers, of_reference)
 
     return encode
 
 
-def _replaced(ids: Ids, offsets: Offsets, numbers: Offsets, others: Encoded) -> Encoded:
-    """Ids and offsets of texts, some of which have other ids."""
-    parts, lengths, done = [], np.diff(offsets), 0
-    lengths[numbers] = np.diff(others[1])
-    for number, start, stop in zip(
-        numbers.tolist(), others[1][:-1].tolist(), others[1][1:].tolist(), strict=True
+def _replaced(encoded: Encoded, numbers: Offsets, others: Encoded) -> Encoded:
+    """The ids of texts, those of some, by their numbers, replaced by others."""
+    ids, offsets = encoded
+    other_ids, other_offsets = others
+    parts = []
+    done = 0  # texts
+    for number, bounds in zip(
+        numbers.tolist(), itertools.pairwise(other_offsets.tolist()), strict=True
     ):
-        parts += [ids[offsets[done] : offsets[number]], others[0][start:stop]]
+        start, stop = bounds
+        parts.append(ids[offsets[done] : offsets[number]])
+        parts.append(other_ids[start:stop])
         done = number + 1
     parts.append(ids[offsets[done] :])
-    return np.concatenate(parts), np.append(0, np.cumsum(lengths))
+    lengths = np.diff(offsets)
+    lengths[numbers] = np.diff(other_offsets)
+    return np.concatenate(parts), bounds_of(lengths)
 
 
 def _reference_encode(reference: Reference, texts: pa.LargeStringArray) -> Encoded:
     """The same through `tokenizers`."""
-    ids = [np.array(row, np.uint32) for row in reference.encode(texts.to_pylist())]
-    return np.concatenate(ids), np.cumsum([0, *map(len, ids)])
+    rows = reference.encode(texts.to_pylist())
+    ids = [np.array(row, np.uint32) for row in rows]
+    return np.concatenate(ids), bounds_of([len(row) for row in rows])

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tokenizers import Tokenizer, decoders
@@ -20,10 +20,15 @@ from data_prep.formats.flat_arrays import large_strings
 from data_prep.manifest import MAX_VOCAB_SIZE
 from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, sha256_of_files
 from data_prep.tokenizer.char_ngram import SPELLING
-from data_prep.tokenizer.doubtful_characters import Doubtful, other_normal_forms
+from data_prep.tokenizer.doubtful_characters import Doubtful, neighbours, other_normal_forms
 from data_prep.tokenizer.reference import RANDOM, LocalReference, Reference
 from data_prep.tokenizer.reference_beside import ReferenceBeside
 
+TOKENIZER_JSON = "tokenizer.json"
+CONFIG_JSON = "tokenizer_config.json"
+SPECIAL_TOKENS_JSON = "special_tokens_map.json"
+KNOWN_FILES = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
+NO_TEXT = b"\xff"  # in no UTF-8
 COLON = re.compile(rb"\s*:\s*")
 ADDED_TOKENS_BYTES = 1 << 18  # some 1,500 tokens
 TRAIN = "train one with python -m data_prep.train_tokenizer"
@@ -69,8 +74,8 @@ class LoadedTokenizer:
     @cached_property
     def definition(self) -> dict[str, Any]:
         """tokenizer.json."""
-        where = str(self.directory / "tokenizer.json")
-        content: dict[str, Any] = parse_json(self.files["tokenizer.json"], where, TRAIN)
+        where = str(self.directory / TOKENIZER_JSON)
+        content: dict[str, Any] = parse_json(self.files[TOKENIZER_JSON], where, TRAIN)
         return content
 
     def name_of(self, special: int) -> str:
@@ -80,16 +85,11 @@ class LoadedTokenizer:
 
     @cached_property
     def ranges_of_no_text(self) -> list[range]:
-        """Ids that no text may give, neighbours together: a comparison or two for each range
-        find them all.
+        """Ids that no text may give, neighbours together.
+
+        A comparison or two for each range find them all.
         """
-        ids = sorted(self.ids_of_no_text | {self.eos_id})
-        first_of_a_range = [id_ for id_ in ids if id_ - 1 not in ids]
-        last_of_a_range = [id_ for id_ in ids if id_ + 1 not in ids]
-        return [
-            range(first, last + 1)
-            for first, last in zip(first_of_a_range, last_of_a_range, strict=True)
-        ]
+        return neighbours(sorted(self.ids_of_no_text | {self.eos_id}))
 
     @cached_property
     def doubtful(self) -> Doubtful:
@@ -98,22 +98,32 @@ class LoadedTokenizer:
 
     @cached_property
     def token_bytes(self) -> pa.LargeBinaryArray | None:
-        """What each id of a byte-level tokenizer stands for; a byte that no text holds if it has
-        no token.
+        """What each id of a byte-level tokenizer stands for, shape (ids,); None of another one.
+
+        An id without a token stands for a byte that no text holds.
         """
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
             return None
         byte_of = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}
-        table = [b"\xff"] * self.vocab_size
-        for token, id_ in self.reference.get_vocab(with_added_tokens=False).items():
-            table[id_] = (
-                bytes(map(byte_of.__getitem__, token))
-                if byte_of.keys() >= set(token)
-                else token.encode()
-            )
-        for id_, added in self.reference.get_added_tokens_decoder().items():
+        table = [NO_TEXT] * self.vocab_size
+        vocabulary = self.reference.get_vocab(with_added_tokens=False)
+        for token, id_ in vocabulary.items():
+            if byte_of.keys() >= set(token):
+                table[id_] = bytes(byte_of[character] for character in token)
+            else:
+                table[id_] = token.encode()
+        added_tokens = self.reference.get_added_tokens_decoder()
+        for id_, added in added_tokens.items():
             table[id_] = added.content.encode()
         return large_strings(table).cast(pa.large_binary())
+
+
+class TokenizerFiles(NamedTuple):
+    """What makes a tokenizer."""
+
+    contents: dict[str, bytes]  # by the files' names
+    eos_token: object  # that ends documents; a token if it is a string
+    notes: tuple[str, ...]  # on what was left out
 
 
 def load_tokenizer(
@@ -127,12 +137,8 @@ def load_tokenizer(
     files, eos_token, notes = read_files(directory)
     by_reference: Reference
     backend: Backend | Exception | None = None
-    if prefer == "gigatoken" and "tokenizer.json" in files:
-        load_here = partial(_load_reference, directory, files)
-        by_reference = ReferenceBeside(files["tokenizer.json"], load_here, threads)
-        backend = load_gigatoken(
-            without_special_tokens(files["tokenizer.json"], str(directory / "tokenizer.json"))
-        )
+    if prefer == "gigatoken" and TOKENIZER_JSON in files:
+        by_reference, backend = _load_both(directory, files, threads)
     else:
         by_reference = _load_reference(directory, files)
     traits = by_reference.traits(eos_token)
@@ -146,9 +152,9 @@ def load_tokenizer(
             f"{TRAIN}"
         )
     if not isinstance(eos_token, str) or traits.eos_id is None:
-        where = directory / "tokenizer_config.json"
         raise UserError(
-            f"{where}: eos_token is {eos_token!r}, expected a token of the vocabulary; set it"
+            f"{directory / CONFIG_JSON}: eos_token is {eos_token!r}, expected a token of the "
+            "vocabulary; set it"
         )
     return LoadedTokenizer(
         directory=directory,
@@ -170,15 +176,27 @@ def load_tokenizer(
     )
 
 
+def _load_both(
+    directory: Path, files: dict[str, bytes], threads: int
+) -> tuple[ReferenceBeside, Backend | Exception]:
+    """The reference in a process beside this one, and meanwhile gigatoken."""
+    tokenizer_json = files[TOKENIZER_JSON]
+    load_here = partial(_load_reference, directory, files)
+    by_reference = ReferenceBeside(tokenizer_json, load_here, threads)
+    ordinary = without_special_tokens(tokenizer_json, str(directory / TOKENIZER_JSON))
+    return by_reference, load_gigatoken(ordinary)
+
+
 def _load_reference(directory: Path, files: dict[str, bytes]) -> LocalReference:
     """The reference in this process. Raises UserError if it can't load the tokenizer."""
-    with explained(Exception, f"{directory / 'tokenizer.json'}: not a loadable tokenizer", TRAIN):
-        return LocalReference(files["tokenizer.json"])
+    with explained(Exception, f"{directory / TOKENIZER_JSON}: not a loadable tokenizer", TRAIN):
+        return LocalReference(files[TOKENIZER_JSON])
 
 
 def load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
-    """gigatoken, or why it can't load a tokenizer. It keeps Python's lock meanwhile: 0.2 s for
-    65,536 ids.
+    """gigatoken, or why it can't load a tokenizer.
+
+    It keeps Python's lock meanwhile: 0.2 s for 65,536 ids.
     """
     try:
         from gigatoken.gigatoken_rs import load_hf_json
@@ -189,60 +207,77 @@ def load_gigatoken(tokenizer_json: bytes) -> Backend | Exception:
     return backend
 
 
-def read_files(directory: Path) -> tuple[dict[str, bytes], object, tuple[str, ...]]:
-    """The files that make a tokenizer, the token that ends documents, and what was left out of
-    them.
+def read_files(directory: Path) -> TokenizerFiles:
+    """What makes a tokenizer, of what its directory holds.
 
     transformers supplies what they lack. Code that the directory brings along (`auto_map`) is never
     run: a tokenizer whose tokenizer.json says all does without, and any other one is refused.
     """
-    known = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
-    files = {
-        name: (directory / name).read_bytes() for name in known if (directory / name).is_file()
-    }
+    files: dict[str, bytes] = {}
+    for name in KNOWN_FILES:
+        if (directory / name).is_file():
+            files[name] = (directory / name).read_bytes()
     config: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in (SPECIAL_TOKENS_JSON, CONFIG_JSON):  # the second has the last word
         content = parse_json(files.get(name, b"{}"), str(directory / name), TRAIN)
         if not isinstance(content, dict):
             raise UserError(
                 f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}"
             )
         if content.pop("auto_map", None):
-            if "tokenizer.json" not in files:
-                problem = (
-                    "asks for code of its own (auto_map), which is never run here, and there is "
-                    "no tokenizer.json"
-                )
-                raise UserError(
-                    f"{directory / name}: {problem}; save it as one (save_pretrained of a fast "
-                    "tokenizer)"
-                )
-            files[name] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+            if TOKENIZER_JSON not in files:
+                raise _code_of_its_own(directory / name)
+            files[name] = _json_file(content)
             notes += (
                 f"auto_map is left out of {name}: code that a tokenizer brings along is never run",
             )
         config |= content
     eos = config.get("eos_token")
-    if eos and {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-        return files, eos.get("content") if isinstance(eos, dict) else eos, notes
+    if isinstance(eos, dict):  # an added token, with its flags
+        eos = eos.get("content")
+    has_both = {TOKENIZER_JSON, CONFIG_JSON} <= files.keys()
+    if config.get("eos_token") and has_both:
+        return TokenizerFiles(files, eos, notes)
+    return _supplied(directory, files, config, notes)
+
+
+def _code_of_its_own(path: Path) -> UserError:
+    """The error of a tokenizer that only its own code can load."""
+    problem = (
+        "asks for code of its own (auto_map), which is never run here, and there is no "
+        "tokenizer.json"
+    )
+    return UserError(f"{path}: {problem}; save it as one (save_pretrained of a fast tokenizer)")
+
+
+def _supplied(
+    directory: Path, files: dict[str, bytes], config: dict[str, Any], notes: tuple[str, ...]
+) -> TokenizerFiles:
+    """The files of a tokenizer that lacks some, with those that transformers makes of the rest.
+
+    transformers is imported here: it takes seconds.
+    """
     if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
         problem = "No such file or directory; a tokenizer directory needs it"
-        raise UserError(f"{directory / 'tokenizer.json'}: {problem}; {TRAIN}")
+        raise UserError(f"{directory / TOKENIZER_JSON}: {problem}; {TRAIN}")
     from transformers import AutoTokenizer
 
     with explained(Exception, f"{directory}: AutoTokenizer can't load it", TRAIN):
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        files.setdefault("tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
-    config = {
-        **config,
-        "eos_token": tokenizer.eos_token,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    files["tokenizer_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    return {name: files[name] for name in known if name in files}, tokenizer.eos_token, notes
+        files.setdefault(TOKENIZER_JSON, tokenizer.backend_tokenizer.to_str().encode())
+    eos_token = tokenizer.eos_token
+    of_transformers = {"eos_token": eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
+    files[CONFIG_JSON] = _json_file(config | of_transformers)
+    in_order = {name: files[name] for name in KNOWN_FILES if name in files}
+    return TokenizerFiles(in_order, eos_token, notes)
+
+
+def _json_file(content: dict[str, Any]) -> bytes:
+    """A file as transformers writes it."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
@@ -256,29 +291,32 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
     colon = COLON.match(after)
     if colon and name not in after:
         with contextlib.suppress(ValueError, RecursionError):
-            value, _ = codecs.utf_8_decode(
-                after[colon.end() : colon.end() + ADDED_TOKENS_BYTES], "strict", False
-            )
-            added, length = json.JSONDecoder().raw_decode(value)
+            behind_colon = after[colon.end() :]
+            # not final: the piece may end within a character
+            beginning, _ = codecs.utf_8_decode(behind_colon[:ADDED_TOKENS_BYTES], "strict", False)
+            added, length = json.JSONDecoder().raw_decode(beginning)
             if "added_tokens" in json.loads(before + name + b": null}"):
-                kept = json.dumps([token for token in added or [] if not token["special"]])
-                behind = after[colon.end() + len(value[:length].encode()) :]
-                return before + name + b": " + kept.encode() + behind
+                written_bytes = len(beginning[:length].encode())
+                kept = json.dumps(_not_special(added))
+                return before + name + b": " + kept.encode() + behind_colon[written_bytes:]
     model = parse_json(tokenizer_json, where, TRAIN)
-    model["added_tokens"] = [
-        token for token in model.get("added_tokens") or [] if not token["special"]
-    ]
+    model["added_tokens"] = _not_special(model.get("added_tokens"))
     return json.dumps(model).encode()
 
 
+def _not_special(added_tokens: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """Those of a tokenizer.json's added tokens that are not special."""
+    return [token for token in added_tokens or [] if not token["special"]]
+
+
 def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
-    """tokenizer.json as gigatoken is to load it: without special tokens, and without what
-    encodes at random.
+    """tokenizer.json as gigatoken is to load it.
+
+    That is without special tokens, and without what encodes at random.
     """
-    content = tokenizer.files["tokenizer.json"]
+    content = tokenizer.files[TOKENIZER_JSON]
     if tokenizer.is_random:
-        model = {
-            key: value for key, value in tokenizer.definition["model"].items() if key not in RANDOM
-        }
+        settings = tokenizer.definition["model"].items()
+        model = {name: value for name, value in settings if name not in RANDOM}
         content = json.dumps(tokenizer.definition | {"model": model}).encode()
-    return without_special_tokens(content, str(tokenizer.directory / "tokenizer.json"))
+    return without_special_tokens(content, str(tokenizer.directory / TOKENIZER_JSON))

@@ -1,5 +1,6 @@
-"""What a tokenizer loses of a work unit's text: unk counted in all of it, documents that change on
-a sample.
+"""What a tokenizer loses of a work unit's text.
+
+Its unk are counted in all of it, documents that change on a sample.
 
 Of a tokenizer that keeps all text, only the documents that are proved anyway are looked at. Of any
 other one, unk is counted exactly, and at least LEAST_SAMPLE documents of a unit are decoded: the
@@ -24,13 +25,20 @@ SAMPLE_CHARACTERS = 64 << 10  # of a document, at most
 
 def lost(tokenizer: LoadedTokenizer, text: str, ids: Ids) -> TokenizerLoss:
     """What the tokenizer lost of one document."""
-    unknown = (
-        0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
-    )
     is_changed = tokenizer.by_reference.decode(ids.tolist()) != text
     return TokenizerLoss(
-        documents=1, tokens=len(ids), unknown_tokens=unknown, changed_documents=int(is_changed)
+        documents=1,
+        tokens=len(ids),
+        unknown_tokens=count_unknown(tokenizer, ids),
+        changed_documents=int(is_changed),
     )
+
+
+def count_unknown(tokenizer: LoadedTokenizer, ids: Ids) -> int:
+    """How many ids stand for text that the vocabulary lacks."""
+    if tokenizer.unknown_id is None:
+        return 0
+    return int(np.count_nonzero(ids == tokenizer.unknown_id))
 
 
 @dataclass(order=True, frozen=True)
@@ -61,27 +69,33 @@ class UnitLoss:
     def add_batch(
         self, texts: pa.LargeStringArray, encoded: Encoded, hashes: Index, proved: list[int]
     ) -> None:
-        """Count all of a batch, and keep what may belong to the sample; the documents `proved`
-        are in it already.
+        """Count all of a batch, and keep what may belong to the sample.
+
+        The documents `proved` are in it already.
         """
         if self.tokenizer.keeps_all_text:
             return
         ids, offsets = encoded
         self.tokens += len(ids)
-        if self.tokenizer.unknown_id is not None:
-            self.unknown_tokens += int(np.count_nonzero(ids == self.tokenizer.unknown_id))
+        self.unknown_tokens += count_unknown(self.tokenizer, ids)
         others = np.setdiff1d(np.arange(len(texts)), proved)
-        for i in others[np.argsort(hashes[others], kind="stable")][:LEAST_SAMPLE].tolist():
-            if len(self.lowest) == LEAST_SAMPLE and int(hashes[i]) >= self.lowest[-1].hash:
+        by_hash = np.argsort(hashes[others], kind="stable")
+        for number in others[by_hash[:LEAST_SAMPLE]].tolist():
+            hash_ = int(hashes[number])
+            if len(self.lowest) == LEAST_SAMPLE and hash_ >= self.lowest[-1].hash:
                 break
-            text = texts[i].as_py()
-            is_cut = len(text) > SAMPLE_CHARACTERS
-            # a view would keep the batch
-            own = None if is_cut else ids[offsets[i] : offsets[i + 1]].copy()
-            number = self.documents + i
-            bisect.insort(
-                self.lowest, Candidate(int(hashes[i]), number, text[:SAMPLE_CHARACTERS], own)
+            text = texts[number].as_py()
+            own = None
+            if len(text) <= SAMPLE_CHARACTERS:
+                start, stop = offsets[number : number + 2]
+                own = ids[start:stop].copy()  # a view would keep the batch
+            candidate = Candidate(
+                hash=hash_,
+                number=self.documents + number,
+                text=text[:SAMPLE_CHARACTERS],
+                ids=own,
             )
+            bisect.insort(self.lowest, candidate)
             del self.lowest[LEAST_SAMPLE:]
         self.documents += len(texts)
 
@@ -91,6 +105,8 @@ class UnitLoss:
         if self.tokenizer.keeps_all_text:
             return loss
         for some in self.lowest:
-            ids = reference_ids(self.tokenizer, some.text) if some.ids is None else some.ids
+            ids = some.ids
+            if ids is None:
+                ids = reference_ids(self.tokenizer, some.text)
             loss += lost(self.tokenizer, some.text, ids)
         return replace(loss, tokens=self.tokens, unknown_tokens=self.unknown_tokens)

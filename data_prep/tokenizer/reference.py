@@ -47,8 +47,9 @@ class Reference(Protocol):
 
 
 class LocalReference:
-    """The reference in this process. Raises whatever `tokenizers` does for a definition that it
-    can't load.
+    """The reference in this process.
+
+    Raises whatever `tokenizers` does for a definition that it can't load.
     """
 
     def __init__(self, tokenizer_json: bytes) -> None:
@@ -65,11 +66,17 @@ class LocalReference:
     def traits(self, eos_token: object) -> Traits:
         """What the definition tells."""
         reference = self.tokenizer
-        eos_id = reference.token_to_id(eos_token) if isinstance(eos_token, str) else None
         added = reference.get_added_tokens_decoder()
         special = {token.content: id_ for id_, token in added.items() if token.special}
-        in_no_text = special if eos_id is None else {**special, str(eos_token): eos_id}
-        normalizer = reference.normalizer
+        in_no_text = dict(special)
+        eos_id = None
+        if isinstance(eos_token, str):
+            eos_id = reference.token_to_id(eos_token)
+            if eos_id is not None:
+                in_no_text[eos_token] = eos_id
+        normalizer = ""
+        if reference.normalizer is not None:
+            normalizer = reference.normalizer.__getstate__().decode()
         return Traits(
             vocab_size=size_of_vocabulary(reference),
             eos_id=eos_id,
@@ -78,13 +85,13 @@ class LocalReference:
             unknown_id=unknown_id(reference),
             random_settings=self.random_settings,
             keeps_all_text=keeps_all_text(reference),
-            normalizer="" if normalizer is None else normalizer.__getstate__().decode(),
+            normalizer=normalizer,
             not_for_gigatoken=why_not_gigatoken(reference, lambda: json.loads(self.definition)),
         )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without any that a template adds."""
-        # lets other threads run
+        # This one lets other threads run meanwhile.
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -94,19 +101,19 @@ class LocalReference:
 
 
 def size_of_vocabulary(reference: Tokenizer) -> int:
-    """One more than the largest id. Asking for ids one by one takes less than half of the time
-    of get_vocab.
+    """One more than the largest id.
+
+    Asking for ids one by one takes less than half of the time of get_vocab.
     """
     tokens = reference.get_vocab_size(with_added_tokens=True)
     if all(reference.id_to_token(id_) is not None for id_ in range(tokens)):
         return tokens  # each has one of these ids
-    return max(reference.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    vocabulary = reference.get_vocab(with_added_tokens=True)
+    return max(vocabulary.values(), default=-1) + 1
 
 
 def serve(tokenizer_json: bytes) -> None:
-    """Answer one question after another, a line of JSON each on stdin and stdout, until nobody
-    is there to ask.
-    """
+    """Answer questions, a line of JSON each on stdin and stdout, until nobody is there to ask."""
     reference = LocalReference(tokenizer_json)
     answers: dict[str, Callable[[Any], Any]] = {
         "traits": lambda eos_token: reference.traits(eos_token)._asdict(),
@@ -115,7 +122,8 @@ def serve(tokenizer_json: bytes) -> None:
     }
     for line in sys.stdin.buffer:
         question, about = json.loads(line)
-        sys.stdout.buffer.write(json.dumps(answers[question](about)).encode() + b"\n")
+        answer = answers[question](about)
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -1,5 +1,6 @@
-"""The documents that a tokenizer is learned from: of the files named, or of a mixture in the shares
-of its weights.
+"""The documents that a tokenizer is learned from.
+
+They are of the files named, or of a mixture in the shares of its weights.
 
 Used by `train_tokenizer`. Where all would be too much, the beginning of every work unit is taken.
 Of a mixture the validation documents are left out, by the rule that `build_shards` has, and a
@@ -19,7 +20,7 @@ from data_prep.building.build_plan import source_files
 from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
 from data_prep.building.mixture import Mixture
 from data_prep.building.validation_split import hash_texts, validation_threshold
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.documents import Documents
 from data_prep.formats.known import format_of, place, read_documents, text_field_of
@@ -89,9 +90,7 @@ class TrainingTexts:
             yield from self._once(source, wanted - before)
 
     def _once(self, source: TextSource, limit: int) -> Iterator[str]:
-        """A source's documents, evenly over its units, until they are read or hold so many
-        characters.
-        """
+        """A source's documents, evenly over its units, up to so many characters."""
         for number, unit in enumerate(source.units):
             share = limit // (len(source.units) - number)
             limit -= share
@@ -166,8 +165,9 @@ def texts_of_files(
     units: list[WorkUnit] = []
     for file in files:
         own = format or format_of(file.name, "--source")
+        field_of_text = text_field_of(own, text_field)
         units += cut_units(
-            [file], source="text", format=own, text_field=text_field_of(own, text_field)
+            SourceInputs(source="text", files=[file], format=own, text_field=field_of_text)
         )
     return TrainingTexts(
         sources=[TextSource(name="--source", files=files, units=units)],
@@ -176,8 +176,9 @@ def texts_of_files(
 
 
 def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
-    """The training documents of a mixture, in the shares of its weights. Raises UserError for a
-    source of ids.
+    """The training documents of a mixture, in the shares of its weights.
+
+    Raises UserError for a source of ids.
     """
     whole = sum(source.weight for source in mixture.sources)
     sources = []
@@ -189,13 +190,14 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
                 f"{where}: holds ids of a tokenizer, no text; train with a mixture without it"
             )
         text_field = text_field_of(format_, source.text_field)
-        units = cut_units(
-            files,
+        inputs = SourceInputs(
             source=source.name,
+            files=files,
             format=format_,
             text_field=text_field,
             skip_bad=mixture.skip_bad,
         )
+        units = cut_units(inputs)
         sources.append(
             TextSource(name=where, files=files, units=units, share=source.weight / whole)
         )
@@ -215,8 +217,7 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
 
 
 def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:
-    """Raises UserError if a file's text is there twice, by whatever path of the file: it would
-    count twice.
+    """Raises UserError if a file's text is there twice, by whatever path of the file.
 
     Of each file: its text's column or field, and who names it.
     """

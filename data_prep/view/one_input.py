@@ -1,5 +1,4 @@
-"""Two ids that the training's default code would make one input: said when a data set is built, and
-when it is shown.
+"""Two ids that the training's default code would make one input; said of data sets that give both.
 
 The code of an id is its own bits, and the decoder's LayerNorm takes away what all channels share:
 so the code of zeros alone and that of ones alone are one input (see pretrain/model/token_codes.py).
@@ -10,15 +9,21 @@ from data_prep.manifest import Manifest
 from data_prep.shards import ShardReader
 from data_prep.tokenizer.reference import Reference
 
+EXAMPLE_WIDTH = 1_024  # a d_model, for the advice
+
 
 def first_and_last(manifest: Manifest) -> tuple[int, int] | None:
-    """The two ids; None where the code of ones is no id's, or one of the two is a special one
-    that no text gives.
+    """The two ids.
+
+    None where the code of ones is no id's, or one of the two is a special one that no text gives.
     """
+    first = 0
     last = manifest.vocab_size - 1
-    never_given = set(manifest.special_tokens.values()) - {manifest.eos_id}
     is_power_of_two = manifest.vocab_size & last == 0
-    return (0, last) if is_power_of_two and never_given.isdisjoint((0, last)) else None
+    never_given = set(manifest.special_tokens.values()) - {manifest.eos_id}
+    if not is_power_of_two or first in never_given or last in never_given:
+        return None
+    return first, last
 
 
 def warning_of_one_input(reader: ShardReader, reference: Reference) -> str | None:
@@ -28,15 +33,30 @@ def warning_of_one_input(reader: ShardReader, reference: Reference) -> str | Non
     if pair is None:
         return None
     counts, counted = reader.count_ids(pair)
-    is_exact = counted == sum(shard.tokens for shard in manifest.shards)
-    if is_exact and not all(counts):
+    tokens = f"{counted:,} tokens"
+    if counted < sum(shard.tokens for shard in manifest.shards):
+        tokens += " counted"
+    elif not all(counts):
         return None
-    first, last = (f"{i} ({reference.decode([i])!r})" for i in pair)
-    bits = (manifest.vocab_size - 1).bit_length()
-    wider = next((width for width in range(bits + 1, 1025) if 1024 % width == 0), 1024)
+    first, last = pair
+    bits = last.bit_length()
+    problem = f"would be one input to a decoder of {bits} code bits"
+    times = f"{counts[0]:,} and {counts[1]:,} times in {tokens}"
+    divisor = f"the next divisor of model.d_model above {bits}"
     return (
-        f"ids {first} and {last} would be one input to a decoder of {bits} code bits; they occur "
-        f"{counts[0]:,} and {counts[1]:,} times in {counted:,} "
-        f"tokens{'' if is_exact else ' counted'}; train with model.code_bits at the next divisor "
-        f"of model.d_model above {bits}, such as {wider} at width 1,024"
+        f"ids {_named(first, reference)} and {_named(last, reference)} {problem}; they occur "
+        f"{times}; train with model.code_bits at {divisor}, such as {wider_than(bits)} at width "
+        f"{EXAMPLE_WIDTH:,}"
     )
+
+
+def wider_than(bits: int) -> int:
+    """The next width of a code that divides EXAMPLE_WIDTH."""
+    for width in range(bits + 1, EXAMPLE_WIDTH):
+        if EXAMPLE_WIDTH % width == 0:
+            return width
+    return EXAMPLE_WIDTH
+
+
+def _named(i: int, reference: Reference) -> str:
+    return f"{i} ({reference.decode([i])!r})"

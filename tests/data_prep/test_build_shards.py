@@ -40,7 +40,7 @@ from support.runs import REPOSITORY
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import train_tokenizer
-from data_prep.building import unit_shards, work_units
+from data_prep.building import proofs, unit_shards, work_units
 from data_prep.building.build_plan import assign
 from data_prep.building.mixture import load_mixture, mixture_path
 from data_prep.commands import exit_code
@@ -485,11 +485,11 @@ def test_wrong_ids_of_the_fast_encoder_stop_the_build(
 def test_long_documents_are_proved_by_their_beginning(
     tmp_path: Path, tokenizer_dir: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit_shards, "PARITY_CHARACTERS", 100)
+    monkeypatch.setattr(proofs, "PARITY_CHARACTERS", 100)
     seen: list[int] = []
-    honest = unit_shards.reference_ids
+    honest = proofs.reference_ids
     monkeypatch.setattr(
-        unit_shards,
+        proofs,
         "reference_ids",
         lambda tokenizer, text: seen.append(len(text)) or honest(tokenizer, text),
     )
@@ -735,7 +735,7 @@ def test_ids_beyond_the_vocabulary_stop_the_build(
     def encode(texts: Any) -> tuple[Any, Any]:
         return np.full(len(texts), VOCAB_SIZE, np.uint32), np.arange(len(texts) + 1)
 
-    monkeypatch.setattr(unit_shards.UnitBuilder, "_prove", lambda *_, **__: NO_LOSS)
+    monkeypatch.setattr(proofs.Prover, "prove", lambda *_, **__: NO_LOSS)
     monkeypatch.setattr(
         unit_shards,
         "new_encoder",

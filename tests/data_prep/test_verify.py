@@ -21,6 +21,7 @@ from support.prep_helpers import (
 )
 
 from data_prep import verify
+from data_prep.building import repair as repairing
 from data_prep.errors import UserError
 from data_prep.files import digest_file
 from data_prep.locks import lock
@@ -323,7 +324,7 @@ def test_a_build_waits_for_a_repair(
     dataset: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(copy / load_manifest(copy).shards[0].path)
-    honest, messages = verify.make_plan, []
+    honest, messages = repairing.make_plan, []
 
     def make_plan(*arguments: Any) -> Any:
         (manifest := copy / "manifest.json").rename(copy / "units" / "set-aside.json")
@@ -333,7 +334,7 @@ def test_a_build_waits_for_a_repair(
         (copy / "units" / "set-aside.json").rename(manifest)
         return honest(*arguments)
 
-    monkeypatch.setattr(verify, "make_plan", make_plan)
+    monkeypatch.setattr(repairing, "make_plan", make_plan)
     repair(copy)
     assert len(messages) == 1
     assert (

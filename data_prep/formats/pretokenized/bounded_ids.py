@@ -1,5 +1,4 @@
-"""Files of ids whose borders another file holds: datatrove's `.ds`, and the `.npy` of dolma and
-OLMo.
+"""Files of ids whose borders another file holds: datatrove's, and those of dolma and OLMo.
 
 Documents are what the writer's own index says. So a text that spells the end-of-document token,
 which both writers turn into its id, is found out, and texts without such an id at their end are
@@ -9,6 +8,7 @@ kept apart.
 import csv
 import gzip
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,23 @@ class BoundedIds:
     start = 0
 
     def __init__(self, file: InputFile, index_path: Path, bounds: Offsets) -> None:
-        """`bounds`: where each document begins, in ids, and where the last one ends (documents +
-        1). Raises UserError if the file is not of this size.
+        """`bounds`: where documents begin, in ids, and the last ends, shape (documents + 1,).
+
+        Raises UserError if the file is not of this size.
         """
         self.path = file.url
         self.bounds = bounds
         self.stop = len(bounds) - 1
         advice = "copy both again, or write them again"
-        does_decrease = (np.diff(bounds) < 0).any()
-        if bounds[0] != 0 or does_decrease:
+        lengths = np.diff(bounds)
+        if bounds[0] != 0 or lengths.min(initial=0) < 0:
             raise UserError(f"{index_path}: damaged, its borders don't increase; {advice}")
         ids = int(bounds[-1])
         self.itemsize = 2
         if ids:
             self.itemsize = file.size // ids
-        if self.itemsize not in ID_DTYPES or file.size != ids * self.itemsize:
+        is_whole = file.size == ids * self.itemsize
+        if self.itemsize not in ID_DTYPES or not is_whole:
             told = f"{index_path.name} says {ids:,} ids of 2 or 4 bytes"
             raise UserError(f"{file.url}: {file.size:,} bytes, {told}; {advice}")
 
@@ -63,12 +65,11 @@ class BoundedIds:
 
     def read(self, start: int, stop: int) -> tuple[AnyIds, Offsets]:
         """The ids of some documents, and where each begins."""
-        bounds = self.bounds[start : stop + 1]
-        first = bounds[0]
-        count = int(bounds[-1] - first)
+        bounds = self.bounds[start : stop + 1] - self.bounds[start]
         dtype = ID_DTYPES[self.itemsize]
+        count = int(bounds[-1])
         ids = np.fromfile(self.path, dtype, count, offset=self.byte(start))
-        return ids, bounds - first
+        return ids, bounds
 
 
 def open_datatrove(file: InputFile) -> BoundedIds:
@@ -102,13 +103,23 @@ def open_olmo(file: InputFile) -> BoundedIds:
         explained(DAMAGED, f"{index_path}: damaged", "copy or write it again"),
         gzip.open(index_path, "rt", newline="") as lines,
     ):
-        rows = [(int(row[0]), int(row[1])) for row in csv.reader(lines)]
-        borders = np.array(rows, np.int64).reshape(-1, 2)
-    starts = borders[:, 0]
-    ends = borders[:, 1]
-    if not np.array_equal(starts[1:], ends[:-1]):
+        bounds = _bounds_of_rows(csv.reader(lines))
+    if bounds is None:
         raise UserError(
             f"{index_path}: its documents don't lie one behind the other; write both again"
         )
-    first = starts[:1] if len(starts) else 0
-    return BoundedIds(file, index_path, np.append(first, ends))
+    return BoundedIds(file, index_path, bounds)
+
+
+def _bounds_of_rows(rows: Iterable[list[str]]) -> Offsets | None:
+    """Where each document begins, and where the last one ends; None if there are gaps between."""
+    bounds: list[int] = []
+    for row in rows:
+        start = int(row[0])
+        end = int(row[1])
+        if not bounds:
+            bounds.append(start)
+        elif bounds[-1] != start:
+            return None
+        bounds.append(end)
+    return np.array(bounds or [0], np.int64)

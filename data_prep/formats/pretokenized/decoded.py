@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from data_prep.errors import UserError
 from data_prep.formats.documents import Documents, Reading, all_rows
+from data_prep.formats.flat_arrays import bounds_of, numbers_at
 from data_prep.formats.pretokenized.documents import ID_FORMATS, cut_ids, read_ids
 from data_prep.formats.work_unit import Cutting, Range, WorkUnit
 from data_prep.inputs.sources import InputFile
@@ -56,13 +57,14 @@ def read(unit: WorkUnit, given: Reading) -> Iterator[Documents]:
 def _as_ordinary_text(
     tokenizer: LoadedTokenizer, encoded: Encoded, is_special: npt.NDArray[np.bool_]
 ) -> Encoded:
-    """The documents, those with special ids inside encoded anew: what their texts spell is
-    ordinary text to us.
+    """The documents, those with special ids inside encoded anew.
+
+    What their texts spell is ordinary text to us.
     """
     ids, offsets = encoded
     documents = np.split(ids, offsets[1:-1])
     places = np.flatnonzero(is_special)
-    numbers = np.unique(np.searchsorted(offsets, places, side="right") - 1)
+    numbers = np.unique(numbers_at(offsets, places))
     for number in numbers.tolist():
         text = _bytes_of(tokenizer, documents[number])
         # One that is not UTF-8 keeps its ids: it is a bad document, which the reader's caller
@@ -70,7 +72,7 @@ def _as_ordinary_text(
         with contextlib.suppress(UnicodeDecodeError):
             documents[number] = reference_ids(tokenizer, text.decode())
     lengths = [len(document) for document in documents]
-    return np.concatenate(documents), np.append(0, np.cumsum(lengths))
+    return np.concatenate(documents), bounds_of(lengths)
 
 
 def _bytes_of(tokenizer: LoadedTokenizer, ids: Ids) -> bytes:

@@ -1,5 +1,6 @@
-"""Documents that are token ids already, in the formats of other projects: a module beside this one
-and a row of ID_FORMATS for each.
+"""Documents that are token ids already, in the formats of other projects.
+
+Each has a module beside this one, and a row of ID_FORMATS.
 
 Documents are cut and read here; `decoded` gives them their texts, by the mixture's tokenizer.
 """
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.formats.first_bytes import Kind, own_kind
-from data_prep.formats.flat_arrays import Offsets
+from data_prep.formats.flat_arrays import Offsets, bounds_of, numbers_at
 from data_prep.formats.pretokenized import flat_ids
 from data_prep.formats.pretokenized.bounded_ids import open_datatrove, open_olmo
 from data_prep.formats.pretokenized.flat_ids import OTHER_TOKENIZER, FlatIds
@@ -48,8 +49,9 @@ class IdFile(Protocol):
         """Where a position lies in the file."""
 
     def next_cut(self, start: int, stop: int, byte: int) -> int:
-        """The first position after start at which a document begins, at this byte or later; or
-        stop.
+        """The first position after start, at this byte or later, at which a document begins.
+
+        Or stop, if there is none before.
         """
 
     def read(self, start: int, stop: int) -> tuple[AnyIds, Offsets]:
@@ -157,7 +159,7 @@ def read_ids(
         is_eos = np.append(ids == eos_id, False)
         inside = np.setdiff1d(np.flatnonzero(is_eos), ends - 1)
         if len(inside) and not ID_FORMATS[format].spells_special_tokens:
-            document = first + int(np.searchsorted(offsets, inside[0], "right")) - 1
+            document = first + int(numbers_at(offsets, inside[:1])[0])
             raise UserError(
                 f"{file.url}: document {document} (from 0) has eos_id {eos_id} inside; "
                 f"{OTHER_TOKENIZER}"
@@ -165,7 +167,7 @@ def read_ids(
         is_ended = is_eos[ends - 1] & (np.diff(offsets) > 0)
         is_end = np.zeros(len(ids), bool)
         is_end[ends[is_ended] - 1] = True
-        left_out_before = np.append(0, np.cumsum(is_ended))
+        left_out_before = bounds_of(is_ended)
         yield ids[~is_end].astype(np.uint32), offsets - left_out_before
 
 

@@ -1,5 +1,6 @@
-"""Files of ids alone, an end-of-document id after each document (nanoGPT) or before it (llm.c,
-build-nanogpt).
+"""Files of ids alone, as nanoGPT, llm.c and build-nanogpt write them.
+
+An end-of-document id stands after each document (nanoGPT) or before it (llm.c, build-nanogpt).
 
 A `.npy` file, and llm.c's two headers, say how wide their ids are. A bare file does not: it is read
 as uint16, and what looks like ids of another width, at any place of it, is refused (`id_width`).
@@ -26,6 +27,7 @@ SEARCH_TOKENS = 64 << 10
 NUMPY_MAGIC = b"\x93NUMPY"
 # 256 of int32: magic, version, number of ids, nothing; from llm.c's dev/data/data_common.py
 LLM_C_HEADER_BYTES = 1024
+LLM_C_BEGINNING = struct.Struct("<3i")
 LLM_C_IDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic and version
 LLM_C_MAGICS = {magic for magic, _ in LLM_C_IDS}
 OTHER_TOKENIZER = "was it made with another tokenizer than the mixture's?"
@@ -51,8 +53,10 @@ class FlatIds:
     """One such file. Positions count ids."""
 
     def __init__(self, file: InputFile, eos_id: int) -> None:
-        """Raises UserError if its size is not what its header says, if its ids look wider than
-        they are read, or if no document ends in it.
+        """Raises UserError if the file is not what it is read as.
+
+        Its size may not be what its header says, its ids may look wider than they are read, and
+        there may be no document that ends in it.
         """
         self.path = file.url
         self.eos_id = eos_id
@@ -82,13 +86,14 @@ class FlatIds:
         return self.data_byte + self.itemsize * position
 
     def next_cut(self, start: int, stop: int, byte: int) -> int:
-        """Behind the first end-of-document id after start that ends at this byte or later; or
-        stop.
+        """Behind the first end-of-document id after start that ends at this byte or later.
+
+        Or stop, if there is none before.
         """
         position = (byte - self.data_byte) // self.itemsize
         for begin in range(max(start, position - 1), stop, SEARCH_TOKENS):
-            ids = self._ids(begin, min(begin + SEARCH_TOKENS, stop))
-            is_eos = ids == self.eos_id
+            end = min(begin + SEARCH_TOKENS, stop)
+            is_eos = self._ids(begin, end) == self.eos_id
             if is_eos.any():
                 return begin + int(is_eos.argmax()) + 1
         return stop
@@ -105,17 +110,21 @@ class FlatIds:
     def places(self) -> list[AnyIds]:
         """Ids at places evenly spread over the file, its beginning, middle and end among them."""
         last = max(self.start, self.stop - LOOKED_AT_IDS)
+        whole = last - self.start
         steps = LOOKED_AT_PLACES - 1
-        begins = {self.start + (last - self.start) * step // steps for step in range(steps + 1)}
-        return [self._ids(begin, min(begin + LOOKED_AT_IDS, self.stop)) for begin in sorted(begins)]
+        begins = sorted({self.start + whole * step // steps for step in range(steps + 1)})
+        places = []
+        for begin in begins:
+            stop = min(begin + LOOKED_AT_IDS, self.stop)
+            places.append(self._ids(begin, stop))
+        return places
 
     def _ids(self, start: int, stop: int) -> AnyIds:
-        return np.fromfile(self.path, self.dtype, stop - start, offset=self.byte(start))
+        count = stop - start
+        return np.fromfile(self.path, self.dtype, count, offset=self.byte(start))
 
     def _find_first_document(self, is_eos_first: bool) -> None:
-        """Where documents come after their end-of-document ids, the first of these belongs to
-        none.
-        """
+        """Pass over the first end-of-document id where documents come after theirs."""
         end = self.next_cut(self.start, self.stop, 0)
         if not self._is_eos(end - 1):
             problem = f"eos_id {self.eos_id} never occurs, so where documents end is not known"
@@ -128,7 +137,9 @@ class FlatIds:
 
     def _is_eos(self, position: int) -> bool:
         """Whether there is an end-of-document id; there is none before the file or behind it."""
-        return position >= 0 and self.eos_id in self._ids(position, position + 1)
+        if position < 0:
+            return False
+        return self.eos_id in self._ids(position, position + 1)
 
 
 def layout_of(file: InputFile) -> Layout:
@@ -138,7 +149,8 @@ def layout_of(file: InputFile) -> Layout:
     FirstBytes(format="uint16", kinds=KINDS_THAT_ARE_NO_IDS).check(file, first)
     if first.startswith(NUMPY_MAGIC):
         return _numpy_layout(file)
-    magic, version, ids = struct.unpack("<3i", first[:12].ljust(12, b"\0"))
+    beginning = first[: LLM_C_BEGINNING.size].ljust(LLM_C_BEGINNING.size, b"\0")
+    magic, version, ids = LLM_C_BEGINNING.unpack(beginning)
     if magic in LLM_C_MAGICS:
         if (magic, version) not in LLM_C_IDS:
             raise UserError(
@@ -147,17 +159,28 @@ def layout_of(file: InputFile) -> Layout:
             )
         dtype = np.dtype(LLM_C_IDS[magic, version])
         start = LLM_C_HEADER_BYTES // dtype.itemsize  # the header counts as ids, too
-        expected = f"a header of {LLM_C_HEADER_BYTES:,} and {ids:,} ids of {dtype.itemsize}"
-        return Layout(dtype, start + ids, expected, start=start, is_eos_first=True)
+        return Layout(
+            dtype=dtype,
+            start=start,
+            stop=start + ids,
+            expected=f"a header of {LLM_C_HEADER_BYTES:,} and {ids:,} ids of {dtype.itemsize}",
+            is_eos_first=True,
+        )
     if file.url.endswith(".npy"):
         advice = "if dolma wrote it, set format: olmo; if it holds ids alone, name it .bin"
         raise UserError(f"{file.url}: named .npy, without NumPy's header; {advice}")
-    return Layout(np.dtype("<u2"), file.size // 2, "ids of 2", is_bare=True)
+    return Layout(
+        dtype=np.dtype("<u2"),
+        stop=file.size // 2,
+        expected="ids of 2",
+        is_bare=True,
+    )
 
 
 def _numpy_layout(file: InputFile) -> Layout:
-    """What a `.npy` file's header says. Raises UserError for anything but integers in one
-    dimension.
+    """What a `.npy` file's header says.
+
+    Raises UserError for anything but integers in one dimension.
     """
     npy = np.lib.format
     with (
@@ -179,13 +202,18 @@ def _numpy_layout(file: InputFile) -> Layout:
             "another"
         )
     (ids,) = shape
-    expected = f"a header of {data_byte} and {ids:,} ids of {dtype.itemsize}"
-    return Layout(dtype, ids, expected, data_byte=data_byte)
+    return Layout(
+        dtype=dtype,
+        stop=ids,
+        expected=f"a header of {data_byte} and {ids:,} ids of {dtype.itemsize}",
+        data_byte=data_byte,
+    )
 
 
 def check_lengths(files: Sequence[InputFile], eos_id: int, where: str) -> None:
-    """Raises UserError for a source most of whose documents, at the places looked at, have one
-    token or none.
+    """Raises UserError for a source most of whose documents have one token or none.
+
+    Looked at are some places of some files, `eos_id` being what ends documents.
     """
     numbers = {len(files) * number // LOOKED_AT_FILES for number in range(LOOKED_AT_FILES)}
     short = 0

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from data_prep.errors import UserError
 
 AnyIds = npt.NDArray[Any]
+Pairs = npt.NDArray[np.uint32]  # of ids of 2 bytes, each pair as one number
 
 WRITE_UINT16 = "write them as uint16, or as a .npy file, whose header tells the width"
 WINDOW_IDS = 64 << 10  # all that is read is looked at in pieces of so many
@@ -31,28 +32,29 @@ LOWER_HALF = 0xFFFF
 
 
 def refuse_other_width(ids: AnyIds, path: str) -> None:
-    """Raises UserError if every second uint16 is as the upper half of a wider id, whichever half
-    comes first.
+    """Raises UserError if every second uint16 is as the upper half of a wider id.
+
+    Whichever half comes first.
     """
-    seconds = ids[1::2]
-    firsts = ids[0::2][: len(seconds)]
-    if len(seconds) < LEAST_PAIRS:
+    pairs = len(ids) // 2
+    if pairs < LEAST_PAIRS:
         return
-    if len(seconds) < CERTAIN_PAIRS:  # so few may be small by chance
+    firsts = ids[0 : 2 * pairs : 2]
+    seconds = ids[1::2]
+    if pairs < CERTAIN_PAIRS:  # so few may be small by chance
         looks_wider = bool(firsts.any()) != bool(seconds.any())
     else:
-        small_firsts = _share_of_small(firsts)
-        small_seconds = _share_of_small(seconds)
-        fewer = min(small_firsts, small_seconds)
-        more = max(small_firsts, small_seconds)
-        looks_wider = fewer < FEW and more >= MANY
+        shares = [share_of_small(firsts), share_of_small(seconds)]
+        looks_wider = min(shares) < FEW and max(shares) >= MANY
     if looks_wider:
         problem = f"every second id is at most {SMALL_ID}, as in ids of 4 or 8 bytes"
         raise UserError(f"{path}: {problem}; {WRITE_UINT16}")
 
 
-def _share_of_small(ids: AnyIds) -> float:
-    return int(np.count_nonzero(ids <= SMALL_ID)) / len(ids)
+def share_of_small(ids: AnyIds) -> float:
+    """The share of ids that may be the upper half of a wider one."""
+    small = int(np.count_nonzero(ids <= SMALL_ID))
+    return small / len(ids)
 
 
 def refuse_other_width_anywhere(ids: AnyIds, path: str, first_byte: int) -> None:
@@ -61,8 +63,9 @@ def refuse_other_width_anywhere(ids: AnyIds, path: str, first_byte: int) -> None
     `first_byte` is where `ids` lies in the file.
     """
     refuse_runs_of_other_width(ids, path, first_byte)
-    for start in range(0, len(ids) - WINDOW_IDS + 1, WINDOW_IDS):
-        refuse_other_width(ids[start : start + WINDOW_IDS], path)
+    windows = len(ids) // WINDOW_IDS
+    for window in ids[: windows * WINDOW_IDS].reshape(windows, WINDOW_IDS):
+        refuse_other_width(window, path)
     # what is left, with what is before it
     last = ids[-WINDOW_IDS:]
     if len(last) >= LEAST_IDS:
@@ -70,8 +73,7 @@ def refuse_other_width_anywhere(ids: AnyIds, path: str, first_byte: int) -> None
 
 
 def refuse_runs_of_other_width(ids: AnyIds, path: str, first_byte: int) -> None:
-    """Raises UserError, naming the byte, where every second uint16 of a run is 0 and those between
-    are ids.
+    """Raises UserError, naming the byte, where every second uint16 of a run is 0.
 
     So lie ids of 4 or 8 bytes within a file of 2, wherever they begin; `first_byte` is where `ids`
     lies in the file.
@@ -81,22 +83,32 @@ def refuse_runs_of_other_width(ids: AnyIds, path: str, first_byte: int) -> None:
     if last < 0:
         return
     whole = len(ids) // run_ids * run_ids
-    for begin, part in ((0, ids[:whole]), (last, ids[last:])):
-        # shape (runs, pairs), each pair as one number: the first is the lower half
-        pairs = part.view("<u4").reshape(-1, PAIRS_OF_A_RUN)
-        for number in _wide_runs(pairs):
-            at = first_byte + 2 * (begin + number * run_ids)
-            problem = f"at byte {at:,} every second id of {run_ids} is 0, as in ids of 4 or 8 bytes"
-            raise UserError(f"{path}: {problem}; {WRITE_UINT16}")
+    _refuse_wide_runs(ids[:whole], path, first_byte)
+    _refuse_wide_runs(ids[last:], path, first_byte + 2 * last)
 
 
-def _wide_runs(pairs: npt.NDArray[np.uint32]) -> list[int]:
-    """The runs, shape (runs, pairs), of whose pairs one half is 0 throughout and the other not."""
+def _refuse_wide_runs(ids: AnyIds, path: str, first_byte: int) -> None:
+    """The same of a whole number of runs."""
+    # shape (runs, pairs), each pair as one number, of which the first id is the lower half
+    pairs = ids.view("<u4").reshape(-1, PAIRS_OF_A_RUN)
     # two pairs of each run first: to look at all takes a sixth of the time of reading
-    some = pairs[:, 0] | pairs[:, PAIRS_OF_A_RUN // 2]
-    suspects = np.flatnonzero((some & LOWER_HALF == 0) | (some >> 16 == 0))
-    # bits of all its firsts, and of all its seconds
+    middle = PAIRS_OF_A_RUN // 2
+    suspects = np.flatnonzero(_is_half_empty(pairs[:, 0] | pairs[:, middle]))
+    # bits of all firsts of a run, and of all seconds
     seen = np.bitwise_or.reduce(pairs[suspects], axis=1)
-    is_wide = (seen & LOWER_HALF == 0) != (seen >> 16 == 0)
-    numbers: list[int] = suspects[is_wide].tolist()
-    return [number for number in numbers if len(np.unique(pairs[number])) >= LEAST_DIFFERENT]
+    is_wide = _is_half_empty(seen) & (seen != 0)
+    for number in suspects[is_wide].tolist():
+        if len(np.unique(pairs[number])) < LEAST_DIFFERENT:
+            continue
+        run_ids = 2 * PAIRS_OF_A_RUN
+        at = first_byte + 2 * number * run_ids
+        problem = f"at byte {at:,} every second id of {run_ids} is 0, as in ids of 4 or 8 bytes"
+        raise UserError(f"{path}: {problem}; {WRITE_UINT16}")
+
+
+def _is_half_empty(pairs: Pairs) -> npt.NDArray[np.bool_]:
+    """Which pairs have a 0 in one of their places, or in both."""
+    is_first_empty = pairs & LOWER_HALF == 0
+    is_second_empty = pairs >> 16 == 0
+    is_half_empty: npt.NDArray[np.bool_] = is_first_empty | is_second_empty
+    return is_half_empty

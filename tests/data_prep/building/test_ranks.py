@@ -67,8 +67,8 @@ if world.rank == 0:
 def test_an_error_reaches_ranks_at_work(tmp_path: Path) -> None:
     program = """
 import sys
-from data_prep.errors import UserError
 from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from data_prep.building.ranks import Progress, connect, together
 world, _ = connect()
 progress = Progress(world, 100)

@@ -11,7 +11,7 @@ from data_prep import show, verify
 from data_prep.building import work_units
 from data_prep.building.build_plan import cut_as_before
 from data_prep.building.mixture import load_mixture
-from data_prep.building.work_units import FEW_FILES, apart, cut_units
+from data_prep.building.work_units import FEW_FILES, SourceInputs, apart, cut_units
 from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import find_inputs
 from data_prep.manifest import Manifest, load_manifest
@@ -94,7 +94,8 @@ def test_bad_documents_are_named_by_file_and_row(tmp_path: Path, tokenizer_dir: 
 
 def cut(directory: Path, unit_bytes: int | None = None) -> list[WorkUnit]:
     files = find_inputs(directory, "many/*", "here")
-    return cut_units(files, source="s", format="jsonl", text_field="text", unit_bytes=unit_bytes)
+    inputs = SourceInputs(source="s", files=files, format="jsonl", text_field="text")
+    return cut_units(inputs, unit_bytes)
 
 
 def test_few_files_and_large_ones_keep_the_units_that_they_had(tmp_path: Path) -> None:

@@ -29,14 +29,75 @@ from support.prep_helpers import (
 )
 from support.text_files import Bad, read, read_error, units_of, write_arrow, write_csv
 
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats import documents as corpus
 from data_prep.formats.known import format_of, read_documents
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs import sources as inputs
 from data_prep.inputs.sources import InputFile
 
-pytest_plugins = ("support.prep_fixtures",)
+pytest_plugins = ("prep_fixtures",)
+
+Bad = list[tuple[int, str]]
+
+
+def input_files(*paths: Path) -> list[InputFile]:
+    return [
+        InputFile(name=path.name, url=str(path), size=path.stat().st_size, version="")
+        for path in paths
+    ]
+
+
+def units_of(
+    *paths: Path, format: str, unit_bytes: int = 1 << 20, skip_bad: bool = False
+) -> list[WorkUnit]:
+    field = None if format == "txt" else "text"
+    files = input_files(*paths)
+    inputs = SourceInputs(
+        source="s", files=files, format=format, text_field=field, skip_bad=skip_bad
+    )
+    return cut_units(inputs, unit_bytes)
+
+
+def read(units: list[WorkUnit]) -> tuple[list[str], list[int], Bad]:
+    """All texts, their rows counted through the file as the manifest does it, and the documents
+    left out.
+    """
+    texts, rows, bad, rows_before = [], [], [], 0
+    for unit in units:
+        rows_read = 0
+        for batch in read_documents(unit):
+            texts += batch.texts.to_pylist()
+            rows += (batch.rows + rows_before).tolist()
+            bad += [(row + rows_before, reason) for row, reason in batch.bad]
+            rows_read += batch.rows_read
+            assert len(batch.texts) + len(batch.bad) + batch.empty <= batch.rows_read
+        rows_before += rows_read
+    return texts, rows, bad
+
+
+def read_error(path: Path, format: str, unit_bytes: int = 1 << 20, skip_bad: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        read(units_of(path, format=format, unit_bytes=unit_bytes, skip_bad=skip_bad))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_arrow(
+    path: Path, texts: list[Any], type_: pa.DataType | None = None, *, as_file: bool = False
+) -> Path:
+    table = pa.table({"id": range(len(texts)), "text": pa.array(texts, type_ or pa.string())})
+    with (pa.ipc.new_file if as_file else pa.ipc.new_stream)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return path
+
+
+def write_csv(path: Path, texts: list[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+    return path
 
 
 def save_to_disk(path: Path, dataset: datasets.Dataset) -> InputFile:
@@ -47,9 +108,8 @@ def save_to_disk(path: Path, dataset: datasets.Dataset) -> InputFile:
 
 
 def read_saved(file: InputFile, unit_bytes: int = 1 << 20) -> tuple[list[str], list[int], Bad]:
-    units = cut_units(
-        [file], source="s", format="save_to_disk", text_field="text", unit_bytes=unit_bytes
-    )
+    inputs = SourceInputs(source="s", files=[file], format="save_to_disk", text_field="text")
+    units = cut_units(inputs, unit_bytes)
     assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     return read(units)
 
@@ -212,7 +272,7 @@ def test_a_damaged_saved_data_set_is_named(tmp_path: Path) -> None:
         tmp_path / "a", datasets.Dataset.from_dict({"text": ["x"] * 100, "n": [1] * 100})
     )
     assert read_saved(file)[0] == ["x"] * 100
-    units = cut_units([file], source="s", format="save_to_disk", text_field="n")
+    units = cut_units(SourceInputs(source="s", files=[file], format="save_to_disk", text_field="n"))
     with pytest.raises(UserError, match="column 'n' is of type int64, expected string"):
         read(units)
     next((tmp_path / "a").glob("*.arrow")).write_bytes(b"")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.files_of_ids import EOS, HUGE, input_file, read_all
 
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.pretokenized import id_width
 from data_prep.formats.pretokenized.documents import cut_ids, read_ids
@@ -204,7 +204,9 @@ def test_a_source_of_hardly_any_tokens_a_document_is_refused(
     with pytest.raises(
         UserError, match=r"source 's': .* documents looked at have one token or none; see"
     ):
-        cut_units(files, source="s", format="uint16", text_field=None, eos_id=EOS)
+        cut_units(
+            SourceInputs(source="s", files=files, format="uint16", text_field=None, eos_id=EOS)
+        )
     check_lengths(
         [written(tmp_path / "good.bin", MANY.astype("<u2").tobytes()), *files[:1]], EOS, "here"
     )

@@ -15,7 +15,7 @@ from support.files_of_ids import EOS, llm_c_header, write_megatron, write_uint16
 from support.prep_helpers import NASTY_TEXTS, write_jsonl, write_parquet
 from support.text_files import input_files, write_arrow, write_csv
 
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.known import read_documents
 from data_prep.formats.pretokenized import documents as pretokenized
@@ -64,14 +64,14 @@ def test_damaged_files_of_text(tmp_path: Path, kind: str, data: st.DataObject) -
     field, skip_bad = None if format == "txt" else "text", data.draw(st.booleans())
     rows, message = 0, ""
     try:
-        for unit in cut_units(
-            input_files(path),
+        inputs = SourceInputs(
             source="s",
+            files=input_files(path),
             format=format,
             text_field=field,
             skip_bad=skip_bad,
-            unit_bytes=1000,
-        ):
+        )
+        for unit in cut_units(inputs, unit_bytes=1000):
             for batch in read_documents(unit):
                 assert all(batch.texts.to_pylist())
                 assert len(batch.texts) + batch.empty + len(batch.bad) <= batch.rows_read
