@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from data_prep.building.work_units import cut_units
+from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.known import read_documents
 from data_prep.formats.work_unit import WorkUnit
@@ -28,9 +28,10 @@ def units_of(
 ) -> list[WorkUnit]:
     field = None if format == "txt" else "text"
     files = input_files(*paths)
-    return cut_units(
-        files, source="s", format=format, text_field=field, unit_bytes=unit_bytes, skip_bad=skip_bad
+    inputs = SourceInputs(
+        source="s", files=files, format=format, text_field=field, skip_bad=skip_bad
     )
+    return cut_units(inputs, unit_bytes)
 
 
 def read(units: list[WorkUnit]) -> tuple[list[str], list[int], Bad]:
