@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from data_prep.errors import exit_code, list_commands
+from data_prep.commands import exit_code, list_commands
 
 
 def main() -> None:

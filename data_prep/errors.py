@@ -1,25 +1,17 @@
-"""Bad input: the one exception users meet, and how every command reports it.
+"""Bad input: the one exception users meet, and how errors of others become it, or one line.
 
-A command's `main` raises `UserError`; `exit_code` turns it into one line on stderr and exit code 2.
-Anything else that escapes is a defect of ours and keeps its traceback. What a disk or a file server
-failed at, though the input is good, is a `RetryableError`: one line too, but exit code 1, after
-which the same command may do.
+What a disk or a file server failed at, though the input is good, is a `RetryableError`: one line
+too, but exit code 1, after which the same command may do.
 """
 
-import argparse
-import ast
 import contextlib
 import difflib
 import errno
-import io
 import json
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -30,7 +22,6 @@ if TYPE_CHECKING:
 
 USER_ERROR_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
-INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 # What a disk, a file server or the network to it answers for a while (NFS, Lustre, Ceph, FUSE);
 # nobody's input.
 PASSING_ERRORS = frozenset(
@@ -54,7 +45,6 @@ PASSING_ERRORS = frozenset(
 )
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # which say by themselves what to do
 LONGEST_LINE = 4_000  # characters of an error
-IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 # What a terminal obeys instead of showing: C0 (but for tab and line feed), DEL and C1; marks that
 # turn the direction of what follows, or end a line; and halves of surrogate pairs, which no stream
 # can encode.
@@ -118,75 +108,6 @@ def explained(
         raise
     except kinds as error:
         raise refusal(error, f"{problem} ({what_it_says(error)}); {advice}") from None
-
-
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """What is printed inside may go unheard: a closed pipe, or a full disk below a log, ends
-    nothing.
-    """
-    try:
-        yield
-    except OSError:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError as error:
-                if error.errno != errno.ENOSPC:  # room may come back, a reader does not
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s: one line, like all others."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def list_commands(folder: Path, arguments: Sequence[str]) -> None:
-    """Print a line for each module of a folder that is a command: how it is called, and what it
-    says it does.
-
-    Nothing is imported, so that it takes no time. Raises UserError for arguments, which belong to a
-    command.
-    """
-    texts = {
-        path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!_]*.py"))
-    }
-    commands = {name: text for name, text in texts.items() if IS_A_COMMAND in text}
-    if arguments and arguments[0] not in ("-h", "--help"):
-        name = arguments[0] if arguments[0] in commands else None
-        advice = (
-            f"write python -m {folder.name}.{name}" if name else nearest(arguments[0], commands)
-        )
-        raise UserError(
-            f"python -m {folder.name} {arguments[0]}: it only lists the commands; {advice}"
-        )
-    calls = {f"python -m {folder.name}.{name}": text for name, text in commands.items()}
-    width = max(map(len, calls))
-    for call, text in calls.items():
-        print(f"{call:<{width}}  {first_sentence(text)}")
-    print("--help after any of them lists its flags")
-
-
-def first_sentence(module_text: str) -> str:
-    """What a module's docstring begins with."""
-    docstring = ast.get_docstring(ast.parse(module_text)) or ""
-    return re.split(r"[.:](?=\s)", docstring.partition("\n\n")[0].replace("\n", " "))[0].rstrip(
-        ".:"
-    )
-
-
-def large_number(text: str) -> int:
-    """A number of 1 or more on a command line; 17e9 is one too."""
-    with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e18:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of 1 or more, such as 8 or 17e9")
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
@@ -307,12 +228,6 @@ def one_line(error: Exception) -> str:
     return f"{beginning} [... {len(text) - len(beginning) - len(end):,} characters ...] {end}"
 
 
-def signal_name(number: int) -> str:
-    """A signal as whoever sent it knows it."""
-    name = signal.Signals(number).name
-    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
-
-
 def printable(text: str) -> str:
     """Text of documents, file names or others' messages for a terminal: what it would obey is
     spelled out (`\\u001b`).
@@ -320,28 +235,3 @@ def printable(text: str) -> str:
     Tabs and line feeds stay. JSON stays the same JSON.
     """
     return CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
-
-
-def exit_code(main: Callable[[], None]) -> int:
-    """Run a command; 0 when it is done, else what it printed the one line of.
-
-    2 for a `UserError` or a refused file, 1 for a `RetryableError` or a disk that failed.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        # names are bytes, and a terminal may have another alphabet
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
-    except (UserError, OSError) as error:
-        # who read our output has seen enough (`| head`)
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
-        return exit_code_of(error)
-    return 0

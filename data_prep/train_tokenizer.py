@@ -21,11 +21,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data_prep.building.mixture import load_mixture, mixture_path
-from data_prep.building.work_units import FORMATS
-from data_prep.errors import CommandParser, UserError, exit_code, large_number
+from data_prep.commands import CommandParser, exit_code, large_number
+from data_prep.errors import UserError
 from data_prep.files import replace_directory
+from data_prep.formats.known import FORMATS
 from data_prep.inputs.urls import without_credentials
-from data_prep.shards import MAX_VOCAB_SIZE, tokenizer_sha256
+from data_prep.manifest import MAX_VOCAB_SIZE
+from data_prep.shards import tokenizer_sha256
 from data_prep.tokenizer import byte_bpe, char_ngram
 from data_prep.tokenizer.training_texts import TrainingTexts, texts_of_files, texts_of_mixture
 

@@ -19,25 +19,31 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep import shards
-from data_prep.build_shards import BUILD_NAME, refuse_shared_folders, write_tokenizer
-from data_prep.building.mixture import load_mixture, make_plan, mixture_path
+from data_prep.building.build_plan import make_plan
+from data_prep.building.mixture import load_mixture, mixture_path
+from data_prep.building.output_dir import BUILD_NAME, refuse_shared_folders, write_tokenizer
 from data_prep.building.ranks import Communicator, Progress
-from data_prep.building.unit_shards import UnitBuilder, shard_path
-from data_prep.errors import CommandParser, UserError, exit_code, parse_json, printable
+from data_prep.building.unit_records import shard_path
+from data_prep.building.unit_shards import UnitBuilder
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError, parse_json, printable
+from data_prep.files import digest_file, write_durably
 from data_prep.formats.flat_arrays import Offsets
+from data_prep.layout import SPLITS, UNITS_NAME
+from data_prep.locks import HOLDER_NAME, LOCK_NAME, lock
+from data_prep.manifest import MANIFEST_NAME, REBUILD, Manifest, Shard, load_manifest
 from data_prep.shards import (
-    LOCK_NAME,
-    MANIFEST_NAME,
-    REBUILD,
+    CHAT_TEMPLATE_NAME,
+    INDEX_DTYPE,
     REPAIR,
     SHARD_HEADER_BYTES,
     TOKEN_DTYPE,
+    TOKENIZER_FILES,
     TOKENIZER_NAME,
-    Manifest,
-    Shard,
-)  # fmt: skip
-from data_prep.tokenizer.encode import load_tokenizer
+    open_array,
+    tokenizer_sha256,
+)
+from data_prep.tokenizer.load import load_tokenizer
 
 PIECE_BYTES = 256 << 10  # of a shard, read at once: of 64 KiB to 4 MiB the quickest
 
@@ -68,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir
     started = time.perf_counter()
-    manifest = shards.load_manifest(data_dir)
+    manifest = load_manifest(data_dir)
     with contextlib.ExitStack() as held:
         if arguments.repair:
-            held.enter_context(shards.lock(data_dir, "building or repairing it", "DATASET"))
+            held.enter_context(lock(data_dir, "building or repairing it", "DATASET"))
             held.callback((data_dir / LOCK_NAME).unlink)
         problems = list(find_problems(data_dir, manifest))
         for problem in problems:
@@ -108,7 +114,7 @@ def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
     manifest, files unknown.
     """
     yield from (Problem(line=line) for line in find_other_build(data_dir, manifest))
-    if shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
+    if tokenizer_sha256(data_dir / TOKENIZER_NAME) != manifest.tokenizer_sha256:
         line = f"{data_dir / TOKENIZER_NAME}: its sha256 is not the manifest's"
         yield Problem(line=line, is_mended_by_repair=True)
 
@@ -187,7 +193,7 @@ def repair(
     if not mixture_name:
         print(f"repairing by {path}, as {data_dir / BUILD_NAME} says")
     tokenizer_dir = Path(built["tokenizer"]) if "tokenizer" in built else None
-    is_own_good = shards.tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
+    is_own_good = tokenizer_sha256(data_dir / TOKENIZER_NAME) == manifest.tokenizer_sha256
     mixture = load_mixture(path, data_dir / TOKENIZER_NAME if is_own_good else tokenizer_dir)
     threads = len(os.sched_getaffinity(0))
     tokenizer = load_tokenizer(mixture.tokenizer_dir, prefer="gigatoken", threads=threads)
@@ -201,9 +207,7 @@ def repair(
         write_tokenizer(data_dir, tokenizer)
     plan = make_plan(mixture, tokenizer, None, data_dir)
     names = {shard.path for shard in bad}
-    units = [
-        unit for unit in plan.units if names & {shard_path(split, unit) for split in shards.SPLITS}
-    ]
+    units = [unit for unit in plan.units if names & {shard_path(split, unit) for split in SPLITS}]
     with tempfile.TemporaryDirectory(prefix="repair.", dir=data_dir) as scratch:
         builder = UnitBuilder(
             output_dir=Path(scratch), tokenizer=tokenizer, prefer="gigatoken", threads=threads,
@@ -212,10 +216,7 @@ def repair(
         builder.build(units, Progress(Communicator(), sum(unit.size_bytes for unit in units)))
         for shard in bad:
             for name, digest in shard.digests.items():
-                if (
-                    not Path(scratch, name).is_file()
-                    or shards.digest_file(Path(scratch, name)) != digest
-                ):
+                if not Path(scratch, name).is_file() or digest_file(Path(scratch, name)) != digest:
                     where = (
                         f"{shard.inputs[0]}: rows {shard.first_row} to "
                         f"{shard.first_row + shard.rows - 1}"
@@ -225,7 +226,7 @@ def repair(
                         "back"
                     )
         for name in sorted({name for shard in bad for name in shard.digests}):
-            shards.write_durably(data_dir / name, Path(scratch, name).read_bytes())
+            write_durably(data_dir / name, Path(scratch, name).read_bytes())
             print(f"repaired: {data_dir / name}")
 
 
@@ -251,8 +252,8 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
     documents' starts.
     """
     path = data_dir / shard.index_path
-    index = shards.open_array(data_dir, shard.index_path, shards.INDEX_DTYPE, (shard.documents, 2))
-    if shards.digest_file(path) != shard.index_xxh3_128:
+    index = open_array(data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
+    if digest_file(path) != shard.index_xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     rows = index[:, 1].astype(np.int64)
     if not len(rows) or rows[0] < 0 or rows[-1] >= shard.rows or (np.diff(rows) <= 0).any():
@@ -266,7 +267,7 @@ def check_tokens(data_dir: Path, manifest: Manifest, shard: Shard, starts: Offse
     """
     path = data_dir / shard.path
     # it is of that kind and shape
-    shards.open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
+    open_array(data_dir, shard.path, TOKEN_DTYPE, (shard.tokens,))
     found = scan_tokens(path, manifest.eos_id)
     if found.xxh3_128 != shard.xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
@@ -320,16 +321,14 @@ def find_strays(data_dir: Path, manifest: Manifest) -> Iterator[str]:
         MANIFEST_NAME,
         BUILD_NAME,
         LOCK_NAME,
-        shards.HOLDER_NAME,
-        f"{TOKENIZER_NAME}/{shards.CHAT_TEMPLATE_NAME}",
+        HOLDER_NAME,
+        f"{TOKENIZER_NAME}/{CHAT_TEMPLATE_NAME}",
     }
-    known.update(f"{TOKENIZER_NAME}/{name}" for name in shards.TOKENIZER_FILES)
+    known.update(f"{TOKENIZER_NAME}/{name}" for name in TOKENIZER_FILES)
     known.update(path for shard in manifest.shards for path in shard.digests)
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file()):
         name = path.relative_to(data_dir).as_posix()
-        if name not in known and not (
-            name.startswith(f"{shards.UNITS_NAME}/") and name.endswith(".json")
-        ):
+        if name not in known and not (name.startswith(f"{UNITS_NAME}/") and name.endswith(".json")):
             yield f"{path}: not part of the data set; remove it"
 
 

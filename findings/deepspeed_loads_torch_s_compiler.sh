@@ -6,7 +6,7 @@
 #   DeepSpeed 0.19.8, torch 2.13.0: Inductor is imported before initialize(): False, after it: True
 #
 # In a rank that has imported transformers it took 1.1 s of CPU time, on a loaded machine, a fifth of the whole start.
-# Here: pretrain/engine/engine.py, import_muon_uncompiled
+# Here: pretrain/engine/deepspeed_library.py, import_muon_uncompiled
 # (tests/pretrain/engine/test_engine.py::test_a_rank_that_compiles_nothing_does_not_import_torch_s_compiler).
 set -euo pipefail
 work=$(mktemp -d)

@@ -7,7 +7,7 @@
 #   safetensors 0.7.0, umask 022: config.json 644, model.safetensors 644
 #   safetensors 0.8.0, umask 022: config.json 644, model.safetensors 600
 #
-# Here: pretrain/export_hf.py gives model.safetensors the mode of the files beside it
+# Here: pretrain/hf/export.py gives model.safetensors the mode of the files beside it
 # (tests/pretrain/test_export_hf.py::test_all_files_have_the_mode_that_the_umask_gives).
 set -euo pipefail
 

@@ -8,7 +8,7 @@
 #   transformers 5.0.0:  saved 1.0, loaded 0.25, logits differ; with "rotary_pct": 1.0 written into config.json: equal
 #   transformers 5.12.1: saved 1.0, loaded 1.0, logits equal; with "rotary_pct": 1.0 written into config.json: equal
 #
-# Here: the config.json of a stock export says it in both ways (pretrain/export_hf.py), so it loads rightly in 5.0.0;
+# Here: the config.json of a stock export says it in both ways (pretrain/hf/architectures.py), so it loads rightly in 5.0.0;
 # what 5.0.0 saves of it does not (tests/pretrain/hf/test_matrix.py, and the note to its table in pretrain/README.md).
 set -euo pipefail
 

@@ -8,8 +8,8 @@
 # all hosts must see M, its files and D, and --ranks is needed.
 set -euo pipefail
 
-# shellcheck source=launch/checks.sh
-source "$(dirname "$0")/checks.sh"
+# shellcheck source=launch/shell/common.sh
+source "$(dirname "$0")/shell/common.sh"
 parse_flags "$@"
 [ -z "$hostfile" ] || [ -n "$ranks" ] || fail "--hostfile $hostfile: needs --ranks beside it"
 

@@ -10,8 +10,8 @@
 # SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 end it after the step, saved; a second one, more than 2 s later, at once.
 set -euo pipefail
 
-# shellcheck source=launch/checks.sh
-source "$(dirname "$0")/checks.sh"
+# shellcheck source=launch/shell/common.sh
+source "$(dirname "$0")/shell/common.sh"
 case " $* " in *" -h "* | *" --help "*) usage; exit 0 ;; esac
 command -v deepspeed > /dev/null || fail "deepspeed: not found; activate the environment that holds the project"
 [[ " $* " != *" --hostfile"* ]] || command -v pdsh > /dev/null ||

@@ -9,8 +9,8 @@
 # A second call finds what is done. Each stage is a command of its own; this script only calls them in order.
 set -euo pipefail
 
-# shellcheck source=launch/install.sh
-source "$(dirname "$0")/install.sh"
+# shellcheck source=launch/shell/install.sh
+source "$(dirname "$0")/shell/install.sh"
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) fail "$1: not a known flag; $0 --help says what there is" ;;
@@ -35,7 +35,7 @@ steps=${STEPS:-${there:-320}}
   fail "STEPS=$STEPS: the run in $run_dir has $there steps; leave STEPS out to go on with it, or give another directory"
 [ ! -f "$run_dir/summary.txt" ] || exec cat "$run_dir/summary.txt"
 mixture=$run_dir/corpus/mixture.yaml
-[ ! -e "$mixture" ] || cmp -s "$REPOSITORY/launch/quickstart.yaml" "$mixture" ||
+[ ! -e "$mixture" ] || cmp -s "$REPOSITORY/launch/demo/quickstart.yaml" "$mixture" ||
   fail "$mixture: is not the quick start's; give another directory, or move that file away"
 half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 
@@ -48,8 +48,8 @@ took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$run_dir/corpus" ] || took=("$(date +%s)")
 
 stage "1/7  corpus: 249 State of the Union addresses"
-[ -e "$mixture" ] || install -D -m 644 launch/quickstart.yaml "$mixture"
-[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo_corpus.py "$run_dir/corpus/corpus.parquet"
+[ -e "$mixture" ] || install -D -m 644 launch/demo/quickstart.yaml "$mixture"
+[ -f "$run_dir/corpus/corpus.parquet" ] || python launch/demo/demo_corpus.py "$run_dir/corpus/corpus.parquet"
 
 stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
 [ -d "$run_dir/corpus/tokenizer" ] || python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
@@ -80,4 +80,4 @@ stage "7/7  export to Hugging Face format, in both forms"
 python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/hf" --architecture tablefree
 python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/gpt_neox" --architecture gpt_neox
 
-python launch/summary.py "$run_dir" $half "${took[@]}"
+python launch/demo/summary.py "$run_dir" $half "${took[@]}"

@@ -1,45 +1,49 @@
-"""Keeps a training job going: starts `deepspeed`, ends it well when told to, starts it again when
-it failed.
+"""Keeps a training run going: starts it, ends it well when told to, starts it again when it failed.
 
     launch/pretrain.sh --recipe R --data-dir D --run-dir RUN_DIR [--max-restarts N] [...]
 
-How a start ended is read in RUN_DIR/state.json, which the trainer writes: the launcher can end with
-0 while ranks were killed. The launcher is the first process of a session of its own. In it sits a
-shell that waits for the end of a pipe from here and then kills them all: so nothing outlives this
-process, however it ends. Ranks on other hosts have terminals of ssh, and end with them.
+How a start ended is read in RUN_DIR/state.json, which the trainer writes (launch/outcome.py); that
+nothing outlives this process is the work of launch/processes.py.
 """
 
-import json
+import itertools
 import os
 import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
-from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, NoReturn
 
-if not __package__:  # run by path
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # run by path: its folder, launch/, comes first where Python looks for modules
+    del sys.path[0]
+    home = str(Path(__file__).resolve().parent.parent)
+    # What is installed is found behind Python's own modules, none of which it may hide.
+    if home not in sys.path:
+        sys.path.insert(0, home)
 
-from data_prep.errors import (
-    USER_ERROR_EXIT_CODE,
-    CommandParser,
-    UserError,
-    exit_code,
-    large_number,
-    one_line,
-    signal_name,
-    unheard,
+from data_prep.commands import CommandParser, exit_code, large_number, signal_name, unheard
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+from data_prep.locks import lock
+from launch.hosts import (
+    HERE,
+    Found,
+    Slots,
+    ask_hosts,
+    count_gpus,
+    read_hostfile,
+    trim,
+    write_hostfile,
 )
-from data_prep.shards import lock, write_durably
-from pretrain.config.recipe import Recipe, load_recipe
-from pretrain.data.digests import lengths_that_differ
+from launch.launchers import Command, Start, command_of
+from launch.outcome import Standing, describe_failure, newest_checkpoint, standing
+from launch.processes import POLL_S, Ranks, Signals, start_guarded
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.run.first_checks import (
     check_arguments,
     check_recipe_and_engine,
@@ -47,30 +51,37 @@ from pretrain.run.first_checks import (
     ranks_by_default,
 )
 
-GUARDED = """exec 3<&0 < /dev/null; sh -c "trap '' TERM INT USR1; read _ <&3; kill -9 0" & exec 3<&-; exec "$@" """
-# sh -c SIGNAL_RANKS PORT|PORT SIGNAL: to this machine's ranks that meet at one of the ports; prints
-# who got it. DeepSpeed's launchers get none but SIGKILL: they would orphan their ranks, or end them
-# in the middle of a step.
-SIGNAL_RANKS = """cd /proc
-[ $1 != 9 ] || kill -9 $(grep -lzxsE -e "--master_port=($0)" [0-9]*/cmdline | cut -d/ -f1) 2> /dev/null
-for pid in $(grep -lzxsE "MASTER_PORT=($0)" [0-9]*/environ | cut -d/ -f1); do
-grep -qzxs -e "--local_rank=[0-9]*" $pid/cmdline && kill -s $1 $pid && echo $pid; done"""
-COUNT_GPUS = (sys.executable, str(Path(__file__).with_name("count_gpus.py")))
-SAME_SIGNAL_S = 2.0  # as pretrain/run/signals.py has it: signals are often sent more than once
-POLL_S = 0.1
 # who signals every process of a job may come to the launcher first, and to this one last
 SPREAD_S = 0.5
+FIRST_BACK_OFF_S = 5.0
 LONGEST_BACK_OFF_S = 300.0
-ANSWER_S = 90.0  # of a command on a machine
 # a file server may take so long to notice that the machine with a locked file is gone
 LOCKED_S = 120.0
-HOST_LINE = re.compile(r"\s*(?:#.*|(\S+)\s+slots=([1-9]\d{0,5})\s*)?")
-HERE = ""  # this machine, among hosts
-Slots = dict[str, int]  # ranks by host
+SIGNALLED = 128  # beside the number of a signal: an exit code, as shells have it
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """The flags that matter here, and all those of pretrain.train."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What was asked for."""
+
+    recipe: str
+    data_dir: Path
+    run_dir: Path
+    ranks: int | None = None  # on this machine; None: as many as suit it
+    hostfile: Path | None = None  # None: this machine
+    max_restarts: int = 0
+    trainer_flags: list[str]  # all those of pretrain.train
+
+
+class Ended(NamedTuple):
+    """How a start ended."""
+
+    code: int  # the launcher's exit code
+    refusal: str = ""  # why none could run
+
+
+def parse(arguments: list[str] | None = None) -> Job:
+    """The flags that matter here, and all those of pretrain.train. Raises UserError."""
     parser = CommandParser(prog="launch/pretrain.sh", description=(__doc__ or "").split("\n")[0])
     # the hostfile's slots say how many ranks there are
     where = parser.add_mutually_exclusive_group()
@@ -83,158 +94,218 @@ def parse(arguments: list[str] | None = None) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)"
     )
+    trainers = "as pretrain.train has it, with all its other flags"
     for name in ("--recipe", "--data-dir", "--run-dir"):
-        parser.add_argument(
-            name, required=True, help="as pretrain.train has it, with all its other flags"
-        )
+        parser.add_argument(name, required=True, help=trainers)
     flags, others = parser.parse_known_args(arguments)
     if flags.max_restarts < 0:
         raise UserError(f"--max-restarts {flags.max_restarts}: expected a number, 0 or more")
-    return flags, [
-        "--recipe",
-        flags.recipe,
-        "--data-dir",
-        flags.data_dir,
-        "--run-dir",
-        flags.run_dir,
-        *others,
-    ]
-
-
-def read_hostfile(path: Path) -> Slots:
-    """A DeepSpeed hostfile. Raises UserError for the first line that isn't one of its."""
-    if not path.is_file():
-        raise UserError(f"--hostfile {path}: no such file; it holds a line for each host")
-    slots: Slots = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        match = HOST_LINE.fullmatch(line)
-        if not match or match[1] in slots:
-            raise UserError(
-                f"--hostfile {path}: line {number}: {line}: expected one for each host, as node1 "
-                "slots=8"
-            )
-        slots |= {match[1]: int(match[2])} if match[1] else {}
-    if not slots:
-        raise UserError(
-            f"--hostfile {path}: names no host; it holds a line for each, as node1 slots=8"
-        )
-    return slots
-
-
-def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command on this machine, or on hosts by ssh, on all at the same time."""
-    ssh = {
-        "PDSH_RCMD_TYPE": "ssh",
-        "PDSH_SSH_ARGS_APPEND": f"-oBatchMode=yes {os.getenv('PDSH_SSH_ARGS_APPEND', '')}",
-    }
-    if HERE not in hosts:
-        command = (
-            "pdsh",
-            "-t",
-            "10",
-            "-u",
-            "45",
-            "-f",
-            "1024",
-            "-w",
-            ",".join(hosts),
-            shlex.join(command),
-        )
-    env, nothing = {**os.environ, **ssh}, subprocess.DEVNULL
-    try:
-        return subprocess.run(
-            command,
-            env=env,
-            stdin=nothing,
-            capture_output=True,
-            text=True,
-            process_group=0,
-            timeout=ANSWER_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{shlex.join(command)[:80]} ...: no answer in {ANSWER_S:.0f} s; see why"
-        ) from None
-
-
-def trim(slots: Slots, recipe: Recipe) -> Slots:
-    """As many of the ranks as divide a step, those of the first hosts; all of them if no number
-    does.
-    """
-    at_once, every = recipe.batch.micro_batch_size, sum(slots.values())
-    left = next(
-        (
-            ranks
-            for ranks in range(every, 0, -1)
-            if recipe.global_batch_size % (ranks * at_once) == 0
-        ),
-        every,
+    required = ["--recipe", flags.recipe, "--data-dir", flags.data_dir, "--run-dir", flags.run_dir]
+    return Job(
+        recipe=flags.recipe,
+        data_dir=Path(flags.data_dir),
+        run_dir=Path(flags.run_dir),
+        ranks=flags.ranks,
+        hostfile=flags.hostfile,
+        max_restarts=flags.max_restarts,
+        trainer_flags=[*required, *others],
     )
-    kept: Slots = {}
-    for host, ranks in slots.items():
-        kept[host] = min(ranks, left - sum(kept.values()))
-    return {host: ranks for host, ranks in kept.items() if ranks}
-
-
-def standing(run_dir: Path) -> dict[str, Any]:
-    """How a run stands: its state.json, and its steps; what is damaged is the trainer's to complain
-    about.
-
-    `began` differs after a start whose ranks had met; a start that trained left a line of
-    starts.jsonl.
-    """
-    state: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        state = dict(json.loads((run_dir / "state.json").read_bytes()))
-    lines = {"steps": "metrics.jsonl", "starts": "starts.jsonl"}
-    counts = {name: count_lines(run_dir / file_name) for name, file_name in lines.items()}
-    return {"status": "unknown", "began": None, **state, **counts}
-
-
-def count_lines(path: Path) -> int:
-    """How many whole lines a file has; 0 if it is not there."""
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
-
-
-def newest_checkpoint(run_dir: Path) -> str:
-    """The name of the checkpoint of most steps; more of them than fill eight digits take more."""
-    names = [path.name for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()]
-    return max(names, key=lambda name: int(name[5:]), default="step 0")
-
-
-def describe_failure(code: int, before: dict[str, Any], now: dict[str, Any], data_dir: Path) -> str:
-    """Why a start failed, on one line: what the trainer says, else what can be known."""
-    if now["status"] == "failed" and now != before:
-        return " ".join(str(now.get("reason")).split())
-    if now["status"] != "running":
-        return f"it ended before training (deepspeed's exit code {code})"
-    killed = f"its ranks or their launcher were killed (deepspeed's exit code {code})"
-    damage = lengths_that_differ(data_dir)  # who reads a mapped file behind its end is killed
-    return "; ".join([killed, *damage])
 
 
 @dataclass
 class Supervisor:
     """A job over all its starts."""
 
-    flags: Namespace
-    trainer_flags: list[str]
-    signals: list[tuple[int, float]] = field(default_factory=list)  # number, time
+    job: Job
+    signals: Signals = field(default_factory=Signals)
     ports: list[str] = field(default_factory=list)  # that the ranks of each start met at
     gpus: int = 0  # the most that were seen
+    failed_step: int | None = None  # of the last start, if that trained
+    back_off_s: float = FIRST_BACK_OFF_S
 
-    def say(self, text: str) -> None:
-        """A line about the run."""
+    def run(self) -> NoReturn:
+        """Start, and start again; leaves with the exit code. Raises UserError."""
+        # A step that does not divide over one rank divides over none.
+        self.check(self.job.trainer_flags, self.job.ranks or 1)
+        for restart in itertools.count():
+            before = standing(self.job.run_dir)
+            ended = self.try_to_start(restart, before)
+            now = standing(self.job.run_dir)
+            self.leave_unless_failed(ended.code, before, now)
+            why = ended.refusal or describe_failure(ended.code, before, now, self.job.data_dir)
+            self.leave_if_a_step_failed_twice(why, before, now)
+            if restart == self.job.max_restarts:
+                break
+            self.say(
+                f"failed: {why}; restart {restart + 1} of {self.job.max_restarts} in "
+                f"{self.back_off_s:g} s"
+            )
+            self.back_off()
+        sys.exit(
+            f"error: {self.job.run_dir}: {why}; no restarts left of {self.job.max_restarts}; the "
+            "same command continues"
+        )
+
+    def try_to_start(self, restart: int, before: Standing) -> Ended:
+        """Run the launcher once, to its end. Raises UserError only at first: what made sense once
+        is tried again.
+
+        `before` is how the run stood.
+        """
+        if self.signals.first:
+            return Ended(1)
+        try:
+            return Ended(self.start(restart, before))
+        except UserError as error:
+            if restart == 0:
+                raise
+            return Ended(1, one_line(error))
+
+    def start(self, restart: int, before: Standing) -> int:
+        """Run the launcher once; its exit code, when it and all ranks are gone. Raises UserError if
+        none can run.
+        """
+        found = self.find_places()
+        slots = found.left
+        if found.left != found.asked:
+            slots = trim(found.left, self.load_recipe())
+        ranks = sum(slots.values())
+        hosts = list(slots)
+        if restart == 0:
+            self.check(self.flags_of_trainer(), ranks)
+        else:
+            # those of a host that was cut off, and is back
+            Ranks(hosts, self.ports).signal(signal.SIGKILL)
+            newest = newest_checkpoint(self.job.run_dir)
+            self.say(
+                f"restart {restart} continues from {newest}, if that is whole, on {ranks} ranks"
+            )
+        if slots != found.left:
+            left = sum(found.left.values())
+            self.say(f"only {ranks} of the {left} ranks left take part: they divide a step")
+        command = self.command(found.asked, slots)
         with unheard():
-            print(f"{self.flags.run_dir}: {text}", file=sys.stderr, flush=True)
+            print("+", shlex.join(command.words), flush=True)
+        return self.run_to_its_end(command, Ranks(hosts, self.ports), before)
 
-    def load_recipe(self) -> Recipe:
-        """The recipe, with all overrides that say how large a step is."""
-        overrides = [flag for flag in self.trainer_flags if re.match(r"--(model|batch)\.", flag)]
-        return load_recipe(self.flags.recipe, overrides, Path(self.flags.data_dir))
+    def run_to_its_end(self, command: Command, ranks: Ranks, before: Standing) -> int:
+        """Run a launcher, end its ranks well when a signal asks for it, and leave none behind."""
+        with start_guarded(command) as launcher:
+            while launcher.poll() is None and not self.signals.first:
+                time.sleep(POLL_S)
+            if not self.signals.first:
+                time.sleep(SPREAD_S)
+            # before the run began nothing is lost
+            if self.signals.first and standing(self.job.run_dir).has_begun_since(before):
+                ranks.end(launcher, self.signals)
+            ranks.signal(signal.SIGKILL)
+        return launcher.wait()  # leaving closed the pipe
+
+    def command(self, asked: Slots, slots: Slots) -> Command:
+        """What to run for a start, whose ranks meet at a port that is free on this machine."""
+        with socket.create_server(("", 0)) as listener:
+            self.ports.append(str(listener.getsockname()[1]))
+        hostfile = self.job.hostfile
+        if hostfile and slots != asked:
+            hostfile = self.job.run_dir / "hostfile"
+            write_hostfile(hostfile, slots)
+        return command_of(
+            Start(
+                slots=slots,
+                port=self.ports[-1],
+                hostfile=hostfile,
+                has_gpus=self.gpus > 0,
+                trainer_flags=self.flags_of_trainer(),
+            )
+        )
+
+    def leave_unless_failed(self, code: int, before: Standing, now: Standing) -> None:
+        """Leave with the job's exit code if it ends with this start."""
+        if code == USER_ERROR_EXIT_CODE:
+            sys.exit(code)
+        is_preempted = now.status == "preempted" and now.has_begun_since(before)
+        is_shown = code == 0 and "--dry-run" in self.job.trainer_flags
+        if now.status == "done" or is_preempted or is_shown:
+            sys.exit(0)
+        if self.signals.first:
+            name = signal_name(self.signals.first)
+            self.say(f"ended by {name}; the same command continues")
+            sys.exit(SIGNALLED + self.signals.first)
+
+    def leave_if_a_step_failed_twice(self, why: str, before: Standing, now: Standing) -> None:
+        """Leave if this start failed where the one before it did; else remember where it did."""
+        last_failed_step = self.failed_step
+        self.failed_step = now.steps if now.has_trained_since(before) else None
+        if self.failed_step is not None and self.failed_step == last_failed_step:
+            sys.exit(f"error: {self.job.run_dir}: {why}; {self.describe_step(self.failed_step)}")
+
+    def describe_step(self, step: int) -> str:
+        """What a step that failed twice was made of."""
+        batch = self.load_recipe().global_batch_size
+        first = step * batch
+        where = ["--run-dir", str(self.job.run_dir), "--data-dir", str(self.job.data_dir)]
+        row = ["--step", str(step), "--row", "0"]
+        shown_by = shlex.join(["python", "-m", "pretrain.trace", *where, *row])
+        return (
+            f"step {step} failed twice in a row; it has the samples {first} to "
+            f"{first + batch - 1}, and {shown_by} shows the documents in the first"
+        )
+
+    def back_off(self) -> None:
+        """Wait, twice as long each time."""
+        self.wait(self.back_off_s)
+        self.back_off_s = min(2 * self.back_off_s, LONGEST_BACK_OFF_S)
+
+    def wait(self, seconds: float) -> None:
+        """Back off, then until no rank holds the run's directory any more; a signal ends that."""
+        end = time.monotonic() + seconds
+        while not self.signals.first and time.monotonic() < end + LOCKED_S:
+            time.sleep(POLL_S)
+            with suppress(UserError):  # somebody holds it
+                if time.monotonic() > end:
+                    lock(self.job.run_dir, "training there", "--run-dir").close()
+                    break
+
+    # What is there, and what can be
+
+    def find_places(self) -> Found:
+        """The ranks that were asked for, and those that there is a place for now. Raises
+        UserError.
+        """
+        if self.job.hostfile:
+            return self.find_hosts(self.job.hostfile)
+        return self.find_gpus()
+
+    def find_gpus(self) -> Found:
+        """The ranks of this machine that were asked for, and those that it has GPUs for now.
+
+        Raises UserError.
+        """
+        gpus = count_gpus()
+        self.gpus = max(gpus, self.gpus)
+        if self.gpus and not gpus:
+            raise UserError("no GPU is left on this machine")
+        asked = self.job.ranks or self.gpus or ranks_by_default(self.load_recipe(), self.gpus)
+        left = asked
+        if gpus and self.ports:  # at first, more ranks than GPUs are the launcher's to refuse
+            left = min(asked, gpus)
+        return Found({HERE: asked}, {HERE: left})
+
+    def find_hosts(self, hostfile: Path) -> Found:
+        """The hostfile's slots, and those of the hosts that ssh reaches and that see what this
+        machine sees. Raises UserError where some must not be left out, or all are missing.
+        """
+        asked = read_hostfile(hostfile)
+        answers = ask_hosts(asked)
+        may_leave_out = answers.left and self.job.max_restarts
+        if answers.missing and not may_leave_out:
+            raise UserError(
+                f"--hostfile {hostfile}: {answers.why}; ssh must reach all, and each see what is "
+                "here"
+            )
+        if answers.missing:
+            self.say(f"left out {', '.join(answers.missing)} ({answers.why.strip()})")
+        return Found(asked, answers.left)
 
     def check(self, arguments: list[str], ranks: int) -> None:
         """Refuse what arithmetic refuses of a run on so many ranks, before anything starts. Raises
@@ -242,227 +313,35 @@ class Supervisor:
 
         A data set that lies on the disks of the hosts alone is the trainer's to look at.
         """
-        if self.flags.hostfile and not Path(self.flags.data_dir).exists():
+        if self.job.hostfile and not self.job.data_dir.exists():
             check_recipe_and_engine(arguments, ranks)
         else:
             check_arguments(arguments, ranks)
 
-    def find_gpus(self) -> tuple[Slots, Slots]:
-        """The ranks of this machine that were asked for, and those that it has GPUs for now."""
-        answer = run_on([HERE], *COUNT_GPUS)
-        if not answer.stdout.strip().isdecimal():
-            raise UserError(
-                f"GPUs cannot be counted: {answer.stderr[-200:]}; mend the driver, or torch here"
-            )
-        gpus = int(answer.stdout)
-        self.gpus = max(gpus, self.gpus)
-        if self.gpus and not gpus:
-            raise UserError("no GPU is left on this machine")
-        asked = self.flags.ranks or self.gpus or ranks_by_default(self.load_recipe(), self.gpus)
-        return {HERE: asked}, {HERE: min(asked, gpus) if gpus and self.ports else asked}
-
-    def find_hosts(self) -> tuple[Slots, Slots]:
-        """The hostfile's slots, and those of the hosts that ssh reaches and that see what this
-        machine sees.
-        """
-        asked = read_hostfile(self.flags.hostfile)
-        look = (
-            f"{shlex.join(['ls', '-d', os.getcwd(), sys.executable])} > /dev/null && echo sees %h"
-        )
-        answer = run_on([*asked], "sh", "-c", look)
-        left = {host: asked[host] for host in asked if f"sees {host}\n" in answer.stdout}
-        missing = sorted(asked.keys() - left.keys())
-        why = next(
-            (line for line in answer.stderr.splitlines() if line.partition(":")[0] in missing),
-            "no answer",
-        )
-        if missing and not (left and self.flags.max_restarts):
-            raise UserError(
-                f"--hostfile {self.flags.hostfile}: {why}; ssh must reach all, and each see what "
-                "is here"
-            )
-        if missing:
-            self.say(f"left out {', '.join(missing)} ({why.strip()})")
-        return asked, left
+    def load_recipe(self) -> Recipe:
+        """The recipe, with all overrides that say how large a step is. Raises UserError."""
+        flags = self.job.trainer_flags
+        overrides = [flag for flag in flags if re.match(r"--(model|batch)\.", flag)]
+        return load_recipe(self.job.recipe, overrides, self.job.data_dir)
 
     def flags_of_trainer(self) -> list[str]:
         """Those that were given, and on a CPU of this machine the engine that suits it."""
-        if self.flags.hostfile:
-            return self.trainer_flags
-        return [*self.trainer_flags, *engine_flags_by_default(self.trainer_flags, self.gpus)]
+        flags = self.job.trainer_flags
+        if self.job.hostfile:
+            return flags
+        return [*flags, *engine_flags_by_default(flags, self.gpus)]
 
-    def command(self, asked: Slots, slots: Slots) -> tuple[list[str], dict[str, str]]:
-        """What to run for a start, and in which environment."""
-        launcher, flags, env = (
-            ["deepspeed", "--quiet", "--master_port", self.ports[-1]],
-            self.flags_of_trainer(),
-            {},
-        )
-        if hostfile := self.flags.hostfile:
-            if slots != asked:
-                hostfile = Path(self.flags.run_dir, "hostfile")
-                write_durably(
-                    hostfile,
-                    "".join(f"{host} slots={ranks}\n" for host, ranks in slots.items()).encode(),
-                )
-            # ranks get a terminal, so that they end when ssh does; ssh ends 15 s after its node
-            # fell silent
-            env["PDSH_SSH_ARGS_APPEND"] = (
-                f"-tt -o ServerAliveInterval=5 {os.getenv('PDSH_SSH_ARGS_APPEND', '')}"
-            )
-            # or a single host is taken for this machine
-            launcher += ["--hostfile", str(hostfile), "--force_multi"]
-        else:
-            cores = len(os.sched_getaffinity(0))
-            env["OMP_NUM_THREADS"] = os.getenv("OMP_NUM_THREADS", str(max(1, cores // slots[HERE])))
-            launcher += ["--num_gpus", str(slots[HERE])]
-            if not self.gpus:
-                env["DS_ACCELERATOR"] = "cpu"
-        return [*launcher, "--module", "pretrain.train", *flags], {**os.environ, **env}
-
-    def signal_ranks(self, hosts: list[str], number: int) -> bool:
-        """Send a signal to the ranks of all starts; whether there were any."""
-        return bool(
-            run_on(hosts, "sh", "-c", SIGNAL_RANKS, "|".join(self.ports), str(int(number))).stdout
-        )
-
-    def end(self, launcher: subprocess.Popen[bytes], hosts: list[str]) -> None:
-        """Have the ranks end after their step, and wait for that, unless one more signal comes.
-
-        The launcher may be gone before them: who ends a whole job signals each of its processes.
-        """
-        self.signal_ranks(hosts, self.signals[0][0])
-        while launcher.poll() is None or self.signal_ranks(hosts, 0):
-            time.sleep(POLL_S)
-            if self.signals[-1][1] - self.signals[0][1] >= SAME_SIGNAL_S:
-                break
-
-    def start(self, restart: int, before: dict[str, Any]) -> int:
-        """Run the launcher once; its exit code, when it and all ranks are gone. Raises UserError if
-        none can run.
-
-        `before` is how the run stood.
-        """
-        asked, left = self.find_hosts() if self.flags.hostfile else self.find_gpus()
-        slots = left if left == asked else trim(left, self.load_recipe())
-        hosts, ranks = [*slots], sum(slots.values())
-        if not restart:
-            self.check(self.flags_of_trainer(), ranks)
-        if restart:
-            self.signal_ranks(hosts, signal.SIGKILL)  # of a host that was cut off, and is back
-            newest = newest_checkpoint(Path(self.flags.run_dir))
-            self.say(
-                f"restart {restart} continues from {newest}, if that is whole, on {ranks} ranks"
-            )
-        if slots != left:
-            self.say(
-                f"only {ranks} of the {sum(left.values())} ranks left take part: they divide a step"
-            )
-        with socket.create_server(("", 0)) as listener:
-            self.ports.append(str(listener.getsockname()[1]))
-        command, env = self.command(asked, slots)
+    def say(self, text: str) -> None:
+        """A line about the run."""
         with unheard():
-            print("+", shlex.join(command), flush=True)
-        guarded = ["sh", "-c", GUARDED, "sh", *command]
-        with subprocess.Popen(
-            guarded, stdin=subprocess.PIPE, env=env, start_new_session=True
-        ) as launcher:
-            while launcher.poll() is None and not self.signals:
-                time.sleep(POLL_S)
-            if not self.signals:
-                time.sleep(SPREAD_S)
-            if self.signals and standing(Path(self.flags.run_dir))["began"] != before["began"]:
-                self.end(launcher, hosts)  # before it began nothing is lost
-            self.signal_ranks(hosts, signal.SIGKILL)
-        return launcher.wait()  # leaving closed the pipe
-
-    def wait(self, seconds: float) -> None:
-        """Back off, then until no rank holds the run's directory any more; a signal ends that."""
-        end = time.monotonic() + seconds
-        while not self.signals and time.monotonic() < end + LOCKED_S:
-            time.sleep(POLL_S)
-            with suppress(UserError):
-                if time.monotonic() > end:
-                    lock(Path(self.flags.run_dir), "training there", "--run-dir").close()
-                    break
-
-    def end_unless_failed(self, code: int, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Leave with the job's exit code if it ends with this start."""
-        good = ("done", "preempted") if now["began"] != before["began"] else ("done",)
-        if (
-            code == USER_ERROR_EXIT_CODE
-            or now["status"] in good
-            or (code == 0 and "--dry-run" in self.trainer_flags)
-        ):
-            sys.exit(code if code == USER_ERROR_EXIT_CODE else 0)
-        if self.signals:
-            self.say(f"ended by {signal_name(self.signals[0][0])}; the same command continues")
-            sys.exit(128 + self.signals[0][0])
-
-    def run(self) -> None:
-        """Start, and start again; leaves with the exit code."""
-        run_dir, failed_step, back_off = (
-            Path(self.flags.run_dir),
-            None,
-            float(os.getenv("BACK_OFF_S", "5")),
-        )
-        # what does not divide over one divides over none
-        self.check(self.trainer_flags, self.flags.ranks or 1)
-        for restart in range(1, self.flags.max_restarts + 2):
-            before = standing(run_dir)
-            try:
-                code, refusal = 1 if self.signals else self.start(restart - 1, before), ""
-            except UserError as error:
-                if restart == 1:
-                    raise
-                code, refusal = 1, one_line(error)
-            now, last_failed_step = standing(run_dir), failed_step
-            self.end_unless_failed(code, before, now)
-            why = refusal or describe_failure(code, before, now, Path(self.flags.data_dir))
-            trained = now["began"] != before["began"] and now["starts"] > before["starts"]
-            failed_step = now["steps"] if trained else None
-            if failed_step is not None and failed_step == last_failed_step:
-                sys.exit(f"error: {run_dir}: {why}; {self.describe_step(failed_step)}")
-            if restart <= self.flags.max_restarts:
-                self.say(
-                    f"failed: {why}; restart {restart} of {self.flags.max_restarts} in "
-                    f"{back_off:g} s"
-                )
-                self.wait(back_off)
-                back_off = min(2 * back_off, LONGEST_BACK_OFF_S)
-        sys.exit(
-            f"error: {run_dir}: {why}; no restarts left of {self.flags.max_restarts}; the same "
-            "command continues"
-        )
-
-    def describe_step(self, step: int) -> str:
-        """What a step that failed twice was made of."""
-        batch = self.load_recipe().global_batch_size
-        where = [
-            "--run-dir",
-            self.flags.run_dir,
-            "--data-dir",
-            self.flags.data_dir,
-            "--step",
-            str(step),
-            "--row",
-            "0",
-        ]
-        return (
-            f"step {step} failed twice in a row; it has the samples {step * batch} to "
-            f"{(step + 1) * batch - 1}, and "
-            f"{shlex.join(['python', '-m', 'pretrain.trace', *where])} shows the documents in the "
-            "first"
-        )
+            print(f"{self.job.run_dir}: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """The command."""
-    supervisor = Supervisor(*parse())
-    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(
-            ending, lambda number, _: supervisor.signals.append((number, time.monotonic()))
-        )
+    back_off_s = float(os.getenv("BACK_OFF_S", str(FIRST_BACK_OFF_S)))  # tests take less
+    supervisor = Supervisor(parse(), back_off_s=back_off_s)
+    supervisor.signals.listen()
     supervisor.run()
 
 

@@ -4,8 +4,8 @@
 #   ./launch/test.sh [pytest arguments ...]
 set -euo pipefail
 
-# shellcheck source=launch/install.sh
-source "$(dirname "$0")/install.sh"
+# shellcheck source=launch/shell/install.sh
+source "$(dirname "$0")/shell/install.sh"
 case ${1:-} in -h | --help) usage; exit 0 ;; esac
 install_project dev
 cd "$REPOSITORY"
@@ -14,7 +14,7 @@ ruff check .
 ruff format --check .
 mypy
 if command -v shellcheck > /dev/null; then
-  shellcheck --external-sources launch/*.sh .ci/run
+  shellcheck --external-sources launch/*.sh launch/shell/*.sh .ci/run
 else
   echo "skipped: shellcheck is not installed (Debian package shellcheck)"
 fi

@@ -14,17 +14,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import (
-    CommandParser,
-    UserError,
-    exit_code,
-    explained,
-    one_line,
-    parse_json,
-    printable,
-)
-from data_prep.shards import TOKENIZER_NAME, Shard, ShardReader
-from pretrain.config.recipe import Recipe, load_recipe
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError, explained, one_line, parse_json, printable
+from data_prep.manifest import Shard
+from data_prep.shards import TOKENIZER_NAME, ShardReader
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of

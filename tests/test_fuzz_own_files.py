@@ -21,20 +21,26 @@ from support.prep_helpers import build
 from support.runs import write_recipe
 
 from data_prep import show, verify
-from data_prep.build_shards import is_complete
-from data_prep.building.mixture import Plan, load_mixture, make_plan
-from data_prep.errors import UserError, exit_code, parse_yaml
-from data_prep.shards import ShardReader, load_manifest
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.building.build_plan import Plan, make_plan
+from data_prep.building.mixture import load_mixture
+from data_prep.building.output_dir import is_complete
+from data_prep.commands import exit_code
+from data_prep.errors import UserError, parse_yaml
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain import trace
-from pretrain.checkpoint.reader import checkpoints_dir, load_for_reading, load_model, saved_steps
-from pretrain.config.engine_config import load_engine_config
-from pretrain.config.recipe import build_recipe, load_recipe
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.reader import load_model
+from pretrain.config.deepspeed import load_engine_config
+from pretrain.config.load import build_recipe, load_recipe
 from pretrain.distributed.world import World
-from pretrain.evaluate import open_data
-from pretrain.evaluation.result import figures_of
+from pretrain.evaluation.open_run import open_data
+from pretrain.evaluation.result import read_result
+from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.run.bad_steps import BadSteps
-from pretrain.run.directory import MetricsFile, note_failure, read_state
+from pretrain.run.state import note_failure, read_state
 from pretrain.view.templates import render
 
 pytest_plugins = ("support.prep_fixtures",)
@@ -268,7 +274,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
         BadSteps(run_dir, recipe.bad_steps, WORLD).restore(None)
 
     def figures() -> None:
-        found = figures_of(run_dir, 20)
+        found = read_result(run_dir, 20)
         checkpoint = load_for_reading(run_dir)
         render(
             "model_card.md.jinja",
@@ -276,7 +282,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             architecture="tablefree",
             dtype="float32",
             trained_parameters=1,
-            figures=found,
+            figures=found.whole_split if found else None,
             one_input={},
             starts=[],
             engines=[],

@@ -4,6 +4,7 @@ The other tests run with the versions of .ci/constraints.txt, so they say nothin
 comes tomorrow.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -82,8 +83,11 @@ def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(
     del env["PYTHONPATH"]  # what runs is what was installed, not this checkout
 
     def run(*command: str) -> str:
+        return type_in(str(python), *command)
+
+    def type_in(*command: str) -> str:
         result = subprocess.run(
-            [str(python), *command],
+            command,
             cwd=tmp_path,
             env=env,
             capture_output=True,
@@ -128,5 +132,10 @@ def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(
         *until,
     )
     assert len(losses(tmp_path / "run")) == STEPS
+    # on it goes by the script that the wheel has
+    (script,) = re.findall(r"^(/\S+/site-packages/launch/pretrain\.sh) ", run("-m", "launch"), re.M)
+    flags = ["--recipe", str(recipe), "--data-dir", "dataset", "--run-dir", "run"]
+    type_in(script, *flags, "--ranks=2", "--stop-at-step", str(STEPS + 1))
+    assert len(losses(tmp_path / "run")) == STEPS + 1
     run("-m", "pretrain.export_hf", "--run-dir", "run", "--output-dir", "export")
     assert run("-c", GENERATE, "export").split() == ["3"]

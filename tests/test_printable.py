@@ -14,10 +14,11 @@ from support.prep_helpers import build, source, write_mixture, write_parquet
 from support.runs import write_recipe
 
 from data_prep import show, verify
-from data_prep.errors import UserError, exit_code, printable
+from data_prep.commands import exit_code
+from data_prep.errors import UserError, printable
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.run.bad_steps import describe_rows
 

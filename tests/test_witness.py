@@ -22,7 +22,8 @@ import transformers
 from support.builds import this_build
 from support.runs import losses, run_command, text_dataset, train, write_recipe
 
-from data_prep.shards import digest_file, load_manifest
+from data_prep.files import digest_file
+from data_prep.manifest import load_manifest
 
 WITNESS = Path(__file__).parent / "data" / "witness"
 RECORD = WITNESS / "witness.json"

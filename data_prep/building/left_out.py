@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data_prep.building.unit_shards import UnitResult
-from data_prep.building.work_units import WorkUnit
+from data_prep.building.unit_records import UnitResult
 from data_prep.errors import UserError
-from data_prep.formats.first_bytes import JSONL_FORMATS
-from data_prep.shards import BadDocument, input_of
+from data_prep.formats.json_lines import JSONL_FORMATS
+from data_prep.formats.work_unit import WorkUnit
+from data_prep.manifest import BadDocument, input_of
 
 FIRST_BAD_SHOWN = 3
 # of a work unit's bytes, and at least so many of them, make bad rows more than single documents
@@ -31,7 +31,7 @@ class Tally:
     documents: int = 0
     empty: int = 0
     bad: int = 0
-    row_bytes: int = 0  # of all of them, as `corpus.Documents` counts
+    row_bytes: int = 0  # of all of them, as `Documents` counts
     bad_bytes: int = 0
     first_bad: list[str] = field(default_factory=list)  # where, and why
 
@@ -43,7 +43,7 @@ def first_rows(units: Finished) -> list[int]:
     for unit, result in units:
         place = unit.source, unit.files[0].name
         found.append(rows_before[place])
-        rows_before[place] += result.rows if len(unit.files) == 1 and unit.format != "txt" else 0
+        rows_before[place] += result.rows if len(unit.files) == 1 and not unit.files_are_rows else 0
     return found
 
 
@@ -54,7 +54,7 @@ def bad_documents(units: Finished) -> Iterator[BadDocument]:
         for row, reason in result.bad_documents:
             name, at = (
                 (inputs[row], 0)
-                if unit.format == "txt"
+                if unit.files_are_rows
                 else input_of(inputs, result.input_rows, first_row + row)
             )
             yield BadDocument(source=unit.source, input=name, row=at, reason=reason)
@@ -129,7 +129,7 @@ def tallies(units: Finished) -> tuple[dict[str, Tally], dict[tuple[str, str], Ta
         tally.empty += result.empty_documents
         tally.row_bytes += result.row_bytes or unit.size_bytes
         tally.bad_bytes += result.bad_bytes
-        if unit.format != "txt":
+        if not unit.files_are_rows:
             for file, number in zip(unit.files, documents, strict=True):
                 of_files.setdefault((unit.source, file.name), Tally()).documents += number
     for bad in bad_documents(units):

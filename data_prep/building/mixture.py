@@ -1,36 +1,20 @@
-"""The mixture file: which sources, which weights, which tokenizer; and the plan of what is to be
-built from it.
+"""The mixture file: which sources, which weights, which tokenizer.
 
-Read by `build_shards`, and by `verify` to build a part again. Relative paths are relative to the
-mixture file. Unknown keys are errors that name the nearest right one. A plan holds the mixture's
-files, cut into work units.
+Relative paths are relative to the mixture file. Unknown keys are errors that name the nearest right
+one.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, Field
 
-from data_prep.building.unit_shards import read_record, record_path, unit_signature
-from data_prep.building.work_units import (
-    FORMATS,
-    FORMATS_WITHOUT_FIELD,
-    WorkUnit,
-    apart,
-    cut_units,
-    format_of,
-)
 from data_prep.errors import UserError, first_problem, nearest, parse_yaml
-from data_prep.formats.pretokenized import documents as pretokenized
-from data_prep.inputs.local_files import refuse_inside
-from data_prep.inputs.sources import InputFile, find_hub_inputs, find_inputs
+from data_prep.formats.known import FORMATS
 from data_prep.inputs.urls import without_credentials
-from data_prep.shards import BLOCK_SAMPLES, integer_shares
-from data_prep.tokenizer.encode import LoadedTokenizer
+from data_prep.manifest import BLOCK_SAMPLES, integer_shares
 
 MIXTURES_DIR = Path(__file__).parents[1] / "mixtures"
 HUB_KEYS = {"config", "split", "revision"}
@@ -72,7 +56,8 @@ class MixtureSource(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{meaningless[0]} has a meaning only beside hub; remove it")
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r}, expected one of {', '.join(FORMATS)}")
-        if self.format in FORMATS_WITHOUT_FIELD and "text_field" in given:
+        has_field = self.format is None or FORMATS[self.format].has_text_field
+        if "text_field" in given and not has_field:
             raise ValueError(f"text_field has no meaning for {self.format}; remove it")
         return self
 
@@ -108,16 +93,6 @@ class Mixture:
     allow_lossy: bool = False  # more than MAX_UNKNOWN_SHARE of the tokens may be unk
     # of a source's rows; more of them are an error, even where bad ones are skipped
     max_bad_fraction: float = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be built, from what."""
-
-    mixture: Mixture
-    sources: tuple[dict[str, Any], ...]  # what the manifest says of each, apart from counts
-    units: tuple[WorkUnit, ...]
-    identity: dict[str, Any]  # what tells, in build.json, whose units lie in a directory
 
 
 def mixture_path(name: str) -> Path:
@@ -170,137 +145,3 @@ def _nearest_key(place: str) -> str:
     return nearest(
         place.rpartition(".")[2], (MixtureSource if "." in place else MixtureFile).model_fields
     )
-
-
-def make_plan(
-    mixture: Mixture,
-    tokenizer: LoadedTokenizer,
-    output_dir: Path | None = None,
-    built_dir: Path | None = None,
-) -> Plan:
-    """Find the files of a mixture and cut them into units, as units that are built already were
-    cut.
-
-    `built_dir`, or else the output directory, holds those. Raises UserError if files lie in the
-    output directory.
-    """
-    built_dir = built_dir or output_dir
-    fraction = mixture.validation_fraction
-    if output_dir:
-        tokenizer_file = str(tokenizer.directory.absolute() / "tokenizer.json")
-        refuse_inside(output_dir, [tokenizer_file], f"{mixture.path}: tokenizer")
-    units: list[WorkUnit] = []
-    sources = []
-    for source in mixture.sources:
-        where = f"{mixture.path}: source {source.name!r}"
-        files, format_, revision = source_files(mixture.path.parent, source, where)
-        if output_dir:
-            refuse_inside(output_dir, (file.url for file in files), where)
-        if not any(file.size for file in files):
-            raise UserError(f"{where}: {source.origin} is empty; check it or leave it out")
-        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
-        cut = cut_units(
-            files,
-            source=source.name,
-            format=format_,
-            text_field=text_field,
-            skip_bad=mixture.skip_bad,
-            eos_id=tokenizer.eos_id,
-        )
-        units += cut_as_before(cut, built_dir, tokenizer.sha256, fraction) if built_dir else cut
-        sources.append(
-            {
-                "name": source.name,
-                "weight": source.weight,
-                "origin": source.origin,
-                "format": format_,
-                "text_field": text_field,
-                "revision": revision,
-                "license": source.license,
-            }
-        )
-    about = [
-        sources,
-        [unit_signature(unit, tokenizer.sha256, fraction) for unit in units],
-        mixture.skip_bad,
-    ]
-    # of all as it lies on this machine
-    signature = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    origins = [[source["name"], source["origin"]] for source in sources]
-    identity = {"signature": signature, "tokenizer_sha256": tokenizer.sha256, "origins": origins}
-    return Plan(mixture=mixture, sources=tuple(sources), units=tuple(units), identity=identity)
-
-
-def cut_as_before(
-    units: list[WorkUnit], output_dir: Path, tokenizer_sha256: str, validation_fraction: float
-) -> list[WorkUnit]:
-    """The units of a source; where an output directory holds one of a small file by itself, each
-    has its own there.
-
-    So data sets made before small files shared units are gone on with, repaired and built anew as
-    they are.
-    """
-    separate = apart(units)
-    if len(separate) == len(units):
-        return units
-    for unit in separate:
-        path = output_dir / record_path(unit)
-        if path.is_file() and read_record(
-            path, unit_signature(unit, tokenizer_sha256, validation_fraction)
-        ):
-            return separate
-    return units
-
-
-def source_files(
-    base: Path, source: MixtureSource, where: str
-) -> tuple[list[InputFile], str, str | None]:
-    """The files of a source, their format, and the revision if they are of the hub."""
-    revision = None
-    if source.hub:
-        files, revision = find_hub_inputs(
-            source.hub, source.config, source.split, source.revision, where
-        )
-    elif source.format == "save_to_disk" and "://" in str(source.path):
-        problem = f"{without_credentials(str(source.path))}: save_to_disk is read from local disks"
-        raise UserError(f"{where}: {problem}; copy it to one, name its path")
-    elif source.format == "save_to_disk":
-        parts = find_inputs(base, f"{source.path}/*.arrow", where)
-        state = find_inputs(base, f"{source.path}/state.json", where)[0]
-        size, version = sum(file.size for file in parts), ",".join(file.version for file in parts)
-        files = [replace(state, size=size, version=version)]
-    else:
-        files = find_inputs(base, source.path or "", where)
-    if source.format in pretokenized.FORMATS and (
-        remote := [file.url for file in files if "://" in file.url]
-    ):
-        raise UserError(
-            f"{where}: {remote[0]}: {source.format} is read from local disks; copy it to one, "
-            "name its path"
-        )
-    if source.format in pretokenized.INDEX_NAMES:
-        index_name = pretokenized.INDEX_NAMES[source.format]
-        indexes = [find_inputs(base, index_name(file.name), where)[0] for file in files]
-        files = [
-            replace(f, version=f"{f.version}, {i.version}")
-            for f, i in zip(files, indexes, strict=True)
-        ]
-    formats = {source.format or format_of(file.name, where) for file in files}
-    if len(formats) > 1:
-        raise UserError(
-            f"{where}: files of formats {' and '.join(sorted(formats))}; make each a source of "
-            "its own"
-        )
-    return files, formats.pop(), revision
-
-
-def assign(units: tuple[WorkUnit, ...], ranks: int) -> list[list[WorkUnit]]:
-    """Units of each rank: largest first to the least loaded, each rank's in the order of the
-    plan.
-    """
-    loads = [0] * ranks
-    owner: dict[int, int] = {}
-    for i in sorted(range(len(units)), key=lambda i: (-units[i].size_bytes, i)):
-        owner[i] = loads.index(min(loads))
-        loads[owner[i]] += units[i].size_bytes
-    return [[unit for i, unit in enumerate(units) if owner[i] == rank] for rank in range(ranks)]

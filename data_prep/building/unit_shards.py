@@ -6,58 +6,49 @@ core. Ids stay in flat arrays all the way. A finished unit leaves a record besid
 build that was killed takes it from there.
 """
 
-import hashlib
 import itertools
 import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pydantic
-import xxhash
 
-from data_prep import layout, shards
 from data_prep.building.ranks import Progress
-from data_prep.building.work_units import WorkUnit
-from data_prep.errors import UserError, explained
-from data_prep.formats.corpus import Documents, read_documents, refusal, without
+from data_prep.building.unit_records import (
+    LATER_FACTS,
+    UnitResult,
+    _seal,
+    read_record,
+    record_path,
+    shard_path,
+    unit_signature,
+    writing,
+)
+from data_prep.building.validation_split import hash_texts, validation_threshold
+from data_prep.errors import UserError
+from data_prep.files import digest_file, write_durably
+from data_prep.formats.documents import Documents, Reasons, without
 from data_prep.formats.flat_arrays import (
     Offsets,
     byte_lengths,
     character_counts,
     large_strings,
-    text_bounds,
 )
-from data_prep.formats.json_lines import Reasons
+from data_prep.formats.known import read_documents, refusal
 from data_prep.formats.pretokenized import documents as pretokenized
-from data_prep.shards import (
-    SPLITS,
-    TOKEN_DTYPE,
-    Index,
-    ShardFacts,
-    ShardWriter,
-    TokenizerLoss,
-    Tokens,
-    digest_file,
-    later,
-    write_durably,
-)
-from data_prep.tokenizer.encode import (
-    Encoder,
-    Ids,
-    LoadedTokenizer,
-    new_encoder,
-    reference_ids,
-    special_documents,
-)
+from data_prep.formats.work_unit import WorkUnit
+from data_prep.layout import SPLITS
+from data_prep.manifest import TokenizerLoss
+from data_prep.shards import TOKEN_DTYPE, ShardWriter, Tokens
+from data_prep.tokenizer.encode import Encoder, Ids, new_encoder, reference_ids, special_documents
+from data_prep.tokenizer.load import LoadedTokenizer
 from data_prep.tokenizer.losses import UnitLoss, lost
 
 PARITY_ONE_IN = 1024  # documents, chosen by their hash
@@ -65,26 +56,6 @@ PARITY_CHARACTERS = 64 << 10  # of a document, at most
 PARITY_MARGIN = 64  # tokens at the end of a document that was cut for the comparison
 LONG_DOCUMENT_TOKENS = 512  # from here on copying document by document is the faster way
 POLL_SECONDS = 0.1
-SPACE = "make space or choose another --output-dir, and build again: finished units are kept"
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitResult:
-    """A finished work unit."""
-
-    rows: int
-    empty_documents: int
-    bad_documents: Reasons
-    shards: tuple[ShardFacts, ...]
-    loss: TokenizerLoss | None = None  # None in records of the earliest versions
-    input_rows: tuple[int, ...] = later(())  # of several files of JSON lines, the rows of each
-    input_documents: tuple[int, ...] = later(())  # and its documents
-    # of all rows, as `Documents` counts them; 0 in records of earlier versions
-    row_bytes: int = later(0)
-    bad_bytes: int = later(0)  # of the bad ones
-
-
-LATER_FACTS = shards.later_fields(UnitResult).items()  # at their defaults they stay out of a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,73 +294,10 @@ def watch(pending_bytes: dict[Future[UnitResult], int], progress: Progress) -> b
     return "failed" not in states
 
 
-def shard_path(split: str, unit: WorkUnit) -> str:
-    """Where a unit's shard of a split lies in the data set."""
-    return layout.shard_path(split, unit.source, unit.name)
-
-
-def record_path(unit: WorkUnit) -> str:
-    """Where the record of a finished unit lies in the data set."""
-    return layout.record_path(unit.source, unit.name)
-
-
-def unit_signature(unit: WorkUnit, tokenizer_sha256: str, validation_fraction: float) -> str:
-    """All that the shards of a unit depend on, as a digest."""
-    about = asdict(unit) | {
-        "skip_bad": None,
-        "tokenizer": tokenizer_sha256,
-        "validation": validation_fraction,
-    }
-    for file in about["files"]:
-        del file["secret_url"]  # another password leads to the same file
-    return hashlib.sha256(
-        json.dumps([shards.FORMAT_VERSION, about], sort_keys=True).encode()
-    ).hexdigest()
-
-
-def _seal(signature: str, content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([signature, content]).encode()).hexdigest()
-
-
-def read_record(path: Path, signature: str) -> UnitResult | None:
-    """The record of a finished unit; None if there is none, a damaged one, or one of other
-    inputs.
-    """
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        if content.pop("seal") == _seal(signature, content):
-            result = pydantic.TypeAdapter(UnitResult).validate_python(content)
-            splits = [shard.split for shard in result.shards]  # they name directories
-            return result if splits == [split for split in SPLITS if split in splits] else None
-    return None
-
-
 def _has_exact_loss(result: UnitResult) -> bool:
     """Whether the loss was counted in all documents, not only in the sampled ones."""
     tokens = sum(shard.tokens - shard.documents for shard in result.shards)
     return result.loss is not None and result.loss.tokens == tokens
-
-
-def writing(output_dir: Path, what: str) -> AbstractContextManager[None]:
-    """A full disk, or one that can't be written to, is a UserError that says how to go on."""
-    return explained(OSError, f"{output_dir}: can't write {what}", SPACE)
-
-
-def validation_threshold(fraction: float) -> np.uint64:
-    """Documents whose `hash_texts` is below it are the validation documents."""
-    return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-
-
-def hash_texts(texts: pa.LargeStringArray) -> Index:
-    """xxh3-64 of each text's UTF-8 bytes: a document's split, and its place in the parity
-    sample.
-    """
-    view = memoryview(texts.buffers()[2])
-    bounds = text_bounds(texts).tolist()
-    hashes = (
-        xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in itertools.pairwise(bounds)
-    )
-    return np.fromiter(hashes, np.uint64, len(texts))
 
 
 def ended(ids: Ids, offsets: Offsets, eos_id: int) -> Tokens:

@@ -1,1 +1,1 @@
-"""Documents out of files, a format each; `corpus` has them all."""
+"""Documents out of files: a module for each format, and one table of them all, `known`."""

@@ -9,13 +9,11 @@ import re
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
-from data_prep.inputs.sources import InputFile
+from data_prep.inputs.sources import InputFile, open_input, reading
 
 FIRST_BYTES = 512  # so many are looked at; a tar archive says what it is at byte 257
 NULS_IN_A_ROW = 8  # fewer, here and there, may be meant
 NULS_OF_TEXT = 0.01  # of its bytes, at most
-COMPRESSED_FORMATS = ("jsonl.gz", "jsonl.zst")
-JSONL_FORMATS = ("jsonl", *COMPRESSED_FORMATS)
 UNPACK = "unpack it first"
 UTF_8 = "write it as UTF-8 (iconv -t utf-8)"
 OBJECT_A_LINE = "write one object on each line (jq -c '.[]' does, of an array; jq -c . of objects)"
@@ -31,18 +29,23 @@ class Kind:
     own_format: str | None = None  # the format of ours that reads it
 
 
-def _kind(name: str, pattern: bytes, advice: str = "", own_format: str | None = None) -> Kind:
-    advice = advice or f"set format: {own_format}"
-    return Kind(name, re.compile(pattern, re.DOTALL), advice, own_format)
+def _kind(name: str, pattern: bytes, advice: str) -> Kind:
+    """A kind of file that no format of ours reads."""
+    return Kind(name, re.compile(pattern, re.DOTALL), advice)
+
+
+def own_kind(name: str, pattern: bytes, own_format: str, advice: str = "") -> Kind:
+    """A kind of file that a format of ours reads; no file of another format begins so."""
+    pattern_of_it = re.compile(pattern, re.DOTALL)
+    return Kind(name, pattern_of_it, advice or f"set format: {own_format}", own_format)
 
 
 # None of these begins text. From the formats' own definitions; of tar, POSIX.1-1988 ("ustar" at
-# byte 257).
-BINARY_KINDS = (
-    _kind("parquet", rb"PAR1\x15", own_format="parquet"),
-    _kind("arrow", rb"ARROW1\0\0|\xff\xff\xff\xff", own_format="arrow"),
-    _kind("gzip", rb"\x1f\x8b", own_format="jsonl.gz"),
-    _kind("zstd", rb"\x28\xb5\x2f\xfd", own_format="jsonl.zst"),
+# byte 257). Those that our formats read are in their rows of `known`.
+NULS = _kind(
+    "NULs", rb"\0{8}", "a crash or a full disk may leave a file so: fetch or write it again"
+)
+PACKED_KINDS = (
     _kind(
         "bzip2",
         rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)",
@@ -56,15 +59,12 @@ BINARY_KINDS = (
     _kind("7z", rb"7z\xbc\xaf\x27\x1c", UNPACK),
     _kind("RAR", rb"Rar!\x1a\x07", UNPACK),
     _kind("tar", rb".{257}ustar[\0 ]", f"{UNPACK} (tar -xf)"),
+)
+# All but the NULs: tapes put some before what is compressed.
+BINARY_KINDS_BUT_NULS = (
+    *PACKED_KINDS,
     _kind("UTF-32", rb"\xff\xfe\0\0|\0\0\xfe\xff", UTF_8),
     _kind("UTF-16", rb"\xff\xfe|\xfe\xff|([^\0]\0){4}|(\0[^\0]){4}", UTF_8),
-    _kind("NULs", rb"\0{8}", "a crash or a full disk may leave a file so: fetch or write it again"),
-    _kind(
-        "NumPy",
-        rb"\x93NUMPY",
-        "text is no array; ids of a tokenizer are format: uint16",
-        own_format="uint16",
-    ),
     _kind("ELF", rb"\x7fELF", "a program or library is no text: leave it out"),
     _kind("pickle", rb"\x80[\x02-\x05][\x8a\x95\]\}(c]", "write its texts as JSON lines"),
     _kind("HDF5", rb"\x89HDF\r\n\x1a\n", "write its texts as JSON lines"),
@@ -77,7 +77,8 @@ BINARY_KINDS = (
         "fetch what it points to (git lfs pull)",
     ),
 )
-TEXT_KINDS = (
+BINARY_KINDS = (*BINARY_KINDS_BUT_NULS, NULS)
+MARKUP_KINDS = (
     _kind(
         "HTML",
         rb"(\xef\xbb\xbf)?\s*(?i:<!doctype\s+html|<html[\s>])",
@@ -91,65 +92,62 @@ JSON_KINDS = (
     _kind("a JSON array", rb"(\xef\xbb\xbf)?\s*\[[ \t]*(\{|\r?\n)", OBJECT_A_LINE),
     _kind("JSON over several lines", rb"(\xef\xbb\xbf)?\s*\{[ \t]*\r?\n", OBJECT_A_LINE),
 )
-JSON = _kind("JSON", rb"\{", own_format="jsonl")
+JSON = own_kind("JSON", rb"\{", "jsonl")
 # Ids may be any bytes: these are too long, or too particular, to come about among them.
-ARRAY_KINDS = tuple(
+KINDS_THAT_ARE_NO_IDS = tuple(
     kind
     for kind in BINARY_KINDS
     if kind.name in ("a git-lfs pointer", "xz", "HDF5", "SQLite", "tar")
 )
 
 
-def check_first_bytes(file: InputFile, format: str, first: bytes, *, inside: bool = False) -> None:
-    """Raises UserError if a file's first bytes are not of the format that it is to be read in.
+@dataclass(frozen=True, kw_only=True)
+class FirstBytes:
+    """What the files of a format don't begin with."""
 
-    `first` is up to FIRST_BYTES of them; `inside`: of what a compressed file holds.
-    """
-    is_compressed = format in COMPRESSED_FORMATS and not inside
-    if is_compressed:
-        # tapes put NULs before it
-        kinds = (*(kind for kind in BINARY_KINDS if kind.name != "NULs"), JSON, *TEXT_KINDS)
-    elif format in JSONL_FORMATS:
-        kinds = (*BINARY_KINDS, *TEXT_KINDS, *JSON_KINDS)
-    elif format == "txt":
-        kinds = BINARY_KINDS  # a page of HTML may well be a text
-    elif format == "csv":
-        kinds = (*BINARY_KINDS, *TEXT_KINDS)
-    else:
-        kinds = (*BINARY_KINDS, JSON, *TEXT_KINDS)
-    _refuse(file, format, first, kinds, inside)
+    format: str
+    kinds: tuple[Kind, ...]  # of other files
+    kinds_inside: tuple[Kind, ...] = ()  # what a compressed file doesn't hold
+
+    def look_at(self, file: InputFile) -> None:
+        """Raises UserError if a file is one of another kind."""
+        with reading(file), open_input(file, 0) as stream:
+            self.check(file, stream.read(FIRST_BYTES))
+
+    def check(self, file: InputFile, first: bytes) -> None:
+        """Raises UserError if a file begins like one of another kind.
+
+        `first` is up to FIRST_BYTES of it.
+        """
+        found = first_match(self.kinds, first)
+        if found:
+            raise UserError(
+                f"{file.url}: {found.name} by its first bytes, not {self.format}; {found.advice}"
+            )
+
+    def check_inside(self, file: InputFile, first: bytes) -> None:
+        """The same of what a compressed file holds."""
+        found = first_match(self.kinds_inside, first)
+        if found:
+            advice = f"{UNPACK}: it is packed twice" if found.own_format else found.advice
+            raise UserError(
+                f"{file.url}: holds {found.name} by its first bytes, not JSON lines; {advice}"
+            )
 
 
-def check_first_bytes_of_ids(file: InputFile, format: str, first: bytes) -> None:
-    """The same of a file of token ids."""
-    _refuse(file, format, first, ARRAY_KINDS, inside=False)
+def first_match(kinds: tuple[Kind, ...], first: bytes) -> Kind | None:
+    """The first of some kinds that a file's first bytes are of."""
+    return next((kind for kind in kinds if kind.pattern.match(first)), None)
 
 
 def refuse_nuls(file: InputFile, content: bytes) -> None:
     """Raises UserError for a text file with NULs in a row, or with so many as no text has."""
     nuls = content.count(0)
-    if nuls >= NULS_IN_A_ROW and (
-        nuls > NULS_OF_TEXT * len(content) or bytes(NULS_IN_A_ROW) in content
-    ):
+    if nuls < NULS_IN_A_ROW:
+        return
+    if nuls > NULS_OF_TEXT * len(content) or bytes(NULS_IN_A_ROW) in content:
         problem = (
             f"no text: {nuls:,} of its {len(content):,} bytes are NULs, the first at byte "
             f"{content.find(0):,}"
         )
         raise UserError(f"{file.url}: {problem}; see what it is, fetch it again or leave it out")
-
-
-def _refuse(
-    file: InputFile, format: str, first: bytes, kinds: tuple[Kind, ...], inside: bool
-) -> None:
-    for kind in kinds:
-        if not kind.pattern.match(first):
-            continue
-        if inside:
-            advice = f"{UNPACK}: it is packed twice" if kind.own_format else kind.advice
-            raise UserError(
-                f"{file.url}: holds {kind.name} by its first bytes, not JSON lines; {advice}"
-            )
-        if kind.own_format != format:
-            raise UserError(
-                f"{file.url}: {kind.name} by its first bytes, not {format}; {kind.advice}"
-            )

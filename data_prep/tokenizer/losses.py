@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from data_prep.shards import NO_LOSS, Index, TokenizerLoss
-from data_prep.tokenizer.encode import Encoded, Ids, LoadedTokenizer, reference_ids
+from data_prep.manifest import NO_LOSS, TokenizerLoss
+from data_prep.shards import Index
+from data_prep.tokenizer.encode import Encoded, Ids, reference_ids
+from data_prep.tokenizer.load import LoadedTokenizer
 
 LEAST_SAMPLE = 64  # documents of a unit, or all where it has fewer; those of the lowest hashes
 SAMPLE_CHARACTERS = 64 << 10  # of a document, at most

@@ -15,13 +15,16 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_prep.building.build_plan import source_files
 from data_prep.building.left_out import FIRST_BAD_SHOWN, Tally, check_file, check_source
-from data_prep.building.mixture import Mixture, source_files
-from data_prep.building.unit_shards import hash_texts, validation_threshold
-from data_prep.building.work_units import FORMATS_WITHOUT_FIELD, WorkUnit, cut_units, format_of
+from data_prep.building.mixture import Mixture
+from data_prep.building.validation_split import hash_texts, validation_threshold
+from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats.corpus import Documents, place, read_documents
-from data_prep.formats.pretokenized.documents import FORMATS as FORMATS_OF_IDS
+from data_prep.formats.documents import Documents
+from data_prep.formats.known import format_of, place, read_documents, text_field_of
+from data_prep.formats.pretokenized.documents import ID_FORMATS
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import InputFile, find_inputs
 
 
@@ -142,7 +145,7 @@ def count_rows(source: TextSource, unit: WorkUnit, documents: Documents) -> None
     """Add a batch's rows to what came of the source's, and of its file's."""
     part = unit.parts()[documents.file]
     tallies = [source.tally]
-    if unit.format != "txt":
+    if not unit.files_are_rows:
         tallies.append(source.of_files.setdefault(part.url, Tally()))
     for tally in tallies:
         tally.documents += len(documents.texts)
@@ -164,7 +167,7 @@ def texts_of_files(
     for file in files:
         own = format or format_of(file.name, "--source")
         units += cut_units(
-            [file], source="text", format=own, text_field=None if own == "txt" else text_field
+            [file], source="text", format=own, text_field=text_field_of(own, text_field)
         )
     return TrainingTexts(
         sources=[TextSource(name="--source", files=files, units=units)],
@@ -181,11 +184,11 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
     for source in mixture.sources:
         where = f"{mixture.path}: source {source.name!r}"
         files, format_, _ = source_files(mixture.path.parent, source, where)
-        if format_ in FORMATS_OF_IDS:
+        if format_ in ID_FORMATS:
             raise UserError(
                 f"{where}: holds ids of a tokenizer, no text; train with a mixture without it"
             )
-        text_field = None if format_ in FORMATS_WITHOUT_FIELD else source.text_field
+        text_field = text_field_of(format_, source.text_field)
         units = cut_units(
             files,
             source=source.name,

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.errors import is_passing, naming, os_error_line, unheard
+from data_prep.commands import unheard
+from data_prep.errors import is_passing, naming, os_error_line
 
 T = TypeVar("T")
 # before the second, third and fourth attempt; a stalled run is one of 300 s

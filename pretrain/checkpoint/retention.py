@@ -18,42 +18,11 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from data_prep.errors import unheard
+from data_prep.commands import unheard
+from pretrain.checkpoint.layout import STEP_PREFIX, is_own_file, step_name, step_of, steps_in
 
-MANIFEST_NAME = "manifest.json"
-SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"
-STEP_PREFIX = "step-"
-OWN_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-z_]{8}|(\.[0-9a-z_]{8})?(\.old)?\.tmp)")
 SET_ASIDE_PREFIX = "set-aside-"
-
-
-def step_name(step: int) -> str:
-    """The name of the checkpoint after so many steps: eight digits, more from step 100,000,000
-    on.
-    """
-    return f"{STEP_PREFIX}{step:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """The steps that a checkpoint's name tells, or None where it is no such name."""
-    digits = name.removeprefix(STEP_PREFIX)
-    is_number = digits.isascii() and digits.isdigit()
-    return int(digits) if is_number and name == step_name(int(digits)) else None
-
-
-def steps_in(home: Path) -> list[Path]:
-    """The directories that are called as checkpoints are, newest first; none where `home` is not
-    there.
-    """
-    names = os.listdir(home) if home.is_dir() else []
-    steps = [step for step in map(step_of, names) if step is not None]
-    return [home / step_name(step) for step in sorted(steps, reverse=True)]
-
-
-def is_own_file(name: str) -> bool:
-    """Whether a checkpoint may hold a file of this name."""
-    return name in (MANIFEST_NAME, SIDECAR_NAME) or OWN_FILE.fullmatch(name) is not None
 
 
 def strangers_in(path: Path) -> list[str]:

@@ -6,22 +6,24 @@ of training. What they write, and how, is in pretrain/checkpoint/saving.py.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.checkpoint.layout import naming_the_disk, saved_steps, step_of
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.patience import patiently
-from pretrain.checkpoint.reader import Fragment, naming_the_disk, saved_steps
-from pretrain.checkpoint.retention import prune, step_of
-from pretrain.checkpoint.saving import Callback, save_checkpoint
+from pretrain.checkpoint.reader import Fragment
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.saving import Callback, Savers, save_checkpoint
 from pretrain.config.recipe import CheckpointsRecipe
-from pretrain.distributed.ranks import together
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
 
 
@@ -46,8 +48,11 @@ class CheckpointWriter:
     def __init__(
         self, run_dir: Path, recipe: CheckpointsRecipe, world: World, around: AroundSaves
     ) -> None:
-        self.run_dir, self.recipe, self.world, self.around = run_dir, recipe, world, around
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.around = around
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._savers = Savers(world=world, group=group, on_block=around.wrote_block)
         self._memory = torch.empty(0)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -69,16 +74,17 @@ class CheckpointWriter:
         return new
 
     def save(
-        self, step: int, fragments: list[Fragment], about: dict[str, Any], *, prunes: bool = True
+        self, fragments: Sequence[Fragment], manifest: CheckpointManifest, *, prunes: bool = True
     ) -> None:
-        """Have the state after `step` steps written as it is now, and the oldest checkpoints
-        dropped, if it `prunes`.
+        """Have the state after `manifest.step` steps written as it is now, and the oldest
+        checkpoints dropped, if it `prunes`.
 
         Waits for the save before, and raises its error.
         """
         self.wait()
-        work = (step, self._copy(fragments), about, prunes)
-        self._thread = threading.Thread(target=self._write, args=work, name=f"save of step {step}")
+        work = (self._copy(fragments), manifest, prunes)
+        name = f"save of step {manifest.step}"
+        self._thread = threading.Thread(target=self._write, args=work, name=name)
         self._thread.start()
 
     def wait(self) -> None:
@@ -87,7 +93,9 @@ class CheckpointWriter:
         """
         if self._thread:
             self._thread.join()
-        error, self._thread, self._error = self._error, None, None
+        error = self._error
+        self._thread = None
+        self._error = None
         if error:
             raise error
 
@@ -99,56 +107,51 @@ class CheckpointWriter:
     ) -> None:
         if kind is None:
             self.wait()
-        elif (
-            self._thread
-        ):  # what ended the run is to be told; the checkpoint before it is to be whole all the same
+        elif self._thread:
+            # What ended the run is to be told; the checkpoint under way is to be whole all the
+            # same.
             self._thread.join()
 
-    def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
+    def _copy(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """The fragments in host memory of their own, in the order in which they are written."""
         sizes = [values.numel() for fragment in fragments for values in fragment.states.values()]
         if sum(sizes) != len(self._memory):
             self._memory = host_memory(sum(sizes))
         places = iter(self._memory.split(sizes))
-        return [
-            replace(
-                fragment,
-                states={
-                    state: next(places).copy_(values) for state, values in fragment.states.items()
-                },
-            )
-            for fragment in fragments
-        ]
+        copies = []
+        # Into the same memory at every save, which is registered with the GPU once (host_memory).
+        for fragment in fragments:
+            states = {key: next(places).copy_(values) for key, values in fragment.states.items()}
+            copies.append(replace(fragment, states=states))
+        return copies
 
     def _write(
-        self, step: int, fragments: list[Fragment], about: dict[str, Any], prunes: bool
+        self, fragments: Sequence[Fragment], manifest: CheckpointManifest, prunes: bool
     ) -> None:
         """Body of the thread."""
         try:
-            together(self._begin, self._group)
-            on_block = self.around.wrote_block
-            saved = save_checkpoint(
-                self.run_dir, step, fragments, about, self.world, self._group, on_block
-            )
-            together(lambda: self._conclude(saved, step, prunes), self._group)
+            together(self._begin, self._savers.group)
+            saved = save_checkpoint(self.run_dir, fragments, manifest, self._savers)
+            together(lambda: self._conclude(saved, manifest.step, prunes), self._savers.group)
         except Exception as error:
             self._error = error
             if self.around.failed:
                 self.around.failed()
 
     def _begin(self) -> None:
-        if self.world.is_main and self.around.before:
+        if self._savers.world.is_main and self.around.before:
             self.around.before()
 
     def _conclude(self, saved: Path, step: int, prunes: bool) -> None:
         """Note what is saved, then drop the oldest checkpoints."""
-        if self.world.is_main:
-            with naming_the_disk(self.run_dir):
-                if self.around.saved:
-                    self.around.saved(step)
-            self._passed_over.discard(saved.name)  # a good one has taken its place
-            if prunes:
-                prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)
+        if not self._savers.world.is_main:
+            return
+        with naming_the_disk(self.run_dir):
+            if self.around.saved:
+                self.around.saved(step)
+        self._passed_over.discard(saved.name)  # a good one has taken its place
+        if prunes:
+            prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)
 
 
 def host_memory(elements: int) -> Tensor:

@@ -1,5 +1,6 @@
-"""How many bytes of its device a rank needs at its peak, by arithmetic: what fits, before anything
-is built. No torch.
+"""How many bytes of its device a rank needs at its peak, by arithmetic, before anything is built.
+
+No torch is needed for it. What fits is for pretrain/costs/fit.py to find.
 
 Counted are tensors in eager mode; torch.compile keeps less. N tokens of a micro-batch, D width, V
 vocabulary, P parameters, e bytes of a number of the model, n ranks, u = e N D the bytes of one
@@ -19,65 +20,107 @@ its own, with every parameter whole of which the rank owns a part, and the updat
 The gradient norm takes an fp64 copy of one parameter.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from data_prep.errors import UserError
-from pretrain.config.engine_config import accumulation_steps
-from pretrain.config.recipe import Recipe
+from pretrain.config.deepspeed import accumulation_steps
+from pretrain.config.recipe import ModelRecipe, Recipe
+from pretrain.costs.budgets import chunk_tokens
 from pretrain.costs.flops import count_parameters
 
 MODES = ("none", "selective", "full")
-# hidden tensors that a block keeps for its backward pass
+# Hidden tensors that a block keeps for its backward pass, those that come back while it runs, and
+# gradients in flight.
 KEPT = {"none": 18, "selective": 11, "full": 1}
-RECOMPUTED = {"none": 0, "selective": 8, "full": 17}  # and those that come back while it runs
+RECOMPUTED = {"none": 0, "selective": 8, "full": 17}
 IN_FLIGHT = 5
-# Of a chunk's fp32 logits in the loss head. A CPU gains nothing from more. A GPU needs rows enough
-# for a product of (C, V) with (V, D) to fill it, and for passes over the fp32 weight gradient, one
-# a chunk, to be few.
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # What a device must have besides tensors. Contexts of CUDA and NCCL, and what its allocator cannot
 # use, are assumed; of a process that trains on a CPU and keeps freed memory 0.59 to 0.79 were
 # tensors (tests/benchmarks/plan_accuracy.py).
-CONTEXT_BYTES, USABLE = {"cpu": 0.0, "cuda": 1.5e9}, {"cpu": 0.6, "cuda": 0.96}
+CONTEXT_BYTES = {"cpu": 0.0, "cuda": 1.5e9}
+USABLE = {"cpu": 0.6, "cuda": 0.96}
 
 
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The letters of the module's docstring, for one run on one kind of device (cpu or cuda).
+    """The letters of the module's docstring, for one run on one kind of device."""
 
-    Raises UserError where the batch does not divide over the ranks.
-    """
+    recipe: Recipe
+    engine_config: dict[str, Any]
+    ranks: int
+    device_type: str  # cpu or cuda
+    mode: str  # of activation checkpointing
+    layers: int
+    is_bf16: bool
+    element: int  # bytes of a number of the model
+    tokens: int  # of a micro-batch
+    hidden: int  # bytes of one hidden tensor
+    parameters: int
+    table: int  # elements of the output projection, the largest parameter
+    block: int  # elements of a block's matrices
+    largest_in_block: int  # elements of the largest of them, each side of the MLP
+    matrices: list[int]  # elements of every matrix, in ZeRO's order
+    bucket: float  # elements that are reduced together
+    buckets: float  # bytes of all buckets
+    cast: int  # bytes of an element as it travels, where it is cast for that
+    accumulates: bool  # several micro-steps make a step
+    offloads: bool  # the optimizer is not on the device
 
-    def __init__(
-        self, recipe: Recipe, engine_config: dict[str, Any], ranks: int, device_type: str
-    ) -> None:
-        zero, counts = engine_config.get("zero_optimization", {}), count_parameters(recipe.model)
-        blocks = [
-            recipe.model.d_model**2 * part
-            for _ in range(recipe.model.num_layers)
-            for part in (3, 1, 4, 4)
-        ]
-        self.recipe, self.engine_config, self.ranks, self.device_type = (
-            recipe,
-            engine_config,
-            ranks,
-            device_type,
-        )
-        self.element = 2 if engine_config.get("bf16", {}).get("enabled") else 4
-        self.tokens = recipe.batch.micro_batch_size * recipe.model.seq_len
-        self.hidden = self.element * self.tokens * recipe.model.d_model
-        self.table = counts["output_projection"]  # the largest parameter
-        self.matrices = [*filter(None, [counts["input_embedding"]]), *blocks, self.table]
-        self.parameters = sum(counts.values())
-        self.bucket = float(zero.get("reduce_bucket_size", 5e8))
-        self.buckets = self.element * self.bucket * (2 if zero.get("overlap_comm") else 1)
-        self.cast = (
-            4 if self.element == 2 and engine_config.get("communication_data_type") == "fp32" else 0
-        )
-        self.accumulates = accumulation_steps(recipe, ranks) > 1
-        self.offloads = "offload_optimizer" in zero
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether memory to which nothing has been written does not exist yet."""
+        return self.device_type == "cpu"
+
+
+def sizes_of(recipe: Recipe, engine_config: dict[str, Any], ranks: int, device_type: str) -> Sizes:
+    """Raises UserError where the batch does not divide over the ranks."""
+    model = recipe.model
+    zero = engine_config.get("zero_optimization", {})
+    is_bf16 = bool(engine_config.get("bf16", {}).get("enabled"))
+    element = 2 if is_bf16 else 4
+    tokens = recipe.batch.micro_batch_size * model.seq_len
+    square = model.d_model**2
+    counts = count_parameters(model)
+    bucket = float(zero.get("reduce_bucket_size", 5e8))
+    how_many = 2 if zero.get("overlap_comm") else 1
+    travels_in_fp32 = engine_config.get("communication_data_type") == "fp32"
+    return Sizes(
+        recipe=recipe,
+        engine_config=engine_config,
+        ranks=ranks,
+        device_type=device_type,
+        mode=recipe.activation_checkpointing.mode,
+        layers=model.num_layers,
+        is_bf16=is_bf16,
+        element=element,
+        tokens=tokens,
+        hidden=element * tokens * model.d_model,
+        parameters=sum(counts.values()),
+        table=counts["output_projection"],
+        block=12 * square,
+        largest_in_block=4 * square,
+        matrices=matrices_in_order(model),
+        bucket=bucket,
+        buckets=element * bucket * how_many,
+        cast=4 if is_bf16 and travels_in_fp32 else 0,
+        accumulates=accumulation_steps(recipe, ranks) > 1,
+        offloads="offload_optimizer" in zero,
+    )
+
+
+def matrices_in_order(model: ModelRecipe) -> list[int]:
+    """Elements of every matrix in the order in which ZeRO lays them out."""
+    square = model.d_model**2
+    # Query-key-value, attention's output, both sides of the MLP.
+    block = [3 * square, square, 4 * square, 4 * square]
+    counts = count_parameters(model)
+    matrices = block * model.num_layers + [counts["output_projection"]]
+    if counts["input_embedding"]:
+        matrices.insert(0, counts["input_embedding"])
+    return matrices
 
 
 def held_bytes(sizes: Sizes) -> dict[str, float]:
@@ -91,132 +134,175 @@ def held_bytes(sizes: Sizes) -> dict[str, float]:
 
 
 def whole_parameters(matrices: Sequence[int], ranks: int) -> int:
-    """The most elements that those parameters have together of which one rank owns a part."""
-    share = -(-sum(matrices) // ranks)
+    """The most elements that those parameters have together of which one rank owns a part.
+
+    The partitions are equal cuts through all of them, one after another.
+    """
+    share = math.ceil(sum(matrices) / ranks)
     owned = [0] * ranks
     for size, end in zip(matrices, accumulate(matrices), strict=True):
-        for rank in range((end - size) // share, (end - 1) // share + 1):
+        first_owner = (end - size) // share
+        last_owner = (end - 1) // share
+        for rank in range(first_owner, last_owner + 1):
             owned[rank] += size
     return max(owned)
 
 
 def partition_bytes(sizes: Sizes) -> float:
     """The gradients of the parameters that the rank owns."""
-    share = sizes.parameters / sizes.ranks
-    return 4.0 * (whole_parameters(sizes.matrices, sizes.ranks) if sizes.element == 4 else share)
+    if sizes.is_bf16:
+        return 4.0 * (sizes.parameters / sizes.ranks)
+    return 4.0 * whole_parameters(sizes.matrices, sizes.ranks)
+
+
+def kept_bytes(sizes: Sizes, mode: str) -> int:
+    """What a block in that mode keeps for its backward pass."""
+    hidden = KEPT[mode] * sizes.hidden
+    if mode == "full":
+        return hidden
+    # Of every token: the softmax's statistic for each head, mean and deviation of both norms.
+    statistics = 4 * sizes.recipe.model.num_heads
+    if mode == "none":
+        statistics += 4 * sizes.element
+    return hidden + statistics * sizes.tokens
 
 
 def activation_bytes(sizes: Sizes, blocks: int) -> float:
     """What the first blocks keep for their backward pass."""
-    checkpointing = sizes.recipe.activation_checkpointing
-    mode, heads = checkpointing.mode, sizes.recipe.model.num_heads
-    statistics = {"none": 4 * heads + 4 * sizes.element, "selective": 4 * heads, "full": 0}
-    kept = {key: KEPT[key] * sizes.hidden + statistics[key] * sizes.tokens for key in MODES}
-    recomputed = 0 if mode == "none" else -(-blocks // checkpointing.every_n_layers)
-    return float((blocks - recomputed) * kept["none"] + recomputed * kept[mode])
-
-
-def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk of the loss head: at V = 65,536 they are 256 on a CPU and 4,096 on a
-    GPU.
-    """
-    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
+    recomputed = 0
+    if sizes.mode != "none":
+        every = sizes.recipe.activation_checkpointing.every_n_layers
+        recomputed = math.ceil(blocks / every)
+    whole = blocks - recomputed
+    kept = whole * kept_bytes(sizes, "none")
+    kept += recomputed * kept_bytes(sizes, sizes.mode)
+    return float(kept)
 
 
 def loss_head_bytes(sizes: Sizes) -> float:
     """The most that the loss head holds in its forward pass, besides its input; see
-    pretrain/model/loss.py.
+    pretrain/model/chunked_cross_entropy.py.
     """
-    model, low_precision = sizes.recipe.model, sizes.element == 2
+    vocab_size = sizes.recipe.model.vocab_size
     if sizes.recipe.loss_head == "whole":
-        return (8.0 + 2.0 * low_precision) * sizes.tokens * model.vocab_size
-    chunk = min(sizes.tokens, chunk_tokens(model.vocab_size, sizes.device_type))
-    gradients = 4.0 * (sizes.table + sizes.tokens * model.d_model)
-    copies = 4.0 * sizes.table if sizes.device_type == "cpu" else 2.0 * chunk * model.vocab_size
-    return 8.0 * chunk * model.vocab_size + gradients + copies * low_precision
+        # Logits and their gradient in fp32, and in bf16 the logits that were cast.
+        bytes_per_logit = 10.0 if sizes.is_bf16 else 8.0
+        return bytes_per_logit * sizes.tokens * vocab_size
+    chunk = min(sizes.tokens, chunk_tokens(vocab_size, sizes.device_type))
+    logits = chunk * vocab_size
+    gradients = 4.0 * (sizes.table + sizes.hidden // sizes.element)
+    held = 8.0 * logits + gradients
+    if sizes.is_bf16 and sizes.is_on_cpu:
+        held += 4.0 * sizes.table  # a CPU multiplies a copy of the weight in fp32
+    elif sizes.is_bf16:
+        held += 2.0 * logits  # a GPU multiplies errors in bf16
+    return held
 
 
-def backward_bytes(sizes: Sizes) -> float:
-    """Activations, gradients on their way and the partition, at the worst block of the backward
-    pass.
-    """
-    square, partition = sizes.recipe.model.d_model**2, partition_bytes(sizes)
-    earlier = partition * sizes.accumulates
+class BackwardPass:
+    """Gradients on their way, from the output projection down to the first block."""
 
-    def partitions(reduced: float) -> float:
-        """Once that many elements are reduced; on a CPU memory that nothing has written to does
-        not exist.
-        """
-        if sizes.element == 2:
-            return partition  # written with zeros
-        return earlier + (min(partition, 4 * reduced) if sizes.device_type == "cpu" else partition)
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.partition = partition_bytes(sizes)
+        # The partition of the micro-steps before, to which this one adds.
+        self.earlier = self.partition if sizes.accumulates else 0.0
+        is_larger = sizes.table > sizes.bucket
+        self.table_by_itself = sizes.element * sizes.table if is_larger else 0
+        # Bytes for each element of a bucket while it is reduced: its copy, and what it is cast to.
+        self.while_reduced = sizes.cast
+        if sizes.is_bf16 or sizes.ranks > 1:
+            self.while_reduced += sizes.element
+        self.reduced = 0.0  # elements that were reduced
+        self.waiting = float(sizes.table)  # elements that wait in the bucket
+        self.partitions = self.earlier  # bytes
 
-    def buckets(gradients: float) -> float:
-        """Once that many elements have come."""
-        return (
-            min(sizes.buckets, sizes.element * gradients)
-            if sizes.device_type == "cpu"
-            else sizes.buckets
-        )
+    def worst(self) -> float:
+        """The most bytes at any block."""
+        worst = 0.0
+        if self.table_by_itself:
+            worst = self._after_table()
+        for blocks in range(self.sizes.layers, 0, -1):
+            worst = max(worst, self._at_block(blocks))
+        return worst
 
-    by_itself = sizes.element * sizes.table * (sizes.table > sizes.bucket)
-    copied = sizes.element * (sizes.element == 2 or sizes.ranks > 1) + sizes.cast
-    work = (RECOMPUTED[sizes.recipe.activation_checkpointing.mode] + IN_FLIGHT) * sizes.hidden
-    work += 4 * sizes.element * square + by_itself
-    layers, reduced, waiting = sizes.recipe.model.num_layers, 0.0, float(sizes.table)
-    gradients, worst = earlier, 0.0
-    if by_itself:
-        reduced, waiting, gradients = waiting, 0.0, partitions(waiting)
-        worst = (
-            activation_bytes(sizes, layers)
-            + 2 * sizes.hidden
-            + by_itself
-            + gradients
-            + copied * sizes.table
-        )
-    for blocks in range(layers, 0, -1):
-        waiting += 12 * square
-        come, reducing = reduced + waiting, 0.0
-        if waiting > sizes.bucket:
-            reducing = copied * min(waiting, max(sizes.bucket, 4 * square))
-            reduced, waiting = come - 12 * square, 12.0 * square
-            gradients = partitions(reduced)
-        worst = max(
-            worst,
-            activation_bytes(sizes, blocks)
-            + work
-            + gradients
-            + reducing
-            + buckets(come - 12 * square),
-        )
-    return worst
+    def _after_table(self) -> float:
+        """Bytes once the output projection, which no bucket holds, is reduced by itself."""
+        sizes = self.sizes
+        self.reduced = self.waiting
+        self.waiting = 0.0
+        self.partitions = self._partitions_now()
+        copy = self.while_reduced * sizes.table
+        kept = activation_bytes(sizes, sizes.layers) + 2 * sizes.hidden
+        return kept + self.table_by_itself + self.partitions + copy
+
+    def _at_block(self, blocks: int) -> float:
+        """Bytes while the last of so many blocks is gone through, and its gradients come."""
+        sizes = self.sizes
+        self.waiting += sizes.block
+        come = self.reduced + self.waiting
+        reducing = 0.0
+        if self.waiting > sizes.bucket:
+            # A parameter that is larger than the bucket makes it larger.
+            largest = max(sizes.bucket, sizes.largest_in_block)
+            in_bucket = min(self.waiting, largest)
+            reducing = self.while_reduced * in_bucket
+            # What came last has begun the next bucket.
+            self.reduced = come - sizes.block
+            self.waiting = float(sizes.block)
+            self.partitions = self._partitions_now()
+        hidden_tensors = RECOMPUTED[sizes.mode] + IN_FLIGHT
+        work = hidden_tensors * sizes.hidden
+        work += sizes.element * sizes.largest_in_block
+        work += self.table_by_itself
+        buckets = self._buckets_after(come - sizes.block)
+        kept = activation_bytes(sizes, blocks)
+        return kept + work + self.partitions + reducing + buckets
+
+    def _partitions_now(self) -> float:
+        """Bytes of partitions, with what is reduced by now."""
+        if self.sizes.is_bf16:
+            return self.partition  # written with zeros
+        this_step = self.partition
+        if self.sizes.is_on_cpu:
+            this_step = min(this_step, 4 * self.reduced)
+        return self.earlier + this_step
+
+    def _buckets_after(self, gradients: float) -> float:
+        """Bytes of the buckets once that many elements have come."""
+        if not self.sizes.is_on_cpu:
+            return self.sizes.buckets
+        return min(self.sizes.buckets, self.sizes.element * gradients)
 
 
 def phase_bytes(sizes: Sizes) -> dict[str, float]:
     """The most in each phase: while the engine is built, and of a step."""
-    held, partition = sum(held_bytes(sizes).values()), partition_bytes(sizes)
-    share, norm = (
-        4 * sizes.parameters / sizes.ranks,
-        8.0 * min(sizes.table, sizes.parameters / sizes.ranks),
-    )
-    earlier, activations = (
-        partition * sizes.accumulates,
-        activation_bytes(sizes, sizes.recipe.model.num_layers),
-    )
-    gradients = 4.0 * (sizes.table + sizes.tokens * sizes.recipe.model.d_model)
-    low_precision = sizes.hidden + sizes.element * sizes.table if sizes.element == 2 else 0
+    held = sum(held_bytes(sizes).values())
+    partition = partition_bytes(sizes)
+    parameters = float(sizes.element * sizes.parameters)
+    own = sizes.parameters / sizes.ranks  # elements of this rank's partition
+    masters = 4 * sizes.parameters / sizes.ranks
+
+    # Before the blocks' backward pass: what is kept of the micro-steps and the blocks so far.
+    kept = held
+    if sizes.accumulates:
+        kept += partition
+    kept += activation_bytes(sizes, sizes.layers)
+    gradients = 4.0 * (sizes.table + sizes.hidden // sizes.element)
+    in_bf16 = 0
+    if sizes.is_bf16:
+        in_bf16 = sizes.hidden + sizes.element * sizes.table
+
+    # The norm takes an fp64 copy of one parameter, the update of an fp32 model a flat copy.
+    at_update = 8.0 * min(sizes.table, own)
+    if not sizes.is_bf16:
+        at_update = max(at_update, masters)
     return {
-        "building": sizes.element * sizes.parameters
-        + max(float(sizes.element * sizes.parameters), 2 * share),
-        "loss head": held + earlier + activations + 2 * sizes.hidden + loss_head_bytes(sizes),
-        "loss head, backward": held
-        + earlier
-        + activations
-        + sizes.hidden
-        + gradients
-        + low_precision,
-        "blocks, backward": held + backward_bytes(sizes),
-        "update": held + partition + max(norm, share * (sizes.element == 4)),
+        "building": parameters + max(parameters, 2 * masters),
+        "loss head": kept + 2 * sizes.hidden + loss_head_bytes(sizes),
+        "loss head, backward": kept + sizes.hidden + gradients + in_bf16,
+        "blocks, backward": held + BackwardPass(sizes).worst(),
+        "update": held + partition + at_update,
     }
 
 
@@ -224,66 +310,6 @@ def needed_bytes(
     recipe: Recipe, engine_config: dict[str, Any], world_size: int, device_type: str
 ) -> float:
     """What a rank's device must have: the largest phase, and what is not tensors."""
-    peak = max(phase_bytes(Sizes(recipe, engine_config, world_size, device_type)).values())
+    sizes = sizes_of(recipe, engine_config, world_size, device_type)
+    peak = max(phase_bytes(sizes).values())
     return peak / USABLE[device_type] + CONTEXT_BYTES[device_type]
-
-
-def with_micro_batch(recipe: Recipe, micro_batch_size: int, mode: str) -> Recipe:
-    """The recipe with another micro-batch and checkpointing mode."""
-    checkpointing = replace(recipe.activation_checkpointing, mode=mode)  # type: ignore[type-var, arg-type]
-    batch = replace(recipe.batch, micro_batch_size=micro_batch_size)  # type: ignore[type-var]
-    return replace(recipe, batch=batch, activation_checkpointing=checkpointing)  # type: ignore[type-var]
-
-
-def largest_micro_batch(
-    recipe: Recipe,
-    engine_config: dict[str, Any],
-    world_size: int,
-    device_type: str,
-    available: float,
-    mode: str,
-) -> int | None:
-    """The largest that divides the batch and fits in that mode; None: not even one window does."""
-    for size in range(recipe.global_batch_size // world_size, 0, -1):
-        if recipe.global_batch_size % (world_size * size) == 0:
-            smaller = with_micro_batch(recipe, size, mode)
-            if needed_bytes(smaller, engine_config, world_size, device_type) <= available:
-                return size
-    return None
-
-
-def check_it_fits(
-    recipe: Recipe,
-    engine_config: dict[str, Any],
-    world_size: int,
-    available_bytes: float,
-    device_type: str = "cuda",
-) -> None:
-    """Raise UserError where a rank needs more than it has, saying how much more, and what would
-    fit.
-    """
-    needed = needed_bytes(recipe, engine_config, world_size, device_type)
-    if needed <= available_bytes:
-        return
-    ways = []
-    for mode in MODES[MODES.index(recipe.activation_checkpointing.mode) :]:
-        size = largest_micro_batch(
-            recipe, engine_config, world_size, device_type, available_bytes, mode
-        )
-        ways += (
-            [f"batch.micro_batch_size {size} with activation_checkpointing.mode {mode}"]
-            if size
-            else []
-        )
-    fitting = (
-        " or ".join(ways) or "nothing; take more ranks, an offloaded optimizer or a smaller model"
-    )
-    batch = (
-        f"batch.micro_batch_size {recipe.batch.micro_batch_size} x {recipe.model.seq_len:,} tokens"
-    )
-    needs = (
-        f"needs {needed / 1e9:.1f} GB on a {device_type} rank that has {available_bytes / 1e9:.1f}"
-    )
-    raise UserError(
-        f"{batch} {needs}: {(needed - available_bytes) / 1e9:.1f} GB too much; what fits: {fitting}"
-    )

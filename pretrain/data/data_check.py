@@ -28,11 +28,12 @@ from typing import Self
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader, digest_file, write_durably
+from data_prep.files import digest_file, write_durably
+from data_prep.shards import ShardReader
 from pretrain.config.recipe import DataRecipe
 from pretrain.data.digests import check_file, digests_of, repair_advice
 from pretrain.data.staging import copy_checked, is_ours
-from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 
 CHECKED_NAME = "checked_data"

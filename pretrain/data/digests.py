@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.errors import UserError, os_error_line
-from data_prep.shards import Shard, ShardReader, digest_file
+from data_prep.files import digest_file
+from data_prep.manifest import Shard
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.patience import patiently
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_prep.shards import Shard
+from data_prep.manifest import Shard
 from pretrain.data.loader import TrainingLoader
 
 

@@ -20,19 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.errors import UserError, explained
+from data_prep.files import digest_file, fsync_directory, write_durably
+from data_prep.locks import lock
+from data_prep.manifest import check_links
 from data_prep.shards import (
-    MANIFEST_NAME,
     SHARD_HEADER_BYTES,
     TOKENIZER_NAME,
     ShardReader,
-    check_links,
-    digest_file,
-    fsync_directory,
-    lock,
     read_tokenizer,
     shard_header,
-    write_durably,
 )
+from pretrain.checkpoint.layout import MANIFEST_NAME
 from pretrain.data.digests import digests_of
 
 COPIES_AT_ONCE = 4

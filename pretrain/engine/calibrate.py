@@ -14,11 +14,13 @@ from dataclasses import replace
 import torch
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import Recipe, model_config
-from pretrain.costs.flops import DEVICES, Costs, Device, find_device
-from pretrain.distributed.ranks import check_kernels
+from pretrain.config.recipe import Recipe
+from pretrain.costs.devices import DEVICES, Device, find_device
+from pretrain.costs.step_time import Costs
+from pretrain.distributed.devices import check_kernels
 from pretrain.engine.optim import build_optimizer
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.build import model_config
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 

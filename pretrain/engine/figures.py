@@ -3,14 +3,7 @@
 import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class RankFigures:
-    """What one rank's step took."""
-
-    rank: int
-    seconds: dict[str, float]  # of each of timing.PHASES
-    peak_memory_bytes: int
+from pretrain.metrics.step_record import RankFigures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +16,7 @@ class StepFigures:
     # Whose data and forward pass took longest, where no rank waits for another; a step earlier, so
     # None at the first.
     slowest: RankFigures | None
-    # why nothing of this step reached weights or moments, or None: it was trained
+    # Why nothing of this step reached weights or moments; None: it was trained.
     refused: str | None
 
 

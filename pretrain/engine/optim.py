@@ -2,12 +2,10 @@
 the step number.
 """
 
-import math
-
 import torch
 from torch import nn
 
-from pretrain.config.recipe import OptimizerRecipe, ScheduleRecipe
+from pretrain.config.recipe import OptimizerRecipe
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
@@ -24,25 +22,3 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Ad
     return torch.optim.AdamW(
         groups, lr=recipe.peak_learning_rate, betas=betas, eps=recipe.eps, fused=True
     )
-
-
-def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleRecipe) -> float:
-    """The rate of step 0, 1, ... total_steps - 1: a pure function of the step.
-
-    Linear warm-up to the peak; then a cosine or a line to `final_fraction` of it at the last step,
-    or the peak until the last `decay` steps, which go down in a line (wsd), or the peak to the end
-    (constant).
-    """
-    warmup = schedule.warmup(total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    decay = {"wsd": schedule.decay(total_steps), "constant": 0}.get(
-        schedule.kind, total_steps - warmup
-    )
-    progress = (step - (total_steps - decay) + 1) / decay if decay else 0.0
-    if progress <= 0.0:
-        return peak
-    above_final = (
-        0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
-    )
-    return peak * (schedule.final_fraction + (1.0 - schedule.final_fraction) * above_final)

@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from data_prep.errors import UserError, explained
+from pretrain.hf.names import TO_GGUF, renamed
 from pretrain.modeling_tablefree import ROTARY_BASE
 
 if TYPE_CHECKING:
     import gguf
 
-DTYPES = ("f32", "f16", "q8_0")
 BLOCK = 32  # values of a row that share a scale in q8_0
 # llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep
 # the spaces before punctuation when a whole text is decoded; "gpt-2" takes them away.
@@ -36,19 +36,6 @@ PRE_TOKENIZER = "trillion"
 INSTALL = "pip install -e '.[gguf]' in this project's folder"
 OTHER_FORM = "export another form (--architecture gpt_neox)"
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-# Parts of a stock GPT-NeoX's parameter names -> GGUF's
-NAMES = (
-    ("gpt_neox.embed_in.", "token_embd."),
-    ("gpt_neox.layers.", "blk."),
-    (".input_layernorm.", ".attn_norm."),
-    (".attention.query_key_value.", ".attn_qkv."),
-    (".attention.dense.", ".attn_output."),
-    (".post_attention_layernorm.", ".ffn_norm."),
-    (".mlp.dense_h_to_4h.", ".ffn_up."),
-    (".mlp.dense_4h_to_h.", ".ffn_down."),
-    ("gpt_neox.final_layer_norm.", "output_norm."),
-    ("embed_out.", "output."),
-)
 
 Json = dict[str, Any]
 
@@ -71,11 +58,6 @@ def require_gguf() -> None:
         import gguf  # noqa: F401
 
 
-def gguf_name(dtype: str) -> str:
-    """The file's name; hubs and engines find the precision by its end."""
-    return f"model-{dtype.upper()}.gguf"
-
-
 def write_gguf(
     path: Path,
     weights: dict[str, Tensor],
@@ -91,7 +73,8 @@ def write_gguf(
     """
     import gguf
 
-    if problem := why_read_otherwise(vocabulary.definition, vocabulary.tokenizer):
+    problem = why_read_otherwise(vocabulary.definition, vocabulary.tokenizer)
+    if problem is not None:
         raise UserError(
             f"--architecture gguf: the engines would give other ids ({problem}); {OTHER_FORM}"
         )
@@ -106,22 +89,36 @@ def write_gguf(
     add_architecture(writer, config, kind)
     add_vocabulary(writer, vocabulary, config.vocab_size)
     for name, tensor in weights.items():
-        values = (
-            by_kind(tensor, config.num_attention_heads) if ".query_key_value." in name else tensor
-        )
-        own_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(stock_to_gguf(name), stored(values, own_kind, name), raw_dtype=own_kind)
+        add_weight(writer, name, tensor, kind, config.num_attention_heads)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def add_weight(
+    writer: "gguf.GGUFWriter",
+    name: str,
+    tensor: Tensor,
+    kind: "gguf.GGMLQuantizationType",
+    heads: int,
+) -> None:
+    """One parameter of a stock GPT-NeoX; vectors, norms and biases that is, in f32."""
+    import gguf
+
+    if ".query_key_value." in name:
+        tensor = by_kind(tensor, heads)
+    own_kind = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+    packed = stored(tensor, own_kind, name)
+    writer.add_tensor(renamed(name, TO_GGUF), packed, raw_dtype=own_kind)
+
+
 def add_architecture(
     writer: "gguf.GGUFWriter", config: GPTNeoXConfig, kind: "gguf.GGMLQuantizationType"
 ) -> None:
-    """What an engine builds: the decoder's shape, and its sequential residual (in parallel it
-    gives other text).
+    """What an engine builds: the decoder's shape, and its sequential residual.
+
+    A parallel one, which engines take unless told, gives other text.
     """
     import gguf
 
@@ -141,7 +138,7 @@ def add_architecture(
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size: int) -> None:
-    """Tokens, their types, and merges; text gives the data's ids, special tokens only where an
+    """Tokens, their types, and merges: text gives the data's ids, and special tokens only where an
     engine is told so.
     """
     import gguf
@@ -149,10 +146,12 @@ def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size
     tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]  # ids of the model that no token has
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
     for token, id_ in vocabulary.tokenizer.get_vocab(with_added_tokens=False).items():
-        tokens[id_], types[id_] = token, int(gguf.TokenType.NORMAL)
+        tokens[id_] = token
+        types[id_] = int(gguf.TokenType.NORMAL)
     for id_, added in vocabulary.tokenizer.get_added_tokens_decoder().items():
         kind = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
-        tokens[id_], types[id_] = added.content, int(kind)
+        tokens[id_] = added.content
+        types[id_] = int(kind)
     ids = vocabulary.special_ids
     types[ids["eos_token_id"]] = int(gguf.TokenType.CONTROL)  # engines stop there
     writer.add_tokenizer_model("gpt2")
@@ -172,7 +171,8 @@ def add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, vocab_size
 def merges_of(definition: Json) -> Iterator[tuple[str, str]]:
     """The pairs that a BPE merges, best first; older files write each as one string."""
     for merge in definition["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = pair
         yield left, right
 
 
@@ -180,20 +180,20 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
     """What in a tokenizer llama.cpp would read otherwise than `tokenizers`; None for a plain
     byte-level BPE.
     """
-    model, steps = definition["model"], definition.get("pre_tokenizer") or {}
+    model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
         return "its model is no plain BPE"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "its model marks the inside or the end of words"
     if definition.get("normalizer"):
         return f"a normaliser, {definition['normalizer'].get('type')}"
-    if (
-        steps.get("type") != "ByteLevel"
-        or steps.get("add_prefix_space")
-        or not steps.get("use_regex", True)
-    ):
+    steps = definition.get("pre_tokenizer") or {}
+    is_byte_level = steps.get("type") == "ByteLevel"
+    splits_words = steps.get("use_regex", True)
+    if not is_byte_level or not splits_words or steps.get("add_prefix_space"):
         return "its pre-tokenizer is not GPT-2's, without a space before the text"
-    if (definition.get("decoder") or {}).get("type") != "ByteLevel":
+    decoder = definition.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
         return "its decoder is not byte-level"
     vocabulary = reference.get_vocab(with_added_tokens=False)
     if any(token not in vocabulary for token in ByteLevel.alphabet()):
@@ -204,15 +204,10 @@ def why_read_otherwise(definition: Json, reference: Tokenizer) -> str | None:
     return None
 
 
-def stock_to_gguf(name: str) -> str:
-    """GGUF's name of a stock GPT-NeoX's parameter."""
-    for stock, own in NAMES:
-        name = name.replace(stock, own)
-    return name
-
-
 def by_kind(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of query_key_value from each head's (q, k, v) to all queries, all keys, all values."""
+    """Rows of query_key_value, (3 D, D) or (3 D,): from each head's (q, k, v) to all queries, all
+    keys, all values.
+    """
     grouped = tensor.view(heads, 3, -1, *tensor.shape[1:])
     return grouped.transpose(0, 1).reshape(tensor.shape)
 

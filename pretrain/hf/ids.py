@@ -6,6 +6,8 @@ of texts that are hard to tokenize in any case; and again by `export_hf --check`
 transformers that is installed then.
 """
 
+import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError, explained
+from data_prep.manifest import Shard
 from data_prep.shards import ShardReader
 
-# of all sources together, but at least one of each; 2 seconds for a million tokens
+# Of all sources together, but at least one of each: it takes 2 seconds for a million tokens.
 SAMPLED_DOCUMENTS = 512
 OF_A_SOURCE = 16
 SAMPLED_TOKENS = 2_000  # of a document, from its beginning
@@ -40,34 +43,39 @@ def texts_of_every_source(reader: ShardReader, tokenizer: Tokenizer) -> Iterator
     """Documents of a data set, as their ids decode, evenly spread over each of its sources; of a
     long one a part.
     """
-    manifest = reader.manifest
-    each = max(1, min(OF_A_SOURCE, SAMPLED_DOCUMENTS // len(manifest.sources)))
-    for source in manifest.sources:
-        shards = [shard for shard in manifest.shards if shard.source == source.name]
+    sources = reader.manifest.sources
+    of_each = max(1, min(OF_A_SOURCE, SAMPLED_DOCUMENTS // len(sources)))
+    for source in sources:
+        shards = [shard for shard in reader.manifest.shards if shard.source == source.name]
         total = sum(shard.documents for shard in shards)
-        wanted = [number * total // each for number in range(min(each, total))]
-        before = 0
+        count = min(of_each, total)
+        wanted = [number * total // of_each for number in range(count)]
+        before = 0  # documents in the source's shards so far
         for shard in shards:
+            past_last = before + shard.documents
             for number in wanted:
-                if before <= number < before + shard.documents:
-                    place, _ = reader.document(shard, number - before)
-                    ids = reader.tokens(shard)[
-                        place.start : min(place.stop - 1, place.start + SAMPLED_TOKENS)
-                    ]
-                    yield tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-            before += shard.documents
+                if before <= number < past_last:
+                    yield beginning(reader, shard, number - before, tokenizer)
+            before = past_last
+
+
+def beginning(reader: ShardReader, shard: Shard, document: int, tokenizer: Tokenizer) -> str:
+    """The text that the first SAMPLED_TOKENS ids of a document decode to, without its end."""
+    place, _ = reader.document(shard, document)
+    end_of_text = place.stop - 1  # the last id ends the document
+    ids = reader.tokens(shard)[place.start : min(end_of_text, place.start + SAMPLED_TOKENS)]
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def hard_texts(tokenizer: Tokenizer) -> list[str]:
     """Texts that tokenizers read differently: those above, all tokens of the vocabulary, special
     tokens spelled out.
     """
-    every = tokenizer.decode(list(range(tokenizer.get_vocab_size())), skip_special_tokens=True)
-    named = [
-        f"a {token.content} b{token.content}"
-        for token in tokenizer.get_added_tokens_decoder().values()
-    ]
-    return [*HARD_TEXTS, every, *named]
+    every_id = list(range(tokenizer.get_vocab_size()))
+    every_token = tokenizer.decode(every_id, skip_special_tokens=True)
+    added = tokenizer.get_added_tokens_decoder().values()
+    named = [f"a {token.content} b{token.content}" for token in added]
+    return [*HARD_TEXTS, every_token, *named]
 
 
 def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Path) -> int:
@@ -79,29 +87,34 @@ def check_ids(export: Path, expected: Tokenizer, texts: Iterable[str], place: Pa
     UserError for the first text with other ids.
     """
     from transformers import AutoTokenizer, __version__
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    # it would warn of long texts, and of a class whose code is not to be run
-    logging.set_verbosity_error()
     refused = f"{place}: transformers {__version__} can't load or use the exported tokenizer"
+    with transformers_unheard(), explained(Exception, refused, ADVICE):
+        exported: Any = AutoTokenizer.from_pretrained(
+            export, local_files_only=True, trust_remote_code=False
+        )
+        asked = 0
+        for text in texts:
+            asked += 1
+            ids = expected.encode(text, add_special_tokens=False).ids
+            if exported.encode(text, split_special_tokens=True) != ids:
+                problem = "would give other ids with the exported tokenizer than the data set holds"
+                raise UserError(
+                    f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; {ADVICE}"
+                )
+        return asked
+
+
+@contextlib.contextmanager
+def transformers_unheard() -> Iterator[None]:
+    """transformers says nothing below an error: it would warn of long texts, and of a class whose
+    code is not to be run.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with explained(Exception, refused, ADVICE):
-            exported: Any = AutoTokenizer.from_pretrained(
-                export, local_files_only=True, trust_remote_code=False
-            )
-            asked = 0
-            for text in texts:
-                asked += 1
-                ids = expected.encode(text, add_special_tokens=False).ids
-                if exported.encode(text, split_special_tokens=True) != ids:
-                    problem = (
-                        "would give other ids with the exported tokenizer than the data set holds"
-                    )
-                    raise UserError(
-                        f"{place}: transformers {__version__} {problem}, as for {text[:40]!r}; "
-                        f"{ADVICE}"
-                    )
-            return asked
+        yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

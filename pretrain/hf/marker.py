@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import MANIFEST_NAME, UNITS_NAME, digest_file
+from data_prep.files import digest_file
+from data_prep.layout import UNITS_NAME
+from data_prep.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.config.recipe import MAY_CHANGE_ON_BRANCH, build_recipe, flatten, recipe_to_dict
+from pretrain.config.changes import MAY_CHANGE_ON_BRANCH, flatten
+from pretrain.config.load import build_recipe, recipe_to_dict
 
 MARKER_NAME = "tablefree_export.json"
 FORMAT = "tablefree-export"
@@ -42,20 +45,19 @@ def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The keys of a run's recipe that make it this run and no other; keys that it lacks are as
     default.
     """
-    recipe = flatten(
-        recipe_to_dict(build_recipe(checkpoint.manifest["recipe"], str(checkpoint.path)))
-    )
-    return {
-        key: recipe[key]
-        for key in recipe
-        if MAY_CHANGE_ON_BRANCH.isdisjoint((key, key.partition(".")[0]))
-    }
+    recipe = build_recipe(checkpoint.manifest.recipe, str(checkpoint.path))
+    kept = {}
+    for key, value in flatten(recipe_to_dict(recipe)).items():
+        section = key.partition(".")[0]
+        if MAY_CHANGE_ON_BRANCH.isdisjoint((key, section)):
+            kept[key] = value
+    return kept
 
 
 def write_marker(directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str) -> None:
     """Mark the files in a directory, all of them, as an export of this checkpoint."""
     marker = Marker(
-        fingerprint=checkpoint.manifest["fingerprint"],
+        fingerprint=checkpoint.manifest.fingerprint,
         recipe=run_recipe(checkpoint),
         step=checkpoint.step,
         architecture=architecture,
@@ -75,12 +77,12 @@ def read_marker(directory: Path) -> Marker | None:
         marker = Marker(**json.loads(raw))
     except (ValueError, TypeError, RecursionError):
         return None
-    is_ours = (
-        marker.format == FORMAT
-        and isinstance(marker.files, dict)
-        and isinstance(marker.recipe, dict)
-    )
-    return marker if is_ours and marker.to_bytes() == raw else None
+    if marker.format != FORMAT:
+        return None
+    if not isinstance(marker.files, dict) or not isinstance(marker.recipe, dict):
+        return None
+    is_as_written = marker.to_bytes() == raw
+    return marker if is_as_written else None
 
 
 def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) -> None:
@@ -90,6 +92,27 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
     run, that takes `overwrite`; what no export made is never removed.
     """
     place = f"--output-dir {output}"
+    refuse_a_home_of_others(output, place, checkpoint)
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise UserError(f"{place}: is no directory; give another")
+    if not os.listdir(output):
+        return
+    marker = read_marker(output)
+    if marker is None:
+        raise UserError(
+            f"{place}: holds something else than an export with its {MARKER_NAME} (early ones "
+            "have none); remove it, or give another directory"
+        )
+    refuse_more_than_an_export(output, place, marker)
+    why = None if overwrite else why_precious(output, marker, checkpoint)
+    if why is not None:
+        raise UserError(f"{place}: {why}; --overwrite replaces it, or give another directory")
+
+
+def refuse_a_home_of_others(output: Path, place: str, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a place in a run's checkpoints or in a data set."""
     home = output.resolve()
     if home.is_relative_to(checkpoint.path.resolve().parent):
         raise UserError(f"{place}: is among the run's checkpoints; give another directory")
@@ -99,31 +122,19 @@ def refuse_to_replace(output: Path, checkpoint: Checkpoint, *, overwrite: bool) 
                 f"{place}: is in the data set {folder}, which holds nothing else; give another "
                 "directory"
             )
-    if not os.path.lexists(output):
-        return
-    if not output.is_dir():
-        raise UserError(f"{place}: is no directory; give another")
-    names = sorted(os.listdir(output))
-    if not names:
-        return
-    marker = read_marker(output)
-    if marker is None:
-        raise UserError(
-            f"{place}: holds something else than an export with its {MARKER_NAME} (early ones "
-            "have none); remove it, or give another directory"
-        )
-    for name in names:
-        if (
-            name not in (*marker.files, MARKER_NAME)
-            or (output / name).is_symlink()
-            or not (output / name).is_file()
-        ):
+
+
+def refuse_more_than_an_export(output: Path, place: str, marker: Marker) -> None:
+    """Raise UserError for a directory that holds anything but the files of its export."""
+    own = {*marker.files, MARKER_NAME}
+    for name in sorted(os.listdir(output)):
+        path = output / name
+        is_own_file = name in own and path.is_file() and not path.is_symlink()
+        if not is_own_file:
             raise UserError(
                 f"{place}: {name} is no part of the export there; move it away, or give another "
                 "directory"
             )
-    if not overwrite and (why := why_precious(output, marker, checkpoint)):
-        raise UserError(f"{place}: {why}; --overwrite replaces it, or give another directory")
 
 
 def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:
@@ -135,8 +146,9 @@ def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | 
             return f"{name} of the export there is missing"
         if digest_file(output / name) != digest:
             return f"{name} was changed since it was exported"
-    here = {"fingerprint": checkpoint.manifest["fingerprint"], **run_recipe(checkpoint)}
-    for key, there in {"fingerprint": marker.fingerprint, **marker.recipe}.items():
-        if key in here and here[key] != there:
-            return f"holds an export of another run ({key} {there}, here {here[key]})"
+    here = {"fingerprint": checkpoint.manifest.fingerprint, **run_recipe(checkpoint)}
+    there = {"fingerprint": marker.fingerprint, **marker.recipe}
+    for key, value in there.items():
+        if key in here and here[key] != value:
+            return f"holds an export of another run ({key} {value}, here {here[key]})"
     return None

@@ -24,17 +24,17 @@ from tokenizers import Tokenizer
 from data_prep.errors import UserError, explained, parse_json
 from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
 
-# post-processors that add tokens
+# Post-processors that add tokens.
 ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
 DEFINITION_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-# of transformers 4; its content moves into tokenizer_config.json
+# A file of transformers 4; its content moves into tokenizer_config.json.
 ROLES_NAME = "special_tokens_map.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# as transformers 4 and 5 call them
+# Special tokens beside these, as transformers 4 and 5 call them.
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-# No id hangs on these
+# No id hangs on these.
 OF_DECODING = ("chat_template", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
 # What no reader of tokenizer.json needs: who saved it and where, what it says itself, and what is
 # written anew here.
@@ -88,9 +88,8 @@ class ExportedTokenizer:
             return self.files[CHAT_TEMPLATE_NAME].decode()
         told = json.loads(self.files[CONFIG_NAME]).get("chat_template")
         if isinstance(told, list):
-            told = next(
-                (named.get("template") for named in told if named.get("name") == "default"), None
-            )
+            defaults = [each.get("template") for each in told if each.get("name") == "default"]
+            told = defaults[0] if defaults else None
         return told if isinstance(told, str) else None
 
     def write_to(self, directory: Path) -> None:
@@ -114,27 +113,36 @@ def as_exported(
             raise UserError(
                 f"{source / name}: missing; copy the tokenizer of the run's data set to {source}"
             )
+    exported = dict(files)
     definition = read_object(files, DEFINITION_NAME, source)
     reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
     adding_nothing = without_additions(definition)
     if adding_nothing != definition:
-        files = files | {DEFINITION_NAME: json.dumps(adding_nothing, ensure_ascii=False).encode()}
-        reference = as_in_the_data(files[DEFINITION_NAME], source / DEFINITION_NAME)
-    told = merged_config(files, source)
-    config, left_out = plain_config(told, reference)
+        text = json.dumps(adding_nothing, ensure_ascii=False)
+        exported[DEFINITION_NAME] = text.encode()
+        reference = as_in_the_data(exported[DEFINITION_NAME], source / DEFINITION_NAME)
+    config, left_out = plain_config(merged_config(files, source), reference)
     if names_unknown and "eos_token" in config:
         config.setdefault("unk_token", config["eos_token"])
-    config |= {"model_max_length": seq_len}
-    files = files | {CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    files.pop(ROLES_NAME, None)
-    roles = {
-        role: id_
-        for role in ROLES
-        if (id_ := reference.token_to_id(config.get(role) or "")) is not None
-    }
+    config["model_max_length"] = seq_len
+    exported[CONFIG_NAME] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    exported.pop(ROLES_NAME, None)
     return ExportedTokenizer(
-        files=files, reference=reference, roles=roles, left_out=tuple(left_out)
+        files=exported,
+        reference=reference,
+        roles=ids_of_roles(config, reference),
+        left_out=tuple(left_out),
     )
+
+
+def ids_of_roles(config: Json, reference: Tokenizer) -> dict[str, int]:
+    """The id of each role that a token has."""
+    found = {}
+    for role in ROLES:
+        id_ = reference.token_to_id(config.get(role) or "")
+        if id_ is not None:
+            found[role] = id_
+    return found
 
 
 def read_object(files: dict[str, bytes], name: str, source: Path) -> Json:
@@ -151,11 +159,8 @@ def merged_config(files: dict[str, bytes], source: Path) -> Json:
     """`tokenizer_config.json`, and what only `special_tokens_map.json` says, as data preparation
     reads the two.
     """
-    told = {
-        key: value
-        for key, value in read_object(files, CONFIG_NAME, source).items()
-        if value is not None
-    }
+    config = read_object(files, CONFIG_NAME, source)
+    told = {key: value for key, value in config.items() if value is not None}
     return read_object(files, ROLES_NAME, source) | told
 
 
@@ -170,10 +175,10 @@ def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
         return
     found = sha256_of_files(files)
     if found != expected:
-        problem = (
-            f"is not the tokenizer of the checkpoint (sha256 {found[:12]}, not {expected[:12]})"
+        raise UserError(
+            f"{source}: is not the tokenizer of the checkpoint (sha256 {found[:12]}, not "
+            f"{expected[:12]}): its files were changed; {COPY_IT}"
         )
-        raise UserError(f"{source}: {problem}: its files were changed; {COPY_IT}")
 
 
 def without_additions(definition: Json) -> Json:
@@ -186,11 +191,9 @@ def without_additions(definition: Json) -> Json:
     }
     if model.get("dropout") is not None:
         changed["model"] = model | {"dropout": None}
-    return (
-        changed
-        if {key: value for key, value in changed.items() if value != definition.get(key)}
-        else definition
-    )
+    # A key that it lacks is as null: then it stays as it is, byte for byte.
+    is_same = all(value == definition.get(key) for key, value in changed.items())
+    return definition if is_same else changed
 
 
 def _kept(processor: Json | None) -> Json | None:
@@ -199,7 +202,7 @@ def _kept(processor: Json | None) -> Json | None:
         return None
     if processor["type"] != "Sequence":
         return processor
-    parts = [kept for part in processor["processors"] if (kept := _kept(part))]
+    parts = list(filter(None, map(_kept, processor["processors"])))
     return processor | {"processors": parts} if parts else None
 
 
@@ -212,31 +215,34 @@ def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:
     there: it would be cut out of texts in which the data has it as text.
     """
     plain: Json = {"tokenizer_class": PLAIN_CLASS, "model_input_names": MODEL_INPUTS}
-    plain |= {key: told[key] for key in OF_DECODING if key in told}
+    for key in OF_DECODING:
+        if key in told:
+            plain[key] = told[key]
     if getattr(reference.pre_tokenizer, "add_prefix_space", False):
         # transformers 4 takes it from here, whatever tokenizer.json says
         plain["add_prefix_space"] = True
     left_out = []
     for role in ROLES:
         token = content_of(told.get(role))
-        if token is not None and reference.token_to_id(token) is not None:
+        if token is None:
+            continue
+        if reference.token_to_id(token) is not None:
             plain[role] = token
-        elif token is not None:
+        else:
             left_out.append(f"{role} {token!r} is no token of {DEFINITION_NAME}")
     added = {token.content for token in reference.get_added_tokens_decoder().values()}
-    more = list(dict.fromkeys(more_tokens(told)))
-    foreign = [token for token in more if token not in added]
-    left_out += [
-        f"special token {token!r} is no added token of {DEFINITION_NAME}" for token in foreign
-    ]
-    if own := [token for token in more if token in added]:
+    own = []
+    for token in dict.fromkeys(more_tokens(told)):
+        if token in added:
+            own.append(token)
+        else:
+            left_out.append(f"special token {token!r} is no added token of {DEFINITION_NAME}")
+    if own:
         plain[MORE_TOKENS[0]] = own
     known = {*plain, *ROLES, *MORE_TOKENS, *SAID_ELSEWHERE}
-    left_out += [
-        f"{key} is not carried over"
-        for key in sorted(told.keys() - known)
-        if told[key] not in (None, False)
-    ]
+    for key in sorted(told.keys() - known):
+        if told[key] not in (None, False):
+            left_out.append(f"{key} is not carried over")
     return plain, left_out
 
 
@@ -253,8 +259,11 @@ def more_tokens(told: Json) -> Iterable[str]:
     for key in MORE_TOKENS:
         value = told.get(key)
         tokens = value.values() if isinstance(value, dict) else value
-        for token in tokens if isinstance(tokens, Iterable) else ():
-            if (content := content_of(token)) is not None:
+        if not isinstance(tokens, Iterable):
+            continue
+        for token in tokens:
+            content = content_of(token)
+            if content is not None:
                 yield content
 
 

@@ -1,5 +1,4 @@
-"""Files of one record a line, each about a step: reading them, and cutting off an end that a crash
-left.
+"""Files of one record a line, each about a step: reading them, and cutting off a crash's end.
 
 A kill tears the last line; a machine that loses its power may leave zeros where lines had been
 promised. What was lost so was never counted on, if a checkpoint comes before it: the file is cut
@@ -8,14 +7,13 @@ for a person to look at.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, naming, one_line
-from data_prep.shards import write_durably
+from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 
 Line = dict[str, Any]
@@ -85,9 +83,13 @@ def read_records(path: Path) -> Records:
         ends.append(start)
     rest = content[start:]
     return Records(
-        lines=lines, ends=ends, size=len(content), damage=damage, has_zeros=b"\0" in rest,
+        lines=lines,
+        ends=ends,
+        size=len(content),
+        damage=damage,
         is_followed=any(is_record(own) for own in rest.split(b"\n")[:-1]),
-    )  # fmt: skip
+        has_zeros=b"\0" in rest,
+    )
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -98,19 +100,6 @@ def read_lines(path: Path) -> list[Line]:
     if records.damage:
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
     return records.lines
-
-
-def tokens_per_second(lines: list[Line]) -> float:
-    """Of all steps of metrics.jsonl that were trained; a skipped one has no times. NaN where
-    none was.
-    """
-    trained = [line for line in lines if "skipped" not in line]
-    seconds = sum(line["step_s"] for line in trained)
-    return (
-        sum(line["tokens_per_s"] * line["step_s"] for line in trained) / seconds
-        if trained
-        else math.nan
-    )
 
 
 def cut_at(path: Path, size: int) -> None:
@@ -141,12 +130,6 @@ def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     if records.loose_bytes == 0:
         return kept, None
-    what = (
-        f"damaged ({records.damage})"
-        if records.damage
-        else f"line {len(records.lines) + 1} is torn"
-    )
-    last = f"step {records.lines[-1]['step']}" if records.lines else "its beginning"
     outcome = "those steps are trained again"
     if not reaches:
         lost = step - len({line["step"] for line in kept})
@@ -154,7 +137,16 @@ def cut_to_step(path: Path, step: int) -> tuple[list[Line], str | None]:
             f"the lines of {lost} steps are lost; the checkpoint has these steps, so they are not "
             "trained again"
         )
-    return kept, f"{path}: {what} after {last}: {records.loose_bytes:,} bytes cut off; {outcome}"
+    return kept, f"{path}: {words_on_end(records)}; {outcome}"
+
+
+def words_on_end(records: Records) -> str:
+    """What was cut off behind the last good line."""
+    what = f"line {len(records.lines) + 1} is torn"
+    if records.damage:
+        what = f"damaged ({records.damage})"
+    last = f"step {records.lines[-1]['step']}" if records.lines else "its beginning"
+    return f"{what} after {last}: {records.loose_bytes:,} bytes cut off"
 
 
 def cut_damaged_end(path: Path) -> tuple[list[Line], str | None]:
@@ -167,5 +159,7 @@ def cut_damaged_end(path: Path) -> tuple[list[Line], str | None]:
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
     if records.loose_bytes:
         cut_at(path, records.end)
-    said = f"{path}: damaged at its end ({records.damage}): {records.loose_bytes:,} bytes cut off"
-    return records.lines, said if records.damage else None
+    if not records.damage:
+        return records.lines, None
+    cut = f"{records.loose_bytes:,} bytes cut off"
+    return records.lines, f"{path}: damaged at its end ({records.damage}): {cut}"

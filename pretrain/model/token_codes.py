@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import TOKENIZER_NAME, Manifest, ShardReader
-from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe, model_config
+from data_prep.manifest import Manifest
+from data_prep.shards import TOKENIZER_NAME, ShardReader
+from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe
 
 if TYPE_CHECKING:  # both import torch, which takes seconds
     from pretrain.checkpoint.reader import Checkpoint
@@ -84,6 +85,8 @@ def config_of_run(
     """The architecture of a run on a data set; `saved` is that of its checkpoints, whose affine
     code it keeps.
     """
+    from pretrain.model.build import model_config  # which imports torch
+
     config = model_config(model)
     if model.input_embedding != "affine_code":
         return config
@@ -131,21 +134,22 @@ def saved_config(
 
     Only an affine code has to be looked up; any other follows from the recipe.
     """
-    from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, saved_steps
+    from pretrain.checkpoint.layout import saved_steps
+    from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 
     if model.input_embedding != "affine_code":
         return None
     for path in saved_steps(run_dir):
         with contextlib.suppress(*UNREADABLE):  # which is said when it is passed over
-            return dict(Checkpoint(path).manifest["model_config"])
-    return dict(branch_from.manifest["model_config"]) if branch_from else None
+            return dict(Checkpoint(path).manifest.model_config)
+    return dict(branch_from.manifest.model_config) if branch_from else None
 
 
 def check_same_code(config: "TableFreeConfig", checkpoint: "Checkpoint") -> None:
     """Raise UserError if a rank has built another code, because it could not read the
     checkpoints when it began.
     """
-    saved = checkpoint.manifest["model_config"]
+    saved = checkpoint.manifest.model_config
     if any(getattr(config, key) != saved.get(key) for key in ("affine_rows", "affine_offset")):
         raise UserError(
             f"{checkpoint.path}: not readable when this rank began; start the same command again"

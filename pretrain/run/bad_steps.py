@@ -17,54 +17,81 @@ import math
 import os
 import statistics
 from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.errors import explained, naming, printable
 from data_prep.shards import TOKENIZER_NAME, ShardReader
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
-from pretrain.distributed.ranks import gather, say, together
+from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.figures import finite, no_number
 from pretrain.metrics.records import cut_damaged_end
-from pretrain.run.claim import SKIPS_NAME
+from pretrain.run.directory import SKIPS_NAME
 
 RUNNING_STEPS = 128
 FEWEST_STEPS = 32  # no spike before so many were trained
-DEVIATIONS_OF_NORMAL = 1.4826
-# what a record needs for its replay
-DECISION = ("step", "reason", "policy", "loss", "gradient_norm")
+DEVIATIONS_OF_NORMAL = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
 
-Record = dict[str, Any]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What was found of a bad step and decided: all that its replay needs."""
+
+    step: int
+    reason: str
+    policy: str  # stop, skip or rewind
+    loss: float | None  # None: no number
+    gradient_norm: float | None
+
+    @classmethod
+    def of_record(cls, record: Json) -> Self:
+        """That of a line of skips.jsonl, or of a checkpoint. Raises KeyError for what is none."""
+        return cls(
+            step=record["step"],
+            reason=record["reason"],
+            policy=record["policy"],
+            loss=record["loss"],
+            gradient_norm=record["gradient_norm"],
+        )
 
 
 class BadSteps:
-    """The judge of a run's steps and its record: the same on every rank."""
+    """The judge of a run's steps and its decisions: the same on every rank."""
 
     def __init__(self, run_dir: Path, recipe: BadStepsRecipe, world: World) -> None:
-        self.path, self.recipe, self.world = run_dir / SKIPS_NAME, recipe, world
-        # loss and gradient norm
+        self.path = run_dir / SKIPS_NAME
+        self.recipe = recipe
+        self.world = world
+        self.decisions: dict[int, Decision] = {}  # by step
+        # Loss and gradient norm of the last steps trained, oldest first.
         self.recent: deque[tuple[float, float]] = deque(maxlen=RUNNING_STEPS)
-        self.records: dict[int, Record] = {}
 
-    def restore(self, manifest: dict[str, Any] | None) -> None:
+    def restore(self, manifest: CheckpointManifest | None) -> None:
         """Take up what a checkpoint holds, if there is one, and every decision of the run that
-        is on disk.
+        is on disk. Raises UserError for a damaged one.
         """
-        manifest = manifest or {}
-        self.recent = deque(map(tuple, manifest.get("recent_steps", [])), maxlen=RUNNING_STEPS)
-        for record in [*manifest.get("skips", []), *gather(together(self._recorded))[0]]:
-            with explained(
-                KeyError, f"{self.path}: step {record['step']}: damaged", "mend or remove it"
-            ):
-                self.records[record["step"]] = {key: record[key] for key in DECISION}
+        records = list(gather(together(self._recorded))[0])
+        recent: tuple[tuple[float, float], ...] = ()
+        if manifest:
+            records = [*manifest.skips, *records]
+            recent = manifest.recent_steps
+        self.recent = deque(recent, maxlen=RUNNING_STEPS)
+        for record in records:
+            problem = f"{self.path}: step {record['step']}: damaged"
+            with explained(KeyError, problem, "mend or remove it"):
+                self.decisions[record["step"]] = Decision.of_record(record)
 
-    def _recorded(self) -> list[Record]:
+    def _recorded(self) -> list[Json]:
         """On rank 0, what the file holds; an end that a crash left is cut off.
 
         Nothing followed from it that is not in a checkpoint, or is decided alike when the run comes
@@ -77,27 +104,35 @@ class BadSteps:
             say(self.world, f"warning: {cut}")
         return records
 
-    def about(self, step: int) -> dict[str, Any]:
-        """What the manifest of a checkpoint after `step` steps keeps."""
-        skips = [self.records[skipped] for skipped in sorted(self.records) if skipped < step]
-        return {"skips": skips, "recent_steps": list(self.recent)}
+    def skips_before(self, step: int) -> tuple[Json, ...]:
+        """The decisions that a checkpoint after `step` steps keeps, by step."""
+        kept = [self.decisions[skipped] for skipped in sorted(self.decisions) if skipped < step]
+        return tuple(asdict(decision) for decision in kept)
 
-    def replayed(self, step: int) -> Record | None:
-        """The record of a step that is not to be trained."""
-        record = self.records.get(step)
-        return record if record and record["policy"] != "stop" else None
+    def replayed(self, step: int) -> Decision | None:
+        """The decision on a step that is not to be trained."""
+        decision = self.decisions.get(step)
+        if decision is None or decision.policy == "stop":
+            return None
+        return decision
 
     def all_bad(self, steps: range) -> bool:
         """Whether none of these steps was trained."""
         return all(self.replayed(step) for step in steps)
 
+    def skipped_steps(self) -> int:
+        """How many steps were not trained so far."""
+        return sum(decision.policy != "stop" for decision in self.decisions.values())
+
     def judge(self, loss: float, gradient_norm: float) -> str | None:
         """Why a step must not be taken, or None. Good steps enter the running figures."""
-        reason = no_number(loss, gradient_norm)
-        for name, column, value in (("loss", 0, loss), ("gradient norm", 1, gradient_norm)):
-            reason = reason or self._spike(
-                name, [figures[column] for figures in self.recent], value
-            )
+        losses = [before for before, _ in self.recent]
+        norms = [before for _, before in self.recent]
+        reason = (
+            no_number(loss, gradient_norm)
+            or self._spike("loss", losses, loss)
+            or self._spike("gradient norm", norms, gradient_norm)
+        )
         if reason is None:
             self.recent.append((loss, gradient_norm))
         return reason
@@ -117,35 +152,42 @@ class BadSteps:
 
     def decide(self, step: int) -> str:
         """The policy for a bad step; `stop` where too many came in a row."""
-        too_many = all(
-            self.replayed(before) for before in range(step - self.recipe.max_in_a_row, step)
-        )
-        return "stop" if too_many else self.recipe.policy
+        row_before = range(step - self.recipe.max_in_a_row, step)
+        if self.all_bad(row_before):
+            return "stop"
+        return self.recipe.policy
 
-    def record(self, record: Record) -> None:
-        """Keep a decision, on disk before anything follows from it."""
-        self.records[record["step"]] = {key: record[key] for key in DECISION}
-        if self.world.is_main:
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(printable(json.dumps(record, ensure_ascii=False)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+    def record(self, decision: Decision, rows: Json) -> None:
+        """Keep a decision, on disk before anything follows from it, with what `describe_rows` says
+        of the step.
+        """
+        self.decisions[decision.step] = decision
+        if not self.world.is_main:
+            return
+        line = printable(json.dumps({**asdict(decision), **rows}, ensure_ascii=False)) + "\n"
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def describe_rows(
     loader: TrainingLoader, reader: ShardReader, samples: range, row_nats: list[float]
-) -> Record:
+) -> Json:
     """The samples of a step, the documents in each (input file, row), and the row of the highest
-    loss with its text.
+    loss with its text. `row_nats` has a mean loss in nats for each sample.
     """
-    worst = max(range(len(samples)), key=lambda row: (math.isnan(row_nats[row]), row_nats[row]))
-    path = reader.data_dir / TOKENIZER_NAME / "tokenizer.json"
+
+    def badness(row: int) -> tuple[bool, float]:
+        return math.isnan(row_nats[row]), row_nats[row]
+
+    worst = max(range(len(samples)), key=badness)
     ids = loader.samples(np.array([samples[worst]]))[0].tolist()
-    text = (
-        Tokenizer.from_file(str(path)).decode(ids, skip_special_tokens=False)
-        if path.is_file()
-        else None
-    )
+    tokenizer_path = reader.data_dir / TOKENIZER_NAME / "tokenizer.json"
+    text = None
+    if tokenizer_path.is_file():
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        text = tokenizer.decode(ids, skip_special_tokens=False)
     return {
         "samples": list(samples),
         "documents": [[part.origin for part in parts_of(loader, sample)] for sample in samples],

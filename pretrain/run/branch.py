@@ -7,49 +7,47 @@ branch is what a run of the other length would have been from its start.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from data_prep.errors import UserError, refusal
-from data_prep.shards import replace_directory, write_durably
-from pretrain.checkpoint.reader import (
+from data_prep.files import replace_directory, write_durably
+from pretrain.checkpoint.find import is_checkpoint
+from pretrain.checkpoint.layout import (
+    MANIFEST_NAME,
     POINTER_NAME,
-    UNREADABLE,
-    Checkpoint,
+    SIDECAR_NAME,
     checkpoints_dir,
-    is_checkpoint,
-    pointer_to,
     saved_steps,
 )
-from pretrain.checkpoint.retention import MANIFEST_NAME, SIDECAR_NAME
-from pretrain.config.recipe import Recipe, build_recipe
-from pretrain.engine.optim import learning_rate
-from pretrain.run.claim import METRICS_NAME, is_run
-from pretrain.run.directory import read_state, refuse_another_run, write_state
+from pretrain.checkpoint.manifest import pointer_to
+from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.config.schedule import learning_rate
+from pretrain.metrics.metrics_file import METRICS_NAME
+from pretrain.run.continuing import refuse_another_run
+from pretrain.run.directory import Identity, is_run
 from pretrain.run.starts import copy_starts
+from pretrain.run.state import read_state, write_state
 
 
-def open_origin(
-    path: Path, run_dir: Path, recipe: Recipe, engine_config: dict[str, Any], fingerprint: str
-) -> Checkpoint | None:
+def open_origin(path: Path, run_dir: Path, asked: Identity) -> Checkpoint | None:
     """The checkpoint to branch from; None where that was done, and the branch goes on from its own.
 
     Raises UserError if this run could not have made its steps, or is another run already.
     """
     origin = f"--branch-from {path}"
     if saved_steps(run_dir):
-        before = read_state(run_dir).get("branched_from")
+        before = read_state(run_dir).branched_from
         if before != str(path.resolve()):
             made = f"branched from {before}" if before else "of a run of its own"
             advice = "leave the flag out to continue that run, or give another --run-dir"
             raise UserError(f"{origin}: {run_dir} has checkpoints already, {made}; {advice}")
         return None
     if not is_checkpoint(path) and is_run(path):
+        advice = "it has no checkpoint yet"
         named = saved_steps(path)
-        advice = (
-            f"name one of its checkpoints, such as {named[0]}"
-            if named
-            else "it has no checkpoint yet"
-        )
+        if named:
+            advice = f"name one of its checkpoints, such as {named[0]}"
         raise UserError(f"{origin}: a run, not a checkpoint; {advice}")
     try:
         checkpoint = Checkpoint(path)
@@ -57,10 +55,9 @@ def open_origin(
         there = ", ".join(step.name for step in saved_steps(path.parent.parent)) or "none"
         problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
         raise refusal(error, problem) from None
-    refuse_another_run(run_dir, checkpoint, recipe, engine_config, fingerprint, origin)
-    check_rates(
-        build_recipe(checkpoint.manifest["recipe"], origin), recipe, checkpoint.step, origin
-    )
+    refuse_another_run(run_dir, checkpoint, asked, origin)
+    saved_recipe = build_recipe(checkpoint.manifest.recipe, origin)
+    check_rates(saved_recipe, asked.recipe, checkpoint.step, origin)
     return checkpoint
 
 
@@ -72,10 +69,8 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
             "for more"
         )
     for step in range(steps):
-        was, now = [
-            learning_rate(step, r.total_steps, r.optimizer.peak_learning_rate, r.schedule)
-            for r in (old, new)
-        ]
+        was = rate_of(old, step)
+        now = rate_of(new, step)
         if was != now:
             problem = f"step {step} had learning rate {was:.6g}, this recipe gives it {now:.6g}"
             warmup = f"schedule.warmup_steps={old.schedule.warmup(old.total_steps)}"
@@ -85,9 +80,15 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
             )
 
 
+def rate_of(recipe: Recipe, step: int) -> float:
+    """The learning rate that a recipe gives a step."""
+    peak = recipe.optimizer.peak_learning_rate
+    return learning_rate(step, recipe.total_steps, peak, recipe.schedule)
+
+
 def copy_files(origin: Checkpoint, destination: Path) -> None:
     """The checkpoint's own files, and nothing else that lies beside them."""
-    for name in (MANIFEST_NAME, SIDECAR_NAME, *(file["name"] for file in origin.files)):
+    for name in (MANIFEST_NAME, SIDECAR_NAME, *(file.name for file in origin.manifest.files)):
         shutil.copyfile(origin.path / name, destination / name)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import CommandParser, large_number
+from data_prep.commands import CommandParser, large_number
 
 ABOUT = "Train a recipe on a data set, or continue where the run stopped."
 

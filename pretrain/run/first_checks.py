@@ -24,19 +24,20 @@ from data_prep.errors import (
     parse_yaml,
 )
 from data_prep.shards import ShardReader
-from pretrain.config.engine_config import (
+from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
+from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
-    ENGINE_MAY_CHANGE_ON_RESUME,
     accumulation_steps,
     load_engine_config,
     merge_config,
 )
-from pretrain.config.recipe import Recipe, load_recipe, refuse_changes
-from pretrain.costs.memory import check_it_fits
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
-from pretrain.run.claim import refuse_what_is_no_run
 from pretrain.run.command_line import build_parser
+from pretrain.run.directory import ENGINE_CONFIG_NAME, RECIPE_NAME, refuse_what_is_no_run
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -44,42 +45,40 @@ CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What was asked for, as far as it holds anywhere."""
+    """What was asked for, as far as it holds without its data set."""
 
     flags: Namespace
     recipe: Recipe
     engine_config: dict[str, Any]  # merged, for this number of ranks
     engine_note: str  # what is to be said of the engine; empty: nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedOnData(Asked):
+    """What was asked for, as far as it holds anywhere."""
+
     reader: ShardReader
     loader: TrainingLoader
 
 
-def check_arguments(arguments: Sequence[str], ranks: int) -> Asked:
+def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
     """Check recipe, engine and data set for a run on so many ranks. Raises UserError."""
-    flags, recipe, merged, note = check_recipe_and_engine(arguments, ranks)
-    reader = open_data(flags.data_dir, recipe)
+    asked = check_recipe_and_engine(arguments, ranks)
+    recipe = asked.recipe
+    data_dir = asked.flags.data_dir
+    reader = open_training_data(data_dir, recipe)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(
-            f"{flags.data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer "
+            f"{data_dir}: {reader.manifest.tokens('train'):,} training tokens are fewer "
             f"than one batch of batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; "
             "add text or make the batch smaller"
         )
-    return Asked(
-        flags=flags,
-        recipe=recipe,
-        engine_config=merged,
-        engine_note=note,
-        reader=reader,
-        loader=loader,
-    )
+    return AskedOnData(**vars(asked), reader=reader, loader=loader)
 
 
-def check_recipe_and_engine(
-    arguments: Sequence[str], ranks: int
-) -> tuple[Namespace, Recipe, dict[str, Any], str]:
-    """Flags, recipe, merged engine configuration, and what is to be said of the engine. Raises
-    UserError.
+def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
+    """Check the flags, the recipe and its engine for a run on so many ranks. Raises UserError.
 
     The run's directory is looked at too, before anything is written there. The data set is needed
     only for the vocabulary of a recipe that leaves that to it.
@@ -88,10 +87,15 @@ def check_recipe_and_engine(
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
-    return flags, recipe, merge_config(recipe, load_engine_config(engine), ranks), note
+    return Asked(
+        flags=flags,
+        recipe=recipe,
+        engine_config=merge_config(recipe, load_engine_config(engine), ranks),
+        engine_note=note,
+    )
 
 
-def open_data(data_dir: Path, recipe: Recipe) -> ShardReader:
+def open_training_data(data_dir: Path, recipe: Recipe) -> ShardReader:
     """The data set, whose files are all there and whose ids the model has. Raises UserError."""
     reader = ShardReader(data_dir)
     reader.check_files()
@@ -135,7 +139,8 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
     """The merged configuration of a run that has saved something; empty if none can be read, or its
     recipe's engine was another one: then the recipe's change counts.
     """
-    recipe_path, engine_path = run_dir / "recipe.yaml", run_dir / "deepspeed.json"
+    recipe_path = run_dir / RECIPE_NAME
+    engine_path = run_dir / ENGINE_CONFIG_NAME
     if not has_saved(run_dir) or not (recipe_path.is_file() and engine_path.is_file()):
         return {}
     try:
@@ -143,12 +148,9 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
         merged = parse_json(engine_path.read_bytes(), str(engine_path), "")
     except (UserError, OSError):  # what continues a run by its checkpoints does not depend on them
         return {}
-    same = (
-        isinstance(before, dict)
-        and isinstance(merged, dict)
-        and before.get("engine") == recipe.engine
-    )
-    return merged if same else {}
+    if not isinstance(before, dict) or not isinstance(merged, dict):
+        return {}
+    return merged if before.get("engine") == recipe.engine else {}
 
 
 def has_saved(run_dir: Path) -> bool:
@@ -174,12 +176,10 @@ def ranks_by_default(recipe: Recipe, gpus: int) -> int:
     if gpus:
         return gpus
     at_once = recipe.batch.micro_batch_size
-    fitting = (
-        ranks
-        for ranks in range(CPU_RANKS, 0, -1)
-        if recipe.global_batch_size % (ranks * at_once) == 0
-    )
-    return next(fitting, CPU_RANKS)
+    for ranks in range(CPU_RANKS, 0, -1):
+        if recipe.global_batch_size % (ranks * at_once) == 0:
+            return ranks
+    return CPU_RANKS  # which is refused then, with what divides
 
 
 def engine_flags_by_default(arguments: Sequence[str], gpus: int) -> list[str]:
@@ -205,12 +205,17 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
-    ranks, engine_flags = ranks_by_default(recipe, gpus), engine_flags_by_default(arguments, gpus)
+    ranks = ranks_by_default(recipe, gpus)
+    engine_flags = engine_flags_by_default(arguments, gpus)
     start = " ".join([f"launch/pretrain.sh would start {ranks} ranks here", *engine_flags])
-    device_type, available = ("cuda", bytes_of_rank) if gpus else ("cpu", bytes_of_rank / ranks)
+    device_type = "cuda"
+    available = bytes_of_rank
+    if not gpus:  # the ranks share the machine
+        device_type = "cpu"
+        available = bytes_of_rank / ranks
     try:
-        _, _, merged, _ = check_recipe_and_engine([*arguments, *engine_flags], ranks)
-        check_it_fits(recipe, merged, ranks, available, device_type)
+        asked = check_recipe_and_engine([*arguments, *engine_flags], ranks)
+        check_it_fits(recipe, asked.engine_config, ranks, available, device_type)
     except UserError as error:
         return f"warning: {start}, and that is refused: {error}"
     return f"{start}: {accumulation_steps(recipe, ranks)} micro-batches each"

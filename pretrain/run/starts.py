@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import without_credentials, write_durably
-from pretrain.distributed.ranks import gather
+from data_prep.files import write_durably
+from data_prep.inputs.urls import without_credentials
+from pretrain.distributed.agree import gather
 from pretrain.distributed.world import World
-from pretrain.run.claim import STARTS_NAME
+from pretrain.run.directory import STARTS_NAME
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")
@@ -109,8 +110,7 @@ def describe_start(
     step: int, command: list[str], world: World, of_ranks: list[Surroundings]
 ) -> Start:
     """The line of a start that goes on from a step."""
-    differing = {json.dumps(each.versions): each for each in of_ranks}
-    return {
+    start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": without_credentials(shlex.join(["python", "-m", "pretrain.train", *command])),
@@ -121,12 +121,11 @@ def describe_start(
         "cpu_kernels": counted(each.cpu_kernels for each in of_ranks),
         "threads_per_rank": sorted({each.threads for each in of_ranks}),
         "versions": of_ranks[0].versions,
-        **(
-            {"versions_by_host": {e.host: e.versions for e in differing.values()}}
-            if len(differing) > 1
-            else {}
-        ),
     }
+    differing = {json.dumps(each.versions): each for each in of_ranks}
+    if len(differing) > 1:
+        start["versions_by_host"] = {each.host: each.versions for each in differing.values()}
+    return start
 
 
 def read_starts(run_dir: Path) -> list[Start]:
@@ -134,8 +133,9 @@ def read_starts(run_dir: Path) -> list[Start]:
     to end a run for.
     """
     path = run_dir / STARTS_NAME
+    content = path.read_bytes() if path.is_file() else b""
     starts = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    for line in content.splitlines():
         try:
             start = json.loads(line)
         except (ValueError, RecursionError):
@@ -149,7 +149,10 @@ def of_steps(starts: list[Start], steps: int) -> list[Start]:
     """The starts that the first so many steps of a run come from: none of a run that was begun
     anew.
     """
-    begun = max((number for number, start in enumerate(starts) if start["step"] == 0), default=0)
+    begun = 0
+    for number, start in enumerate(starts):
+        if start["step"] == 0:
+            begun = number
     return [start for start in starts[begun:] if start["step"] < steps]
 
 
@@ -157,14 +160,12 @@ def changes(before: Start, now: Start) -> list[str]:
     """What may change the last bits of a step, in words."""
     found = []
     for key in MATTERS:
-        old, new = before.get(key), now.get(key)
+        old = before.get(key)
+        new = now.get(key)
         if isinstance(old, dict) and isinstance(new, dict) and key == "versions":
-            names = sorted({*old, *new})
-            found += [
-                f"{name} {old.get(name)} -> {new.get(name)}"
-                for name in names
-                if old.get(name) != new.get(name)
-            ]
+            for name in sorted({*old, *new}):
+                if old.get(name) != new.get(name):
+                    found.append(f"{name} {old.get(name)} -> {new.get(name)}")
         elif old != new:
             found.append(f"{key} {in_words(old)} -> {in_words(new)}")
     return found
@@ -184,8 +185,9 @@ def append_start(run_dir: Path, start: Start) -> None:
     with (run_dir / STARTS_NAME).open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        is_torn = size > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * is_torn + json.dumps(start).encode() + b"\n")
+        if size > 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(start).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -203,20 +205,24 @@ def record_start(
     start = describe_start(step, command, world, of_ranks)
     append_start(run_dir, start)
     warnings = []
-    if step and before and (changed := changes(before[-1], start)):
+    changed = changes(before[-1], start) if step and before else []
+    if changed:
         warnings.append(
             f"warning: changed since the start before: {', '.join(changed)}; last digits may differ"
         )
-    if differing := start.get("versions_by_host"):
-        (host, own), (other, theirs), *_ = differing.items()
-        names = [f"{name} {own[name]} on {host}, {theirs.get(name)} on {other}" for name in own]
-        unequal = [
-            text for name, text in zip(own, names, strict=True) if own[name] != theirs.get(name)
-        ]
-        warnings.append(
-            f"warning: hosts differ: {', '.join(unequal)}; install the same versions on all"
-        )
+    if "versions_by_host" in start:
+        differing = words_on_hosts(start["versions_by_host"])
+        warnings.append(f"warning: hosts differ: {differing}; install the same versions on all")
     return warnings
+
+
+def words_on_hosts(versions_by_host: dict[str, dict[str, str]]) -> str:
+    """In which packages the first two of several hosts differ."""
+    (host, own), (other, theirs), *_ = versions_by_host.items()
+    unequal = [name for name in own if own[name] != theirs.get(name)]
+    return ", ".join(
+        f"{name} {own[name]} on {host}, {theirs.get(name)} on {other}" for name in unequal
+    )
 
 
 def copy_starts(origin_run_dir: Path, run_dir: Path, steps: int) -> None:

@@ -5,10 +5,11 @@ rank.
 import json
 from typing import Any
 
-from pretrain.config.recipe import Recipe, recipe_to_yaml
+from pretrain.config.load import recipe_to_yaml
+from pretrain.config.recipe import Recipe
+from pretrain.config.schedule import learning_rate
 from pretrain.costs.flops import count_parameters, flops_per_token
 from pretrain.data.loader import TrainingLoader
-from pretrain.engine.optim import learning_rate
 from pretrain.view.progress import epochs_lines
 from pretrain.view.templates import render
 

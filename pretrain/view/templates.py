@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from data_prep.shards import without_credentials
+from data_prep.inputs.urls import without_credentials
 
 WINGS = Path(__file__).parent.parent
 TEMPLATES = jinja2.Environment(

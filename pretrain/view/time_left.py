@@ -20,8 +20,10 @@ def times_due(every: int, done: int, total: int) -> int:
     """
     if done >= total:
         return 0
-    is_due_at_the_end_only = total % every != 0
-    return total // every - done // every + is_due_at_the_end_only
+    times = total // every - done // every
+    if total % every != 0:
+        times += 1  # at the end, which is no multiple
+    return times
 
 
 class TimeLeft:
@@ -33,7 +35,8 @@ class TimeLeft:
     """
 
     def __init__(self, recipe: Recipe, validation_tokens: int) -> None:
-        self.recipe, self.validation_tokens = recipe, validation_tokens
+        self.recipe = recipe
+        self.validation_tokens = validation_tokens
         self.step_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.forward_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.pause_s: dict[Pause, float] = {}  # what the last of its kind took
@@ -52,7 +55,8 @@ class TimeLeft:
 
     def seconds(self, done: int) -> float:
         """From the end of `done` steps, the last one seen among them, to the end of the run."""
-        recipe, total = self.recipe, self.recipe.total_steps
+        recipe = self.recipe
+        total = recipe.total_steps
         validations = times_due(recipe.validation.every_steps, done, total)
         saves = times_due(recipe.checkpoints.every_steps, done, total)
         steps_s = (total - done) * statistics.median(self.step_s)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 
 from data_prep.errors import parse_yaml
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import AUTO, RECIPES_DIR, Recipe, load_recipe, shipped_file
-from pretrain.costs.memory import check_it_fits
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import AUTO, RECIPES_DIR, load_recipe, shipped_file
+from pretrain.config.recipe import Recipe
+from pretrain.costs.fit import check_it_fits
 
 VOCABULARY = f"--model.vocab_size={65_536}"
 

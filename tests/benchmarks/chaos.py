@@ -60,9 +60,12 @@ from broken_runs.sizes import (
 from broken_runs.table import summary, table
 from support.runs import counting_dataset
 
-from data_prep.errors import UserError, exit_code
-from pretrain.checkpoint.reader import Checkpoint, saved_steps
-from pretrain.config.recipe import Recipe, load_recipe
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 
 RELATIVE = 1e-4  # by which losses on other numbers of ranks may differ: the order of sums
 SAVES_OF_A_PART = 8  # how far the two further legs go

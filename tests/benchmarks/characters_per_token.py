@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data_prep import train_tokenizer
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer, new_encoder
+from data_prep.tokenizer.encode import new_encoder
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 HEAD = (
     "| text | tokenizer | characters per token | trained in, s "

@@ -29,9 +29,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from first_step import BEGAN, REPOSITORY, Marks, import_the_command
+from first_step import BEGAN, REPOSITORY, Marks, import_the_command, mark_the_parts
 
-from data_prep.errors import UserError, exit_code
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+from support.hand_made_runs import manifest_of
+
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 
 EVERY_STEPS = 4
 BLOCK_BYTES = 8 << 20
@@ -81,7 +85,9 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
     """
     import torch
 
-    from pretrain.checkpoint.reader import Fragment, newest_good, saved_steps
+    from pretrain.checkpoint.find import newest_good
+    from pretrain.checkpoint.layout import saved_steps
+    from pretrain.checkpoint.reader import Fragment
     from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
     from pretrain.config.recipe import CheckpointsRecipe
     from pretrain.distributed.world import World
@@ -94,7 +100,7 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
         for i in range(100)
     ]
     tensors = [(f.name, state, values) for f in fragments for state, values in f.states.items()]
-    about = {"optimizer_step": 1, "parameters": {fragment.name: [size] for fragment in fragments}}
+    shapes = {fragment.name: [size] for fragment in fragments}
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
     home.mkdir()
     writer = CheckpointWriter(
@@ -122,7 +128,9 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
         figures["plain write"].append(seconds(lambda: plain_write(plain, content)))
 
     def save(number: int) -> None:
-        figures["wait"].append(seconds(lambda: writer.save(number + 1, fragments, about)))
+        figures["wait"].append(
+            seconds(lambda: writer.save(fragments, manifest_of(number + 1, shapes)))
+        )
         figures["save"].append(figures["wait"][-1] + seconds(writer.wait))
         for old in saved_steps(home)[1:]:  # the plain file before is removed beforehand too
             shutil.rmtree(old)
@@ -153,21 +161,21 @@ def save_and_load(megabytes: int, rounds: int, home: Path) -> dict[str, float]:
 def run_as_rank(output: Path, flags: list[str]) -> None:
     """The training command with the clock read around its parts; writes what they took."""
     marks = Marks()
-    train = import_the_command(marks)
-    marks.around(train, "prepare", "checks of recipe and data set")
-    marks.around(train, "start_process_group", "process group")
-    marks.around(train, "build_model", "model, initial weights")
-    marks.around(train.Engine, "__init__", "DeepSpeed engine")
-    marks.around(train, "newest_good", "load: digests")
-    marks.around(train.Engine, "write_state", "load: state")
-    marks.around(train, "micro_batches", "first batch")
-    marks.around(train.Engine, "train_step", "first step")
-    pauses, save = [], train.save
+    import_the_command(marks)
+    mark_the_parts(marks)
+    from pretrain import train
+    from pretrain.engine.engine import Engine
+    from pretrain.run import trainer
+
+    marks.around(trainer, "newest_good", "load: digests")
+    marks.around(Engine, "write_state", "load: state")
+    pauses = []
+    save = trainer.save
 
     def timed_save(*arguments: Any) -> None:
         pauses.append(seconds(lambda: save(*arguments)))
 
-    train.save = timed_save
+    trainer.save = timed_save  # type: ignore[assignment]
     code = train.main(flags)
     content = {"figures": marks.figures, "ended": marks.last[0], "began": BEGAN, "pauses": pauses}
     output.write_text(json.dumps(content))

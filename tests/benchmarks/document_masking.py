@@ -18,10 +18,11 @@ import torch
 from benchmark_recipes import load_for_benchmark
 from torch import Tensor
 
-from data_prep.errors import exit_code
-from pretrain.config.recipe import Recipe, model_config
-from pretrain.distributed.ranks import set_up_rank
+from data_prep.commands import exit_code
+from pretrain.config.recipe import Recipe
+from pretrain.distributed.devices import set_up_rank
 from pretrain.distributed.world import world_from_environment
+from pretrain.model.build import model_config
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 

@@ -26,7 +26,8 @@ from matrix.reference import ADDRESSES, CHARACTERS, FORMS, train_and_export, wri
 from support.environments import prepare_environment
 from support.runs import environment, text_dataset
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from pretrain import export_hf
 from pretrain.hf.engines import EngineRecord
 

@@ -25,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,41 +66,49 @@ class Marks:
         setattr(owner, name, timed)
 
 
-def import_the_command(marks: Marks) -> ModuleType:
-    """The module pretrain.train, imported part by part, and without a search for garbage as when
+def import_the_command(marks: Marks) -> None:
+    """Import the module pretrain.train part by part, and without a search for garbage as when
     it is run.
     """
     gc.disable()
     import torch  # noqa: F401
 
     marks.mark("import torch")
-    import pretrain.modeling_tablefree
 
     marks.mark("import transformers")
-    import pretrain.engine.engine  # noqa: F401
 
     marks.mark("import deepspeed")
-    from pretrain import train
 
     gc.freeze()
     gc.enable()
     marks.mark("import the rest")
-    return train
+
+
+def mark_the_parts(marks: Marks) -> None:
+    """Have the parts of a start marked, each at its first call."""
+    from pretrain import train
+    from pretrain.data.batches import StepBatches
+    from pretrain.engine.engine import Engine
+    from pretrain.run import lifecycle
+
+    marks.around(train, "prepare", "checks of recipe and data set")
+    marks.around(lifecycle, "start_process_group", "process group")
+    marks.around(lifecycle, "build_model", "model, initial weights")
+    marks.around(Engine, "__init__", "DeepSpeed engine")
+    marks.around(StepBatches, "of_step", "first batch")
+    marks.around(Engine, "train_step", "first step")
 
 
 def run_as_rank(output: Path, flags: list[str]) -> None:
     """Train one step as pretrain.train does, and write what its parts took; ends the process."""
     marks = Marks()
-    train = import_the_command(marks)
-    from pretrain.distributed.ranks import barrier
+    import_the_command(marks)
+    mark_the_parts(marks)
+    from pretrain import train
+    from pretrain.distributed.agree import barrier
+    from pretrain.engine.engine import Engine
 
-    marks.around(train, "prepare", "checks of recipe and data set")
-    marks.around(train, "start_process_group", "process group")
-    marks.around(train, "build_model", "model, initial weights")
-    marks.around(train.Engine, "__init__", "DeepSpeed engine")
-    marks.around(train, "micro_batches", "first batch")
-    marks.around(train.Engine, "train_step", "first step")
-    first_step = train.Engine.train_step
+    first_step = Engine.train_step
 
     def step_and_end(*arguments: Any) -> None:
         first_step(*arguments)
@@ -115,7 +122,7 @@ def run_as_rank(output: Path, flags: list[str]) -> None:
         barrier()
         os._exit(0)
 
-    train.Engine.train_step = step_and_end
+    Engine.train_step = step_and_end  # type: ignore[method-assign]
     sys.exit(train.main(flags))
 
 
@@ -124,7 +131,7 @@ def commands(ranks: int, marks: Path, flags: list[str]) -> list[list[str]]:
     own = [__file__, "--as-rank", str(marks), *flags]
     if ranks == 1:
         return [[sys.executable, *own]]
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     launcher = [
         str(Path(sys.executable).with_name("deepspeed")),

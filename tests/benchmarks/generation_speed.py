@@ -36,9 +36,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from data_prep.errors import UserError, exit_code
-from pretrain.config.recipe import ModelRecipe, model_config
-from pretrain.export_hf import ARCHITECTURES, MODELING_FILE, config_json
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
+from pretrain.config.recipe import ModelRecipe
+from pretrain.hf.architectures import ARCHITECTURES, config_json
+from pretrain.hf.names import MODELING_FILE
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,

@@ -35,15 +35,19 @@ sys.path[:0] = [str(REPOSITORY)]
 
 from benchmark_recipes import with_vocabulary
 
-from data_prep.errors import UserError, exit_code
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, load_recipe
-from pretrain.distributed.ranks import keep_freed_memory
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.data.batches import widened
+from pretrain.distributed.devices import keep_freed_memory
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
-from pretrain.engine.timing import StepProfiler
-from pretrain.train import build_model
-from pretrain.view.progress import Utilisation
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
+from pretrain.engine.profiler import StepProfiler
+from pretrain.metrics.utilisation import Utilisation
+from pretrain.model.build import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 EOS_ID, DOCUMENT_TOKENS = 0, 500
@@ -88,7 +92,7 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
         for _ in range(engine.accumulation_steps):
             ids = random.integers(1, recipe.model.vocab_size, shape).astype(np.uint16)
             ids[random.random(shape) < 1 / DOCUMENT_TOKENS] = EOS_ID
-            batches.append(engine.pinned(ids))
+            batches.append(widened(ids, pinned=True))
         engine.clock.mark("data")
         profiler.before(step)
         figures.append(engine.train_step(batches, recipe.optimizer.peak_learning_rate).own)

@@ -33,20 +33,15 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from data_prep.files import digest_file, write_durably
+from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, Source, integer_shares
 from data_prep.shards import (
     INDEX_DTYPE,
-    MANIFEST_NAME,
     TOKEN_DTYPE,
-    Manifest,
-    Shard,
     ShardReader,
-    Source,
     Tokens,
-    digest_file,
-    integer_shares,
     shard_header,
     write_array,
-    write_durably,
 )
 from pretrain.data.loader import TrainingLoader
 

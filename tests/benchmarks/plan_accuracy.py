@@ -66,7 +66,7 @@ def cases() -> list[dict[str, Any]]:
 
 def recipe_of(case: dict[str, Any], ranks: int) -> Any:
     """The recipe of a case."""
-    from pretrain.config.recipe import build_recipe
+    from pretrain.config.load import build_recipe
 
     size = case["windows"]
     content = {
@@ -108,7 +108,7 @@ class Trainer:
 
     def __init__(self, case: dict[str, Any]) -> None:
         from pretrain.distributed.world import world_from_environment
-        from pretrain.engine.engine import start_process_group
+        from pretrain.engine.process_group import start_process_group
 
         self.world = world_from_environment()
         self.device = start_process_group(self.world)
@@ -120,9 +120,10 @@ class Trainer:
         """Seconds of each step."""
         import numpy as np
 
-        from pretrain.config.engine_config import load_engine_config, merge_config
+        from pretrain.config.deepspeed import load_engine_config, merge_config
+        from pretrain.data.batches import widened
         from pretrain.engine.engine import Engine
-        from pretrain.train import build_model
+        from pretrain.model.build import build_model
 
         self.recipe = recipe_of(case, self.world.world_size)
         loaded = load_engine_config(self.recipe.engine)
@@ -134,7 +135,7 @@ class Trainer:
             shape = (engine.accumulation_steps, case["windows"], case["seq_len"] + 1)
             ids = random.integers(0, case["vocab"], shape).astype(np.uint16)
             started = time.perf_counter()
-            engine.train_step([engine.pinned(one) for one in ids], 1e-3)
+            engine.train_step([widened(one, pinned=False) for one in ids], 1e-3)
             seconds.append(time.perf_counter() - started)
         return seconds
 
@@ -143,26 +144,26 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     """Bytes predicted and measured of this rank."""
     import gc
 
-    from pretrain.costs.memory import Sizes, phase_bytes
+    from pretrain.costs.memory import phase_bytes, sizes_of
 
     trainer = Trainer(case)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before = status_bytes("VmRSS")
     if case.get("keep_freed"):
-        from pretrain.distributed.ranks import keep_freed_memory
+        from pretrain.distributed.devices import keep_freed_memory
 
         keep_freed_memory()
     trainer.train(case, steps=2)
-    phases = phase_bytes(Sizes(trainer.recipe, trainer.config, trainer.world.world_size, "cpu"))
+    phases = phase_bytes(sizes_of(trainer.recipe, trainer.config, trainer.world.world_size, "cpu"))
     return {"predicted": max(phases.values()), "measured": status_bytes("VmHWM") - before}
 
 
 def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     """Tokens/s predicted and measured of one rank."""
-    from pretrain.distributed.ranks import keep_freed_memory
+    from pretrain.costs.step_time import Spread, step_seconds
+    from pretrain.distributed.devices import keep_freed_memory
     from pretrain.engine.calibrate import calibrate
-    from pretrain.plan import step_seconds
 
     keep_freed_memory()
     trainer = Trainer(case)
@@ -171,14 +172,16 @@ def measure_speed(case: dict[str, Any]) -> dict[str, float]:
     measured = statistics.median(trainer.train(case, steps=case["steps"] + 1)[1:])
     calibrated += [calibrate(recipe, None, low_precision=low_precision, budget_s=case["budget_s"])]
     count = case.get("accumulation", 1)
-    seconds = [step_seconds(recipe, trainer.config, costs, 1, 1.0, count) for costs in calibrated]
+    # One rank sends nothing.
+    alone = Spread(ranks=1, accumulation=count, bytes_per_s=1.0)
+    seconds = [step_seconds(recipe, trainer.config, costs, alone) for costs in calibrated]
     tokens = recipe.batch.global_batch_tokens
     return {"predicted": tokens / statistics.mean(seconds), "measured": tokens / measured}
 
 
 def run(case: dict[str, Any], measurement: str) -> dict[str, float]:
     """The case in processes of its own; the figures of the rank that held most."""
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     ranks, repository = case.get("ranks", 1), Path(__file__).resolve().parents[2]
     shared = {

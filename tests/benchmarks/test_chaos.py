@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from broken_runs.leg import Leg
 from safetensors.torch import load_file
 from support.runs import run_command
 
-from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import Checkpoint, Fragment, saved_steps, sidecar_of
+from data_prep.files import digest_file
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.manifest import sidecar_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.saving import write_fragments
 
 pytestmark = pytest.mark.slow
@@ -198,7 +201,7 @@ def test_a_tensor_that_differs_in_one_bit_is_a_problem(home: Path, tmp_path: Pat
         Fragment(name=n, start=first, states={state: tensors[f"{n}/{state}"] for state in STATES})
         for n, (first, _) in entry["fragments"].items()
     ]
-    manifest["files"][0] = write_fragments(path / entry["name"], fragments)
+    manifest["files"][0] = asdict(write_fragments(path / entry["name"], fragments))
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "manifest.json.xxh3_128").write_bytes(sidecar_of(path))
     assert digest_file(path / entry["name"]) != entry["xxh3_128"]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from pretrain.config.recipe import Recipe, load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.recipe import Recipe
 
 NEVER = 10**6
 
@@ -36,7 +37,7 @@ def trainer_job(recipe: Recipe, home: Path, output_dir: Path) -> None:
     import deepspeed
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
-    from pretrain.config.engine_config import load_engine_config, merge_config
+    from pretrain.config.deepspeed import load_engine_config, merge_config
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model, optimizer, batch = recipe.model, recipe.optimizer, recipe.batch

@@ -60,9 +60,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmark_recipes import load_for_benchmark
 from support.hand_made_shards import write_dataset, write_source
 
-from data_prep.errors import CommandParser, UserError, exit_code
-from pretrain.config.recipe import Recipe, load_recipe, recipe_to_dict
-from pretrain.distributed.ranks import free_port
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError
+from pretrain.config.load import load_recipe, recipe_to_dict
+from pretrain.config.recipe import Recipe
+from pretrain.distributed.rendezvous import free_port
 
 WARM_UP_STEPS = 4
 NEVER = 10**6

@@ -35,20 +35,30 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmark_recipes import load_for_benchmark
 from support.hand_made_shards import write_dataset, write_source
 
-from data_prep.errors import exit_code
+from data_prep.commands import exit_code
 from data_prep.shards import Tokens
-from pretrain import train
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, recipe_to_dict
-from pretrain.data.loader import Prefetch
-from pretrain.distributed.ranks import free_port, set_up_rank
+from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import recipe_to_dict
+from pretrain.config.recipe import Recipe
+from pretrain.data.batches import widened
+from pretrain.distributed.devices import set_up_rank
+from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
 from pretrain.engine.optim import build_optimizer
+from pretrain.engine.process_group import start_process_group
+from pretrain.metrics.metrics_file import MetricsFile
+from pretrain.metrics.step_record import StepRecord
+from pretrain.model.build import build_model
 from pretrain.model.loss import LanguageModelLoss
-from pretrain.run.directory import MetricsFile
-from pretrain.train import build_model
+from pretrain.run.bad_steps import BadSteps
+from pretrain.run.prepare import prepare
+from pretrain.run.state import note_failure
+from pretrain.run.trainer import Trainer
 from pretrain.view.progress import Progress
+from pretrain.view.time_left import TimeLeft
+from pretrain.watch.watch import Watch
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 Step = Callable[[list[Tokens]], object]
@@ -90,10 +100,12 @@ def new_engine(recipe: Recipe, device: torch.device) -> tuple[Engine, dict[str, 
 def engine_step(recipe: Recipe, device: torch.device) -> Step:
     """The same step through DeepSpeed ZeRO-2."""
     engine, _ = new_engine(recipe, device)
+    on_gpu = device.type == "cuda"
 
     def step(micro_batches: list[Tokens]) -> object:
         return engine.train_step(
-            [engine.pinned(ids) for ids in micro_batches], recipe.optimizer.peak_learning_rate
+            [widened(ids, pinned=on_gpu) for ids in micro_batches],
+            recipe.optimizer.peak_learning_rate,
         )
 
     return step
@@ -112,19 +124,27 @@ def trainer_step(recipe: Recipe, device: torch.device, home: Path) -> Step:
         "--run-dir",
         str(home / "run"),
     ]
-    run = replace(train.prepare(flags, ALONE), engine_config=config)
+    run = replace(prepare(flags, ALONE), engine_config=config)
     run.run_dir.mkdir()
     metrics = MetricsFile(run.run_dir, 0)
-    progress = Progress(recipe, 0, device, ALONE)
-    batches = Prefetch(lambda step: train.micro_batches(run, engine, step), run.stop_at_step)
+    progress = Progress(TimeLeft(recipe, 0), 0, ALONE)
     numbers = iter(range(run.stop_at_step))
-    bad_steps = train.BadSteps(run.run_dir, recipe.bad_steps, ALONE)
+    bad_steps = BadSteps(run.run_dir, recipe.bad_steps, ALONE)
     engine.judge = bad_steps.judge
+    trainer = Trainer(
+        run=run,
+        engine=engine,
+        bad_steps=bad_steps,
+        watch=Watch(ALONE, run.run_dir, recipe.stalls, note_failure),
+        writer=CheckpointWriter(run.run_dir, recipe.checkpoints, ALONE, AroundSaves()),
+        start_step=0,
+    )
 
     def step(_: list[Tokens]) -> None:
-        line = train.one_step(run, engine, bad_steps, batches, next(numbers))
-        progress.show(line)
-        metrics.append(line)
+        record = trainer.train_step(next(numbers))
+        assert isinstance(record, StepRecord)
+        progress.show(record)
+        metrics.append(record)
         engine.clock.mark("other")
 
     return step

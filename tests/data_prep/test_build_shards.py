@@ -41,11 +41,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep import train_tokenizer
 from data_prep.building import unit_shards, work_units
-from data_prep.building.mixture import assign, load_mixture, mixture_path
-from data_prep.building.work_units import WorkUnit
-from data_prep.errors import UserError, exit_code
-from data_prep.shards import NO_LOSS, Manifest, Shard, ShardReader, load_manifest, lock
-from data_prep.tokenizer.encode import Encoder, LoadedTokenizer, new_encoder
+from data_prep.building.build_plan import assign
+from data_prep.building.mixture import load_mixture, mixture_path
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
+from data_prep.formats.work_unit import WorkUnit
+from data_prep.locks import lock
+from data_prep.manifest import NO_LOSS, Manifest, Shard, load_manifest
+from data_prep.shards import ShardReader
+from data_prep.tokenizer.encode import Encoder, new_encoder
+from data_prep.tokenizer.load import LoadedTokenizer
 
 pytest_plugins = ("support.prep_fixtures",)
 

@@ -12,12 +12,13 @@ import pytest
 from support.prep_helpers import build, flip_byte, stamps
 
 from data_prep import layout, show, verify
-from data_prep.build_shards import write_tokenizer
-from data_prep.building.unit_shards import _seal, read_record
+from data_prep.building.output_dir import write_tokenizer
+from data_prep.building.unit_records import _seal, read_record
 from data_prep.errors import UserError
 from data_prep.files import replace_directory, write_durably
-from data_prep.shards import ShardReader, ShardWriter, load_manifest
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader, ShardWriter
+from data_prep.tokenizer.load import load_tokenizer
 from pretrain.data.staging import staged
 
 pytest_plugins = ("support.prep_fixtures",)

@@ -11,20 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.files import digest_file, write_durably
+from data_prep.manifest import Manifest, Shard, Source, integer_shares, load_manifest
 from data_prep.shards import (
     INDEX_DTYPE,
     TOKEN_DTYPE,
-    Manifest,
-    Shard,
     ShardReader,
     ShardWriter,
-    Source,
-    digest_file,
-    integer_shares,
-    load_manifest,
     open_array,
     write_array,
-    write_durably,
 )
 
 BORDER_IDS = [0, 32_767, 32_768, 65_535]

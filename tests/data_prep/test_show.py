@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from data_prep import show
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
+from data_prep.view import columns, source_statistics, source_text, summary
 
 pytest_plugins = ("support.prep_fixtures",)
 
@@ -58,11 +59,13 @@ def test_the_table(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_source_may_have_no_validation_documents() -> None:
-    assert show.figures(()) == ("0", "0", "0.00", "0.00")
+    none = summary.total(())
+    assert (none.documents, none.tokens) == (0, 0)
+    assert (none.characters_per_token, none.bytes_per_token) == (0.0, 0.0)
 
 
 def test_columns_are_aligned() -> None:
-    assert show.table([("a", "b", "n"), ("long", "x", "10"), ("z", "y", "5")]).splitlines() == [
+    assert columns.table([("a", "b", "n"), ("long", "x", "10"), ("z", "y", "5")]).splitlines() == [
         "a     b   n",
         "----  -  --",
         "long  x  10",
@@ -120,7 +123,7 @@ def test_figures_of_a_source_can_be_recounted(
     assert [row and int(row[2].replace(",", "")) for row in rows] == [
         bins[i] for i in range(min(bins), max(bins) + 1)
     ]
-    assert max(len(row[4] or "") for row in rows if row) == show.BAR_CHARACTERS
+    assert max(len(row[4] or "") for row in rows if row) == source_text.BAR_CHARACTERS
     counts, unseen = Counter(ids), 512 - len(set(ids))
     assert facts["never seen"] == [f"{unseen:,} of 512 ids ({unseen / 512:.1%})"]
     assert tokenizer.token_bytes
@@ -153,9 +156,9 @@ def test_figures_of_a_source_can_be_recounted(
 def test_a_part_of_a_large_source_is_counted_and_that_is_said(
     dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(source_statistics, "PIECE_TOKENS", 100)
     whole = block(shown(capsys, str(dataset)), "speeches")
-    monkeypatch.setattr(show, "COUNTED_TOKENS", 6_000)
+    monkeypatch.setattr(source_statistics, "COUNTED_TOKENS", 6_000)
     part = block(shown(capsys, str(dataset)), "speeches")
     tokens = len(ids_of(ShardReader(dataset), "speeches")[1])
     match = re.match(f"([\\d,]+) of {tokens:,} tokens, evenly spread; ", part["counted"][0])
@@ -165,13 +168,13 @@ def test_a_part_of_a_large_source_is_counted_and_that_is_said(
     assert part["commonest"][0].split()[:2] == whole["commonest"][0].split()[:2]
     reader = ShardReader(dataset)
     shards = [shard for shard in reader.manifest.shards if shard.source == "speeches"]
-    each = [int(show.count(reader, [shard])[1].sum()) for shard in shards]
+    each = [int(source_statistics.count_ids(reader, [shard]).sum()) for shard in shards]
     assert min(each) > 2_000  # every shard has its part
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=50))
 def test_the_histogram_holds_every_document_once(lengths: list[int]) -> None:
-    lines = list(show.histogram(np.array(lengths)))
+    lines = list(source_text.histogram(np.array(lengths)))
     total = 0
     for line in lines:
         span, number = line.replace(",", "").split()[:2]
@@ -196,13 +199,13 @@ def test_raw_bytes_of_a_byte_fallback_tokenizer() -> None:
     }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    assert sorted(show.raw_bytes(tokenizer)) == [2, 3]
+    assert sorted(source_statistics.raw_bytes(tokenizer)) == [2, 3]
 
 
 def test_raw_bytes_of_a_byte_level_tokenizer(tokenizer_dir: Path) -> None:
     tokenizer = show.load_tokenizer(tokenizer_dir).reference
     text = "".join(map(chr, range(0x80, 0x800)))  # two bytes each
-    raw = set(show.raw_bytes(tokenizer))
+    raw = set(source_statistics.raw_bytes(tokenizer))
     assert len(raw) == 128
     assert raw >= {i for i in tokenizer.encode(text).ids if len(tokenizer.id_to_token(i)) == 1}
     assert not raw & set(tokenizer.encode("".join(map(chr, range(0x80)))).ids)
@@ -225,7 +228,7 @@ def test_what_was_left_out_and_the_tokenizer_s_special_tokens(
     rows = [
         f"a.jsonl, row {len(texts) + 2 + i}: {manifest.bad_documents[i].reason}" for i in range(3)
     ]
-    assert left_out[1:] == [show.cut(row, show.LINE_CHARACTERS) for row in rows]
+    assert left_out[1:] == [columns.cut(row, columns.LINE_CHARACTERS) for row in rows]
     assert "\nspecial      <pad> = 511, <|endoftext|> = 0\n" in out
     assert "\nseparator    eos after every document: <|endoftext|> = 0\n" in out
 

@@ -22,16 +22,10 @@ from support.prep_helpers import (
 
 from data_prep import verify
 from data_prep.errors import UserError
-from data_prep.shards import (
-    INDEX_DTYPE,
-    SHARD_HEADER_BYTES,
-    TOKEN_DTYPE,
-    Manifest,
-    digest_file,
-    load_manifest,
-    lock,
-    open_array,
-)
+from data_prep.files import digest_file
+from data_prep.locks import lock
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shards import INDEX_DTYPE, SHARD_HEADER_BYTES, TOKEN_DTYPE, open_array
 
 pytest_plugins = ("support.prep_fixtures",)
 

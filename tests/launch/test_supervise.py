@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import psutil
@@ -27,10 +26,12 @@ from support.runs import (
 from support.waiting import wait_until
 
 from data_prep.errors import UserError
-from data_prep.shards import lock
-from launch import supervise
-from launch.supervise import Slots, Supervisor, read_hostfile, standing, trim
-from pretrain.config.recipe import build_recipe
+from data_prep.locks import lock
+from launch import hosts
+from launch.hosts import Found, read_hostfile, trim
+from launch.outcome import standing
+from launch.supervise import Job, Supervisor
+from pretrain.config.load import build_recipe
 
 LONG = f"--train_tokens={10**5 * 6 * 32}"
 # Every Python imports it: rank 1 dies as it takes the batch of a step of FAIL_AT, once for each, or
@@ -40,7 +41,7 @@ import os
 from pathlib import Path
 
 if os.environ.get("RANK") == "1":
-    from pretrain.data.loader import Prefetch
+    from pretrain.data.batches import Prefetch
 
     def take_or_die(self, step, take=Prefetch.take):
         died = Path(__file__).with_name(f"died-at-{step}")
@@ -190,7 +191,7 @@ def test_a_killed_launcher_s_ranks_end_before_the_next_start_and_nothing_outlive
         rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE
     ]
     wait_until(
-        lambda: standing(run_dir)["starts"] == 2 and steps_of(run_dir) >= 3,
+        lambda: standing(run_dir).starts == 2 and steps_of(run_dir) >= 3,
         "three steps of the second start",
         200,
         job=job,
@@ -256,14 +257,13 @@ def test_a_second_signal_ends_the_run_at_once(
     wait_until(lambda: not processes_of(tmp_path / "run"), "all to end", 5, log=log)
 
 
-def supervisor(run_dir: Path, **flags: object) -> Supervisor:
-    return Supervisor(
-        Namespace(**{"run_dir": str(run_dir), "ranks": None, "hostfile": None, **flags}), []
-    )
+def supervisor(run_dir: Path, ranks: int | None = None) -> Supervisor:
+    job = Job(recipe="", data_dir=Path(), run_dir=run_dir, ranks=ranks, trainer_flags=[])
+    return Supervisor(job)
 
 
 def test_a_restart_waits_until_the_last_rank_let_go_of_the_directory(tmp_path: Path) -> None:
-    holder = "import sys, time; from pathlib import Path; from data_prep.shards import lock\n"
+    holder = "import sys, time; from pathlib import Path; from data_prep.locks import lock\n"
     holder += "held = lock(Path(sys.argv[1]), '', ''); print('held', flush=True); time.sleep(2)"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
@@ -285,8 +285,8 @@ def test_gpus_that_are_gone_or_back_are_counted_anew(
 ) -> None:
     job = supervisor(tmp_path, ranks=None)
 
-    def found(gpus: int) -> tuple[Slots, Slots]:
-        monkeypatch.setattr(supervise, "COUNT_GPUS", ("echo", str(gpus)))
+    def found(gpus: int) -> Found:
+        monkeypatch.setattr(hosts, "COUNT_GPUS", ("echo", str(gpus)))
         return job.find_gpus()
 
     assert found(8) == ({"": 8}, {"": 8})
@@ -317,7 +317,7 @@ def test_gpus_are_asked_of_torch_unless_it_was_built_for_cpus(
     (torch / "__init__.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 3)\n")
     if version is not None:
         (torch / "version.py").write_text(version)
-    result = run_command(*supervise.COUNT_GPUS, PYTHONPATH=str(tmp_path))
+    result = run_command(*hosts.COUNT_GPUS, PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stdout) == (0, "3\n" if imports else "0\n"), result.stderr
 
 
@@ -335,10 +335,10 @@ def test_ranks_that_are_left_are_as_many_as_divide_a_step(
     fitting = [n for n in range(1, sum(slots) + 1) if batch % (n * micro_batch_size) == 0]
     kept = trim(asked, recipe)
     assert sum(kept.values()) == max(fitting, default=sum(slots))
-    hosts = list(kept)
-    assert hosts == list(asked)[: len(hosts)]
-    assert all(kept[host] == asked[host] for host in hosts[:-1])
-    assert 0 < kept[hosts[-1]] <= asked[hosts[-1]]
+    names = list(kept)
+    assert names == list(asked)[: len(names)]
+    assert all(kept[host] == asked[host] for host in names[:-1])
+    assert 0 < kept[names[-1]] <= asked[names[-1]]
 
 
 def test_a_hostfile_is_read_as_deepspeed_does_or_refused_with_its_line(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_job_whose_output_nobody_reads_any_more_goes_on_after_a_rank_is_killed
 def test_gpus_that_cannot_be_counted_are_bad_input_at_first_and_a_failed_start_later(
     code: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervise, "COUNT_GPUS", (sys.executable, "-c", code))
-    monkeypatch.setattr(supervise, "ANSWER_S", 1.0)
+    monkeypatch.setattr(hosts, "COUNT_GPUS", (sys.executable, "-c", code))
+    monkeypatch.setattr(hosts, "ANSWER_S", 1.0)
     with pytest.raises(UserError, match=says):
         supervisor(tmp_path / "run").find_gpus()

@@ -17,16 +17,21 @@ import torch.nn.functional as F
 from support.runs import counting_dataset, run_command
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader, load_manifest
-from pretrain.checkpoint.reader import load_for_reading, load_model, newest_good
-from pretrain.evaluate import evaluate, main, open_data, score, tokenizer_of
-from pretrain.evaluation.result import figures_of
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.reader import load_model
+from pretrain.evaluate import main
+from pretrain.evaluation.open_run import open_data, tokenizer_of
+from pretrain.evaluation.result import read_result
+from pretrain.evaluation.scoring import evaluate, score
 
 
 def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: Path) -> None:
     reader = ShardReader(text_data)
     checkpoint = load_for_reading(text_run)
-    total, by_source = evaluate(checkpoint, reader)
+    result = evaluate(checkpoint, reader)
+    total = result.whole_split
 
     shards = reader.manifest.shards_of("validation")
     stream = torch.from_numpy(
@@ -39,21 +44,21 @@ def test_figures_equal_a_plain_pass_over_the_stream(text_run: Path, text_data: P
         nats += F.cross_entropy(logits, ids[1:], reduction="sum").item()
         targets += len(ids) - 1
 
-    assert targets == total["targets"] == len(stream) - 1
+    assert targets == total.targets == len(stream) - 1
     assert (len(stream) - 1) % 32, (
         "the split must end in a partial window for this test to mean something"
     )
-    assert total["loss"] == pytest.approx(nats / targets, rel=1e-6)
-    assert total["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
+    assert total.loss == pytest.approx(nats / targets, rel=1e-6)
+    assert total.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
     text_bytes = sum(shard.text_bytes for shard in shards)
-    assert total["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
-    assert by_source == {"sotu": total}
+    assert total.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert result.sources == {"sotu": total}
 
 
 def test_a_uniform_guess_over_256_ids_is_eight_bits_an_id() -> None:
     figures = score(nats=100 * math.log(256), targets=100, text_bytes=100)
-    assert figures["perplexity"] == pytest.approx(256)
-    assert figures["bits_per_byte"] == pytest.approx(8)
+    assert figures.perplexity == pytest.approx(256)
+    assert figures.bits_per_byte == pytest.approx(8)
 
 
 def test_the_command_prints_and_writes_the_same_figures(
@@ -153,15 +158,19 @@ def test_the_figures_of_a_step_are_its_own_and_take_no_other_s_place(
     main(["--run-dir", str(run_dir), "--step", "15"])
     assert "step-00000015" in capsys.readouterr().out
     assert (run_dir / "evaluation.json").read_bytes() == newest
-    figures = json.loads((run_dir / "evaluations" / "step-00000015.json").read_text())
-    assert figures["step"] == 15
-    assert figures["loss"] != json.loads(newest)["loss"]
-    assert figures_of(run_dir, 15) == figures
-    assert figures_of(run_dir, 20) == json.loads(newest)
-    assert figures_of(run_dir, 10) is None
+    of_step = (run_dir / "evaluations" / "step-00000015.json").read_bytes()
+    figures = read_result(run_dir, 15)
+    assert figures is not None
+    assert figures.to_bytes() == of_step
+    assert figures.step == json.loads(of_step)["step"] == 15
+    assert figures.whole_split.loss != json.loads(newest)["loss"]
+    of_newest = read_result(run_dir, 20)
+    assert of_newest is not None
+    assert of_newest.to_bytes() == newest
+    assert read_result(run_dir, 10) is None
     (run_dir / "evaluations" / "step-00000015.json").unlink()
     main(["--run-dir", str(run_dir / "checkpoints" / "step-00000015")])  # the same, said otherwise
-    assert figures_of(run_dir, 15) == figures
+    assert read_result(run_dir, 15) == figures
     assert newest_good(run_dir)[1] == []  # nothing was put into a checkpoint
 
 
@@ -199,14 +208,16 @@ def test_another_data_set_of_the_same_tokenizer_is_scored_and_the_result_says_wh
         fingerprint,
         str(other),
     )
-    assert figures_of(run_dir, 20) is None  # an export's card is about the run's own data
+    assert read_result(run_dir, 20) is None  # an export's card is about the run's own data
 
 
 def test_a_run_of_before_checkpoints_named_the_tokenizer_knows_it_by_its_copy(
     text_run: Path, text_data: Path
 ) -> None:
     checkpoint = load_for_reading(text_run)
-    told = checkpoint.manifest["data"].pop("tokenizer_sha256")
+    manifest = checkpoint.manifest
+    told = manifest.data.tokenizer_sha256
+    checkpoint.manifest = replace(manifest, data=replace(manifest.data, tokenizer_sha256=None))
     assert (
         told
         == tokenizer_of(checkpoint, text_run)
@@ -229,10 +240,11 @@ def test_advice_that_was_followed_is_not_given_again(
         main(["--run-dir", str(run_dir), "--data-dir", str(tmp_path / "nowhere")])
     assert "--data-dir" not in str(raised.value)
     checkpoint = load_for_reading(run_dir)
-    checkpoint.manifest["data_dir"] = str(tmp_path / "moved")
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=str(tmp_path / "moved"))
     with pytest.raises(UserError, match="is not there; say where with --data-dir"):
         open_data(checkpoint, None, run_dir)
-    checkpoint.manifest["data_dir"] = str(other_data_set(text_data, tmp_path))
+    other = str(other_data_set(text_data, tmp_path))
+    checkpoint.manifest = replace(checkpoint.manifest, data_dir=other)
     with pytest.raises(UserError, match="say where that is with --data-dir"):
         open_data(checkpoint, None, run_dir)
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import load_for_reading, load_model
+from data_prep.files import digest_file
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.reader import load_model
 from pretrain.export_hf import main
 from pretrain.hf.engines import engines_of
 from pretrain.hf.marker import MARKER_NAME

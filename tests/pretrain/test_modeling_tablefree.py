@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.small_models import as_gpt_neox, greedy, small_config, small_model, some_ids
 from torch import Tensor
 
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     INPUT_EMBEDDINGS,
     TableFreeForCausalLM,

@@ -14,24 +14,24 @@ import torch
 from support.runs import REPOSITORY, counting_dataset, overrides_of
 
 from data_prep.errors import UserError
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import RECIPES_DIR, Recipe, load_recipe
-from pretrain.costs.flops import DEVICES, LINKS, Costs
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import RECIPES_DIR, load_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.costs.budgets import chunk_tokens
+from pretrain.costs.devices import DEVICES, LINKS
+from pretrain.costs.fit import check_it_fits, largest_micro_batch, with_micro_batch
 from pretrain.costs.memory import (
     MODES,
-    Sizes,
     activation_bytes,
-    check_it_fits,
-    chunk_tokens,
-    largest_micro_batch,
     loss_head_bytes,
     needed_bytes,
     phase_bytes,
+    sizes_of,
     whole_parameters,
-    with_micro_batch,
 )
+from pretrain.costs.step_time import Costs, Spread, parse_interconnect, scale_to, step_seconds
 from pretrain.engine.calibrate import calibrate
-from pretrain.plan import parse_interconnect, plan, scale_to, step_seconds
+from pretrain.plan import plan
 
 PAPER = load_recipe("paper_binary_code")
 
@@ -193,7 +193,7 @@ def test_a_figure_that_was_given_takes_the_place_of_the_known_one(
     plan(["--recipe", "paper_binary_code", "--device", "a100", "--memory-gb", "64"])
     printed = capsys.readouterr().out
     assert "1 x 1 a100, peak 312 TFLOP/s" in printed
-    size = largest_micro_batch(PAPER, merged(PAPER, 1), 1, "cuda", 64e9, "none")
+    size = largest_micro_batch(sizes_of(PAPER, merged(PAPER, 1), 1, "cuda"), 64e9, "none")
     assert f"{size}\n" in next(
         line + "\n" for line in printed.splitlines() if line.startswith("  none")
     )
@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_and_exit_code_2() -> None:
 
 def test_what_is_said_to_fit_does_and_the_next_larger_does_not() -> None:
     for mode in MODES:
-        size = largest_micro_batch(PAPER, merged(PAPER, 4), 4, "cuda", 24e9, mode)
+        size = largest_micro_batch(sizes_of(PAPER, merged(PAPER, 4), 4, "cuda"), 24e9, mode)
         assert size is not None
         assert needed(with_micro_batch(PAPER, size, mode), 4) <= 24e9
         assert size == 128 or needed(with_micro_batch(PAPER, 2 * size, mode), 4) > 24e9
@@ -263,7 +263,7 @@ def test_activations_are_the_bytes_that_a_model_keeps_for_its_backward_pass(
     recipe = load_recipe("quickstart", [*overrides, f"--activation_checkpointing.mode={mode}"])
     dtype = torch.bfloat16 if engine == "zero2_bf16" else torch.float32
     kept = bytes_alive_after_forward(recipe, 5, dtype) - bytes_alive_after_forward(recipe, 2, dtype)
-    sizes = Sizes(recipe, merged(recipe, 1), 1, "cpu")
+    sizes = sizes_of(recipe, merged(recipe, 1), 1, "cpu")
     assert kept == pytest.approx(activation_bytes(sizes, 5) - activation_bytes(sizes, 2), rel=0.02)
 
 
@@ -278,7 +278,7 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
-    from pretrain.train import build_model
+    from pretrain.model.build import build_model
 
     model = build_model(load_deeper(recipe, layers))
     for parameter in model.parameters():
@@ -298,7 +298,7 @@ def bytes_alive_after_forward(recipe: Recipe, layers: int, dtype: torch.dtype) -
 
 def test_the_loss_head_s_chunk_is_that_of_the_loss_head() -> None:
     for device, ranks in (("cpu", 1), ("cuda", 8)):
-        sizes = Sizes(PAPER, merged(PAPER, ranks), ranks, device)
+        sizes = sizes_of(PAPER, merged(PAPER, ranks), ranks, device)
         rows = chunk_tokens(PAPER.model.vocab_size, device)
         gradients = 4 * (65_536 * 1024 + 16 * 1024 * 1024)
         copies = 4 * 65_536 * 1024 if device == "cpu" else 2 * rows * 65_536
@@ -307,7 +307,7 @@ def test_the_loss_head_s_chunk_is_that_of_the_loss_head() -> None:
 
 def test_fewer_windows_than_a_micro_batch_accumulate_less() -> None:
     costs = Costs(window=0.01, reduced_parameter=0.0, updated_parameter=0.0)
-    sizes = Sizes(PAPER, merged(PAPER, 1), 1, "cuda")
+    sizes = sizes_of(PAPER, merged(PAPER, 1), 1, "cuda")
     scale = scale_to(sizes, costs, 64, 1e12)
     assert (scale.micro_batch_size, scale.accumulation) == (8, 1)  # 512 windows
     assert scale.needed_bytes == needed(with_micro_batch(PAPER, 8, "none"), 64)
@@ -356,22 +356,23 @@ def test_a_step_s_time_is_that_of_the_formula() -> None:
         merged(PAPER, 1),
         470_190_080,
     )
-    assert step_seconds(PAPER, config, costs, 1, 1.0, 32) == pytest.approx(
-        512 + parameters * (32 * 2e-9 + 3e-9)
-    )
+    assert step_seconds(
+        PAPER, config, costs, Spread(ranks=1, accumulation=32, bytes_per_s=1.0)
+    ) == pytest.approx(512 + parameters * (32 * 2e-9 + 3e-9))
+    on_four = Spread(ranks=4, accumulation=8, bytes_per_s=1e9)
     # eight all-reduces of fp32 gradients, one gathering of bf16
     wire = 3 / 4 * parameters * (8 * 2 * 4 + 2) / 1e9
     local = parameters * (8 * 2e-9 + 3e-9 / 4)
-    assert step_seconds(PAPER, config, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire)
+    assert step_seconds(PAPER, config, costs, on_four) == pytest.approx(128 + local + wire)
     once = {**config, "zero_optimization": {**config["zero_optimization"], "stage": 1}}
     wire_once = 3 / 4 * parameters * (2 * 4 + 2) / 1e9
-    assert step_seconds(PAPER, once, costs, 4, 1e9, 8) == pytest.approx(128 + local + wire_once)
+    assert step_seconds(PAPER, once, costs, on_four) == pytest.approx(128 + local + wire_once)
     overlapping = {
         **config,
         "zero_optimization": {**config["zero_optimization"], "overlap_comm": True},
     }
     hidden = min(2 / 3 * 128, 3 / 4 * parameters * 64 / 1e9)
-    assert step_seconds(PAPER, overlapping, costs, 4, 1e9, 8) == pytest.approx(
+    assert step_seconds(PAPER, overlapping, costs, on_four) == pytest.approx(
         128 + local + wire - hidden
     )
 
@@ -423,8 +424,8 @@ def test_an_offloaded_optimizer_leaves_the_device() -> None:
         **config["zero_optimization"],
         "offload_optimizer": {"device": "cpu"},
     }
-    own = phase_bytes(Sizes(PAPER, merged(PAPER, 1), 1, "cuda"))
-    offloaded = phase_bytes(Sizes(PAPER, config, 1, "cuda"))
+    own = phase_bytes(sizes_of(PAPER, merged(PAPER, 1), 1, "cuda"))
+    offloaded = phase_bytes(sizes_of(PAPER, config, 1, "cuda"))
     assert own["blocks, backward"] - offloaded["blocks, backward"] == 12 * 470_190_080
 
 

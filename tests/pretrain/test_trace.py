@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from support.runs import REPOSITORY, run_command, write_recipe
 from tokenizers import Tokenizer
 
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from data_prep.shards import ShardReader
 from pretrain import trace
-from pretrain.config.recipe import load_recipe, recipe_to_yaml
+from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import parts_of
 

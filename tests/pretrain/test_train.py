@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.forked_ranks import run_ranks, train_on
+from support.hand_made_runs import trained_step
 from support.hand_made_shards import write_dataset, write_source
 from support.runs import (
     REPOSITORY,
@@ -34,10 +35,10 @@ from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.config.recipe import load_recipe
+from pretrain.config.load import load_recipe
+from pretrain.config.schedule import learning_rate
 from pretrain.distributed.world import World, world_from_environment
-from pretrain.engine.optim import learning_rate
-from pretrain.run.directory import MetricsFile
+from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.train import main
 
 STEPS = 20
@@ -345,7 +346,7 @@ def test_metrics_are_cut_back_to_the_step_at_which_a_run_goes_on(
         path = Path(directory) / "metrics.jsonl"
         path.write_text("".join(f'{{"step": {step}}}\n' for step in range(lines)) + torn)
         file = MetricsFile(Path(directory), start_step)
-        file.append({"step": start_step})
+        file.append(trained_step(start_step))
         file.close()
         kept = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert kept == [*range(min(lines, start_step)), start_step]

@@ -56,10 +56,11 @@ def variables_of(ranks: int) -> list[dict[str, str]]:
 def become_a_rank(variables: dict[str, str], log: Path) -> None:
     """The begin of a forked rank's body: a launcher's variables, and output to a file."""
     assert "support.preloaded" in sys.modules  # an import that fails there is not said
-    from pretrain.distributed import ranks as distributed
+
+    from pretrain.distributed import agree
 
     # no launcher ends the other ranks here: they would just wait
-    distributed.LET_RANK_0_SPEAK_S = 0.5
+    agree.LET_RANK_0_SPEAK_S = 0.5
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import shards
-from data_prep.shards import Manifest, Shard, Source, integer_shares
+from data_prep.files import write_durably
+from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, Source, integer_shares
+from data_prep.shards import INDEX_DTYPE, TOKEN_DTYPE, write_array
 
 
 def write_source(
@@ -21,7 +22,7 @@ def write_source(
     ids = [token for document in documents for token in [*document, eos_id]]
     starts = np.cumsum([0, *(len(document) + 1 for document in documents)])[:-1]
     path = f"shards/{split}/{source}/{unit}.npy"
-    index = np.stack([starts, np.arange(len(documents))], axis=1).astype(shards.INDEX_DTYPE)
+    index = np.stack([starts, np.arange(len(documents))], axis=1).astype(INDEX_DTYPE)
     shard = Shard(
         split=split,
         source=source,
@@ -33,10 +34,10 @@ def write_source(
         inputs=(f"{source}.txt",),
         first_row=0,
         rows=len(documents),
-        xxh3_128=shards.write_array(data_dir / path, np.array(ids, shards.TOKEN_DTYPE)),
+        xxh3_128=write_array(data_dir / path, np.array(ids, TOKEN_DTYPE)),
         index_xxh3_128="",
     )
-    index_digest = shards.write_array(data_dir / shard.index_path, index)
+    index_digest = write_array(data_dir / shard.index_path, index)
     return Shard(**{**shard.__dict__, "index_xxh3_128": index_digest})
 
 
@@ -62,5 +63,5 @@ def write_dataset(
         sources=sources,
         shards=tuple(written),
     )
-    shards.write_durably(data_dir / shards.MANIFEST_NAME, manifest.to_bytes())
+    write_durably(data_dir / MANIFEST_NAME, manifest.to_bytes())
     return data_dir

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from data_prep import build_shards
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, load_manifest
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shards import ShardReader
 from support.runs import REPOSITORY
 
 MPIEXEC = shutil.which(
@@ -29,10 +30,10 @@ MPIEXEC = shutil.which(
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is missing: pip install mpich")
 BUILD_WITH_UNITS_OF = """
 import sys
-from data_prep import build_shards, errors
+from data_prep import build_shards, commands
 from data_prep.building import work_units
 work_units.MIN_UNIT_BYTES = int(sys.argv.pop(1))
-sys.exit(errors.exit_code(build_shards.main))
+sys.exit(commands.exit_code(build_shards.main))
 """
 VOCAB_SIZE = 512
 NASTY_TEXTS = (

@@ -136,7 +136,7 @@ def launch_training(
 
 def free_port() -> int:
     """A TCP port nobody listens on."""
-    from pretrain.distributed.ranks import free_port
+    from pretrain.distributed.rendezvous import free_port
 
     return free_port()
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeConfig,
     TableFreeForCausalLM,

@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from data_prep.building.work_units import WorkUnit, cut_units
+from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats.corpus import read_documents
+from data_prep.formats.known import read_documents
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import InputFile
 
 Bad = list[tuple[int, str]]

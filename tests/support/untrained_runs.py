@@ -4,16 +4,19 @@ from pathlib import Path
 
 import torch
 
-from data_prep.shards import write_durably
+from data_prep.files import write_durably
+from pretrain.checkpoint.manifest import AboutData
 from pretrain.checkpoint.reader import Fragment
-from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.config.recipe import build_recipe, model_config, recipe_to_dict
+from pretrain.checkpoint.saving import Savers, save_checkpoint
+from pretrain.config.load import build_recipe, recipe_to_dict
 from pretrain.distributed.world import World
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,
     initialise_parameters,
 )
+from support.hand_made_runs import manifest_of
 from support.runs import tiny_recipe_content
 
 
@@ -37,21 +40,15 @@ def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **m
         )
         for n, p in parameters.items()
     ]
-    about = {
-        "optimizer_step": 1,
-        "seed": 1,
-        "fingerprint": "0" * 32,
-        "data_dir": "",
-        "data": {
-            "eos_id": 0,
-            "sources": [{"name": "s", "origin": "o", "weight": 1.0, "license": None}],
-        },
-        "recipe": recipe_to_dict(recipe),
-        "model_config": model_config(recipe.model).to_diff_dict(),
-        "parameters": {name: list(p.shape) for name, p in parameters.items()},
-    }
-    save_checkpoint(
-        run_dir, 1, fragments, about, World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    source = {"name": "s", "origin": "o", "weight": 1.0, "license": None}
+    manifest = manifest_of(
+        1,
+        {name: list(p.shape) for name, p in parameters.items()},
+        data=AboutData(eos_id=0, sources=[source]),
+        recipe=recipe_to_dict(recipe),
+        model_config=model_config(recipe.model).to_diff_dict(),
     )
+    alone = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    save_checkpoint(run_dir, fragments, manifest, Savers(world=alone))
     for file in tokenizer.iterdir():
         write_durably(run_dir / "tokenizer" / file.name, file.read_bytes())

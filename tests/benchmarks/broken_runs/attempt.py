@@ -13,7 +13,7 @@ from support.waiting import came_true
 from broken_runs.jobs import POLL_S, Job
 from broken_runs.leavings import last_step, stamp_of
 from data_prep.errors import UserError
-from pretrain.checkpoint.reader import checkpoints_dir
+from pretrain.checkpoint.layout import checkpoints_dir
 
 PATIENCE_S = 300.0  # for a job on which nothing moves
 

@@ -12,7 +12,8 @@ from support.waiting import came_true
 from broken_runs.attempt import Attempt
 from broken_runs.jobs import POLL_S, exists, kill_job, send
 from broken_runs.leg import FLIP, ONE, WHOLE, Fault, Leg, Record, step_of
-from pretrain.checkpoint.reader import newest_good, saved_steps
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import saved_steps
 
 SURVIVORS_S = 15.0  # in which all ranks end when one was killed
 FULL_DISK_S = 60.0  # in which a run ends, or goes on, when its disk is full

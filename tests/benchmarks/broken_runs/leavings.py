@@ -86,8 +86,8 @@ def line_problems(lines: list[Line], reference: list[Line], relative: float = 0.
 
 def tensor_problems(found: Checkpoint, expected: Checkpoint) -> list[str]:
     """Where the tensors of two checkpoints are not bitwise equal."""
-    ours = (found.step, found.optimizer_step, found.shapes)
-    theirs = (expected.step, expected.optimizer_step, expected.shapes)
+    ours = (found.step, found.manifest.optimizer_step, found.shapes)
+    theirs = (expected.step, expected.manifest.optimizer_step, expected.shapes)
     if ours != theirs:
         return [f"{found.path}: step {found.step}, expected {expected.step}, or other parameters"]
     return [

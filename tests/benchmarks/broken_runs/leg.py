@@ -9,7 +9,9 @@ from typing import NamedTuple
 from broken_runs.attempt import Attempt, Pace
 from broken_runs.jobs import LAUNCHERS
 from broken_runs.leavings import Line, line_problems, lines_of, stamp_of, tensor_problems
-from pretrain.checkpoint.reader import POINTER_NAME, Checkpoint, newest_good, saved_steps
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import POINTER_NAME, saved_steps
+from pretrain.checkpoint.reader import Checkpoint
 
 MOST_LINES_SAID = 5  # of the problems that one look finds in lines
 

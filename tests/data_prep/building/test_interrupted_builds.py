@@ -34,7 +34,9 @@ from support.prep_helpers import (
 )
 from support.runs import REPOSITORY
 
-from data_prep.shards import LOCK_NAME, digest_file, load_manifest
+from data_prep.files import digest_file
+from data_prep.locks import LOCK_NAME
+from data_prep.manifest import load_manifest
 
 pytest_plugins = ("support.prep_fixtures",)
 

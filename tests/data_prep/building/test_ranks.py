@@ -67,7 +67,8 @@ if world.rank == 0:
 def test_an_error_reaches_ranks_at_work(tmp_path: Path) -> None:
     program = """
 import sys
-from data_prep.errors import UserError, exit_code
+from data_prep.errors import UserError
+from data_prep.commands import exit_code
 from data_prep.building.ranks import Progress, connect, together
 world, _ = connect()
 progress = Progress(world, 100)
@@ -103,7 +104,7 @@ time.sleep(60)
 def test_a_refused_file_is_one_line_too(tmp_path: Path) -> None:
     program = """
 import sys
-from data_prep.errors import exit_code
+from data_prep.commands import exit_code
 from data_prep.building.ranks import connect, together
 world, _ = connect()
 sys.exit(exit_code(lambda: together(world, lambda: world.rank and open("/nowhere/at/all"))))

@@ -9,10 +9,13 @@ from support.prep_helpers import build, contents, decoded, flip_byte, source, st
 
 from data_prep import show, verify
 from data_prep.building import work_units
-from data_prep.building.mixture import cut_as_before, load_mixture
-from data_prep.building.work_units import FEW_FILES, WorkUnit, apart, cut_units
+from data_prep.building.build_plan import cut_as_before
+from data_prep.building.mixture import load_mixture
+from data_prep.building.work_units import FEW_FILES, apart, cut_units
+from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import find_inputs
-from data_prep.shards import Manifest, ShardReader, load_manifest
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shards import ShardReader
 from data_prep.verify import find_problems
 
 pytest_plugins = ("support.prep_fixtures",)

@@ -29,10 +29,10 @@ from support.prep_helpers import (
 )
 from support.text_files import Bad, read, read_error, units_of, write_arrow, write_csv
 
-from data_prep.building.work_units import cut_units, format_of
+from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats import corpus
-from data_prep.formats.corpus import read_documents
+from data_prep.formats import documents as corpus
+from data_prep.formats.known import format_of, read_documents
 from data_prep.inputs import sources as inputs
 from data_prep.inputs.sources import InputFile
 
@@ -334,7 +334,8 @@ def test_bad_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "c.txt: a document of 0 MB, expected at most 0 MB" in read_error(paths[2], "txt")
     opened: list[str] = []
     monkeypatch.setattr(
-        corpus, "open_input", lambda file: opened.append(file.name) or inputs.open_input(file)
+        "data_prep.formats.text.open_input",
+        lambda file: opened.append(file.name) or inputs.open_input(file),
     )
     texts, rows, bad = read(units_of(*paths, format="txt", skip_bad=True))
     assert (texts, rows) == (["a", "d"], [0, 3])
@@ -496,7 +497,7 @@ def test_a_file_that_changed_since_it_was_cut_is_an_error(
 def test_a_file_cut_short_while_it_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "check_unchanged", lambda unit: None)
+    monkeypatch.setattr("data_prep.formats.known.check_unchanged", lambda unit, is_folder: None)
     path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
     units = units_of(path, format="jsonl")
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])

@@ -13,9 +13,10 @@ from support.files_of_ids import EOS, HUGE, input_file, read_all
 
 from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats.pretokenized import flat_ids
+from data_prep.formats.pretokenized import id_width
 from data_prep.formats.pretokenized.documents import cut_ids, read_ids
-from data_prep.formats.pretokenized.flat_ids import check_lengths, refuse_other_width
+from data_prep.formats.pretokenized.flat_ids import check_lengths
+from data_prep.formats.pretokenized.id_width import refuse_other_width
 from data_prep.inputs.sources import InputFile
 
 MANY = np.random.default_rng(0).integers(6, 50_000, 300_000)
@@ -133,7 +134,7 @@ def test_ids_of_another_width_are_refused(tmp_path: Path, kind: str) -> None:
 def test_what_lies_between_the_places_looked_at_is_seen_when_it_is_read(tmp_path: Path) -> None:
     narrow = np.tile(MANY, 8).astype("<u2")
     content = bytearray(narrow.tobytes())
-    part = WIDE[: flat_ids.WINDOW_IDS].tobytes()
+    part = WIDE[: id_width.WINDOW_IDS].tobytes()
     at = 2 * (len(narrow) // 16)
     content[at : at + len(part)] = part
     file = written(tmp_path / "a.bin", bytes(content))

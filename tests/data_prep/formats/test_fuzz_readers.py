@@ -17,7 +17,7 @@ from support.text_files import input_files, write_arrow, write_csv
 
 from data_prep.building.work_units import cut_units
 from data_prep.errors import UserError
-from data_prep.formats.corpus import read_documents
+from data_prep.formats.known import read_documents
 from data_prep.formats.pretokenized import documents as pretokenized
 from data_prep.inputs.sources import InputFile
 

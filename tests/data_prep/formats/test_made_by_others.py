@@ -15,7 +15,8 @@ from support.runs import REPOSITORY
 
 from data_prep.formats.pretokenized.documents import cut_ids, read_ids
 from data_prep.shards import ShardReader
-from data_prep.tokenizer.encode import load_tokenizer, reference_ids
+from data_prep.tokenizer.encode import reference_ids
+from data_prep.tokenizer.load import load_tokenizer
 
 TOKENISED = REPOSITORY / "tests" / "data" / "tokenised"
 TEXTS = [

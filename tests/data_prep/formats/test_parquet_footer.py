@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from support.text_files import input_files, read, units_of
 
-from data_prep.building.work_units import open_parquet
 from data_prep.errors import UserError
 from data_prep.formats import parquet_footer
+from data_prep.formats.parquet import open_parquet
 from data_prep.formats.parquet_footer import is_encrypted, refuse_encrypted
 
 # field 8 (1 behind the last), a struct; in it field 1, a struct (AES_GCM_V1) that is empty; the

@@ -33,7 +33,8 @@ from data_prep.formats.pretokenized import documents as pretokenized
 from data_prep.formats.pretokenized import flat_ids
 from data_prep.formats.pretokenized.documents import cut_ids, read_ids
 from data_prep.inputs.sources import InputFile
-from data_prep.tokenizer.encode import LoadedTokenizer, decode_ids, load_tokenizer, new_encoder
+from data_prep.tokenizer.encode import decode_ids, new_encoder
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 pytest_plugins = ("support.prep_fixtures",)
 

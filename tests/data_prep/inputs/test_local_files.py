@@ -23,7 +23,7 @@ from data_prep import train_tokenizer
 from data_prep.errors import UserError
 from data_prep.inputs.local_files import escaped, refuse_inside, warn_of_gaps
 from data_prep.inputs.sources import find_inputs
-from data_prep.shards import load_manifest
+from data_prep.manifest import load_manifest
 
 pytest_plugins = ("support.prep_fixtures",)
 

@@ -25,7 +25,7 @@ from support.prep_helpers import (
     write_parquet,
 )
 
-from data_prep.shards import Manifest, load_manifest
+from data_prep.manifest import Manifest, load_manifest
 
 pytest_plugins = ("support.prep_fixtures",)
 

@@ -26,10 +26,11 @@ from support.prep_helpers import (
 )
 
 from data_prep import show, verify
-from data_prep.errors import UserError, exit_code
+from data_prep.commands import exit_code
+from data_prep.errors import UserError
 from data_prep.inputs import sources as inputs
 from data_prep.inputs.urls import without_credentials
-from data_prep.shards import load_manifest
+from data_prep.manifest import load_manifest
 
 pytest_plugins = ("support.prep_fixtures",)
 

@@ -30,13 +30,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_prep import train_tokenizer
 from data_prep.errors import UserError
 from data_prep.tokenizer import char_ngram
-from data_prep.tokenizer.encode import (
-    Encoder,
-    LoadedTokenizer,
-    load_tokenizer,
-    new_encoder,
-    reference_ids,
-)
+from data_prep.tokenizer.encode import Encoder, new_encoder, reference_ids
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 SPELLINGS = (
     "<pad>", "<s>", "</s>", "<unk>", "<0x41>", "<0x80>", "<unused_E004>", "<unused_FFFF>",

@@ -26,13 +26,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.errors import UserError
 from data_prep.shards import tokenizer_sha256
-from data_prep.tokenizer.encode import (
-    Encoder,
-    load_tokenizer,
-    new_encoder,
-    reference_ids,
-    without_special_tokens,
-)
+from data_prep.tokenizer.encode import Encoder, new_encoder, reference_ids
+from data_prep.tokenizer.load import load_tokenizer, without_special_tokens
 from data_prep.tokenizer.reference import size_of_vocabulary
 
 pytest_plugins = ("support.prep_fixtures",)

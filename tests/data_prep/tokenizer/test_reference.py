@@ -14,7 +14,7 @@ from support.prep_helpers import NASTY_TEXTS, build, source, write_mixture, writ
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import reference_beside
-from data_prep.tokenizer.encode import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 from data_prep.tokenizer.reference import LocalReference
 from data_prep.tokenizer.reference_beside import Process, ReferenceBeside
 
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_it_cannot_load_is_refused_here(
 def test_it_ends_with_the_process_that_started_it(tokenizer_dir: Path) -> None:
     program = """
 import sys, time
-from data_prep.tokenizer.encode import load_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
 tokenizer = load_tokenizer(__import__("pathlib").Path(sys.argv[1]), prefer="gigatoken")
 print(tokenizer.by_reference._process.pid, flush=True)
 time.sleep(60)

@@ -35,16 +35,18 @@ from tokenizers import (
 )
 
 from data_prep import show
-from data_prep.building import unit_shards
+from data_prep.building import unit_records
 from data_prep.building.unit_shards import ended
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, TokenizerLoss, load_manifest
+from data_prep.manifest import Manifest, TokenizerLoss, load_manifest
+from data_prep.shards import ShardReader
 from data_prep.tokenizer.doubtful_characters import (
     Doubtful,
     is_newer_than_python,
     normalized_otherwise,
 )
-from data_prep.tokenizer.encode import load_tokenizer, new_encoder, reference_ids
+from data_prep.tokenizer.encode import new_encoder, reference_ids
+from data_prep.tokenizer.load import load_tokenizer
 from data_prep.tokenizer.traits import why_not_gigatoken
 
 pytest_plugins = ("support.prep_fixtures",)
@@ -372,7 +374,7 @@ def test_records_with_a_loss_of_few_documents_are_made_again(tmp_path: Path) -> 
     content = {name: value for name, value in json.loads(whole).items() if name != "seal"} | {
         "loss": of_one
     }
-    seal = unit_shards._seal(signature_of(mixture), content)
+    seal = unit_records._seal(signature_of(mixture), content)
     record.write_text(json.dumps({"seal": seal, **content}, indent=1) + "\n")
     (tmp_path / "out" / "manifest.json").unlink()
     assert build(mixture, tmp_path / "out") == manifest
@@ -405,10 +407,10 @@ def test_records_of_earlier_versions_still_count(
     (record,) = (tmp_path / "out" / "units" / "a").glob("*.json")
     content = json.loads(record.read_bytes())
     signature = signature_of(mixture)
-    assert content.pop("seal") == unit_shards._seal(signature, content)
+    assert content.pop("seal") == unit_records._seal(signature, content)
     del content["loss"]
     record.write_text(
-        json.dumps({"seal": unit_shards._seal(signature, content), **content}, indent=1) + "\n"
+        json.dumps({"seal": unit_records._seal(signature, content), **content}, indent=1) + "\n"
     )
     before = record.stat().st_ino
     (tmp_path / "out" / "manifest.json").unlink()
@@ -417,8 +419,9 @@ def test_records_of_earlier_versions_still_count(
 
 
 def signature_of(mixture: Path) -> str:
-    from data_prep.building.mixture import load_mixture, make_plan
-    from data_prep.building.unit_shards import unit_signature
+    from data_prep.building.build_plan import make_plan
+    from data_prep.building.mixture import load_mixture
+    from data_prep.building.unit_records import unit_signature
 
     loaded = load_mixture(mixture)
     tokenizer = load_tokenizer(loaded.tokenizer_dir)

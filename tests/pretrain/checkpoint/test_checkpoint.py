@@ -3,37 +3,31 @@ import re
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.hand_made_runs import manifest_of
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import (
-    FORMAT,
-    FORMAT_VERSION,
-    UNREADABLE,
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    load_for_reading,
-    load_model,
-    newest_good,
-    pointer_to,
-    saved_steps,
-    sidecar_of,
-)
+from data_prep.files import digest_file
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.manifest import CheckpointManifest, pointer_to, sidecar_of
+from pretrain.checkpoint.reader import UNREADABLE, Checkpoint, Fragment, load_model
 from pretrain.checkpoint.retention import prune
-from pretrain.checkpoint.saving import save_checkpoint, write_fragments
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.checkpoint.saving import Savers, save_checkpoint, write_fragments
+from pretrain.config.recipe import ModelRecipe
 from pretrain.distributed.world import World
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     checkpoint_parameters,
@@ -50,8 +44,8 @@ TENSORS, MANIFEST, SIDECAR = (
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def about(**more: object) -> dict[str, object]:
-    return {"optimizer_step": 7, "parameters": SHAPES, **more}
+def about(step: int, **more: Any) -> CheckpointManifest:
+    return replace(manifest_of(step, SHAPES, optimizer_step=7), **more)
 
 
 def values_of(step: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -95,14 +89,8 @@ def save_as_ranks(run_dir: Path, cuts: list[int]) -> Checkpoint:
         )
         for rank, (low, high) in enumerate(pairwise(bounds))
     ]
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "step": 7,
-        **about(),
-        "files": files,
-    }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = about(7, files=tuple(files))
+    (path / "manifest.json").write_bytes(manifest.to_json())
     (path / "manifest.json.xxh3_128").write_bytes(sidecar_of(path))
     (path.parent / "latest").write_bytes(pointer_to(path))
     return Checkpoint(path)
@@ -113,7 +101,7 @@ def save(run_dir: Path, step: int) -> Path:
     fragments = [
         Fragment(name=name, start=0, states=states) for name, states in values_of(step).items()
     ]
-    return save_checkpoint(run_dir, step, fragments, about(), ALONE)
+    return save_checkpoint(run_dir, fragments, about(step), Savers(world=ALONE))
 
 
 def assert_holds(checkpoint: Checkpoint | None, step: int) -> None:
@@ -194,7 +182,7 @@ def test_a_model_s_masters_come_back_as_the_training_class(tmp_path: Path) -> No
     for fragment in fragments:
         fragment.states.update({state: values.clone() for state, values in fragment.states.items()})
     more = {"parameters": shapes, "model_config": model.config.to_diff_dict()}
-    save_checkpoint(tmp_path, 1, fragments, about(**more), ALONE)
+    save_checkpoint(tmp_path, fragments, about(1, **more), Savers(world=ALONE))
     loaded, ids = load_model(load_for_reading(tmp_path)), torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -401,7 +389,7 @@ def test_states_that_are_no_numbers_are_not_saved(value: float, state: str, tmp_
     with pytest.raises(
         UserError, match=f"step-00000010: not written: vector/{state} holds what is no number"
     ) as raised:
-        save_checkpoint(tmp_path, 10, fragments, about(), ALONE)
+        save_checkpoint(tmp_path, fragments, about(10), Savers(world=ALONE))
     assert raised.value.exit_code == 1
     assert sorted(tmp_path.rglob("*")) == before
     assert_holds(newest_good(tmp_path)[0], 5)
@@ -436,7 +424,7 @@ def spoil(path: Path, name: str) -> None:
         for key in SHAPES
     ]
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"] = [write_fragments(path / TENSORS, fragments)]
+    manifest["files"] = [asdict(write_fragments(path / TENSORS, fragments))]
     (path / MANIFEST).write_text(json.dumps(manifest))
     (path / SIDECAR).write_bytes(sidecar_of(path))
     (path.parent / "latest").write_bytes(pointer_to(path))

@@ -14,19 +14,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.forked_ranks import fork_server
+from support.hand_made_runs import manifest_of
 from support.runs import free_port, run_command
 
 from data_prep.errors import UserError
-from pretrain.checkpoint.reader import Checkpoint, Fragment, newest_good, saved_steps
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
-from pretrain.engine.timing import StepClock
-from pretrain.run.directory import around_saves, read_state, write_state
+from pretrain.engine.clock import StepClock
+from pretrain.run.saving import around_saves
+from pretrain.run.state import RunState, read_state, write_state
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
-ABOUT = {"optimizer_step": 1, "parameters": {"a": [1000], "b": [10, 3]}}
+SHAPES = {"a": [1000], "b": [10, 3]}
 
 
 def state_of(value: float) -> list[Fragment]:
@@ -59,7 +63,7 @@ def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile
     writer, failures = writer_of(tmp_path)
     for step in (1, 2, 3):
         fragments = state_of(step)
-        writer.save(step, fragments, ABOUT)
+        writer.save(fragments, manifest_of(step, SHAPES))
         for fragment in fragments:
             for values in fragment.states.values():
                 values.fill_(-1.0)
@@ -72,7 +76,7 @@ def test_a_checkpoint_is_that_of_the_saved_step_whatever_training_does_meanwhile
                 assert torch.equal(
                     Checkpoint(path).parameter(name, state), torch.full(shape, float(step))
                 )
-    assert read_state(tmp_path) == {"saved_step": 3}
+    assert read_state(tmp_path) == RunState(saved_step=3)
     assert failures == []
 
 
@@ -81,7 +85,7 @@ def test_its_memory_is_that_of_the_state_once_for_all_saves(tmp_path: Path) -> N
     places = set()
     for step in (1, 2, 3):
         fragments = state_of(step)
-        writer.save(step, fragments, ABOUT)
+        writer.save(fragments, manifest_of(step, SHAPES))
         places.add(writer._memory.data_ptr())
         assert (
             writer._memory.nbytes
@@ -95,24 +99,24 @@ def test_its_memory_is_that_of_the_state_once_for_all_saves(tmp_path: Path) -> N
 def test_every_so_many_th_checkpoint_is_kept(tmp_path: Path) -> None:
     with writer_of(tmp_path, keep_last=1, keep_every=4)[0] as writer:
         for step in range(1, 10):
-            writer.save(step, state_of(step), ABOUT)
+            writer.save(state_of(step), manifest_of(step, SHAPES))
     assert [int(path.name[-2:]) for path in saved_steps(tmp_path)] == [9, 8, 4]
 
 
 def test_a_failed_save_is_told_at_the_next_one_and_the_run_is_asked_to_end(tmp_path: Path) -> None:
     writer, failures = writer_of(tmp_path)
-    writer.save(1, state_of(1), ABOUT)
+    writer.save(state_of(1), manifest_of(1, SHAPES))
     writer.wait()
     # a file, which cannot be cleared like a directory
     (tmp_path / "checkpoints" / ".step-00000002.tmp").write_text("")
-    writer.save(2, state_of(2), ABOUT)
+    writer.save(state_of(2), manifest_of(2, SHAPES))
     with pytest.raises(
         UserError, match=r"step-00000002: not written: .*; it needs 12,360 bytes, the disk mounted"
     ):
-        writer.save(3, state_of(3), ABOUT)
+        writer.save(state_of(3), manifest_of(3, SHAPES))
     assert failures == ["failed"]
     (tmp_path / "checkpoints" / ".step-00000002.tmp").unlink()
-    writer.save(3, state_of(3), ABOUT)  # told once
+    writer.save(state_of(3), manifest_of(3, SHAPES))  # told once
     writer.wait()
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000003", "step-00000001"]
 
@@ -120,27 +124,36 @@ def test_a_failed_save_is_told_at_the_next_one_and_the_run_is_asked_to_end(tmp_p
 def test_leaving_it_waits_for_the_checkpoint_and_tells_what_came_first(tmp_path: Path) -> None:
     writer, _ = writer_of(tmp_path)
     with pytest.raises(KeyError), writer:  # noqa: PT012
-        writer.save(1, state_of(1), ABOUT)
+        writer.save(state_of(1), manifest_of(1, SHAPES))
         raise KeyError
     assert newest_good(tmp_path)[0].step == 1  # type: ignore[union-attr]
     (tmp_path / "checkpoints" / ".step-00000002.tmp").write_text("")
     with pytest.raises(UserError, match="step-00000002: not written"), writer:
-        writer.save(2, state_of(2), ABOUT)
+        writer.save(state_of(2), manifest_of(2, SHAPES))
 
 
 def test_threads_lose_none_of_each_other_s_changes_of_the_state(tmp_path: Path) -> None:
+    fields = ("began", "saved_step", "reason", "fingerprint", "branched_from")
+
     def change(name: str) -> None:
         for number in range(20):
-            write_state(tmp_path, **{f"{name}{number}": number})
+            value = number if name in ("began", "saved_step") else str(number)
+            write_state(tmp_path, **{name: value})
 
-    threads = [threading.Thread(target=change, args=(name,)) for name in "abc"]
+    write_state(tmp_path, status="running")
+    threads = [threading.Thread(target=change, args=(name,)) for name in fields]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert read_state(tmp_path) == {
-        f"{name}{number}": number for name in "abc" for number in range(20)
-    }
+    assert read_state(tmp_path) == RunState(
+        status="running",
+        began=19,
+        saved_step=19,
+        reason="19",
+        fingerprint="19",
+        branched_from="19",
+    )
 
 
 def test_the_benchmark_of_saving_and_loading_runs() -> None:
@@ -177,7 +190,7 @@ def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
                 start=500 * rank,
                 states={s: torch.full((500,), float(step)) for s in STATES},
             )
-            writer.save(step, [fragment], {**ABOUT, "parameters": {"a": [1000]}})
+            writer.save([fragment], manifest_of(step, {"a": [1000]}))
             for number in range(25):
                 total = torch.tensor([float(number + rank)])
                 dist.all_reduce(total)
@@ -185,7 +198,7 @@ def be_a_rank(rank: int, port: int, run_dir: Path, answer: Connection) -> None:
         writer.wait()
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        writer.save(9, [fragment], ABOUT)
+        writer.save([fragment], manifest_of(9, SHAPES))
         try:
             writer.wait()
         except UserError as error:
@@ -225,7 +238,7 @@ def test_writing_a_checkpoint_counts_as_moving(tmp_path: Path) -> None:
         tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.saved_block)
     ) as writer:
         states = {state: torch.zeros(3_000_000) for state in ("master", "exp_avg", "exp_avg_sq")}
-        about = {"optimizer_step": 1, "parameters": {"weight": [3_000_000]}}
-        writer.save(1, [Fragment(name="weight", start=0, states=states)], about)
+        fragment = Fragment(name="weight", start=0, states=states)
+        writer.save([fragment], manifest_of(1, {"weight": [3_000_000]}))
     assert clock.place()[:3] == before[:3]
     assert clock.place()[3] == 1 + 3 * 3  # the header; blocks of 4 MiB

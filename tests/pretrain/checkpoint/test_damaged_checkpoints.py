@@ -24,23 +24,19 @@ from typing import Any
 import pytest
 import torch
 from support.forked_ranks import fork_server, run_ranks, train_on
+from support.hand_made_runs import manifest_of
 from support.runs import REPOSITORY, losses, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    newest_good,
-    pointer_to,
-    saved_steps,
-    sidecar_of,
-)
+from data_prep.files import digest_file
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, saved_steps
+from pretrain.checkpoint.manifest import pointer_to, sidecar_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
-from pretrain.run.directory import around_saves
+from pretrain.run.saving import around_saves
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 SAMPLES = 600
@@ -272,11 +268,8 @@ def save_as_told(run_dir: Path, orders: Connection) -> None:
         fragments = fragments_of(step)
         orders.send("begins")
         try:
-            writer.save(
-                step,
-                fragments,
-                {"optimizer_step": step, "parameters": {"weight": [len(fragments)]}},
-            )
+            shapes = {"weight": [len(fragments)]}
+            writer.save(fragments, manifest_of(step, shapes, optimizer_step=step))
             writer.wait()
             orders.send("saved")
         except UserError as error:

@@ -10,30 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hand_made_runs import manifest_of
 
-from pretrain.checkpoint.reader import (
-    Checkpoint,
-    Fragment,
-    checkpoints_dir,
-    newest_good,
-    saved_steps,
-)
-from pretrain.checkpoint.retention import (
-    discard,
-    is_own_file,
-    leftovers_in,
-    prune,
-    step_name,
-    step_of,
-    sweep,
-)
-from pretrain.checkpoint.saving import save_checkpoint
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.layout import checkpoints_dir, is_own_file, saved_steps, step_name, step_of
+from pretrain.checkpoint.reader import Checkpoint, Fragment
+from pretrain.checkpoint.retention import discard, leftovers_in, prune, sweep
+from pretrain.checkpoint.saving import Savers, save_checkpoint
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
 from pretrain.config.recipe import CheckpointsRecipe
 from pretrain.distributed.world import World
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
-ABOUT = {"optimizer_step": 1, "parameters": {"a": [4]}}
+SHAPES = {"a": [4]}
 
 
 def state_of(step: int) -> list[Fragment]:
@@ -42,7 +31,7 @@ def state_of(step: int) -> list[Fragment]:
 
 
 def save(run_dir: Path, step: int) -> Path:
-    return save_checkpoint(run_dir, step, state_of(step), ABOUT, ALONE)
+    return save_checkpoint(run_dir, state_of(step), manifest_of(step, SHAPES), Savers(world=ALONE))
 
 
 def save_all(run_dir: Path, *steps: int, keep_last: int = 1) -> list[int]:
@@ -51,7 +40,7 @@ def save_all(run_dir: Path, *steps: int, keep_last: int = 1) -> list[int]:
         run_dir, CheckpointsRecipe(every_steps=1, keep_last=keep_last), ALONE, AroundSaves()
     ) as writer:
         for step in steps:
-            writer.save(step, state_of(step), ABOUT)
+            writer.save(state_of(step), manifest_of(step, SHAPES))
     return steps_there(run_dir)
 
 
@@ -153,7 +142,7 @@ def test_what_was_passed_over_as_damaged_stays_and_pushes_out_nothing_until_it_i
         assert writer.pass_over_newer(good.step) == [step_name(9), step_name(5)]
         assert writer.pass_over_newer(good.step) == []  # said once
         for step, there in ((6, [9, 6, 5, 1]), (7, [9, 7, 6, 5]), (9, [9, 7, 5]), (12, [12, 9, 5])):
-            writer.save(step, state_of(step), ABOUT)
+            writer.save(state_of(step), manifest_of(step, SHAPES))
             writer.wait()
             assert steps_there(tmp_path) == there
 

@@ -23,10 +23,11 @@ import torch
 from support.forked_ranks import become_a_rank, fork_server, variables_of
 from support.runs import counting_dataset, write_recipe
 
-from pretrain.checkpoint.reader import Checkpoint, newest_good
+from pretrain.checkpoint.find import newest_good
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.run.directory import around_saves
+from pretrain.run.saving import around_saves
 
 pytestmark = pytest.mark.slow
 
@@ -123,20 +124,26 @@ def look_at_groups(engine: Any, found: Found) -> None:
 
 def go(leg: Leg, flags: list[str], world: World) -> Found:
     """Load, save, train and save with the parts of the training command."""
-    from pretrain import train
     from pretrain.checkpoint.writer import CheckpointWriter
+    from pretrain.config.schedule import learning_rate
+    from pretrain.data.batches import StepBatches
     from pretrain.engine.engine import Engine
-    from pretrain.engine.optim import learning_rate
+    from pretrain.model.build import build_model
+    from pretrain.run.bad_steps import BadSteps
+    from pretrain.run.prepare import prepare
+    from pretrain.run.saving import save
+    from pretrain.run.trainer import restore
 
-    run = train.prepare([*flags, "--run-dir", str(leg.run_dir)], world)
+    run = prepare([*flags, "--run-dir", str(leg.run_dir)], world)
     noting = NotingLoader(run.loader)
     run = replace(run, loader=noting)  # type: ignore[arg-type]
     engine = Engine(
-        train.build_model(run.recipe), run.recipe, run.engine_config, world, torch.device("cpu")
+        build_model(run.recipe), run.recipe, run.engine_config, world, torch.device("cpu")
     )
-    bad_steps = train.BadSteps(leg.run_dir, run.recipe.bad_steps, world)
-    found, first_step = Found(), train.restore(run, engine, bad_steps, world)
+    bad_steps = BadSteps(leg.run_dir, run.recipe.bad_steps, world)
+    found, first_step = Found(), restore(run, engine, bad_steps)
     look_at_groups(engine, found)
+    batches = StepBatches(run.loader, run.recipe, world, pinned=False)
     if checkpoint := newest_good(leg.run_dir, world)[0]:
         for name, weight in checkpoint_parameters(engine.deepspeed.module.model):
             if not torch.equal(weight, checkpoint.parameter(name).to(weight.dtype)):
@@ -146,15 +153,13 @@ def go(leg: Leg, flags: list[str], world: World) -> Found:
             with CheckpointWriter(
                 leg.saves[step], run.recipe.checkpoints, world, around_saves(leg.saves[step])
             ) as writer:
-                train.save(run, engine, bad_steps, writer, step)
+                save(run, engine, bad_steps, writer, step)
         if step < max(leg.saves):
             noting.numbers = []
             rate = learning_rate(
                 step, STEPS, run.recipe.optimizer.peak_learning_rate, run.recipe.schedule
             )
-            found.losses[step] = engine.train_step(
-                train.micro_batches(run, engine, step), rate
-            ).loss
+            found.losses[step] = engine.train_step(batches.of_step(step), rate).loss
             found.numbers[step] = noting.numbers
     return found
 
@@ -164,7 +169,7 @@ def be_a_rank(
 ) -> None:
     """Body of a forked rank: every leg in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine.engine import start_process_group
+    from pretrain.engine.process_group import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []
@@ -325,7 +330,7 @@ def assert_equal_states(one: Checkpoint, other: Checkpoint) -> None:
         "parameters",
         "model_config",
     ):
-        assert one.manifest[key] == other.manifest[key], key
+        assert getattr(one.manifest, key) == getattr(other.manifest, key), key
 
 
 @each_engine
@@ -334,14 +339,14 @@ def test_what_other_ranks_loaded_and_saved_again_is_equal_element_by_element(
 ) -> None:
     for n, m in PAIRS[engine]:
         first = launched.saved(SAVED_AT, engine, n)
-        assert first.optimizer_step == SAVED_AT
+        assert first.manifest.optimizer_step == SAVED_AT
         for way in ([n, m], [n, m, n]):
             again = launched.saved(SAVED_AT, engine, *way)
-            assert len(again.files) == way[-1]
+            assert len(again.manifest.files) == way[-1]
             assert_equal_states(first, again)
         back = launched.saved(SAVED_AT, engine, n, m, n)
-        assert [file["xxh3_128"] for file in back.files] == [
-            file["xxh3_128"] for file in first.files
+        assert [file.xxh3_128 for file in back.manifest.files] == [
+            file.xxh3_128 for file in first.manifest.files
         ]
 
 
@@ -351,7 +356,7 @@ def test_each_element_is_in_one_file_alone(launched: Launched, engine: str) -> N
         checkpoint = launched.saved(SAVED_AT, engine, *way)
         for name, shape in checkpoint.shapes.items():
             parts = sorted(
-                file["fragments"][name] for file in checkpoint.files if name in file["fragments"]
+                file.fragments[name] for file in checkpoint.manifest.files if name in file.fragments
             )
             ends = [0, *(start + count for start, count in parts)]
             assert [start for start, _ in parts] == ends[:-1], (checkpoint.path, name)
@@ -382,7 +387,7 @@ def test_the_step_count_and_both_parameter_groups_survive(launched: Launched, en
                 name: copies * torch.Size(shape).numel() for name, shape in shapes.items()
             }
         end = launched.saved(STEPS, engine, n, m, "trained", n)
-        assert (end.step, end.optimizer_step) == (STEPS, STEPS)
+        assert (end.step, end.manifest.optimizer_step) == (STEPS, STEPS)
 
 
 @each_engine

@@ -10,20 +10,18 @@ from hypothesis import strategies as st
 from support.runs import tiny_recipe_content, write_recipe
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import (
-    MAY_CHANGE_ON_RESUME,
-    Recipe,
+from pretrain.config.changes import MAY_CHANGE_ON_RESUME, flatten, refuse_changes
+from pretrain.config.load import (
     apply_overrides,
     build_recipe,
     dotted_keys,
-    flatten,
     load_recipe,
-    model_config,
     recipe_to_dict,
     recipe_to_yaml,
-    refuse_changes,
 )
+from pretrain.config.recipe import Recipe
 from pretrain.config.recipe_names import ELSEWHERE, OURS
+from pretrain.model.build import model_config
 
 
 def tiny(**sections: Any) -> Recipe:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from support.runs import tiny_recipe_content
 
 from data_prep.errors import UserError
-from pretrain.config.engine_config import (
+from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
+from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
     DTYPE,
-    ENGINE_MAY_CHANGE_ON_RESUME,
     FLAG,
     KNOWN_KEYS,
     OWNED_BY_RECIPE,
@@ -25,7 +25,8 @@ from pretrain.config.engine_config import (
     load_engine_config,
     merge_config,
 )
-from pretrain.config.recipe import Recipe, build_recipe, refuse_changes
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 
 
 def recipe_of(**sections: Any) -> Recipe:

@@ -7,15 +7,10 @@ import torch
 import yaml
 from support.runs import REPOSITORY, overrides_of
 
-from pretrain.config.recipe import (
-    RECIPES_DIR,
-    Recipe,
-    build_recipe,
-    flatten,
-    load_recipe,
-    model_config,
-    recipe_to_dict,
-)
+from pretrain.config.changes import flatten
+from pretrain.config.load import RECIPES_DIR, build_recipe, load_recipe, recipe_to_dict
+from pretrain.config.recipe import Recipe
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))

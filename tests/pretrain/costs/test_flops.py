@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs import overrides_of
 
-from pretrain.config.recipe import RECIPES_DIR, ModelRecipe, load_recipe, model_config
-from pretrain.costs.flops import DEVICES, Device, count_parameters, find_device, flops_per_token
+from pretrain.config.load import RECIPES_DIR, load_recipe
+from pretrain.config.recipe import ModelRecipe
+from pretrain.costs.devices import DEVICES, Device, find_device
+from pretrain.costs.flops import count_parameters, flops_per_token
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 

@@ -9,11 +9,12 @@ import pytest
 from support.forked_ranks import run_ranks, train_on
 from support.runs import counting_dataset, losses, write_recipe
 
-from data_prep.shards import SHARD_HEADER_BYTES, ShardReader, digest_file
-from pretrain.config.recipe import load_recipe
+from data_prep.files import digest_file
+from data_prep.shards import SHARD_HEADER_BYTES, ShardReader
+from pretrain.config.load import load_recipe
 from pretrain.data.data_check import CHECKED_NAME, largest_first
 from pretrain.data.digests import check_shards
-from pretrain.run.directory import read_state
+from pretrain.run.state import read_state
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_no_step_is_trained_on_a_file_that_is_not_as_it_was_built(
     assert line.endswith(f"; python -m data_prep.verify {data} --repair builds it again")
     assert "Traceback" not in ended.output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert read_state(tmp_path / "run")["status"] == "failed"
+    assert read_state(tmp_path / "run").status == "failed"
 
 
 def test_digests_are_checked_once_and_again_when_a_file_changes(

@@ -14,18 +14,15 @@ from support.hand_made_shards import write_dataset, write_source
 from support.runs import run_command, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import BLOCK_SAMPLES, MANIFEST_NAME, ShardReader
-from pretrain import train
-from pretrain.data.loader import (
-    READ_AHEAD_WINDOWS,
-    Prefetch,
-    TokenStream,
-    TrainingLoader,
-    ValidationWindows,
-    permute,
-)
+from data_prep.manifest import BLOCK_SAMPLES, MANIFEST_NAME
+from data_prep.shards import ShardReader
+from pretrain.data.batches import Prefetch, StepBatches, widened
+from pretrain.data.loader import TrainingLoader, ValidationWindows
+from pretrain.data.permutation import permute
+from pretrain.data.stream import READ_AHEAD_WINDOWS, TokenStream
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
+from pretrain.run.prepare import prepare
 
 Streams = dict[str, list[int]]  # the lengths of each source's shards
 
@@ -236,12 +233,10 @@ def batch_over_ranks(arguments: list[str], ranks: int, step: int) -> list[np.nda
     taken: dict[tuple[int, int], np.ndarray] = {}
     for rank in range(ranks):
         world = World(rank=rank, world_size=ranks, local_rank=rank, local_world_size=ranks)
-        run = train.prepare(arguments, world)
-        engine = Engine.__new__(Engine)
-        engine.recipe, engine.world = run.recipe, world
-        engine.accumulation_steps = run.engine_config["gradient_accumulation_steps"]
-        engine.device = torch.device("cpu")
-        for micro_step, ids in enumerate(train.micro_batches(run, engine, step)):
+        run = prepare(arguments, world)
+        batches = StepBatches(run.loader, run.recipe, world, pinned=False)
+        assert batches.micro_steps == run.engine_config["gradient_accumulation_steps"]
+        for micro_step, ids in enumerate(batches.of_step(step)):
             taken[micro_step, rank] = ids
     return [taken[place] for place in sorted(taken)]
 
@@ -278,7 +273,7 @@ def test_ids_where_integers_turn_over_survive_from_shard_to_device(tmp_path: Pat
     ids = TrainingLoader(reader, seq_len=8, seed=1).samples(np.array([0, 1]))
     engine = Engine.__new__(Engine)
     engine.device = torch.device("cpu")
-    inputs, targets = engine.to_device(engine.pinned(ids))
+    inputs, targets = engine.to_device(widened(ids, pinned=False))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [document] * 2
     assert targets.tolist() == [[*document[1:], 65_535]] * 2
@@ -368,13 +363,14 @@ from pathlib import Path
 import numpy as np
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from pretrain.data import loader
+from pretrain.data import stream
+from pretrain.data.loader import TrainingLoader
 soft, hard = int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-loader.OTHER_OPEN_FILES = 20
+stream.OTHER_OPEN_FILES = 20
 try:
     reader = ShardReader(Path(sys.argv[1]))
-    rows = loader.TrainingLoader(reader, seq_len=4, seed=1).samples(np.arange(400))
+    rows = TrainingLoader(reader, seq_len=4, seed=1).samples(np.arange(400))
     print(len(np.unique(rows[:, 0])))
 except UserError as error:
     print(error)

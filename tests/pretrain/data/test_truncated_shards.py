@@ -16,10 +16,10 @@ from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from launch.supervise import describe_failure
-from pretrain.data import loader
+from launch.outcome import Standing, describe_failure
+from pretrain.data import stream
 from pretrain.data.loader import TrainingLoader, ValidationWindows
-from pretrain.run.directory import read_state
+from pretrain.run.state import read_state
 
 LONG = f"--train_tokens={10**6 * 6 * 32}"
 
@@ -80,8 +80,8 @@ def test_a_job_whose_shard_is_cut_ends_with_a_line_that_names_it(
         rf"error: (rank 1 \(.+\): )?{shard}: 200 bytes, expected [\d,]+: truncated while it was",
         line,
     )
-    assert read_state(run_dir)["status"] == "failed"
-    assert f"{shard}: 200 bytes, expected " in read_state(run_dir)["reason"]
+    assert read_state(run_dir).status == "failed"
+    assert f"{shard}: 200 bytes, expected " in read_state(run_dir).reason
 
 
 def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(
@@ -98,7 +98,7 @@ def test_a_rank_alone_meeting_a_cut_shard_ends_all_with_its_line(
     assert ended.exit_codes == [2, 2, 2], ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
     assert re.match(rf"error: rank 2 \(.+\): {shard}: ", line)
-    assert line == f"error: {read_state(run_dir)['reason']}"
+    assert line == f"error: {read_state(run_dir).reason}"
     assert "Traceback" not in ended.output
 
 
@@ -152,7 +152,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
     )
     assert ended.exit_codes[1] == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in ended.output  # with the stack of the rank
-    reason = read_state(run_dir)["reason"]
+    reason = read_state(run_dir).reason
     assert re.match(
         rf"rank 1 \(.+\) is gone: killed, or its machine failed; {shard}: 200 bytes, expected ",
         reason,
@@ -160,7 +160,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
 
 
 def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> None:
-    before, now = {"status": "unknown"}, {"status": "running"}
+    before, now = Standing(state={}), Standing(state={"status": "running"})
     killed = "its ranks or their launcher were killed (deepspeed's exit code 249)"
     assert describe_failure(249, before, now, data) == killed
     shard = data / "shards" / "train" / "up" / "00000.npy"
@@ -175,10 +175,10 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
 ) -> None:
     reader = ShardReader(data)
     limit = tmp_path / "max_map_count"
-    limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards)}\n")
-    monkeypatch.setattr(loader, "MAX_MAP_COUNT", limit)
+    limit.write_text(f"{stream.OTHER_MAPS + len(reader.manifest.shards)}\n")
+    monkeypatch.setattr(stream, "MAX_MAP_COUNT", limit)
     TrainingLoader(reader, seq_len=8, seed=1)
-    limit.write_text(f"{loader.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
+    limit.write_text(f"{stream.OTHER_MAPS + len(reader.manifest.shards) - 1}\n")
     for look in (
         lambda: TrainingLoader(reader, seq_len=8, seed=1),
         lambda: ValidationWindows(reader, seq_len=8),
@@ -187,5 +187,5 @@ def test_more_shards_than_the_kernel_lets_a_process_map_are_refused_before_any_i
             UserError, match=r"has 3 shards to map, .* 4,098 memory maps; .*vm.max_map_count="
         ):
             look()
-    monkeypatch.setattr(loader, "MAX_MAP_COUNT", tmp_path / "not linux")
+    monkeypatch.setattr(stream, "MAX_MAP_COUNT", tmp_path / "not linux")
     TrainingLoader(reader, seq_len=8, seed=1)

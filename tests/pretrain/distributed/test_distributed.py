@@ -7,7 +7,7 @@ import pytest
 from support.runs import run_command, write_recipe
 
 from data_prep.errors import UserError
-from pretrain.distributed.ranks import free_port, own_address
+from pretrain.distributed.rendezvous import free_port, own_address
 from pretrain.distributed.world import world_from_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")

@@ -12,18 +12,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.forked_ranks import become_a_rank, run_ranks
+from support.hand_made_runs import manifest_of, rows_of_rank
 from support.runs import TINY_VOCAB_SIZE, tiny_recipe_content, write_recipe
 
 from data_prep.errors import UserError
 from data_prep.shards import Tokens
-from pretrain.checkpoint.reader import load_for_reading
-from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.config.engine_config import load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.saving import Savers, save_checkpoint
+from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.data.batches import widened
 from pretrain.distributed.world import World
-from pretrain.engine.engine import Engine, start_process_group
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import start_process_group
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM, checkpoint_parameters
-from pretrain.train import build_model
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -55,8 +59,7 @@ def batch_of(step: int, windows: int = 6) -> Tokens:
 
 
 def micro_batches_of(engine: Engine, step: int) -> list[torch.Tensor]:
-    rows = [engine.rows_of(i) for i in range(engine.accumulation_steps)]
-    return [engine.pinned(batch_of(step)[own]) for own in rows]
+    return [widened(batch_of(step)[own], pinned=False) for own in rows_of_rank(engine)]
 
 
 def take_step(engine: Engine, step: int, rate: float = 1e-3) -> tuple[float, float]:
@@ -95,8 +98,8 @@ def test_a_state_written_into_a_new_engine_goes_on_bitwise_equal(
         take_step(first, step)
     fragments, optimizer_step = first.read_state()
     assert optimizer_step == 3
-    about = {"optimizer_step": optimizer_step, "parameters": first.parameter_shapes()}
-    save_checkpoint(tmp_path, 3, fragments, about, ALONE)
+    manifest = manifest_of(3, first.parameter_shapes(), optimizer_step=optimizer_step)
+    save_checkpoint(tmp_path, fragments, manifest, Savers(world=ALONE))
     expected = [take_step(first, step) for step in range(3, 6)]
 
     # other initial weights: all must come from disk
@@ -182,9 +185,8 @@ def test_deepspeed_keeps_its_state_where_engine_py_reads_and_writes_it(
     moved = (
         f"DeepSpeed {deepspeed.__version__} moved what checkpoints are made of: {{}}. Checkpoints "
         "would be wrong or impossible. Read the new release's runtime/zero/stage_1_and_2.py, "
-        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend Engine._owned, "
-        "read_state and write_state in pretrain/engine/engine.py, or keep DeepSpeed below it in "
-        "pyproject.toml"
+        "runtime/bf16_optimizer.py and utils/mixed_precision_linkage.py, mend ZeroState in "
+        "pretrain/engine/zero_state.py, or keep DeepSpeed below it in pyproject.toml"
     )
     flats = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     for flat in flats:

@@ -25,16 +25,19 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from support.forked_ranks import become_a_rank, fork_server, variables_of
+from support.hand_made_runs import manifest_of, rows_of_rank
 from support.runs import tiny_recipe_content
 
 from data_prep.shards import Tokens
-from pretrain.checkpoint.reader import load_for_reading
-from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.config.engine_config import DS_CONFIGS_DIR, load_engine_config, merge_config
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.saving import Savers, save_checkpoint
+from pretrain.config.deepspeed import DS_CONFIGS_DIR, load_engine_config, merge_config
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
+from pretrain.data.batches import widened
 from pretrain.distributed.world import World, world_from_environment
+from pretrain.model.build import build_model
 from pretrain.modeling_tablefree import checkpoint_parameters
-from pretrain.train import build_model
 
 RANKS = (2, 1, 3)  # what 2 ranks save, 2, 1 and 3 resume
 WINDOWS = 18  # a step's: 1, 2 and 3 ranks divide it, with 1 and with 3 micro-batches each
@@ -243,9 +246,9 @@ def try_case(case: Case, world: World) -> Found:
         engine.write_state(load_for_reading(Path(str(case.checkpoint))))
         first_step = SAVED_AT
     for step, plain in list(enumerate(plain_torch(case.clipping)))[first_step:]:
-        rows = [engine.rows_of(i) for i in range(engine.accumulation_steps)]
+        rows = rows_of_rank(engine)
         figures = engine.train_step(
-            [engine.pinned(batch_of(step)[own]) for own in rows], RATES[step]
+            [widened(batch_of(step)[own], pinned=False) for own in rows], RATES[step]
         )
         found.figures.append((figures.loss, figures.gradient_norm))
         found.loss = max(found.loss, abs(figures.loss / plain.loss - 1))
@@ -268,8 +271,9 @@ def try_case(case: Case, world: World) -> Found:
             weight = weights[fragment.name][own]
             found.weights_are_masters &= torch.equal(master.to(weight.dtype), weight)
         if case.checkpoint and not case.resumes and taken == SAVED_AT:
-            about = {"optimizer_step": taken, "parameters": engine.parameter_shapes()}
-            save_checkpoint(Path(case.checkpoint), SAVED_AT, fragments, about, world)
+            shapes = engine.parameter_shapes()
+            manifest = manifest_of(SAVED_AT, shapes, optimizer_step=taken)
+            save_checkpoint(Path(case.checkpoint), fragments, manifest, Savers(world=world))
     found.weights_digest = digest(iter(weights.values()))
     found.masters_digest = digest(
         fragment.states[key] for fragment in fragments for key in sorted(fragment.states)
@@ -280,7 +284,7 @@ def try_case(case: Case, world: World) -> Found:
 def be_a_rank(tried: list[Case], variables: dict[str, str], result: Path) -> None:
     """Body of a forked rank: every case in turn, output and what was found to files."""
     become_a_rank(variables, result.with_suffix(".log"))
-    from pretrain.engine.engine import start_process_group
+    from pretrain.engine.process_group import start_process_group
 
     gc.freeze()  # DeepSpeed's optimizer of stage 1 in bf16 collects garbage many times over
     world, found = world_from_environment(), []

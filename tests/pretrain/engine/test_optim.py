@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config.recipe import ModelRecipe, OptimizerRecipe, ScheduleRecipe, model_config
-from pretrain.engine.optim import build_optimizer, learning_rate
+from pretrain.config.recipe import ModelRecipe, OptimizerRecipe, ScheduleRecipe
+from pretrain.config.schedule import learning_rate
+from pretrain.engine.optim import build_optimizer
+from pretrain.model.build import model_config
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 

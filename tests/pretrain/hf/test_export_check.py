@@ -21,10 +21,12 @@ from support.untrained_runs import save_untrained_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import digest_file
+from data_prep.files import digest_file
 from pretrain.export_hf import main
-from pretrain.hf.check import MODELING_FILE, WRONG_WITH_A_CACHE, check_export, names_in, version_of
+from pretrain.hf.check import check_export
+from pretrain.hf.check_model import WRONG_WITH_A_CACHE, names_in, version_of
 from pretrain.hf.marker import MARKER_NAME
+from pretrain.hf.names import MODELING_FILE
 
 OF_BEFORE = REPOSITORY / "tests" / "data" / "exports" / "modeling_tablefree.3656bb5.txt"
 FORMS = ("tablefree", "gpt_neox", "gguf")

@@ -21,12 +21,17 @@ from tokenizers import Tokenizer
 
 from data_prep import train_tokenizer
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader, digest_file, read_tokenizer
-from pretrain.checkpoint.reader import load_for_reading, load_model
-from pretrain.export_hf import gpt_neox_parts, main, special_token_ids
-from pretrain.hf.gguf import Vocabulary, gguf_name, write_gguf
+from data_prep.files import digest_file
+from data_prep.shards import ShardReader, read_tokenizer
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.reader import load_model
+from pretrain.export_hf import main
+from pretrain.hf.architectures import gpt_neox_parts
+from pretrain.hf.export import special_token_ids
+from pretrain.hf.gguf import Vocabulary, write_gguf
 from pretrain.hf.ids import HARD_TEXTS, hard_texts
 from pretrain.hf.marker import read_marker
+from pretrain.hf.names import gguf_name
 from pretrain.hf.tokenizer import as_exported
 from pretrain.modeling_tablefree import (
     TableFreeConfig,

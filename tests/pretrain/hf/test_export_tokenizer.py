@@ -4,6 +4,7 @@ hold for it.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.shards import Manifest, ShardReader, Source, TokenizerLoss, read_tokenizer
-from data_prep.tokenizer.encode import load_tokenizer
-from pretrain.checkpoint.reader import load_for_reading
+from data_prep.manifest import Manifest, Source, TokenizerLoss
+from data_prep.shards import ShardReader, read_tokenizer
+from data_prep.tokenizer.load import load_tokenizer
+from pretrain.checkpoint.find import load_for_reading
 from pretrain.data.staging import staged
-from pretrain.export_hf import main, special_token_ids
+from pretrain.export_hf import main
+from pretrain.hf.export import special_token_ids
 from pretrain.hf.ids import (
     HARD_TEXTS,
     OF_A_SOURCE,
@@ -29,7 +32,7 @@ from pretrain.hf.ids import (
     texts_of_every_source,
 )
 from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
-from pretrain.train import about_data
+from pretrain.run.saving import about_data
 from pretrain.view.templates import render
 
 pytest_plugins = ("support.prep_fixtures",)
@@ -344,7 +347,9 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         sources=(source,),
         shards=(),
     )
-    card = render("model_card.md.jinja", manifest=manifest | {"data": about_data(data)}, **values)
+    card = render(
+        "model_card.md.jinja", manifest=replace(manifest, data=about_data(data)), **values
+    )
     said = "2.1% of tokens are unk; 34 of 400 sampled documents do not decode to their text"
     assert f"The tokenizer loses text: {said}." in card
     assert "between tokenizers that keep all text" in card

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from support.forked_ranks import run_ranks, train_on
+from support.hand_made_runs import trained_step
 from support.runs import write_recipe
 from support.waiting import wait_until
 
 from data_prep.errors import UserError
+from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.records import cut_damaged_end, cut_to_step, read_lines
-from pretrain.run.directory import MetricsFile
 
 DAMAGE = [
     b"\0" * 300,
@@ -44,7 +45,7 @@ def test_damage_behind_the_steps_of_a_checkpoint_is_cut_off_and_said(
     assert f"{path}: " in file.cut
     assert " after step 3: " in file.cut
     assert file.lacks == 0
-    file.append({"step": step})
+    file.append(trained_step(step))
     file.close()
     assert [line["step"] for line in read_lines(path)] == [*range(step), step]
     assert path.stat().st_ino == inode
@@ -113,7 +114,7 @@ def test_steps_out_of_order_lose_no_step_that_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(0, 5, 1, 2))
     file = MetricsFile(tmp_path, 3)
-    file.append({"step": 3})
+    file.append(trained_step(3))
     file.close()
     assert [line["step"] for line in read_lines(path)] == [0, 1, 2, 3]
 

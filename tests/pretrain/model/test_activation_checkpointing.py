@@ -9,8 +9,9 @@ from support.runs import run_command
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.build import model_config
 from pretrain.model.loss import LanguageModelLoss
 from pretrain.modeling_tablefree import TableFreeForCausalLM, initialise_parameters
 
@@ -130,7 +131,8 @@ PEAK_MEMORY = """
 import json, multiprocessing, resource, sys
 import torch
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 def peak_megabytes(mode):

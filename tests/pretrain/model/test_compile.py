@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.config.recipe import ModelRecipe
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.build import model_config
 from pretrain.model.compilation import apply_compile, check_compiler, compiled_graphs
 from pretrain.model.documents import block_mask, document_positions
 from pretrain.model.loss import LanguageModelLoss

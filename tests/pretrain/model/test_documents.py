@@ -16,10 +16,12 @@ from support.runs import run_command
 from torch import Tensor
 
 from data_prep.shards import ShardReader
-from pretrain.checkpoint.reader import load_for_reading, load_model
-from pretrain.config.recipe import ModelRecipe, model_config
-from pretrain.evaluate import evaluate
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.reader import load_model
+from pretrain.config.recipe import ModelRecipe
+from pretrain.evaluation.scoring import evaluate
 from pretrain.model.activation_checkpointing import apply_activation_checkpointing
+from pretrain.model.build import model_config
 from pretrain.model.documents import (
     block_mask,
     boolean_mask,
@@ -189,7 +191,7 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     trained = checkpoint.parameter
     checkpoint.parameter = lambda name: 6 * trained(name)  # type: ignore[method-assign]  # so that masking shows
     plain, _ = evaluate(checkpoint, reader)
-    checkpoint.manifest["recipe"]["intra_document_masking"] = True
+    checkpoint.manifest.recipe["intra_document_masking"] = True
     masked, _ = evaluate(checkpoint, reader)
 
     shards = reader.manifest.shards_of("validation")
@@ -199,10 +201,10 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     model, eos_id, seq_len = load_model(checkpoint).eval(), reader.manifest.eos_id, 32
     windows = [stream[start : start + seq_len + 1] for start in range(0, len(stream) - 1, seq_len)]
     nats = sum(nats_of_documents_alone(model, ids[:-1], ids[1:], eos_id) for ids in windows)
-    assert masked["targets"] == plain["targets"] == len(stream) - 1
-    assert masked["loss"] == pytest.approx(nats / masked["targets"], rel=1e-6)
+    assert masked.targets == plain.targets == len(stream) - 1
+    assert masked.loss == pytest.approx(nats / masked.targets, rel=1e-6)
     # ten times the tolerance above
-    assert abs(masked["loss"] - plain["loss"]) > 1e-5 * plain["loss"]
+    assert abs(masked.loss - plain.loss) > 1e-5 * plain.loss
 
 
 def test_the_benchmark_runs() -> None:

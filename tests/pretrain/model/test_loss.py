@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import ModelRecipe, model_config
-from pretrain.costs.memory import chunk_tokens
-from pretrain.model.loss import (
-    LanguageModelLoss,
-    build_loss_head,
-    chunked_head,
-    token_nats,
-    whole_head,
-)
+from pretrain.config.recipe import ModelRecipe
+from pretrain.costs.budgets import chunk_tokens
+from pretrain.model.build import model_config
+from pretrain.model.chunked_cross_entropy import token_nats
+from pretrain.model.loss import LanguageModelLoss, build_loss_head, chunked_head, whole_head
 from pretrain.modeling_tablefree import (
     INPUT_EMBEDDINGS,
     TableFreeForCausalLM,

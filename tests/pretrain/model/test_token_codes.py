@@ -18,8 +18,10 @@ from support.runs import counting_dataset, write_recipe
 
 from data_prep import shards
 from data_prep.shards import ShardReader
-from pretrain.checkpoint.reader import Checkpoint, pointer_to, sidecar_of
-from pretrain.config.recipe import ModelRecipe, model_config
+from pretrain.checkpoint.manifest import pointer_to, sidecar_of
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.recipe import ModelRecipe
+from pretrain.model.build import model_config
 from pretrain.model.token_codes import (
     about_one_input,
     affine_code,
@@ -163,7 +165,7 @@ def test_a_run_goes_on_with_the_code_that_its_checkpoints_hold(
     branch = tmp_path / "branch"
     for own, more in ((run_dir, []), (branch, ["--branch-from", str(step)])):
         train_on(1, path, text_data, own, "--stop-at-step", "4", *more)
-        after = Checkpoint(own / "checkpoints" / "step-00000004").manifest["model_config"]
+        after = Checkpoint(own / "checkpoints" / "step-00000004").manifest.model_config
         assert after == manifest["model_config"]
     assert saved_config(model, run_dir, None) == manifest["model_config"]
     assert saved_config(recipe("binary_code"), run_dir, None) is None

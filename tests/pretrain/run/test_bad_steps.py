@@ -4,6 +4,7 @@ replayed from the record.
 
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,16 +16,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.forked_ranks import Ended, be_a_rank, run_ranks, train_on
+from support.hand_made_runs import manifest_of
 from support.hand_made_shards import write_dataset, write_source
 from support.runs import counting_documents, write_recipe
 
 from data_prep.errors import UserError
-from pretrain.checkpoint.reader import Checkpoint, load_for_reading, saved_steps
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.layout import saved_steps
+from pretrain.checkpoint.manifest import CheckpointManifest
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import BadStepsRecipe
 from pretrain.distributed.world import World
 from pretrain.engine.figures import no_number
-from pretrain.metrics.records import read_lines, tokens_per_second
-from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps
+from pretrain.metrics.metrics_file import read_steps
+from pretrain.metrics.step_record import SkippedStep, StepRecord, tokens_per_second
+from pretrain.run.bad_steps import FEWEST_STEPS, RUNNING_STEPS, BadSteps, Decision
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STEPS = 190
@@ -125,7 +131,7 @@ def test_after_so_many_bad_steps_in_a_row_the_run_stops(tmp_path: Path) -> None:
     decided = []
     for step in (4, 5, 7, 8, 9, 10):
         decided.append(judge.decide(step))
-        judge.record(record_of(step, policy=decided[-1]))
+        judge.record(decision_on(step, policy=decided[-1]), {})
     assert decided == ["skip", "skip", "skip", "skip", "skip", "stop"]
     assert [judge.replayed(step) is not None for step in range(4, 12)] == [
         True,
@@ -137,34 +143,28 @@ def test_after_so_many_bad_steps_in_a_row_the_run_stops(tmp_path: Path) -> None:
     ]
 
 
-def record_of(step: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "reason": "loss nan",
-        "policy": "skip",
-        "loss": None,
-        "gradient_norm": 1.5,
-        **changes,
-    }
+def decision_on(step: int, policy: str = "skip") -> Decision:
+    return Decision(step=step, reason="loss nan", policy=policy, loss=None, gradient_norm=1.5)
 
 
 def test_decisions_survive_torn_lines_and_a_lost_file(tmp_path: Path) -> None:
     first = judge_of(tmp_path)
     first.judge(1.5, 0.1)
-    first.record(record_of(3, documents=[["a.txt", 7]]))
-    first.record(record_of(9))
+    first.record(decision_on(3), {"documents": [["a.txt", 7]]})
+    first.record(decision_on(9), {})
     with (tmp_path / "skips.jsonl").open("a") as file:
         file.write('{"step": 11, "reas')
     second = judge_of(tmp_path)
     second.restore(None)
-    assert second.records == first.records == {3: record_of(3), 9: record_of(9)}
-    second.record(record_of(12))
+    assert second.decisions == first.decisions == {3: decision_on(3), 9: decision_on(9)}
+    second.record(decision_on(12), {})
     assert [record["step"] for record in skips(tmp_path)] == [3, 9, 12]
     assert skips(tmp_path)[0]["documents"] == [["a.txt", 7]]
     (tmp_path / "skips.jsonl").unlink()
     third = judge_of(tmp_path)
-    third.restore(json.loads(json.dumps(first.about(9))))
-    assert third.records == {3: record_of(3)}  # of those before the checkpoint's step
+    manifest = manifest_of(9, {}, skips=first.skips_before(9), recent_steps=tuple(first.recent))
+    third.restore(CheckpointManifest.from_json(manifest.to_json()))
+    assert third.decisions == {3: decision_on(3)}  # of those before the checkpoint's step
     assert list(third.recent) == [(1.5, 0.1)]
     (tmp_path / "skips.jsonl").write_text("no json\n")
     with pytest.raises(UserError, match=r"skips.jsonl: damaged"):
@@ -229,11 +229,9 @@ def test_a_spike_is_skipped_and_its_record_leads_to_the_document_that_made_it(
         assert line["skipped"] == record["reason"]
         assert "running median" in record["reason"]
     manifest = load_for_reading(skipped).manifest
-    assert manifest["optimizer_step"] == STEPS - len(records)
-    assert [record["step"] for record in manifest["skips"]] == [
-        record["step"] for record in records
-    ]
-    assert len(manifest["recent_steps"]) == RUNNING_STEPS
+    assert manifest.optimizer_step == STEPS - len(records)
+    assert [record["step"] for record in manifest.skips] == [record["step"] for record in records]
+    assert len(manifest.recent_steps) == RUNNING_STEPS
 
 
 def test_recorded_decisions_are_replayed_not_made_again(
@@ -351,15 +349,45 @@ def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text
     text = records[0]["worst_row"]["text"]
     assert sum(character.isalpha() for character in text) > 20
     checkpoint = load_for_reading(tmp_path / "run")
-    assert (checkpoint.step, checkpoint.optimizer_step) == (20, 18)
+    assert (checkpoint.step, checkpoint.manifest.optimizer_step) == (20, 18)
     assert all(
         bool(torch.isfinite(values).all()) for values in final_state(tmp_path / "run").values()
     )
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.5  # it learned all the same
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    seconds = [line["step_s"] for line in lines if line["step"] not in (3, 7)]
-    assert tokens_per_second(lines) == pytest.approx(18 * 6 * 32 / sum(seconds))
+    steps = read_steps(tmp_path / "run")
+    assert [step.step for step in steps if isinstance(step, SkippedStep)] == [3, 7]
+    seconds = [step.step_s for step in steps if isinstance(step, StepRecord)]
+    assert tokens_per_second(steps) == pytest.approx(18 * 6 * 32 / sum(seconds))
+
+
+def test_the_quick_start_s_summary_takes_a_run_that_skipped_steps(
+    text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step too, whose line has no times either. Its evaluation and its export, which the
+    test of the quick start makes, are stand-ins here.
+    """
+    from launch.demo import summary
+
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=8 * 6 * 32)
+    assert poisoned_run(1, "3 7", recipe, text_data, run_dir).exit_codes == [0]
+    shutil.copytree(text_data, run_dir / "dataset")
+    evaluation = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    monkeypatch.setattr(summary, "generate", lambda _: "The state of the Union is")
+    summary.main([str(run_dir), "4", str(time.time() - 100)])
+    figures = json.loads((run_dir / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "skipped" not in line]
+    assert len(trained) == 6
+    seconds = sum(line["step_s"] for line in trained)
+    assert figures["tokens_per_s"] == pytest.approx(6 * 6 * 32 / seconds)
+    assert (figures["steps"], figures["train_tokens"]) == (8, 8 * 6 * 32)
+    page = (run_dir / "summary.txt").read_text()
+    assert f"1,536 tokens in 8 steps at {figures['tokens_per_s']:,.0f} tokens/s" in page
+    assert "█" * 32 + "\n" in page
+    assert re.search(r"\n  whole job    1 min 4\d s\n", page)
 
 
 def test_a_run_that_diverges_stops_after_so_many_bad_steps(tiny_data: Path, tmp_path: Path) -> None:
@@ -408,7 +436,7 @@ def be_a_rank_whose_weights_are_spoilt(
         figures = honest(engine, *step)
         if next(calls) == after:
             if engine.world.is_main:
-                next(engine._owned())[2]["master"][0] = torch.nan
+                next(engine.zero_state.owned()).states["master"][0] = torch.nan
             engine.deepspeed.optimizer.update_lp_params()  # all ranks: it gathers
         return figures
 
@@ -432,7 +460,7 @@ def test_weights_that_are_no_numbers_end_a_run_before_anything_is_lost_for_them(
     train_on(ranks, recipe, tiny_data, run_dir)
     assert saved(run_dir) == [20]
     # what was skipped stays so
-    assert load_for_reading(run_dir).optimizer_step == 20 - len(skips(run_dir))
+    assert load_for_reading(run_dir).manifest.optimizer_step == 20 - len(skips(run_dir))
 
 
 def test_rewind_in_the_first_steps_goes_back_to_the_start(tiny_data: Path, tmp_path: Path) -> None:
@@ -453,15 +481,17 @@ def be_a_poisoned_rank_that_loads_slowly(
     """Body of a forked rank that has steps whose gradients are no numbers, and takes 7 s to go
     back.
     """
-    from pretrain import train
+    from pretrain.run import lifecycle, trainer
 
-    honest, seconds = train.restore, iter([0, 7])  # at the start, and when it rewinds
+    honest = trainer.restore
+    seconds = iter([0, 7])  # at the start, and when it rewinds
 
     def restore(*what: Any) -> int:
         time.sleep(next(seconds))
         return honest(*what)
 
-    train.restore = restore  # type: ignore[attr-defined]
+    lifecycle.restore = restore  # type: ignore[attr-defined]
+    trainer.restore = restore
     be_a_poisoned_rank(arguments, variables, log)
 
 
@@ -486,4 +516,4 @@ def test_a_run_that_starts_over_with_other_values_has_no_decisions_to_replay(
     output = train_on(1, recipe, tiny_data, tmp_path / "run")
     assert "skipped" not in output
     assert not (tmp_path / "run" / "skips.jsonl").exists()
-    assert load_for_reading(tmp_path / "run").optimizer_step == 20
+    assert load_for_reading(tmp_path / "run").manifest.optimizer_step == 20

@@ -13,20 +13,25 @@ from typing import Any
 import pytest
 import torch
 from support.forked_ranks import Ended, be_a_rank, run_ranks, train_on
+from support.hand_made_runs import manifest_of, trained_step
 from support.runs import losses, write_recipe
 
-from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, exit_code, explained, naming
-from data_prep.shards import write_durably
+from data_prep.commands import exit_code
+from data_prep.errors import PASSING_ERRORS, RetryableError, UserError, explained, naming
+from data_prep.files import write_durably
 from pretrain.checkpoint import patience
 from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.find import load_for_reading, newest_good
+from pretrain.checkpoint.layout import saved_steps
 from pretrain.checkpoint.patience import patiently
-from pretrain.checkpoint.reader import Fragment, load_for_reading, newest_good, saved_steps
-from pretrain.checkpoint.saving import save_checkpoint
-from pretrain.distributed.ranks import together
+from pretrain.checkpoint.reader import Fragment
+from pretrain.checkpoint.saving import Savers, save_checkpoint
+from pretrain.distributed.agree import together
 from pretrain.distributed.world import World
+from pretrain.metrics import metrics_file
+from pretrain.metrics.metrics_file import MetricsFile, flush_metrics
 from pretrain.metrics.records import read_lines
-from pretrain.run import directory as run_directory
-from pretrain.run.directory import MetricsFile, flush_metrics, read_state
+from pretrain.run.state import read_state
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -131,7 +136,7 @@ def test_an_error_of_a_read_names_the_file(
 def test_a_line_of_metrics_that_went_half_way_is_written_anew(
     tmp_path: Path, no_waits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, fails = run_directory.write_all, iter([False, True, True, False, False, False])
+    honest, fails = metrics_file.write_all, iter([False, True, True, False, False, False])
 
     def write_all(file: Any, content: bytes) -> None:
         if next(fails):
@@ -139,13 +144,13 @@ def test_a_line_of_metrics_that_went_half_way_is_written_anew(
             raise error_of(errno.ESTALE)
         honest(file, content)
 
-    monkeypatch.setattr(run_directory, "write_all", write_all)
+    monkeypatch.setattr(metrics_file, "write_all", write_all)
     metrics = MetricsFile(tmp_path, 0)
-    lines = [{"step": step, "loss": step / 7} for step in range(3)]
-    for line in lines:
-        metrics.append(line)
+    steps = [trained_step(step, step / 7) for step in range(3)]
+    for step in steps:
+        metrics.append(step)
     metrics.close()
-    assert metrics.path.read_text() == "".join(json.dumps(line) + "\n" for line in lines)
+    assert metrics.path.read_text() == "".join(json.dumps(step.to_line()) + "\n" for step in steps)
 
 
 def test_lines_whose_flush_failed_are_written_once_more_before_the_next_flush(
@@ -154,7 +159,7 @@ def test_lines_whose_flush_failed_are_written_once_more_before_the_next_flush(
     path, content = tmp_path / "metrics.jsonl", b'{"step": 0}\n{"step": 1}\n'
     path.write_bytes(content)
     written: list[bytes] = []
-    honest, fails = run_directory.write_all, iter([True, False])
+    honest, fails = metrics_file.write_all, iter([True, False])
 
     def fsync(_: int) -> None:
         if next(fails):
@@ -165,7 +170,7 @@ def test_lines_whose_flush_failed_are_written_once_more_before_the_next_flush(
         honest(file, lines)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(run_directory, "write_all", write_all)
+    monkeypatch.setattr(metrics_file, "write_all", write_all)
     flush_metrics(tmp_path)
     assert written == [content]
     assert path.read_bytes() == content
@@ -178,9 +183,7 @@ def save(run_dir: Path, step: int, value: float = 1.0) -> Path:
     fragment = Fragment(
         name="a", start=0, states={state: torch.full((4,), value) for state in STATES}
     )
-    return save_checkpoint(
-        run_dir, step, [fragment], {"optimizer_step": 1, "parameters": {"a": [4]}}, ALONE
-    )
+    return save_checkpoint(run_dir, [fragment], manifest_of(step, {"a": [4]}), Savers(world=ALONE))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])

@@ -15,9 +15,10 @@ from support.runs import REPOSITORY, counting_dataset, environment, write_recipe
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardReader
-from launch import supervise
-from launch.supervise import HERE, Supervisor
-from pretrain.config.recipe import load_recipe
+from launch import hosts
+from launch.hosts import HERE
+from launch.supervise import Supervisor, parse
+from pretrain.config.load import load_recipe
 from pretrain.plan import plan
 from pretrain.run.first_checks import (
     check_arguments,
@@ -139,7 +140,7 @@ def test_of_several_ranks_on_one_machine_each_knows_and_on_several_machines_they
 
 
 def job(*arguments: str) -> Supervisor:
-    return Supervisor(*supervise.parse(list(arguments)))
+    return Supervisor(parse(list(arguments)))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_gpus_that_do_not_divide_a_step_are_refused_before_they_are_started(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(supervise, "COUNT_GPUS", ("echo", "4"))
+    monkeypatch.setattr(hosts, "COUNT_GPUS", ("echo", "4"))
     with pytest.raises(UserError, match="a step of 6 windows does not divide over 4 ranks"):
         job(*asked(write_recipe(tmp_path / "r.yaml"), tiny_data, tmp_path / "run")).run()
     assert "+ deepspeed" not in capfd.readouterr().out
@@ -178,7 +179,7 @@ def test_gpus_that_do_not_divide_a_step_are_refused_before_they_are_started(
 def test_without_a_gpu_the_script_takes_as_many_ranks_as_divide_a_step(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervise, "COUNT_GPUS", ("echo", "0"))
+    monkeypatch.setattr(hosts, "COUNT_GPUS", ("echo", "0"))
     for windows, ranks in ((6, 2), (3, 1), (1, 1)):
         recipe = write_recipe(tmp_path / "r.yaml", batch={"global_batch_tokens": windows * 32})
         started = job(*asked(recipe, tiny_data, tmp_path / "run"))
@@ -196,9 +197,9 @@ def test_a_data_set_on_the_disks_of_hosts_alone_is_not_looked_for_here(tmp_path:
         str(tmp_path / "hosts"),
     ]
     started = job(*arguments)
-    started.check(started.trainer_flags, 3)
+    started.check(started.job.trainer_flags, 3)
     with pytest.raises(UserError, match="does not divide over 4 ranks"):
-        started.check(started.trainer_flags, 4)
+        started.check(started.job.trainer_flags, 4)
 
 
 def test_a_dry_run_says_what_the_script_would_start_and_what_it_would_refuse(

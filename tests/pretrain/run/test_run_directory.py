@@ -9,26 +9,24 @@ from pathlib import Path
 
 import pytest
 from support.forked_ranks import arguments_of, run_ranks, train_on
+from support.hand_made_runs import trained_step
 from support.runs import counting_dataset, tiny_recipe_content, write_recipe
 
 from data_prep.errors import UserError
-from data_prep.shards import lock
-from pretrain.config.recipe import Recipe, build_recipe, recipe_to_yaml
+from data_prep.locks import lock
+from pretrain.config.load import build_recipe, recipe_to_yaml
+from pretrain.config.recipe import Recipe
+from pretrain.metrics.metrics_file import METRICS_NAME, MetricsFile
 from pretrain.metrics.records import read_lines
-from pretrain.run.claim import METRICS_NAME, WRITTEN
-from pretrain.run.directory import (
-    MetricsFile,
-    check_same_run,
-    note_failure,
-    read_state,
-    write_state,
-)
+from pretrain.run.continuing import check_same_run
+from pretrain.run.directory import WRITTEN, Identity
 from pretrain.run.first_checks import check_arguments
+from pretrain.run.state import RunState, note_failure, read_state, write_state
 
 HOLD = """
 import time
 from pathlib import Path
-from data_prep.shards import lock
+from data_prep.locks import lock
 held = lock(Path({!r}), "training there", "--run-dir")
 print("held", flush=True)
 time.sleep(60)
@@ -37,6 +35,10 @@ time.sleep(60)
 
 def recipe() -> Recipe:
     return build_recipe(tiny_recipe_content(), "tiny.yaml")
+
+
+def identity(asked: Recipe) -> Identity:
+    return Identity(recipe=asked, engine_config={}, fingerprint="f")
 
 
 def test_only_one_process_holds_a_directory_and_a_kill_frees_it(tmp_path: Path) -> None:
@@ -52,7 +54,9 @@ def test_only_one_process_holds_a_directory_and_a_kill_frees_it(tmp_path: Path) 
     lock(tmp_path, "training there", "--run-dir").close()
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{", '{"status": 1}', '{"saved_step": "5"}', '{"began": 1.5}']
+)
 def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json: damaged"):
@@ -93,7 +97,7 @@ def test_several_ranks_may_note_a_failure_at_once(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):
-        assert read_state(tmp_path)["status"] in ("running", "failed")
+        assert read_state(tmp_path).status in ("running", "failed")
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert os.listdir(tmp_path) == ["state.json"]
 
@@ -101,14 +105,14 @@ def test_several_ranks_may_note_a_failure_at_once(tmp_path: Path) -> None:
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        check_same_run(tmp_path / "file", recipe(), {}, "f")
+        check_same_run(tmp_path / "file", identity(recipe()))
 
 
 def test_state_keeps_what_is_not_changed(tmp_path: Path) -> None:
-    assert read_state(tmp_path) == {}
+    assert read_state(tmp_path) == RunState()
     write_state(tmp_path, status="running", fingerprint="f")
     write_state(tmp_path, status="done")
-    assert read_state(tmp_path) == {"status": "done", "fingerprint": "f"}
+    assert read_state(tmp_path) == RunState(status="done", fingerprint="f")
 
 
 def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: P
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
     assert [line["step"] for line in read_lines(tmp_path / METRICS_NAME)] == [0, 1, 2, 3]
     metrics = MetricsFile(tmp_path, 2)
-    metrics.append({"step": 2, "loss": 9.0})
+    metrics.append(trained_step(2, 9.0))
     metrics.close()
     assert [line["loss"] for line in read_lines(tmp_path / METRICS_NAME)] == [0.0, 1.0, 9.0]
 
@@ -124,7 +128,7 @@ def test_metrics_are_cut_back_to_the_step_and_a_torn_line_is_dropped(tmp_path: P
 def test_a_run_that_has_saved_nothing_may_start_over_with_other_values(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
     other = build_recipe(tiny_recipe_content(seed=2), "tiny.yaml")
-    check_same_run(tmp_path, other, {}, "f")
+    check_same_run(tmp_path, identity(other))
 
 
 # A directory that is no run's

@@ -19,9 +19,9 @@ STEP = 6 * 32  # tokens
 SIGNALS_AMID_LINES = """
 import os, signal, threading, time
 from types import SimpleNamespace
-from pretrain.distributed.ranks import say
+from pretrain.distributed.agree import say
 from pretrain.distributed.world import World
-from pretrain.run.signals import end_on_signals
+from pretrain.watch.signals import end_on_signals
 
 def send():
     while time.monotonic() < end:

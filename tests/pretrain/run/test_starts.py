@@ -17,7 +17,8 @@ from pretrain.distributed.world import World
 from pretrain.export_hf import main as export
 from pretrain.run import starts
 from pretrain.run.branch import copy_branch
-from pretrain.run.starts import STARTS_NAME, append_start, changes, for_card, of_steps, read_starts
+from pretrain.run.directory import STARTS_NAME
+from pretrain.run.starts import append_start, changes, for_card, of_steps, read_starts
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def error_lines(output: str) -> list[str]:
 def be_a_troubled_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
     """Body of a forked rank that at its fourth step does what TROUBLE says, if RANK is TROUBLED."""
     from pretrain.engine.engine import Engine
-    from pretrain.run import watch
+    from pretrain.watch import watch
 
     watch.SILENCE_S = float(variables.get("SILENCE_S", watch.SILENCE_S))
     troubled = variables["RANK"] in variables["TROUBLED"].split()
@@ -103,7 +103,7 @@ def be_a_rank_that_may_not_connect(
     """Body of a forked rank that is killed, if it is rank 1, when all have met and it is to
     connect.
     """
-    from pretrain.run import watch
+    from pretrain.watch import watch
 
     watch.CONNECT_S = 2.0
     if variables["RANK"] == "1":

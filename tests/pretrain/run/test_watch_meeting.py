@@ -16,8 +16,8 @@ from support.forked_ranks import arguments_of, be_a_rank, end_of, logs_of, start
 from support.runs import write_recipe
 
 from pretrain.distributed.world import World
-from pretrain.run import watch_meeting
-from pretrain.run.watch_meeting import (
+from pretrain.watch import meeting as watch_meeting
+from pretrain.watch.meeting import (
     ANSWER_BYTES,
     EVERY_ADDRESS,
     LOOPBACK,
@@ -236,7 +236,7 @@ def be_a_rank_among_strangers(arguments: list[str], variables: dict[str, str], l
     """Body of a forked rank that leaves its port's number, and connects only when strangers
     have.
     """
-    from pretrain.run import watch
+    from pretrain.watch import watch
 
     honest_listen, honest_connect = watch.listen, watch.connect
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import tiny_recipe_content
 
-from pretrain.config.recipe import Recipe, build_recipe
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import Recipe
 from pretrain.distributed.world import World
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft, times_due
@@ -50,9 +51,7 @@ def test_a_validation_that_was_not_made_yet_is_thought_to_take_forward_passes() 
 def test_a_long_validation_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
-    progress = Progress(recipe(), 0, torch.device("cpu"), ALONE)
+    progress = Progress(TimeLeft(recipe(), 0), 0, ALONE)
     monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)  # as if every batch took that long
     seen = list(progress.validating(iter("abcd"), 4))
     assert seen == list("abcd")
@@ -66,17 +65,11 @@ def test_a_long_validation_says_how_far_it_is(
 def test_short_validations_and_other_ranks_say_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    import torch
-
     def batches() -> Iterator[str]:
         yield from "abcd"
 
     other = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
-    assert list(Progress(recipe(), 0, torch.device("cpu"), ALONE).validating(batches(), 4)) == list(
-        "abcd"
-    )
+    assert list(Progress(TimeLeft(recipe(), 0), 0, ALONE).validating(batches(), 4)) == list("abcd")
     monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)
-    assert list(Progress(recipe(), 0, torch.device("cpu"), other).validating(batches(), 4)) == list(
-        "abcd"
-    )
+    assert list(Progress(TimeLeft(recipe(), 0), 0, other).validating(batches(), 4)) == list("abcd")
     assert "validating" not in capsys.readouterr().err

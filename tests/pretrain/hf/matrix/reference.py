@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pretrain import export_hf
-from pretrain.checkpoint.reader import load_for_reading, load_model
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.reader import load_model
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 FORMS = ("tablefree", "gpt_neox")
@@ -178,7 +179,7 @@ def write_reference(run_dir: Path, home: Path) -> dict[str, Any]:
     definition = run_dir / "tokenizer" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(definition))
     tokenizer.encode_special_tokens = True  # as data preparation has it
-    eos_id = load_for_reading(run_dir, STEPS).manifest["data"]["eos_id"]
+    eos_id = load_for_reading(run_dir, STEPS).manifest.data.eos_id
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)

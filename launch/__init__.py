@@ -1,0 +1,1 @@
+"""Starts commands on machines, one or many, and keeps a training run going."""

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Becomes a command. When the other end of standard input is closed, the command is killed, with all
+# that is still in its process group: so nothing outlives whoever holds that end, however that ends.
+#
+#   sh guarded.sh COMMAND [ARGUMENT ...]
+
+# The guard gets the pipe as 3, because a shell gives /dev/null to what it starts in the background;
+# the command reads nothing, and must not keep the pipe open.
+exec 3<&0 < /dev/null
+
+# The guard is a shell of its own, so that its command line names no run: who looks for processes of
+# a run finds launcher and ranks. Signals that ask the group to end are not for the guard.
+sh -c 'trap "" TERM INT USR1; read -r _ <&3; kill -9 0' &
+
+exec 3<&-
+exec "$@"

@@ -1,0 +1,116 @@
+"""The shards of a source as one stream of ids, read where they lie."""
+
+import mmap
+import resource
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import UserError
+from data_prep.manifest import Shard
+from data_prep.shards import SHARD_HEADER_BYTES, TOKEN_DTYPE, ShardReader, Tokens
+
+# in a larger call that finds its pages in memory, asking would take half of the time
+READ_AHEAD_WINDOWS = 1_024
+OTHER_OPEN_FILES = 256
+# of libraries, threads and large tensors: 488 once all is imported on a CPU, more with CUDA
+OTHER_MAPS = 4_096
+MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")  # of a process; 65,530 unless somebody raised it
+I64 = npt.NDArray[np.int64]
+
+
+def allow_open_files(reader: ShardReader) -> None:
+    """Raise this process's limit of open files where the shards need it: the memory map of each
+    holds one open.
+    """
+    shards = len(reader.manifest.shards)
+    needed = shards + OTHER_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        problem = (
+            f"has {shards:,} shards to keep open, and this process may open {hard:,} files at most"
+        )
+        raise UserError(f"{reader.data_dir}: {problem}; allow it {needed:,} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def check_maps(reader: ShardReader) -> None:
+    """Raise UserError where the kernel lets a process map fewer files: it would speak of memory
+    that lacks.
+    """
+    if not MAX_MAP_COUNT.is_file():  # another system than Linux, with other limits
+        return
+    shards, allowed = len(reader.manifest.shards), int(MAX_MAP_COUNT.read_text())
+    needed = shards + OTHER_MAPS
+    if needed > allowed:
+        problem = (
+            f"has {shards:,} shards to map, and this kernel allows a process {allowed:,} memory "
+            "maps"
+        )
+        raise UserError(
+            f"{reader.data_dir}: {problem}; have it allow more: sysctl -w "
+            f"vm.max_map_count={2 * needed}"
+        )
+
+
+class TokenStream:
+    """The shards of one source, one after another, as a single array of ids."""
+
+    def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
+        allow_open_files(reader)
+        check_maps(reader)
+        self.reader, self.shards = reader, shards
+        self.begins = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+        self.tokens = int(self.begins[-1])
+
+    def locate(self, position: int) -> tuple[Shard, int]:
+        """The shard that holds a position of the stream, and the offset in it."""
+        index = int(np.searchsorted(self.begins, position, side="right")) - 1
+        return self.shards[index], position - int(self.begins[index])
+
+    def read(self, start: int, length: int) -> Tokens:
+        """`length` ids from `start`, across shards where needed."""
+        pieces = []
+        while length > 0:
+            shard, offset = self.locate(start)
+            piece = self.reader.tokens(shard)[offset : offset + length]
+            pieces.append(piece)
+            start, length = start + len(piece), length - len(piece)
+        return np.concatenate(pieces)
+
+    def windows(self, starts: I64, length: int) -> Tokens:
+        """One row of `length` ids for each start, shape (starts, length)."""
+        shard_of = np.searchsorted(self.begins, starts, side="right") - 1
+        offsets = (starts - self.begins[shard_of]).tolist()
+        ids = {
+            index: self.reader.tokens(self.shards[index]) for index in np.unique(shard_of).tolist()
+        }
+        places = [
+            (ids[index], offset) for index, offset in zip(shard_of.tolist(), offsets, strict=True)
+        ]
+        if len(places) <= READ_AHEAD_WINDOWS:
+            read_ahead(places, length)
+        rows = np.empty((len(starts), length), np.uint16)
+        for row, (shard_ids, offset) in enumerate(places):
+            piece = shard_ids[offset : offset + length]
+            rows[row] = piece if len(piece) == length else self.read(int(starts[row]), length)
+        return rows
+
+
+def read_ahead(places: list[tuple[Tokens, int]], length: int) -> None:
+    """Have the kernel fetch these windows, (ids of a shard, offset) each, all at once and nothing
+    else.
+
+    A page fault would wait for each, and have a whole read-ahead (128 KB to megabytes) fetched
+    around it.
+    """
+    for shard_ids, offset in places:
+        first = SHARD_HEADER_BYTES + offset * TOKEN_DTYPE.itemsize
+        into_page = first % mmap.PAGESIZE
+        mapped = cast(mmap.mmap, shard_ids.base)
+        mapped.madvise(
+            mmap.MADV_WILLNEED, first - into_page, into_page + length * TOKEN_DTYPE.itemsize
+        )

@@ -1,0 +1,109 @@
+"""How ranks share a machine, meet, and agree on an error.
+
+Works the same under `deepspeed`, `torchrun`, `mpiexec` and as one plain process. Everything here
+that runs before the process group exists needs only the environment that the launcher set.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data_prep.commands import unheard
+from data_prep.errors import (
+    USER_ERROR_EXIT_CODE,
+    UserError,
+    exit_code_of,
+    one_line,
+    os_error_line,
+    printable,
+)
+from pretrain.distributed.world import LET_RANK_0_SPEAK_S, World
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: all ranks, as training has them
+
+
+def gather(value: Any, group: Group = None) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    gather(None)
+
+
+class SharedError(UserError):
+    """What one rank met, raised on all; with the exit code that it has there."""
+
+    def __init__(self, message: str, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class LoneError(SharedError):
+    """What one rank met amid a step, where the others wait for it: its watch tells them, and
+    they end.
+    """
+
+
+@contextlib.contextmanager
+def met_alone() -> Iterator[None]:
+    """Input that turns out to be bad inside does so on this rank alone."""
+    try:
+        yield
+    except UserError as error:
+        raise LoneError(str(error)) from None
+
+
+def together(action: Callable[[], T], group: Group = None) -> T:
+    """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
+    result, message, code, host = None, None, 0, socket.gethostname()
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        message = os_error_line(error)
+        code = exit_code_of(error)
+    answers = gather((message, code, host), group)
+    first_host = answers[0][2]
+    for failure, exit_code, where in answers:
+        if failure is not None:
+            raise SharedError(
+                failure if where == first_host else f"on {where}: {failure}", exit_code
+            )
+    return result  # type: ignore[return-value]
+
+
+def exit_with(error: UserError, world: World) -> int:
+    """Rank 0 prints the one line; the others let it, since launchers end the job at the first exit.
+
+    A rank that is still there after that, and met an error that rank 0 did not, prints its own.
+    """
+    if not world.is_main:
+        time.sleep(LET_RANK_0_SPEAK_S)
+    if world.is_main or not isinstance(error, SharedError):
+        where = "" if world.is_main else f" on rank {world.rank} ({socket.gethostname()})"
+        with unheard():
+            print(f"error{where}: {printable(one_line(error))}", file=sys.stderr, flush=True)
+    # threads of a process group abort, now and then, a process that ends as usual
+    if world.world_size > 1:
+        os._exit(error.exit_code)
+    return error.exit_code
+
+
+def say(world: World, text: str) -> None:
+    """One line of the log, from rank 0."""
+    if world.is_main:
+        with unheard():
+            tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,79 @@
+"""A run opened to be measured: a good checkpoint of it, and the data set to measure it on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import UserError
+from data_prep.shards import TOKENIZER_NAME, ShardReader, tokenizer_sha256
+from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.data.digests import check_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A checkpoint and data, both found good."""
+
+    checkpoint: Checkpoint
+    is_newest: bool  # the checkpoint, of its run
+    run_dir: Path | None  # None for a checkpoint that lies by itself
+    reader: ShardReader
+
+
+def open_run(place: Path, step: int | None, data_dir: Path | None) -> OpenRun:
+    """A run, or one checkpoint, with the validation data to measure it on.
+
+    `place` is a run's directory or a checkpoint's; without `step` the newest good one is taken.
+    Without `data_dir` the data set is the one that the run was trained on. Raises UserError for
+    what is not there, damaged, or does not go together.
+    """
+    checkpoint = load_for_reading(place, step)
+    run_dir = run_of(checkpoint, place)
+    reader = open_data(checkpoint, data_dir, run_dir)
+    check_shards(reader, reader.manifest.shards_of("validation"))
+    is_newest = step is None and not is_checkpoint(place)
+    return OpenRun(checkpoint=checkpoint, is_newest=is_newest, run_dir=run_dir, reader=reader)
+
+
+def open_data(
+    checkpoint: Checkpoint, data_dir: Path | None, run_dir: Path | None = None
+) -> ShardReader:
+    """The data set that the run was trained on, there or at another place; or another one of the
+    same tokenizer. Raises UserError for any other.
+    """
+    path = data_dir or Path(checkpoint.manifest.data_dir)
+    if data_dir is None and not path.is_dir():
+        raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
+    reader = ShardReader(path)
+    expected = checkpoint.manifest.fingerprint
+    got = reader.manifest.fingerprint
+    if got == expected:
+        return reader
+    difference = f"{path}: fingerprint {got}, but the run was trained on {expected}"
+    if data_dir is None:
+        raise UserError(f"{difference}; say where that is with --data-dir")
+    reader.check_files()
+    own = tokenizer_of(checkpoint, run_dir)
+    others = reader.manifest.tokenizer_sha256
+    if own is None:
+        raise UserError(
+            f"{difference}, and whether with the same tokenizer can't be told: the run keeps none"
+        )
+    if own != others:
+        raise UserError(
+            f"{difference}, with another tokenizer (sha256 {own[:12]}, not {others[:12]}); build "
+            "it with the run's"
+        )
+    return reader
+
+
+def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:
+    """The identity of a run's tokenizer, as its checkpoint or, in early ones, its copy of the
+    tokenizer tells.
+    """
+    told: str | None = checkpoint.manifest.data.tokenizer_sha256
+    if told:
+        return told
+    if run_dir is None or not (run_dir / TOKENIZER_NAME).is_dir():
+        return None
+    return tokenizer_sha256(run_dir / TOKENIZER_NAME)

@@ -1,0 +1,114 @@
+"""What a rank checks by itself before it trains, and what it knows of its run after that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.shards import ShardReader
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.recipe import Recipe
+from pretrain.costs.fit import check_it_fits
+from pretrain.data.loader import TrainingLoader, ValidationWindows
+from pretrain.data.staging import staged
+from pretrain.distributed.agree import say
+from pretrain.distributed.devices import check_kernels, memory_of_rank
+from pretrain.distributed.world import World
+from pretrain.model.compilation import check_compiler
+from pretrain.model.token_codes import config_of_run, saved_config
+from pretrain.modeling_tablefree import (
+    TableFreeConfig,
+)
+from pretrain.run.branch import open_origin
+from pretrain.run.continuing import check_same_run
+from pretrain.run.directory import Identity
+from pretrain.run.first_checks import check_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a run needs that a rank can check by itself."""
+
+    recipe: Recipe
+    model_config: TableFreeConfig  # with the code that the run's checkpoints hold, if it has any
+    engine_config: dict[str, Any]
+    data_dir: Path
+    reader: ShardReader
+    loader: TrainingLoader
+    validation: ValidationWindows
+    run_dir: Path
+    stop_at_step: int
+    branch_from: Checkpoint | None
+    profile_steps: int
+    dry_run: bool
+    command: list[str]  # the flags, as given
+
+    @property
+    def identity(self) -> Identity:
+        """What must be the same for the run to go on."""
+        return Identity(
+            recipe=self.recipe,
+            engine_config=self.engine_config,
+            fingerprint=self.reader.manifest.fingerprint,
+        )
+
+
+def prepare(arguments: Sequence[str], world: World) -> Run:
+    """Check everything that a rank can check by itself. Raises UserError."""
+    asked = check_arguments(arguments, world.world_size)
+    flags = asked.flags
+    recipe = asked.recipe
+    if asked.engine_note:
+        say(world, asked.engine_note)
+    check_machine(recipe, asked.engine_config, world, is_dry_run=flags.dry_run)
+    identity = Identity(
+        recipe=recipe,
+        engine_config=asked.engine_config,
+        fingerprint=asked.reader.manifest.fingerprint,
+    )
+    # Before anything is written or staged, and without the engine: it costs a manifest.
+    check_same_run(flags.run_dir, identity)
+    branch_from = None
+    if flags.branch_from:
+        branch_from = open_origin(flags.branch_from, flags.run_dir, identity)
+    reader = asked.reader
+    loader = asked.loader
+    if recipe.data.stage_dir and not flags.dry_run:
+        reader = staged(reader, Path(recipe.data.stage_dir))
+        loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    # A run goes on with the code it was begun with, also if new runs would draw another.
+    saved = saved_config(recipe.model, flags.run_dir, branch_from)
+    return Run(
+        recipe=recipe,
+        model_config=config_of_run(recipe.model, reader.manifest, saved),
+        engine_config=asked.engine_config,
+        data_dir=flags.data_dir,
+        reader=reader,
+        loader=loader,
+        validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
+        run_dir=flags.run_dir,
+        stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
+        branch_from=branch_from,
+        profile_steps=flags.profile or 0,
+        dry_run=flags.dry_run,
+        command=[*arguments],
+    )
+
+
+def check_machine(
+    recipe: Recipe, engine_config: dict[str, Any], world: World, *, is_dry_run: bool
+) -> None:
+    """Whether this rank's part of the machine can train it. Raises UserError; a dry run, which may
+    be asked for anywhere, only says where the memory is too small.
+    """
+    device_type, available = memory_of_rank(world)
+    try:
+        check_it_fits(recipe, engine_config, world.world_size, available, device_type)
+    except UserError as error:
+        if not is_dry_run:
+            raise
+        say(world, f"warning: not on this machine: {error}")
+    check_kernels(device_type, is_bf16=bool(engine_config.get("bf16", {}).get("enabled")))
+    if recipe.compile:
+        check_compiler(device_type)
