@@ -1,6 +1,4 @@
-"""What several tests share: tiny data sets and recipes, runs of the real launchers, and who runs
-which tests.
-"""
+"""Who runs which tests, and the data and the run that tests of many folders look at."""
 
 import gc
 from collections import Counter

@@ -57,30 +57,9 @@ fuzz = settings(
     ],
 )
 ODD = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    2**63,
-    -(2**70),
-    1.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "..",
-    "/",
-    "\ud800",
-    "é",
-    [],
-    [[]],
-    [None],
-    {},
-    {"a": 1},
-    "0" * 5000,
-)
+    None, True, -1, 0, 1, 2**63, -(2**70), 1.5, 1e308, float("nan"), float("inf"), "", "x", "..",
+    "/", "\ud800", "é", [], [[]], [None], {}, {"a": 1}, "0" * 5000,
+)  # fmt: skip
 WORLD = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -130,18 +109,9 @@ def spoilt(draw: st.DrawFn, whole: bytes, is_json: bool) -> bytes:
     kind = draw(st.integers(0, 9))
     if kind == 0:
         odd = [
-            "[" * 100_000,
-            '{"a":' * 100_000,
-            "[]",
-            "{}",
-            "null",
-            "1",
-            '"x"',
-            "",
-            "\n",
-            "[1]\n{}\n",
+            "[" * 100_000, '{"a":' * 100_000, "[]", "{}", "null", "1", '"x"', "", "\n", "[1]\n{}\n",
             "\0" * 50,
-        ]
+        ]  # fmt: skip
         return draw(st.sampled_from(odd)).encode()
     return draw(other_values(whole) if is_json and kind < 6 else damaged(whole))
 
@@ -339,17 +309,9 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
 
 
 RUN_FILES = (
-    "checkpoint manifest",
-    "sidecar",
-    "tensors",
-    "latest",
-    "state",
-    "metrics",
-    "skips",
-    "recipe",
-    "engine",
-    "evaluation",
-)
+    "checkpoint manifest", "sidecar", "tensors", "latest", "state", "metrics", "skips", "recipe",
+    "engine", "evaluation",
+)  # fmt: skip
 
 
 @fuzz

@@ -1,7 +1,8 @@
 """The first steps of a tiny run, digit for digit: what a refactor must not change.
 
-python tests/test_golden.py --record        writes this build's figures into tests/golden.json; see
-WHEN_IT_FAILS
+    python tests/test_golden.py --record        writes this build's figures into tests/golden.json
+
+See WHEN_IT_FAILS before you do.
 
 The record holds the figures of several builds (torch, system, processor). On each of these they are
 exact; on any other they agree to 1e-5, since matrix products come from libraries that choose their

@@ -1,5 +1,4 @@
-"""The project as somebody installs it: from its folder, with the newest release of all that
-pyproject.toml allows.
+"""The project as somebody installs it: from its folder, with the newest of all that it allows.
 
 The other tests run with the versions of .ci/constraints.txt, so they say nothing of a release that
 comes tomorrow.
@@ -41,6 +40,31 @@ output = model.generate(**prompt, min_new_tokens=3, max_new_tokens=3)
 print(len(output[0]) - len(tokenizer("Number 7")["input_ids"]))
 """
 
+PACKAGES = ("data_prep", "pretrain", "ds_configs")
+COMMANDS = [
+    f"{package}.{path.stem}"
+    for package in ("data_prep", "pretrain")
+    for path in sorted((REPOSITORY / package).glob("[a-z]*.py"))
+    if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+]
+
+
+def files_left_out_of(installed: Path) -> list[str]:
+    """What the packages hold here, and an installation does not; what only readers need aside."""
+    return [
+        path.relative_to(REPOSITORY).as_posix()
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*")
+        if path.is_file()
+        and path.suffix not in (".md", ".pyc")
+        and not (installed / path.relative_to(REPOSITORY)).exists()
+    ]
+
+
+def test_there_are_commands_to_look_at() -> None:
+    assert len(COMMANDS) >= 9
+    assert "pretrain.train" in COMMANDS
+
 
 @pytest.mark.slow
 def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(
@@ -74,7 +98,11 @@ def test_with_the_newest_of_everything_a_text_becomes_a_model_that_generates(
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    assert "site-packages" in run("-c", "import pretrain; print(pretrain.__file__)")
+    installed = Path(run("-c", "import pretrain; print(pretrain.__file__)")).parents[1]
+    assert installed.name == "site-packages"
+    assert not files_left_out_of(installed)
+    for command in COMMANDS:
+        assert run("-m", command, "--help").startswith(f"usage: python -m {command} ")
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     mixture = write_mixture(
         tmp_path, tmp_path / "tokenizer", [source("texts", texts.name, format="jsonl")]

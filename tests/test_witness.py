@@ -1,8 +1,8 @@
-"""What earlier code left behind: a data set, and a run that was stopped half-way. Both must stay
-what they are.
+"""What earlier code left behind, a data set and a run stopped half-way, must stay what it is.
 
-python tests/test_witness.py --record        makes them anew, by the code of today; see
-WHEN_IT_FAILS
+    python tests/test_witness.py --record        makes them anew, by the code of today
+
+See WHEN_IT_FAILS before you do.
 
 `tests/data/witness` holds text, tokenizer, data set and run; `witness.json` beside them what the
 run's losses became, and the digests of both exports. The losses are exact on the build that made

@@ -1,5 +1,4 @@
-"""Our two tokenizers side by side: characters per token on text they have not seen, MB/s of both
-encoders.
+"""Our two tokenizers side by side: characters per token on unseen text, MB/s of both encoders.
 
     python tests/benchmarks/characters_per_token.py [--parquet FILE] [--repeats N] [--quick]
 

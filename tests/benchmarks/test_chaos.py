@@ -9,10 +9,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import chaos
 import pytest
 import torch
-from chaos import Attempt, Leg, Pace, kill_one, line_problems, lines_of, tensor_problems
+from broken_runs import faults
+from broken_runs.attempt import Attempt, Pace
+from broken_runs.faults import kill_one
+from broken_runs.leavings import STATES, line_problems, lines_of, tensor_problems
+from broken_runs.leg import Leg
 from safetensors.torch import load_file
 from support.runs import run_command
 
@@ -107,7 +110,7 @@ class Sleepers:
 def test_a_rank_that_outlives_another_is_a_problem(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(chaos, "SURVIVORS_S", 0.3)
+    monkeypatch.setattr(faults, "SURVIVORS_S", 0.3)
     leg = leg_of(home, tmp_path)
     job = Sleepers(2)
     kill_one(leg, Attempt(lambda: job, leg.run_dir, leg.pace))
@@ -195,9 +198,7 @@ def test_a_tensor_that_differs_in_one_bit_is_a_problem(home: Path, tmp_path: Pat
     name = next(iter(entry["fragments"]))
     tensors[f"{name}/exp_avg_sq"].view(torch.int32)[-1] ^= 1
     fragments = [
-        Fragment(
-            name=n, start=first, states={state: tensors[f"{n}/{state}"] for state in chaos.STATES}
-        )
+        Fragment(name=n, start=first, states={state: tensors[f"{n}/{state}"] for state in STATES})
         for n, (first, _) in entry["fragments"].items()
     ]
     manifest["files"][0] = asdict(write_fragments(path / entry["name"], fragments))

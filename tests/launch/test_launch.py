@@ -17,22 +17,10 @@ pytest_plugins = ("support.prep_fixtures",)
 
 PRETRAIN = ("launch/pretrain.sh", "--recipe", "quickstart", "--data-dir", "d", "--run-dir", "r")
 SUMMARY_KEYS = {
-    "vocab_size",
-    "parameters",
-    "trainable_input_parameters",
-    "train_tokens",
-    "steps",
-    "tokens_per_s",
-    "val_loss",
-    "val_perplexity",
-    "val_bits_per_byte",
-    "gzip_bits_per_byte",
-    "xz_bits_per_byte",
-    "dataset_fingerprint",
-    "hf_dir",
-    "gpt_neox_dir",
-    "sample",
-}
+    "vocab_size", "parameters", "trainable_input_parameters", "train_tokens", "steps",
+    "tokens_per_s", "val_loss", "val_perplexity", "val_bits_per_byte", "gzip_bits_per_byte",
+    "xz_bits_per_byte", "dataset_fingerprint", "hf_dir", "gpt_neox_dir", "sample",
+}  # fmt: skip
 
 
 def test_pretrain_prints_the_command_it_runs_and_trains(tiny_data: Path, tmp_path: Path) -> None:

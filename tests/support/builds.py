@@ -7,9 +7,7 @@ import torch
 
 
 def this_build() -> dict[str, str]:
-    """What decides the last digits: torch, and the kernels that its libraries choose for this
-    processor.
-    """
+    """Torch, and what its libraries choose kernels by."""
     cpuinfo = Path("/proc/cpuinfo")
     words = cpuinfo.read_text().split("\n\n")[0].split() if cpuinfo.exists() else []
     vendor = next(

@@ -145,11 +145,10 @@ def prepare_environment(
     shared: Sequence[str] = ("torch", "numpy"),
     without: Sequence[str] = (),
 ) -> Path:
-    """The interpreter of an environment with these requirements, and `shared` as it is here; made
-    if need be.
+    """The interpreter of an environment with these requirements, and `shared` as it is here.
 
-    `without` are packages that they bring and that don't fit the shared torch. Raises
-    RegistryError.
+    The environment is made if need be; `without` are packages that they bring and that don't fit
+    the shared torch. Raises RegistryError.
     """
     content: dict[str, Any] = {
         "requirements": [*requirements],

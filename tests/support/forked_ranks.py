@@ -1,8 +1,8 @@
-"""Ranks of the training command, forked from a process that has imported it: seconds a run, not ten
-of them.
+"""Ranks of the training command, forked from a process that has imported it.
 
-The ranks are real processes that run the real `main` in the environment torchrun would give them;
-only the launcher is missing. The tests of the launchers themselves are in test_train.py.
+So a run takes a second or two, not ten. The ranks are real processes that run the real `main` in
+the environment torchrun would give them; only the launcher is missing. The tests of the launchers
+themselves are in tests/pretrain/test_train.py.
 """
 
 import multiprocessing
@@ -31,9 +31,7 @@ class Ended(NamedTuple):
 
 @cache
 def fork_server() -> ForkServerContext:
-    """A process with the tests' environment that has imported the training command and waits to
-    be forked.
-    """
+    """A process, with the tests' environment, that has imported the training command."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
     before = dict(os.environ)
@@ -56,9 +54,7 @@ def variables_of(ranks: int) -> list[dict[str, str]]:
 
 
 def become_a_rank(variables: dict[str, str], log: Path) -> None:
-    """What comes first in the body of a forked rank: a launcher's variables, and output to a
-    file.
-    """
+    """The begin of a forked rank's body: a launcher's variables, and output to a file."""
     assert "support.preloaded" in sys.modules  # an import that fails there is not said
 
     from pretrain.distributed import agree

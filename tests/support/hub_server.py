@@ -1,5 +1,4 @@
-"""A small hub of data sets, and web server, with failures on demand: what the tests of remote
-inputs talk to.
+"""A small hub of data sets, and web server, with failures on demand, for tests of remote inputs.
 
 It answers what `datasets` and `huggingface_hub` ask for (seen by logging them): information on a
 repository at a revision, its tree, HEAD and ranges of its files, large ones after a redirect. All
@@ -33,8 +32,9 @@ class Failures:
 
 
 class HubServer:
-    """Serves the files below a directory, and its owner/name folders as data sets; a context
-    manager.
+    """Serves the files below a directory, and its owner/name folders as data sets.
+
+    It is a context manager.
     """
 
     def __init__(self, root: Path) -> None:

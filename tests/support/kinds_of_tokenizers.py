@@ -1,5 +1,4 @@
-"""Tokenizers as others publish them, of every kind that reads a text its own way, for the tests of
-exports.
+"""Tokenizers as others publish them, of every kind that reads a text its own way.
 
     python tests/support/kinds_of_tokenizers.py DIRECTORY
 
@@ -41,9 +40,7 @@ GPT_4 = (
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What makes a tokenizer of its kind: a change of a plain byte-level BPE, and of its
-    configuration.
-    """
+    """What makes a tokenizer of its kind: a change of a plain one, and of its configuration."""
 
     change: Callable[[Tokenizer], Any] = lambda tokenizer: None
     config: dict[str, Any] = field(default_factory=dict)  # beside NAMES and a plain class
@@ -275,9 +272,7 @@ def write_tokenizer(directory: Path, kind: Kind, texts: Sequence[str]) -> Path:
 
 
 def differences(export: Path) -> list[str]:
-    """What AutoTokenizer gives otherwise than the ids beside an export, with the transformers
-    that is installed.
-    """
+    """Where AutoTokenizer, of the release that is installed, gives other ids than stated."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=False)

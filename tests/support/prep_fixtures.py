@@ -1,6 +1,4 @@
-"""Fixtures of the data preparation tests, as a pytest plugin: real text, a small tokenizer, a
-data set, an S3.
-"""
+"""Fixtures of data preparation, as a pytest plugin: text, a tokenizer, a data set, an S3."""
 
 import os
 from collections.abc import Iterator
@@ -65,9 +63,7 @@ def dataset(
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[Any]:
-    """A client of a local S3 with a bucket `corpus`; the environment names the server, as users
-    do.
-    """
+    """A client of a local S3 with a bucket `corpus`; as users do, the environment names it."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

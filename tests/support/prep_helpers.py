@@ -1,6 +1,4 @@
-"""What the tests of data preparation share: real and nasty texts, writers of files and mixtures,
-builds.
-"""
+"""What tests of data preparation share: texts, writers of files and mixtures, builds."""
 
 import gzip
 import json

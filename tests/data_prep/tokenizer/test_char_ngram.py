@@ -34,16 +34,9 @@ from data_prep.tokenizer.encode import Encoder, new_encoder, reference_ids
 from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 SPELLINGS = (
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<0x41>",
-    "<0x80>",
-    "<unused_E004>",
-    "<unused_FFFF>",
+    "<pad>", "<s>", "</s>", "<unk>", "<0x41>", "<0x80>", "<unused_E004>", "<unused_FFFF>",
     "a<pad>b <s></s>",
-)
+)  # fmt: skip
 ODD_TEXTS = (
     "\ue000\uf8ff\ufffe\uffff\U0001fffe",
     "\U0001f469\u200d\U0001f467 e\u0301\u200d",
@@ -202,20 +195,8 @@ def test_real_text_is_the_same_in_both_encoders(
 def test_words_fall_apart_in_threes_from_their_start(tokenizer: LoadedTokenizer) -> None:
     found = tokenizer.reference.encode("the people of the United States").tokens
     assert found == [
-        "the",
-        "Ġpe",
-        "opl",
-        "e",
-        "Ġof",
-        "Ġth",
-        "e",
-        "ĠUn",
-        "ite",
-        "d",
-        "ĠSt",
-        "ate",
-        "s",
-    ]
+        "the", "Ġpe", "opl", "e", "Ġof", "Ġth", "e", "ĠUn", "ite", "d", "ĠSt", "ate", "s",
+    ]  # fmt: skip
 
 
 def test_counts_of_a_word() -> None:

@@ -47,31 +47,13 @@ llama.disable_logging()
 
 # Seen: 0.004 in f32, by the tanh of the engine's GELU; f16 and q8_0 round the weights
 LARGEST_DIFFERENCE = {"f32": 0.01, "f16": 0.02, "q8_0": 0.2}
-OTHERWISE = {  # kinds of tokenizers that the engines read otherwise
-    "digits",
-    "digits of gpt2",
-    "expression of gpt4",
-    "space before",
-    "space before, not told",
-    "no expression",
-    "punctuation",
-    "scripts",
-    "nfc",
-    "nfkc",
-    "lower case",
-    "lower case, of a class",
-    "replaced words",
-    "stripped",
-    "metaspace",
-    "llama",
-    "llama, legacy",
-    "unigram",
-    "t5",
-    "wordpiece",
-    "bert",
-    "words",
-    "added word with flags",
-}
+# Kinds of tokenizers that the engines read otherwise.
+OTHERWISE = {
+    "digits", "digits of gpt2", "expression of gpt4", "space before", "space before, not told",
+    "no expression", "punctuation", "scripts", "nfc", "nfkc", "lower case",
+    "lower case, of a class", "replaced words", "stripped", "metaspace", "llama", "llama, legacy",
+    "unigram", "t5", "wordpiece", "bert", "words", "added word with flags",
+}  # fmt: skip
 
 
 class Model(llama.LlamaModel):  # type: ignore[misc, name-defined]

@@ -1,13 +1,12 @@
-"""A cluster for tests: nodes that reach each other by ssh over a network of their own, and can be
-cut off.
+"""A cluster for tests: nodes with a network of their own, on which they can be cut off.
 
     with cluster(nodes=2) as (node1, node2):
         node1.run("ssh node2 hostname", cwd)
 
-A node has its own host name, address, processes and ssh server. The file system is the machine's,
-common to all like the shared storage of a real cluster. Everything lives in namespaces without
-names, and the first process of them all reads a pipe of the test process: when that ends, be it
-killed, the kernel takes everything down.
+They reach each other by ssh. A node has its own host name, address, processes and ssh server. The
+file system is the machine's, common to all like the shared storage of a real cluster. Everything
+lives in namespaces without names, and the first process of them all reads a pipe of the test
+process: when that ends, be it killed, the kernel takes everything down.
 """
 
 import functools
@@ -55,18 +54,14 @@ class Node:
     def run(
         self, command: str, cwd: Path, timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """A shell command to its end, typed at this node with the tests' Python environment
-        active.
-        """
+        """A shell command to its end, typed here with the tests' Python environment active."""
         typed, env = self._typed(command, cwd)
         return subprocess.run(
             typed, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
         )
 
     def start(self, command: str, cwd: Path, log: Path) -> subprocess.Popen[bytes]:
-        """A shell command that goes on, until the node ends at the latest; what it prints goes
-        into the log.
-        """
+        """A shell command that goes on, until the node ends at the latest; it prints to the log."""
         typed, env = self._typed(command, cwd)
         with log.open("wb") as file:
             return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Starting, watching and killing a run of the training command, for chaos.py.
+"""Starting, watching and killing a run of the training command.
 
 A job is a set of real processes: ranks forked from a process that has imported the trainer, or
 launch/pretrain.sh with all that it starts.
@@ -7,20 +7,15 @@ launch/pretrain.sh with all that it starts.
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Protocol
 
 import psutil
-
-REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-
 from support.forked_ranks import fork_server, start_ranks
-from support.runs import environment
+from support.runs import REPOSITORY, environment
 from support.waiting import came_true
 
-POLL_S = 0.001
+POLL_S = 0.001  # how often is looked: saves take milliseconds, and faults are to fall into them
 
 
 class Job(Protocol):
