@@ -544,7 +544,9 @@ def train_from_last_checkpoint(
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
     model, eos_id = build_model(run.recipe, run.model_config), run.reader.manifest.eos_id
-    engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
+    engine = Engine(model, run.recipe, run.engine_config, world, device)
+    engine.judge = bad_steps.judge
+    engine.mask_documents(eos_id)
     watch.clock = engine.clock
     watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
     check.on_file = engine.clock.saved_block

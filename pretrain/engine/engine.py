@@ -47,22 +47,21 @@ class Engine:
         config: dict[str, Any],
         world: World,
         device: torch.device,
-        eos_id: int | None = None,
-        judge: Judge = no_number,
     ) -> None:
-        """`judge` sees loss and gradient norm before each update, alike on every rank, and says
-        why not to take it.
+        """`config` is the merged DeepSpeed configuration, `device` that of the process group.
+
+        Raises UserError for a configuration that DeepSpeed refuses. Where the recipe masks
+        documents, `mask_documents` is to follow.
         """
         self.recipe = recipe
-        self.judge = judge
+        # Says before each update why not to take it. A run may set another at any time.
+        self.judge: Judge = no_number
         self.world = world
         self.device = device
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
-        module = LanguageModelLoss(
-            model, recipe.loss_head, eos_id if recipe.intra_document_masking else None
-        )
-        self.optimizer = build_optimizer(module.to(device), recipe.optimizer)
-        self.deepspeed = initialise(module, self.optimizer, config)
+        self.module = LanguageModelLoss(model, recipe.loss_head).to(device)
+        self.optimizer = build_optimizer(self.module, recipe.optimizer)
+        self.deepspeed = initialise(self.module, self.optimizer, config)
         self.clock = StepClock(device)
         # Why this rank wants the run to end, a signal's number or SAVE_FAILED; 0: it does not. Set
         # it at any time.
@@ -76,6 +75,11 @@ class Engine:
         self._last_step: RankFigures | None = None  # this rank's
         have_norm_read(self.deepspeed, recipe.optimizer.gradient_clipping, self._norm_as_read)
         have_updates_asked_for(self.optimizer, self._may_update)
+
+    def mask_documents(self, eos_id: int) -> None:
+        """Where the recipe says so, let no token see another document; `eos_id` ends each."""
+        if self.recipe.intra_document_masking:
+            self.module.eos_id = eos_id
 
     def rows_of(self, micro_step: int) -> slice:
         """Which rows of the global batch this rank takes in a micro-step."""
@@ -101,6 +105,8 @@ class Engine:
 
         A no-op where the judge refuses it, which the figures say.
         """
+        if self.recipe.intra_document_masking and self.module.eos_id is None:
+            raise ValueError("the recipe masks documents: call mask_documents before a step")
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
@@ -159,8 +165,7 @@ class Engine:
         """
         self.deepspeed.eval()
         own = [
-            self.deepspeed.module.nats(*self.to_device(wide)).mean(dim=1).tolist()
-            for wide in micro_batches
+            self.module.nats(*self.to_device(wide)).mean(dim=1).tolist() for wide in micro_batches
         ]
         of_ranks = gather(own)
         # Row by row as `rows_of` deals them out: micro-step by micro-step, in each rank by rank.
@@ -176,7 +181,7 @@ class Engine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of nats, and of targets
         for ids in batches:
             inputs_BT, targets_BT = self.to_device(self.pinned(ids))
-            sums[0] += self.deepspeed.module.nats(inputs_BT, targets_BT).sum(dtype=torch.float64)
+            sums[0] += self.module.nats(inputs_BT, targets_BT).sum(dtype=torch.float64)
             sums[1] += targets_BT.numel()
             self.clock.mark(PAUSE)
         dist.all_reduce(sums)
@@ -186,7 +191,7 @@ class Engine:
         """Every trained parameter's name, as in checkpoints, and shape."""
         return {
             name: list(parameter.shape)
-            for name, parameter in checkpoint_parameters(self.deepspeed.module.model)
+            for name, parameter in checkpoint_parameters(self.module.model)
         }
 
     def read_state(self) -> tuple[list[Fragment], int]:
