@@ -20,8 +20,9 @@ def windows_to_validate(split: ValidationWindows, recipe: Recipe) -> int:
 def validation_batches(
     split: ValidationWindows, recipe: Recipe, world: World
 ) -> tuple[int, Iterator[Tokens]]:
-    """How many batches this rank takes of a validation, and their ids, (windows, seq_len + 1)
-    each.
+    """How many batches this rank takes of a validation, and their ids.
+
+    A batch has shape (windows, seq_len + 1).
     """
     windows = windows_to_validate(split, recipe)
     if windows == 0:

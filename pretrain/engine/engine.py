@@ -125,9 +125,7 @@ class Engine:
         return figures
 
     def _read_before_update(self, norm: Tensor | float) -> StepFigures:
-        """Note what this step gave, and what is thought of it, just before DeepSpeed clips and
-        updates.
-        """
+        """What this step gave, and what is thought of it, before DeepSpeed clips and updates."""
         self.clock.mark("backward")
         host = HostFigures(last_step=self._last_step, wants_end=self.wants_end)
         reports = self._exchange.gather(self._loss_sum, norm, host)
@@ -160,8 +158,9 @@ class Engine:
         return figures.refused is None
 
     def row_nats(self, micro_batches: Sequence[Tensor]) -> list[float]:
-        """Mean cross-entropy in nats of every row of the global batch, in order, with the
-        weights as they are now.
+        """Mean cross-entropy in nats of every row of the global batch, in order.
+
+        The weights are as they are now.
         """
         self.deepspeed.eval()
         own = [
@@ -204,8 +203,9 @@ class Engine:
 
 
 def norm_of(reports: Sequence[RankReport]) -> float:
-    """The one gradient norm of a step, whatever happens on one rank; infinity for what is no
-    number.
+    """The one gradient norm of a step, whatever happens on one rank.
+
+    Infinity stands for what is no number.
     """
     norms = [report.gradient_norm for report in reports]
     # DeepSpeed says -1 where it met infinities; a comparison with NaN is false.
@@ -215,8 +215,9 @@ def norm_of(reports: Sequence[RankReport]) -> float:
 
 
 def slowest_of(reports: Sequence[RankReport]) -> RankFigures | None:
-    """Whose data and forward pass took longest in the step before, where no rank waits for
-    another; None at the first step.
+    """Whose data and forward pass, where no rank waits for another, took longest a step ago.
+
+    None at the first step.
     """
     steps = [report.host.last_step for report in reports if report.host.last_step is not None]
     if not steps:
