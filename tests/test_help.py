@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from support.runs import REPOSITORY
 
 from data_prep.commands import IS_A_COMMAND
 

@@ -78,6 +78,11 @@ class Engine:
         have_norm_read(self.deepspeed, recipe.optimizer.gradient_clipping, self._norm_as_read)
         have_updates_asked_for(self.optimizer, self._may_update)
 
+    def mask_documents(self, eos_id: int) -> None:
+        """Where the recipe says so, let no token see another document; `eos_id` ends each."""
+        if self.recipe.intra_document_masking:
+            self.module.eos_id = eos_id
+
     def to_device(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (B, T) each, of windows of int64 ids, (B, T + 1)."""
         wide_BT = wide.to(self.device, non_blocking=True)
@@ -163,7 +168,7 @@ class Engine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of nats, and of targets
         for ids in batches:
             inputs_BT, targets_BT = self.to_device(widened(ids, pinned=self.device.type == "cuda"))
-            sums[0] += self.deepspeed.module.nats(inputs_BT, targets_BT).sum(dtype=torch.float64)
+            sums[0] += self.module.nats(inputs_BT, targets_BT).sum(dtype=torch.float64)
             sums[1] += targets_BT.numel()
             self.clock.mark(PAUSE)
         dist.all_reduce(sums)

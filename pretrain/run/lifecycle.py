@@ -92,8 +92,9 @@ def train_from_last_checkpoint(
     # Every rank draws all initial weights, from the seed alone: so they are the same on any number
     # of ranks.
     model = build_model(run.recipe, run.model_config)
-    eos_id = run.reader.manifest.eos_id
-    engine = Engine(model, run.recipe, run.engine_config, world, device, eos_id, bad_steps.judge)
+    engine = Engine(model, run.recipe, run.engine_config, world, device)
+    engine.judge = bad_steps.judge
+    engine.mask_documents(run.reader.manifest.eos_id)
     watch.clock = engine.clock
     watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
     check.on_file = engine.clock.saved_block
