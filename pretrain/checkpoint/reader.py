@@ -124,7 +124,7 @@ class Checkpoint:
         """Elements [start, start + count) of a flattened parameter's state, whichever files hold
         them: fp32, (count,). Raises UserError where some are in none.
         """
-        pieces = []
+        pieces: list[Tensor] = []
         for first, length, file_name in sorted(self._where[name]):
             low = max(start, first)
             high = min(start + count, first + length)

@@ -48,7 +48,7 @@ class StepClock:
     def mark(self, phase: str) -> None:
         """End a phase here."""
         if self.on_cuda:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(Mark(phase, event=event))
         else:
