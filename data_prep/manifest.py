@@ -258,6 +258,11 @@ class Manifest:
         """Number of token ids in a split, end-of-document ids included."""
         return sum(shard.tokens for shard in self.shards_of(split, source))
 
+    @property
+    def all_tokens(self) -> int:
+        """Number of token ids in both splits, end-of-document ids included."""
+        return sum(shard.tokens for shard in self.shards)
+
     def paths(self) -> list[str]:
         """The files of all shards, relative to the data set: of each its ids and its index."""
         return [path for shard in self.shards for path in shard.digests]

@@ -185,7 +185,8 @@ def open_array(
     with explained((ValueError, OSError), damaged, REPAIR), full_path.open("rb") as file:
         got = os.fstat(file.fileno()).st_size
         if got != size:
-            raise UserError(f"{damaged} ({got:,} bytes, expected {size:,}); {REPAIR}")
+            problem = f"{got:,} bytes, expected {size:,}"
+            raise UserError(f"{damaged} ({problem}); {REPAIR}")
         # Read as a file: through the map, the kernel would read 8 MB ahead.
         if file.read(SHARD_HEADER_BYTES) != array_header(dtype, shape):
             problem = f"its header is not that of {dtype} of shape {shape}"
@@ -193,6 +194,11 @@ def open_array(
         with explained(OSError, f"{full_path}: not mapped into memory", TOO_MANY_MAPS):
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return np.ndarray(shape, dtype, mapped, SHARD_HEADER_BYTES)
+
+
+def is_increasing(values: Index) -> bool:
+    """Whether each value is larger than the one before."""
+    return bool((values[1:] > values[:-1]).all())
 
 
 class IdCounts(NamedTuple):
@@ -233,13 +239,14 @@ class ShardReader:
         if got < size:
             problem = f"{got:,} bytes, expected {size:,}: truncated while it was in use"
             advice = "bring it back, and the same command continues"
-            raise UserError(f"{self.data_dir / shard.path}: {problem}; {advice}")
+            path = self.data_dir / shard.path
+            raise UserError(f"{path}: {problem}; {advice}")
         return ids
 
     def count_ids(self, ids: Sequence[int]) -> IdCounts:
         """How often ids occur in both splits: in all tokens, or in COUNTED_TOKENS evenly spread."""
-        tokens = sum(shard.tokens for shard in self.manifest.shards)
-        every = max(1, -(-tokens // COUNTED_TOKENS))
+        # Rounded up: of one token too many, every second piece is counted.
+        every = max(1, -(-self.manifest.all_tokens // COUNTED_TOKENS))
         counts = [0] * len(ids)
         counted = 0
         for piece in self._pieces(every):
@@ -268,10 +275,11 @@ class ShardReader:
         index = open_array(self.data_dir, shard.index_path, INDEX_DTYPE, (shard.documents, 2))
         starts = index[:, 0]
         rows = index[:, 1]
-        is_sorted = bool((starts[1:] > starts[:-1]).all() and (rows[1:] > rows[:-1]).all())
+        is_sorted = is_increasing(starts) and is_increasing(rows)
         begins_at_0 = starts[0] == 0
-        lies_within = starts[-1] < shard.tokens and rows[-1] < max(shard.rows, 1)
-        if not (is_sorted and begins_at_0 and lies_within):
+        ends_within = starts[-1] < shard.tokens
+        has_rows_within = rows[-1] < max(shard.rows, 1)
+        if not (is_sorted and begins_at_0 and ends_within and has_rows_within):
             path = self.data_dir / shard.index_path
             raise UserError(f"{path}: damaged, not of this shard's documents; {REPAIR}")
         return index + np.array([0, shard.first_row], INDEX_DTYPE)

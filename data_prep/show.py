@@ -80,8 +80,10 @@ def print_sources(reader: ShardReader, tokenizer: LoadedTokenizer) -> None:
 def print_samples(reader: ShardReader, tokenizer: Tokenizer, number: int) -> None:
     """The beginnings of so many documents of each split."""
     for split in SPLITS:
-        for shard, document in spread(reader.manifest.shards_of(split), number):
-            print(f"\n{printable(sample(reader, tokenizer, shard, document))}")
+        shards = reader.manifest.shards_of(split)
+        for shard, document in spread(shards, number):
+            block = sample(reader, tokenizer, shard, document)
+            print(f"\n{printable(block)}")
 
 
 def spread(shards: Sequence[Shard], number: int) -> Iterator[tuple[Shard, int]]:
@@ -123,7 +125,8 @@ def trace(reader: ShardReader, tokenizer: Tokenizer, place: str) -> str:
     before = decoded(tokenizer, tokens[first:offset])
     token = decoded(tokenizer, tokens[offset : offset + 1])
     after = decoded(tokenizer, tokens[offset + 1 : stop])
-    in_document = f"its token {offset - document.start:,} of {len(document):,}"
+    offset_in_document = offset - document.start
+    in_document = f"its token {offset_in_document:,} of {len(document):,}"
     in_shard = f"{number:,} of {shard.documents:,} in the shard (from 0)"
     about = [
         ("token", f"{token!r}, id {tokens[offset]}"),

@@ -115,9 +115,13 @@ def refusal_of(data_dir: Path, problems: Sequence[Problem]) -> UserError:
 def print_good(data_dir: Path, manifest: Manifest, seconds: float) -> None:
     """That nothing is wrong, with how much was read, and how fast."""
     size = sum((data_dir / path).stat().st_size for path in manifest.paths())
-    rate = f"{size / 1e6:,.1f} MB at {size / 1e9 / seconds:.2f} GB/s"
-    shards = f"{len(manifest.shards):,} shards"
-    print(f"OK: {data_dir}: {shards}, {rate}, fingerprint {manifest.fingerprint}")
+    megabytes = size / 1e6
+    gb_per_s = size / 1e9 / seconds
+    print(
+        f"OK: {data_dir}: {len(manifest.shards):,} shards, "
+        f"{megabytes:,.1f} MB at {gb_per_s:.2f} GB/s, "
+        f"fingerprint {manifest.fingerprint}"
+    )
 
 
 def find_problems(data_dir: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -196,6 +200,7 @@ def check_index(data_dir: Path, shard: Shard) -> Offsets:
     if digest_file(path) != shard.index_xxh3_128:
         raise UserError(f"{path}: its xxh3-128 is not the manifest's")
     rows = index[:, 1].astype(np.int64)
+    # Read as signed numbers, what is too large for a row is below 0.
     is_within = len(rows) > 0 and rows[0] >= 0 and rows[-1] < shard.rows
     if not is_within or (np.diff(rows) <= 0).any():
         raise UserError(f"{path}: rows are not increasing within 0 to {shard.rows - 1}")

@@ -88,6 +88,16 @@ def test_data_prep_never_sees_pretrain_or_torch(path: Path) -> None:
     assert not packages(path) & {"pretrain", "torch", "deepspeed", "accelerate"}
 
 
+def test_nothing_imports_a_command_of_data_prep() -> None:
+    commands = {
+        f"data_prep.{path.stem}"
+        for path in DATA_PREP
+        if path.parent.name == "data_prep" and IS_A_COMMAND in path.read_text(encoding="utf-8")
+    }
+    assert "data_prep.build_shards" in commands
+    assert not {relative(path): found for path in SOURCES if (found := imports(path) & commands)}
+
+
 def test_data_prep_imports_what_takes_seconds_only_where_it_is_needed() -> None:
     program = (
         "import sys, data_prep.build_shards, data_prep.verify, data_prep.train_tokenizer; "

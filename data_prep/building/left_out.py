@@ -93,7 +93,10 @@ def check_left_out(units: Sequence[FinishedUnit], max_bad_fraction: float) -> No
     tallied = tallies(units)
     for unit, result in units:
         check_unit(unit, result, max_bad_fraction)
-    urls = {(unit.source, file.name): file.url for unit, _ in units for file in unit.files}
+    urls: dict[tuple[str, str], str] = {}
+    for unit, _ in units:
+        for file in unit.files:
+            urls[unit.source, file.name] = file.url
     for place, tally in tallied.of_files.items():
         source, _ = place
         check_file(tally, f"source {source!r}: {urls[place]}")
@@ -122,11 +125,13 @@ def check_source(tally: Tally, where: str, max_bad_fraction: float, then: str) -
     advice = f"the first: {first}; mend them, or raise max_bad_fraction and {then}"
     if bad > max_bad_fraction * rows:
         share = bad / rows
-        raise UserError(f"{where}: {of_rows} ({share:.2%}, {limit}), {advice}")
+        problem = f"{of_rows} ({share:.2%}, {limit})"
+        raise UserError(f"{where}: {problem}, {advice}")
     if tally.bad_bytes > max_bad_fraction * tally.row_bytes:
         share = tally.bad_bytes / tally.row_bytes
         of_bytes = f"hold {tally.bad_bytes:,} of {tally.row_bytes:,} bytes"
-        raise UserError(f"{where}: {of_rows}, and {of_bytes} ({share:.2%}, {limit}), {advice}")
+        problem = f"{of_rows}, and {of_bytes} ({share:.2%}, {limit})"
+        raise UserError(f"{where}: {problem}, {advice}")
 
 
 def check_unit(unit: WorkUnit, result: UnitResult, max_bad_fraction: float) -> None:
@@ -134,7 +139,8 @@ def check_unit(unit: WorkUnit, result: UnitResult, max_bad_fraction: float) -> N
     limit = max(MOST, max_bad_fraction) * result.row_bytes
     is_mostly_bad = result.bad_bytes > max(limit, LARGE_BYTES)
     if is_mostly_bad and unit.format in JSONL_FORMATS:
-        where = f"source {unit.source!r}: {unit.url}: bytes {unit.start:,} to {unit.stop:,}"
+        place = f"{unit.url}: bytes {unit.start:,} to {unit.stop:,}"
+        where = f"source {unit.source!r}: {place}"
         _, reason = result.bad_documents[0]
         problem = f"{result.bad_bytes:,} of {result.row_bytes:,} are of bad rows ({reason})"
         raise UserError(f"{where}: {problem}; see what is there, mend it or fetch it again")

@@ -34,19 +34,21 @@ def warning_of_one_input(reader: ShardReader, reference: Reference) -> str | Non
         return None
     counts, counted = reader.count_ids(pair)
     tokens = f"{counted:,} tokens"
-    if counted < sum(shard.tokens for shard in manifest.shards):
+    if counted < manifest.all_tokens:
         tokens += " counted"
     elif not all(counts):
         return None
     first, last = pair
+    of_first, of_last = counts
     bits = last.bit_length()
     problem = f"would be one input to a decoder of {bits} code bits"
-    times = f"{counts[0]:,} and {counts[1]:,} times in {tokens}"
+    times = f"{of_first:,} and {of_last:,} times in {tokens}"
     divisor = f"the next divisor of model.d_model above {bits}"
+    example = f"such as {wider_than(bits)} at width {EXAMPLE_WIDTH:,}"
     return (
-        f"ids {_named(first, reference)} and {_named(last, reference)} {problem}; they occur "
-        f"{times}; train with model.code_bits at {divisor}, such as {wider_than(bits)} at width "
-        f"{EXAMPLE_WIDTH:,}"
+        f"ids {named(first, reference)} and {named(last, reference)} {problem}; "
+        f"they occur {times}; "
+        f"train with model.code_bits at {divisor}, {example}"
     )
 
 
@@ -58,5 +60,7 @@ def wider_than(bits: int) -> int:
     return EXAMPLE_WIDTH
 
 
-def _named(i: int, reference: Reference) -> str:
-    return f"{i} ({reference.decode([i])!r})"
+def named(i: int, reference: Reference) -> str:
+    """An id and its text."""
+    text = reference.decode([i])
+    return f"{i} ({text!r})"

@@ -52,10 +52,9 @@ class SourceStatistics:
 
     def commonest(self, number: int) -> list[int]:
         """The ids that occur most often, the commonest first; equally common ones by number."""
-        seen = int(np.count_nonzero(self.counts))
         by_count = np.argsort(-self.counts, kind="stable")
-        ids: list[int] = by_count[: min(number, seen)].tolist()
-        return ids
+        ids: list[int] = by_count[:number].tolist()
+        return [i for i in ids if self.counts[i] > 0]
 
 
 class LengthBin(NamedTuple):
@@ -93,7 +92,10 @@ def count_ids(reader: ShardReader, shards: Sequence[Shard]) -> Integers:
     tokens = sum(shard.tokens for shard in shards)
     # Rounded up: every second piece as soon as there is one token too many.
     every = -(-tokens // COUNTED_TOKENS)
-    pieces = [(shard, start) for shard in shards for start in range(0, shard.tokens, PIECE_TOKENS)]
+    pieces: list[tuple[Shard, int]] = []
+    for shard in shards:
+        starts = range(0, shard.tokens, PIECE_TOKENS)
+        pieces += [(shard, start) for start in starts]
     counts = np.zeros(MAX_VOCAB_SIZE, np.int64)
     for shard, start in tqdm(pieces[::every], desc="counting", leave=False, disable=None):
         piece = reader.tokens(shard)[start : start + PIECE_TOKENS]

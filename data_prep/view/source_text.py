@@ -59,11 +59,14 @@ def histogram(lengths: Integers) -> Iterator[str]:
     digits = len(f"{bins[-1].longest:,}")
     span_characters = 2 * digits + 1
     for each in bins:
-        place = span(each).rjust(span_characters)
         share = each.documents / len(lengths)
-        length_of_bar = bar(each.documents, most)
-        line = f"{place}  {each.documents:>10,}  {share:>6.1%}  {length_of_bar}"
-        yield line.rstrip()
+        columns = [
+            span(each).rjust(span_characters),
+            f"{each.documents:>10,}",
+            f"{share:>6.1%}",
+            bar(each.documents, most),
+        ]
+        yield "  ".join(columns).rstrip()
 
 
 def span(lengths: LengthBin) -> str:

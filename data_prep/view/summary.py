@@ -78,7 +78,9 @@ def describe(data_dir: Path, manifest: Manifest) -> str:
 
 def about_special(manifest: Manifest) -> str:
     """The tokenizer's special tokens and their ids."""
-    tokens = [f"{token} = {i}" for token, i in manifest.special_tokens.items()]
+    tokens = []
+    for token, i in manifest.special_tokens.items():
+        tokens.append(f"{token} = {i}")
     return ", ".join(tokens) or "none"
 
 

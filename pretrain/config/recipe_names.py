@@ -179,8 +179,9 @@ OURS = {name: key for key, names in ELSEWHERE.items() for name in names}
 
 
 def suggest_key(dotted: str, keys: Sequence[str]) -> str:
-    """A suggestion for an unknown recipe key: one of its last name, what that is elsewhere, or
-    the closest one.
+    """A suggestion for an unknown recipe key.
+
+    It is one of the same last name, what that name means elsewhere, or the closest one.
     """
     last = dotted.rpartition(".")[2]
     same_name = [key for key in keys if key.rpartition(".")[2] == last]
@@ -188,6 +189,6 @@ def suggest_key(dotted: str, keys: Sequence[str]) -> str:
     if not same_name and elsewhere:
         return f"did you mean {elsewhere}?"
     if "." not in dotted:
-        # it may be a section: `mode` is nearer to model than to any key of that name
+        # It may be a section: `mode` is nearer to model than to any key of that name.
         return nearest(dotted, keys)
     return nearest(dotted, same_name or keys)

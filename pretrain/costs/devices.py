@@ -82,8 +82,9 @@ def needed_words(device: Device) -> set[str]:
 
 
 def says_nothing_else(word: str, device: Device) -> bool:
-    """Whether a word of a driver's name is one that this device may have: no other size, no
-    other model.
+    """Whether a word of a driver's name is one that this device may have.
+
+    It is none of another size, form or model.
     """
     form = FORM.fullmatch(word)
     if form:

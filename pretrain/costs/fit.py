@@ -35,8 +35,9 @@ def check_it_fits(
     available_bytes: float,
     device_type: str = "cuda",
 ) -> None:
-    """Raise UserError where a rank needs more than it has, saying how much more, and what would
-    fit.
+    """Raise UserError where a rank needs more than it has.
+
+    It says how much more, and what would fit.
     """
     needed = needed_bytes(recipe, engine_config, world_size, device_type)
     if needed <= available_bytes:

@@ -180,8 +180,9 @@ def activation_bytes(sizes: Sizes, blocks: int) -> float:
 
 
 def loss_head_bytes(sizes: Sizes) -> float:
-    """The most that the loss head holds in its forward pass, besides its input; see
-    pretrain/model/chunked_cross_entropy.py.
+    """The most that the loss head holds in its forward pass, besides its input.
+
+    See pretrain/model/chunked_cross_entropy.py.
     """
     vocab_size = sizes.recipe.model.vocab_size
     if sizes.recipe.loss_head == "whole":

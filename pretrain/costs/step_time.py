@@ -146,8 +146,9 @@ def step_seconds(
 
 
 def scale_to(sizes: Sizes, costs: Costs, ranks: int, bytes_per_s: float) -> Scale:
-    """The run on that many ranks, over which its batch divides, with its micro-batch or the next
-    smaller one.
+    """The run on that many ranks, over which its batch divides.
+
+    It keeps its micro-batch, or takes the next smaller one that divides.
     """
     recipe = sizes.recipe
     config = sizes.engine_config

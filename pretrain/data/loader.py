@@ -89,9 +89,7 @@ class TrainingLoader:
         self._lay_out_block()
 
     def _lay_out_block(self) -> None:
-        """Which source each place of a block belongs to, and its rank among that source's
-        places.
-        """
+        """Which source each place of a block belongs to, and its rank among those of the source."""
         shares = [source.share for source in self.sources]
         in_order = np.repeat(np.arange(len(shares)), shares)
         key = derive_key(*self.identity, "block")
@@ -173,8 +171,9 @@ class TrainingLoader:
 
 
 class ValidationWindows:
-    """The validation split as consecutive windows: each id after the first is a target exactly
-    once.
+    """The validation split as consecutive windows.
+
+    Each id after the first is a target exactly once.
     """
 
     def __init__(self, reader: ShardReader, *, seq_len: int) -> None:

@@ -1,5 +1,6 @@
 """The shards of a source as one stream of ids, read where they lie."""
 
+import itertools
 import mmap
 import resource
 from pathlib import Path
@@ -68,7 +69,8 @@ class TokenStream:
         self.shards = shards
         # Where each shard begins in the stream, and where the last one ends.
         sizes = [shard.tokens for shard in shards]
-        self.begins = np.cumsum([0, *sizes], dtype=np.int64)
+        begins = list(itertools.accumulate(sizes, initial=0))
+        self.begins = np.array(begins, np.int64)
         self.tokens = int(self.begins[-1])
 
     def locate(self, position: int) -> tuple[Shard, int]:
@@ -91,6 +93,7 @@ class TokenStream:
 
     def windows(self, starts: I64, length: int) -> Tokens:
         """One row of `length` ids for each start, shape (starts, length)."""
+        # The last shard that begins no later: an empty one holds nothing.
         shard_of = np.searchsorted(self.begins, starts, side="right") - 1
         offsets = starts - self.begins[shard_of]
         ids = {}

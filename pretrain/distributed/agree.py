@@ -33,7 +33,7 @@ Group = dist.ProcessGroup | None  # None: all ranks, as training has them
 
 def gather(value: Any, group: Group = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # alone, or before the ranks have met
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
@@ -90,6 +90,7 @@ def together(action: Callable[[], T], group: Group = None) -> T:
     for each in answers:
         if each.failure is None:
             continue
+        # Rank 0 says it: of its own machine a path needs no name.
         if each.host == answers[0].host:
             raise SharedError(each.failure, each.exit_code)
         raise SharedError(f"on {each.host}: {each.failure}", each.exit_code)

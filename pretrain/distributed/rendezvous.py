@@ -43,6 +43,7 @@ def set_rendezvous(world: World) -> None:
     All ranks then share an address and a port. Raises UserError where MPI sees other ranks than its
     launcher started.
     """
+    # What a launcher has set stands; mpiexec sets none of it, a plain process needs no more.
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", 0)) or free_port()
     spans_machines = world.world_size > world.local_world_size

@@ -53,6 +53,7 @@ def world_from_environment() -> World:
                 local_world_size=local_world_size,
                 launched_by_mpi=names in (OPEN_MPI_VARIABLES, MPICH_VARIABLES),
             )
+    # Without all four no rank knows its place; with a size above one it is not alone either.
     for name in SIZE_VARIABLES:
         if int(os.environ.get(name, 1)) > 1:
             raise UserError(

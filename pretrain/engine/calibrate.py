@@ -84,8 +84,9 @@ def passes(bench: Bench, layers: int, windows: int) -> Callable[[], None]:
 
 
 def seconds_of_a_window(bench: Bench) -> float:
-    """From passes over one layer and over two, in turns: the loss head once, a layer as often as
-    the recipe says.
+    """From passes over one layer and over two, in turns.
+
+    The loss head counts once, a layer as often as the recipe says.
     """
     one_window = passes(bench, layers=1, windows=1)
     one_window()  # to warm up

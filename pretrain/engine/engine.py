@@ -49,22 +49,21 @@ class Engine:
         config: dict[str, Any],
         world: World,
         device: torch.device,
-        eos_id: int | None = None,
-        judge: Judge = no_number,
     ) -> None:
-        """`judge` sees loss and gradient norm before each update, alike on every rank, and says
-        why not to take it.
+        """`config` is the merged DeepSpeed configuration, `device` that of the process group.
+
+        Raises UserError for a configuration that DeepSpeed refuses. Where the recipe masks
+        documents, `mask_documents` is to follow.
         """
         self.recipe = recipe
-        self.judge = judge
+        # Says before each update why not to take it. A run may set another at any time.
+        self.judge: Judge = no_number
         self.world = world
         self.device = device
         self.accumulation_steps = int(config["gradient_accumulation_steps"])
-        module = LanguageModelLoss(
-            model, recipe.loss_head, eos_id if recipe.intra_document_masking else None
-        )
-        self.optimizer = build_optimizer(module.to(device), recipe.optimizer)
-        self.deepspeed = initialise(module, self.optimizer, config)
+        self.module = LanguageModelLoss(model, recipe.loss_head).to(device)
+        self.optimizer = build_optimizer(self.module, recipe.optimizer)
+        self.deepspeed = initialise(self.module, self.optimizer, config)
         self.clock = StepClock(device)
         # Why this rank wants the run to end, a signal's number or SAVE_FAILED; 0: it does not. Set
         # it at any time.
@@ -89,6 +88,8 @@ class Engine:
 
         A no-op where the judge refuses it, which the figures say.
         """
+        if self.recipe.intra_document_masking and self.module.eos_id is None:
+            raise ValueError("the recipe masks documents: call mask_documents before a step")
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
@@ -107,9 +108,7 @@ class Engine:
         return figures
 
     def _read_before_update(self, norm: Tensor | float) -> StepFigures:
-        """Note what this step gave, and what is thought of it, just before DeepSpeed clips and
-        updates.
-        """
+        """What this step gave, and what is thought of it, before DeepSpeed clips and updates."""
         self.clock.mark("backward")
         host = HostFigures(last_step=self._last_step, wants_end=self.wants_end)
         reports = self._exchange.gather(self._loss_sum, norm, host)
@@ -142,13 +141,13 @@ class Engine:
         return figures.refused is None
 
     def row_nats(self, micro_batches: Sequence[Tensor]) -> list[float]:
-        """Mean cross-entropy in nats of every row of the global batch, in order, with the
-        weights as they are now.
+        """Mean cross-entropy in nats of every row of the global batch, in order.
+
+        The weights are as they are now.
         """
         self.deepspeed.eval()
         own = [
-            self.deepspeed.module.nats(*self.to_device(wide)).mean(dim=1).tolist()
-            for wide in micro_batches
+            self.module.nats(*self.to_device(wide)).mean(dim=1).tolist() for wide in micro_batches
         ]
         of_ranks = gather(own)
         # Row by row as `rows_of` deals them out: micro-step by micro-step, in each rank by rank.
@@ -174,7 +173,7 @@ class Engine:
         """Every trained parameter's name, as in checkpoints, and shape."""
         return {
             name: list(parameter.shape)
-            for name, parameter in checkpoint_parameters(self.deepspeed.module.model)
+            for name, parameter in checkpoint_parameters(self.module.model)
         }
 
     def read_state(self) -> tuple[list[Fragment], int]:
@@ -187,8 +186,9 @@ class Engine:
 
 
 def norm_of(reports: Sequence[RankReport]) -> float:
-    """The one gradient norm of a step, whatever happens on one rank; infinity for what is no
-    number.
+    """The one gradient norm of a step, whatever happens on one rank.
+
+    Infinity stands for what is no number.
     """
     norms = [report.gradient_norm for report in reports]
     # DeepSpeed says -1 where it met infinities; a comparison with NaN is false.
@@ -198,8 +198,9 @@ def norm_of(reports: Sequence[RankReport]) -> float:
 
 
 def slowest_of(reports: Sequence[RankReport]) -> RankFigures | None:
-    """Whose data and forward pass took longest in the step before, where no rank waits for
-    another; None at the first step.
+    """Whose data and forward pass, where no rank waits for another, took longest a step ago.
+
+    None at the first step.
     """
     steps = [report.host.last_step for report in reports if report.host.last_step is not None]
     if not steps:

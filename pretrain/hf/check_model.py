@@ -257,7 +257,8 @@ def weight_problems(path: Path, model: ExportedModel) -> Problems:
                 f"{path}: {head} has shape {shapes[head]}, {CONFIG_FILE} tells {expected}; {AGAIN}"
             )
     # By the numbers in names: what a file lacks in the middle is a layer less.
-    layers = len({found[1] for name in shapes if (found := LAYER.search(name))})
+    matches = filter(None, map(LAYER.search, shapes))
+    layers = len({match[1] for match in matches})
     layers_told = model.config.get(layers_key)
     if layers != layers_told:
         yield f"{path}: {layers} layers, {CONFIG_FILE} tells {layers_told}; {AGAIN}"

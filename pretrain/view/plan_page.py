@@ -99,9 +99,11 @@ def scale_rows(plan: Plan) -> list[ScaleRow]:
     """One row for each number of ranks."""
     scales = plan.speed.scales.values()
     recipe = plan.recipe
+    # The first of them is what the others are compared with.
     fitting = [scale for scale in scales if scale.needed_bytes <= plan.available_bytes]
     rows = []
     for scale in scales:
+        # Validation and saves are left out, as in the formula of a step.
         hours = recipe.total_steps * scale.step_s / 3600
         gpu_hours = hours * scale.ranks
         efficiency = 0.0
@@ -125,6 +127,7 @@ def scale_rows(plan: Plan) -> list[ScaleRow]:
 
 def batch_that_divides(recipe: Recipe, ranks: int) -> int:
     """The next larger batch, in tokens, that divides over so many ranks."""
+    # A step consists of whole windows.
     windows = math.ceil(recipe.global_batch_size / ranks) * ranks
     return windows * recipe.model.seq_len
 

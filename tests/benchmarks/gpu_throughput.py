@@ -77,7 +77,8 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
     keep_freed_memory()
     engine_config = merge_config(recipe, load_engine_config(recipe.engine), ALONE.world_size)
     device = start_process_group(ALONE)
-    engine = Engine(build_model(recipe), recipe, engine_config, ALONE, device, EOS_ID)
+    engine = Engine(build_model(recipe), recipe, engine_config, ALONE, device)
+    engine.mask_documents(EOS_ID)
     random = np.random.default_rng(0)
     shape = (recipe.batch.micro_batch_size, recipe.model.seq_len + 1)
     profiler = StepProfiler(

@@ -340,3 +340,13 @@ def test_a_rank_that_compiles_nothing_does_not_import_torch_s_compiler(
     body = be_a_rank_that_counts_the_compiler_s_modules
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", body=body)
     assert ended.exit_codes == [0], ended.output
+
+
+def test_a_recipe_that_masks_documents_is_not_trained_before_their_end_is_told(
+    device: torch.device,
+) -> None:
+    engine = engine_for(recipe_of(intra_document_masking=True), device)
+    with pytest.raises(ValueError, match="mask_documents"):
+        take_step(engine, 0)
+    engine.mask_documents(0)
+    assert np.isfinite(take_step(engine, 0)).all()
