@@ -15,6 +15,8 @@ import pytest
 from support.house_figures import Function, Module, figures_of, house_modules, table, wings_of
 from support.runs import REPOSITORY
 
+from data_prep.commands import IS_A_COMMAND
+
 PACKAGES = ("data_prep", "pretrain", "launch")
 
 SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
