@@ -7,10 +7,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from support.house_figures import Function, figures_of, house_modules, table, wings_of
+from support.house_figures import Function, Module, figures_of, house_modules, table, wings_of
 from support.runs import REPOSITORY
 
 from data_prep.commands import IS_A_COMMAND
@@ -29,8 +31,8 @@ FLOORS = (
     {"engine", "view", "evaluation", "watch"},
     {"hf", "run"},
 )
-# What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share; and
-# URLs that are safe to print.
+# What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share;
+# and URLs that are safe to print.
 TAKEN_FROM_DATA_PREP = {
     "data_prep.manifest", "data_prep.shards", "data_prep.layout", "data_prep.files",
     "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",
@@ -252,6 +254,93 @@ def test_figures_count_code_comments_expressions_functions_and_unrelated_values(
     assert (wing.name, wing.files, wing.code_lines) == ("wing", 1, 10)
     assert wing.density == (figures.expressions + 1) / 10
     assert wing.comment_share == 2 / 23
+
+
+# What a reader of a module, a function or a folder can still hold in mind.
+MOST_LINES_OF_A_MODULE = 400
+MOST_LINES_OF_A_FUNCTION = 50
+MOST_PARAMETERS = 5
+MOST_FILES_OF_A_WING = 12
+MOST_EXPRESSIONS_A_LINE = 4.6  # over a wing; nanochat, a project that reads well, has as many
+# One file, since an export ships it; transformers calls its functions, with its own arguments.
+MODELLING_FILE = "pretrain/modeling_tablefree.py"
+
+
+@pytest.fixture(scope="module")
+def modules() -> list[Module]:
+    """The figures of every module."""
+    found = house_modules(REPOSITORY, PACKAGES)
+    assert sorted(REPOSITORY / module.path for module in found) == SOURCES
+    return found
+
+
+@pytest.fixture(scope="module")
+def bounded(modules: list[Module]) -> list[Module]:
+    """Those whose lengths and parameters are bounded: all but one."""
+    found = [module for module in modules if module.path != MODELLING_FILE]
+    assert len(found) == len(modules) - 1
+    return found
+
+
+def expect_none(found: Iterable[str]) -> None:
+    """Fail with a line for each that is beyond a bound."""
+    beyond = [*found]
+    assert not beyond, "\n".join(beyond)
+
+
+def test_modules_have_at_most_400_lines(bounded: list[Module]) -> None:
+    expect_none(
+        f"{module.path}: {module.lines} lines"
+        for module in bounded
+        if module.lines > MOST_LINES_OF_A_MODULE
+    )
+
+
+def test_functions_have_at_most_50_lines(bounded: list[Module]) -> None:
+    expect_none(
+        f"{module.path}:{function.line}: {function.name}, {function.lines} lines"
+        for module in bounded
+        for function in module.functions
+        if function.lines > MOST_LINES_OF_A_FUNCTION
+    )
+
+
+def test_functions_have_at_most_5_parameters(bounded: list[Module]) -> None:
+    expect_none(
+        f"{module.path}:{function.line}: {function.name}, {function.parameters} parameters"
+        for module in bounded
+        for function in module.functions
+        if function.parameters > MOST_PARAMETERS
+    )
+
+
+def test_a_statement_gives_no_unrelated_values_to_several_names(modules: list[Module]) -> None:
+    expect_none(f"{module.path}:{line}" for module in modules for line in module.unrelated)
+
+
+def test_wings_have_at_most_12_files(modules: list[Module]) -> None:
+    expect_none(
+        f"{wing.name}: {wing.files} files"
+        for wing in wings_of(modules)
+        if wing.files > MOST_FILES_OF_A_WING
+    )
+
+
+def test_wings_have_at_most_4_6_expressions_a_code_line(modules: list[Module]) -> None:
+    expect_none(
+        f"{wing.name}: {wing.density:.2f} expressions a code line"
+        for wing in wings_of(modules)
+        if wing.density > MOST_EXPRESSIONS_A_LINE
+    )
+
+
+def test_lines_of_more_than_100_columns_are_refused_by_ruff() -> None:
+    ruff = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "ruff"
+    ]
+    assert ruff["line-length"] == 100
+    assert "E" in ruff["lint"]["select"]
+    assert "E501" not in ruff["lint"]["ignore"]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,14 @@ output = model.generate(**prompt, min_new_tokens=3, max_new_tokens=3)
 print(len(output[0]) - len(tokenizer("Number 7")["input_ids"]))
 """
 
-PACKAGES = ("data_prep", "pretrain", "ds_configs")
+PACKAGES = ("data_prep", "pretrain", "launch", "ds_configs")
+# They install a checkout, and what they start lies in one.
+FOR_A_CHECKOUT = (
+    "launch/demo/",
+    "launch/quickstart.sh",
+    "launch/shell/install.sh",
+    "launch/test.sh",
+)
 COMMANDS = [
     f"{package}.{path.stem}"
     for package in ("data_prep", "pretrain")
@@ -51,13 +58,17 @@ COMMANDS = [
 
 def files_left_out_of(installed: Path) -> list[str]:
     """What the packages hold here, and an installation does not; what only readers need aside."""
-    return [
+    names = [
         path.relative_to(REPOSITORY).as_posix()
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
-        if path.is_file()
-        and path.suffix not in (".md", ".pyc")
-        and not (installed / path.relative_to(REPOSITORY)).exists()
+        if path.is_file() and path.suffix not in (".md", ".pyc")
+    ]
+    assert len(names) > 100
+    return [
+        name
+        for name in names
+        if not name.startswith(FOR_A_CHECKOUT) and not (installed / name).exists()
     ]
 
 
