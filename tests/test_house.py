@@ -27,8 +27,8 @@ FLOORS = (
     {"engine", "view", "evaluation"},
     {"hf", "run"},
 )
-# What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share; and
-# URLs that are safe to print.
+# What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands
+# share, and URLs that are safe to print.
 TAKEN_FROM_DATA_PREP = {
     "data_prep.manifest", "data_prep.shards", "data_prep.layout", "data_prep.files",
     "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",

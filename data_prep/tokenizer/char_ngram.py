@@ -50,6 +50,7 @@ MAX_GRAMS = 2_000_000  # what two counts may hold each: some 500 MB
 # is invisible
 INVISIBLE = (*range(0x21), *range(0x7F, 0xA1), 0xAD)
 SPELLING = {byte: 0x100 + place for place, byte in enumerate(INVISIBLE)}
+BYTE_OF = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}
 
 Counts = Counter[str]
 Vocab = dict[str, int]
@@ -77,8 +78,9 @@ def learn_vocab(texts: Iterable[str]) -> tuple[Vocab, Merges]:
     """
     counts = count_grams(texts)
     grams = choose_grams(*counts)
-    used = len(grams.bigrams) + len(grams.trigrams)
-    unused = len(BIGRAM_IDS) + len(TRIGRAM_IDS) - used
+    unused_bigrams = len(BIGRAM_IDS) - len(grams.bigrams)
+    unused_trigrams = len(TRIGRAM_IDS) - len(grams.trigrams)
+    unused = unused_bigrams + unused_trigrams
     if unused:
         print(f"note: the text has too few n-grams; {unused:,} ids stay unused", file=sys.stderr)
     return build_vocab(*grams)
@@ -140,7 +142,9 @@ def choose_grams(anywhere: Counts, aligned: Counts) -> Grams:
         if len(gram) != 3:
             continue
         # A merge makes a trigram out of a bigram and a character.
-        if gram[:2] in known or gram[1:] in known:
+        first = gram[:2]
+        last = gram[1:]
+        if first in known or last in known:
             triples[gram] = number
     trigrams = _most_frequent(triples, len(TRIGRAM_IDS))
     return Grams(
@@ -194,12 +198,25 @@ def build_vocab(bigrams: list[str], trigrams: list[str]) -> tuple[Vocab, Merges]
     for token in (*prefixes, *characters):
         merges.append((token[:-1], token[-1]))
     for gram in (*trigrams, *bigrams):
-        for cut in range(1, len(gram)):
-            left = spell(gram[:cut])
-            right = spell(gram[cut:])
-            if left in vocab and right in vocab:
-                merges.append((left, right))
+        merges += _merges_to(gram, vocab)
     return vocab, merges
+
+
+def _merges_to(gram: str, vocab: Vocab) -> Iterator[tuple[str, str]]:
+    """The pairs of tokens that make an n-gram."""
+    for cut in range(1, len(gram)):
+        left = spell(gram[:cut])
+        right = spell(gram[cut:])
+        if left in vocab and right in vocab:
+            yield left, right
+
+
+def bytes_of(token: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for; one with other characters, itself."""
+    try:
+        return bytes([BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 def _numbered(tokens: Iterable[str], ids: range) -> Vocab:

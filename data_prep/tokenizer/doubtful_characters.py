@@ -91,7 +91,8 @@ class Doubtful:
             is_whole = code_point < THREE_BYTES
             self._pairs[lead, second & MORE] = SOME if is_whole else NOT_ASKED
         self._may_begin = (self._pairs != NONE).any(axis=1)
-        self._leads = neighbours(np.flatnonzero(self._may_begin).tolist())
+        leads = np.flatnonzero(self._may_begin)
+        self._leads = neighbours(leads.tolist())
 
     def find(self, texts: pa.LargeStringArray) -> Places:
         """Numbers of the texts that hold one of the characters, in order."""
@@ -121,7 +122,8 @@ class Doubtful:
 
     def _may_follow(self, first: Bytes, second: Bytes) -> Flags:
         """Whether one of the characters begins with these two bytes."""
-        pairs = first.astype(np.int64) << MORE_BITS | (second & MORE)
+        of_first = first.astype(np.int64) << MORE_BITS
+        pairs = of_first | (second & MORE)
         known = self._pairs.reshape(-1)
         counts = known[pairs]
         is_not_asked = counts == NOT_ASKED
@@ -177,10 +179,10 @@ def neighbours(numbers: list[int]) -> list[range]:
     """Numbers, which come in order, as ranges."""
     ranges: list[range] = []
     for number in numbers:
+        start = number
         if ranges and ranges[-1].stop == number:
-            ranges[-1] = range(ranges[-1].start, number + 1)
-        else:
-            ranges.append(range(number, number + 1))
+            start = ranges.pop().start
+        ranges.append(range(start, number + 1))
     return ranges
 
 
@@ -198,8 +200,10 @@ def _code_points_at(data: Bytes, places: Places) -> Places:
     third = byte_behind(2) & MORE
     fourth = byte_behind(3) & MORE
     of_two = (lead & LEAD_OF_TWO) << 6 | second
-    of_three = (lead & LEAD_OF_THREE) << 12 | second << 6 | third
-    of_four = (lead & LEAD_OF_FOUR) << 18 | second << 12 | third << 6 | fourth
+    two_behind = second << 6 | third
+    of_three = (lead & LEAD_OF_THREE) << 12 | two_behind
+    three_behind = two_behind << 6 | fourth
+    of_four = (lead & LEAD_OF_FOUR) << 18 | three_behind
     of_more = np.where(lead < FOUR_BYTE_LEADS, of_three, of_four)
     return np.where(lead < THREE_BYTE_LEADS, of_two, of_more)
 

@@ -19,7 +19,7 @@ from data_prep.errors import UserError, explained, parse_json
 from data_prep.formats.flat_arrays import large_strings
 from data_prep.manifest import MAX_VOCAB_SIZE
 from data_prep.shards import CHAT_TEMPLATE_NAME, TOKENIZER_FILES, sha256_of_files
-from data_prep.tokenizer.char_ngram import SPELLING
+from data_prep.tokenizer.char_ngram import bytes_of
 from data_prep.tokenizer.doubtful_characters import Doubtful, neighbours, other_normal_forms
 from data_prep.tokenizer.reference import RANDOM, LocalReference, Reference
 from data_prep.tokenizer.reference_beside import ReferenceBeside
@@ -33,6 +33,7 @@ COLON = re.compile(rb"\s*:\s*")
 ADDED_TOKENS_BYTES = 1 << 18  # some 1,500 tokens
 TRAIN = "train one with python -m data_prep.train_tokenizer"
 
+Definition = dict[str, Any]  # tokenizer.json, or a part of it
 Backend = Any  # gigatoken's own tokenizer, which has no types
 
 
@@ -72,10 +73,11 @@ class LoadedTokenizer:
         return self.here.tokenizer
 
     @cached_property
-    def definition(self) -> dict[str, Any]:
+    def definition(self) -> Definition:
         """tokenizer.json."""
+        tokenizer_json = self.files[TOKENIZER_JSON]
         where = str(self.directory / TOKENIZER_JSON)
-        content: dict[str, Any] = parse_json(self.files[TOKENIZER_JSON], where, TRAIN)
+        content: Definition = parse_json(tokenizer_json, where, TRAIN)
         return content
 
     def name_of(self, special: int) -> str:
@@ -104,14 +106,10 @@ class LoadedTokenizer:
         """
         if not isinstance(self.reference.decoder, decoders.ByteLevel):
             return None
-        byte_of = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}
         table = [NO_TEXT] * self.vocab_size
         vocabulary = self.reference.get_vocab(with_added_tokens=False)
         for token, id_ in vocabulary.items():
-            if byte_of.keys() >= set(token):
-                table[id_] = bytes(byte_of[character] for character in token)
-            else:
-                table[id_] = token.encode()
+            table[id_] = bytes_of(token)
         added_tokens = self.reference.get_added_tokens_decoder()
         for id_, added in added_tokens.items():
             table[id_] = added.content.encode()
@@ -217,17 +215,17 @@ def read_files(directory: Path) -> TokenizerFiles:
     for name in KNOWN_FILES:
         if (directory / name).is_file():
             files[name] = (directory / name).read_bytes()
-    config: dict[str, Any] = {}
+    config: Definition = {}
     notes: tuple[str, ...] = ()
     for name in (SPECIAL_TOKENS_JSON, CONFIG_JSON):  # the second has the last word
-        content = parse_json(files.get(name, b"{}"), str(directory / name), TRAIN)
+        path = directory / name
+        content = parse_json(files.get(name, b"{}"), str(path), TRAIN)
         if not isinstance(content, dict):
-            raise UserError(
-                f"{directory / name}: a JSON {type(content).__name__}, expected an object; {TRAIN}"
-            )
+            kind = type(content).__name__
+            raise UserError(f"{path}: a JSON {kind}, expected an object; {TRAIN}")
         if content.pop("auto_map", None):
             if TOKENIZER_JSON not in files:
-                raise _code_of_its_own(directory / name)
+                raise _code_of_its_own(path)
             files[name] = _json_file(content)
             notes += (
                 f"auto_map is left out of {name}: code that a tokenizer brings along is never run",
@@ -252,13 +250,15 @@ def _code_of_its_own(path: Path) -> UserError:
 
 
 def _supplied(
-    directory: Path, files: dict[str, bytes], config: dict[str, Any], notes: tuple[str, ...]
+    directory: Path, files: dict[str, bytes], config: Definition, notes: tuple[str, ...]
 ) -> TokenizerFiles:
     """The files of a tokenizer that lacks some, with those that transformers makes of the rest.
 
     transformers is imported here: it takes seconds.
     """
-    if not any(directory.glob("*.json")) and not any(directory.glob("*.model")):
+    has_json = any(directory.glob("*.json"))
+    has_model = any(directory.glob("*.model"))
+    if not has_json and not has_model:
         problem = "No such file or directory; a tokenizer directory needs it"
         raise UserError(f"{directory / TOKENIZER_JSON}: {problem}; {TRAIN}")
     from transformers import AutoTokenizer
@@ -275,7 +275,7 @@ def _supplied(
     return TokenizerFiles(in_order, eos_token, notes)
 
 
-def _json_file(content: dict[str, Any]) -> bytes:
+def _json_file(content: Definition) -> bytes:
     """A file as transformers writes it."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
@@ -304,9 +304,11 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
     return json.dumps(model).encode()
 
 
-def _not_special(added_tokens: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+def _not_special(added_tokens: list[Definition] | None) -> list[Definition]:
     """Those of a tokenizer.json's added tokens that are not special."""
-    return [token for token in added_tokens or [] if not token["special"]]
+    if added_tokens is None:
+        return []
+    return [token for token in added_tokens if not token["special"]]
 
 
 def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
@@ -316,7 +318,9 @@ def for_gigatoken(tokenizer: LoadedTokenizer) -> bytes:
     """
     content = tokenizer.files[TOKENIZER_JSON]
     if tokenizer.is_random:
-        settings = tokenizer.definition["model"].items()
-        model = {name: value for name, value in settings if name not in RANDOM}
-        content = json.dumps(tokenizer.definition | {"model": model}).encode()
+        model = dict(tokenizer.definition["model"])
+        for name in RANDOM:
+            model.pop(name, None)
+        definition = {**tokenizer.definition, "model": model}
+        content = json.dumps(definition).encode()
     return without_special_tokens(content, str(tokenizer.directory / TOKENIZER_JSON))

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 
 # how a byte-fallback tokenizer names the token of a byte
 SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")
-# what may stand beside a token's name in a text
-AROUND = (("", ""), (" ", ""), ("", " "), ("a", "a"), ("\n", "\n"))
+# a token's name in texts
+AROUND = ("{}", " {}", "{} ", "a{}a", "\n{}\n")
 # flags of an added token
 FLAGS_READ_OTHERWISE = ("single_word", "lstrip", "rstrip")
 
@@ -66,7 +66,9 @@ def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[i
     lead to. The id of unknown text is none of them: text gives it rightly.
     """
     model = reference.model
-    takes_any = not isinstance(model, models.BPE) or getattr(model, "ignore_merges", False)
+    takes_any = True
+    if isinstance(model, models.BPE):
+        takes_any = getattr(model, "ignore_merges", False)
     unknown = unknown_id(reference)
     found = set()
     for token, id_ in special.items():
@@ -80,7 +82,7 @@ def ids_of_no_text(reference: Tokenizer, special: dict[str, int]) -> frozenset[i
 
 def _is_built(reference: Tokenizer, token: str, id_: int) -> bool:
     """Whether some text with a token's name in it is encoded to its id."""
-    texts = [left + token + right for left, right in AROUND]
+    texts = [text.replace("{}", token) for text in AROUND]
     rows = reference.encode_batch_fast(texts, add_special_tokens=False)
     return any(id_ in row.ids for row in rows)
 
