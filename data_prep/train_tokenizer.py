@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = new_tokenizer(vocab, merges, [*names.values(), *WITHOUT_NAME[arguments.algorithm]])
     is_new = save(tokenizer, arguments.output_dir, names, about_training(arguments, texts, argv))
     seconds = time.perf_counter() - started
-    state = (
-        f"trained on {texts.characters:,} characters in {seconds:.1f} s"
-        if is_new
-        else "already there, identical"
-    )
+    state = "already there, identical"
+    if is_new:
+        state = f"trained on {texts.characters:,} characters in {seconds:.1f} s"
     print(f"tokenizer    {arguments.vocab_size:,} ids, {state}")
     print(f"sha256       {tokenizer_sha256(arguments.output_dir)}")
     print(f"directory    {arguments.output_dir}")
@@ -100,12 +98,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--output-dir", type=Path, required=True, help="directory of the new tokenizer"
     )
     arguments = parser.parse_args(argv)
-    for flag in ("format", "text_field"):
-        if arguments.mixture and getattr(arguments, flag):
-            raise UserError(
-                f"--{flag.replace('_', '-')}: the mixture says it for each of its sources; leave "
-                "it out"
-            )
+    if arguments.mixture:
+        given = {"--format": arguments.format, "--text-field": arguments.text_field}
+        for flag, value in given.items():
+            if value:
+                raise UserError(
+                    f"{flag}: the mixture says it for each of its sources; leave it out"
+                )
     return arguments
 
 
@@ -138,9 +137,8 @@ def new_tokenizer(
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    added = [
-        AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special_tokens)
-    ]
+    names = dict.fromkeys(special_tokens)  # a token may have two roles
+    added = [AddedToken(name, normalized=False, special=True) for name in names]
     tokenizer.add_special_tokens(added)
     return tokenizer
 
@@ -149,15 +147,20 @@ def about_training(
     arguments: argparse.Namespace, texts: TrainingTexts, argv: Sequence[str] | None
 ) -> dict[str, Any]:
     """What made the tokenizer: everything that decides its files, and nothing of when and where."""
-    own = [without_credentials(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    given = sys.argv[1:] if argv is None else argv
+    own = [without_credentials(argument) for argument in given]
     sources = [
         {
-            "name": source.name, "share": source.share, "characters": source.characters,
+            "name": source.name,
+            "share": source.share,
+            "characters": source.characters,
             "files": [{"name": file.name, "size": file.size} for file in source.files],
         }
         for source in texts.sources
-    ]  # fmt: skip
-    packages = ("gigabpe", "tokenizers", "tablefree")
+    ]
+    versions = {"python": platform.python_version()}
+    for package in ("gigabpe", "tokenizers", "tablefree"):
+        versions[package] = version(package)
     return {
         "command": shlex.join(["python", "-m", "data_prep.train_tokenizer", *own]),
         "algorithm": arguments.algorithm,
@@ -166,11 +169,18 @@ def about_training(
         "max_characters": arguments.max_characters,
         "validation_fraction_left_out": texts.validation_fraction,
         "sources": sources,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
+        "versions": versions,
     }
+
+
+def is_empty_directory(path: Path) -> bool:
+    """Whether a path that exists is a directory with nothing in it."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def holds(path: Path, content: bytes) -> bool:
+    """Whether a file is there and has this content."""
+    return path.is_file() and path.read_bytes() == content
 
 
 def save(
@@ -183,11 +193,8 @@ def save(
     config = json.dumps(CONFIG | special_tokens, indent=2, sort_keys=True)
     texts = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": config}
     files = {name: f"{text}\n".encode() for name, text in texts.items()}
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        if all(
-            (output_dir / name).is_file() and (output_dir / name).read_bytes() == files[name]
-            for name in files
-        ):
+    if output_dir.exists() and not is_empty_directory(output_dir):
+        if all(holds(output_dir / name, content) for name, content in files.items()):
             return False
         raise UserError(
             f"{output_dir}: holds something else; choose another --output-dir, or remove that one"

@@ -123,11 +123,13 @@ def warn_of_gaps(names: Iterable[str], where: str) -> None:
     widths: dict[Family, int] = {}
     for name in names:
         match = PART.fullmatch(name)
-        if match:
-            head, number, total, rest = match.groups()
-            family = Family(head, total, OWN_HASH.sub("*", rest))
-            families.setdefault(family, set()).add(int(number))
-            widths[family] = len(number)
+        if not match:
+            continue
+        head, number, total, rest = match.groups()
+        family = Family(head, total, tail=OWN_HASH.sub("*", rest))
+        numbers = families.setdefault(family, set())
+        numbers.add(int(number))
+        widths[family] = len(number)
     for family, numbers in families.items():
         missing = family.missing(numbers)
         if not missing:
@@ -152,8 +154,9 @@ def warn_of_one_file_twice(paths: Mapping[str, Path], where: str) -> None:
     names: dict[tuple[int, int], str] = {}  # by device and inode
     for name, path in paths.items():
         about = path.stat()
+        place = (about.st_dev, about.st_ino)
+        first_name = names.setdefault(place, name)
         has_place = about.st_ino != 0  # some file systems give no number
-        first_name = names.setdefault((about.st_dev, about.st_ino), name)
         if first_name != name and has_place and about.st_size:
             text = (
                 f"{name} and {first_name} are one file (a link), so its text counts twice; name "
@@ -167,11 +170,11 @@ def refuse_inside(output_dir: Path, files: Iterable[str], where: str) -> None:
 
     What is built would be taken for input next time.
     """
-    home = os.path.realpath(output_dir).rstrip("/") + "/"
+    home = Path(os.path.realpath(output_dir))
 
     @functools.cache  # many files lie in one folder
     def is_inside(folder: str) -> bool:
-        return f"{os.path.realpath(folder)}/".startswith(home)
+        return Path(os.path.realpath(folder)).is_relative_to(home)
 
     for file in files:
         local = file.removeprefix("file://")

@@ -211,8 +211,10 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
 def _is_glob(url: str, path: str) -> bool:
     """Whether a URL, with this path in its file system, may name several files."""
     shown = without_credentials(path)  # a password may hold any sign
-    signs = "*[" if url.startswith("http") else "*[?"  # of http, ? begins the query
-    return any(sign in shown for sign in signs)
+    if "*" in shown or "[" in shown:
+        return True
+    is_http = url.startswith("http")  # there, ? begins the query
+    return "?" in shown and not is_http
 
 
 def _list_files(fs: Any, path: str, is_glob: bool) -> list[Info]:

@@ -84,8 +84,8 @@ def _without(url: str, depth: int) -> str:
     rest = _with_plain_user(rest)
     user = USER.match(rest)
     if user:
-        behind_user = rest[user.end() :]
-        rest = _kept_user(scheme.lower(), user) + behind_user
+        kept_user = _kept_user(scheme.lower(), user)
+        rest = kept_user + rest[user.end() :]
     rest, fragment_mark, fragment = rest.partition("#")
     place, query_mark, query = rest.partition("?")
     host, slash, path = place.partition("/")
@@ -138,7 +138,7 @@ def _without_secrets(query: str, depth: int) -> str:
     parts = SEPARATOR.split(query)
     written = parts[::2]
     marks = ["", *parts[1::2]]  # before each
-    names = [_decoded(part.partition("=")[0]) for part in written]
+    names = [_name_of(part) for part in written]
     is_signed = any(SIGNING.search(_harmful(name)) for name in names)
     kept = ""
     for mark, name, part in zip(marks, names, written, strict=True):
@@ -148,8 +148,15 @@ def _without_secrets(query: str, depth: int) -> str:
             continue
         if kept:
             kept += mark
-        kept += part.removesuffix(value) + _cleaned_value(value, depth)
+        kept += part.removesuffix(value)
+        kept += _cleaned_value(value, depth)
     return kept
+
+
+def _name_of(parameter: str) -> str:
+    """The name in name=value, or all where there is no value."""
+    name, _, _ = parameter.partition("=")
+    return _decoded(name)
 
 
 def _is_secret(name: str, value: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -68,19 +68,23 @@ class TrainingTexts:
             for source in self.sources:
                 yield from self._once(source, max(1, int(self.max_characters * source.share)))
                 source.held = source.characters
-                for url, tally in source.of_files.items():
-                    check_file(tally, f"{source.name}: {url}")
-                check_source(source.tally, source.name, self.max_bad_fraction, "train again")
-                if not source.held:
-                    raise UserError(
-                        f"{source.name}: no text to learn from in it; name files that hold some"
-                    )
+                self._check(source)
             is_cut = self.is_cut
             # what the fullest source asks for
             whole = max(source.held / source.share for source in self.sources)
             for source in self.sources:
                 yield from self._again(source, int(whole * source.share))
         self._say_how(is_cut)
+
+    def _check(self, source: TextSource) -> None:
+        """Raises UserError if what was read of a source is bad for the most part, or nothing."""
+        for url, tally in source.of_files.items():
+            check_file(tally, f"{source.name}: {url}")
+        check_source(source.tally, source.name, self.max_bad_fraction, "train again")
+        if not source.held:
+            raise UserError(
+                f"{source.name}: no text to learn from in it; name files that hold some"
+            )
 
     def _again(self, source: TextSource, wanted: int) -> Iterator[str]:
         """A source's documents once more, and again, until they hold so many characters in all."""
@@ -97,21 +101,23 @@ class TrainingTexts:
             if not share:
                 self.is_cut = True
                 continue
-            for documents in read_documents(unit):
-                if not source.held:
-                    count_rows(source, unit, documents)
-                for text in self._for_training(documents.texts).to_pylist():
-                    taken = min(len(text), share)
-                    yield text[:taken]
-                    self.bar.update(taken)
-                    source.characters += taken
-                    share -= taken
-                    if not share:
-                        break
+            for text in self._texts_of(source, unit):
+                taken = min(len(text), share)
+                yield text[:taken]
+                self.bar.update(taken)
+                source.characters += taken
+                share -= taken
                 if not share:
                     self.is_cut = True
                     break
-            limit += share
+            limit += share  # what a small unit leaves over, the next ones may use
+
+    def _texts_of(self, source: TextSource, unit: WorkUnit) -> Iterator[str]:
+        """A unit's documents for training; its rows are counted when they are read first."""
+        for documents in read_documents(unit):
+            if not source.held:
+                count_rows(source, unit, documents)
+            yield from self._for_training(documents.texts).to_pylist()
 
     def _for_training(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
         """Those that are no validation documents."""
@@ -161,10 +167,12 @@ def texts_of_files(
 ) -> TrainingTexts:
     """All documents of the files named. Raises UserError for a file named twice."""
     files = [file for pattern in patterns for file in find_inputs(Path(), pattern, "--source")]
-    refuse_repeated([(file, text_field, "--source") for file in files])
+    refuse_repeated([NamedFile(file, text_field, "--source") for file in files])
     units: list[WorkUnit] = []
     for file in files:
         own = format or format_of(file.name, "--source")
+        if own in ID_FORMATS:
+            raise UserError(f"--format {own}: ids of a tokenizer, no text; name files of text")
         field_of_text = text_field_of(own, text_field)
         units += cut_units(
             SourceInputs(source="text", files=[file], format=own, text_field=field_of_text)
@@ -182,6 +190,7 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
     """
     whole = sum(source.weight for source in mixture.sources)
     sources = []
+    named: list[NamedFile] = []
     for source in mixture.sources:
         where = f"{mixture.path}: source {source.name!r}"
         files, format_, _ = source_files(mixture.path.parent, source, where)
@@ -198,29 +207,29 @@ def texts_of_mixture(mixture: Mixture, max_characters: int) -> TrainingTexts:
             skip_bad=mixture.skip_bad,
         )
         units = cut_units(inputs)
-        sources.append(
-            TextSource(name=where, files=files, units=units, share=source.weight / whole)
-        )
-    refuse_repeated(
-        [
-            (file, unit.text_field, s.name)
-            for s in sources
-            for unit in s.units[:1]
-            for file in s.files
-        ]
-    )
-    fraction = mixture.validation_fraction
+        share = source.weight / whole
+        sources.append(TextSource(name=where, files=files, units=units, share=share))
+        if units:
+            named += [NamedFile(file, text_field, where) for file in files]
+    refuse_repeated(named)
     return TrainingTexts(
-        sources=sources, max_characters=max_characters, validation_fraction=fraction,
+        sources=sources,
+        max_characters=max_characters,
+        validation_fraction=mixture.validation_fraction,
         max_bad_fraction=mixture.max_bad_fraction,
-    )  # fmt: skip
+    )
 
 
-def refuse_repeated(named: Sequence[tuple[InputFile, str | None, str]]) -> None:
-    """Raises UserError if a file's text is there twice, by whatever path of the file.
+class NamedFile(NamedTuple):
+    """A file whose text is learned from."""
 
-    Of each file: its text's column or field, and who names it.
-    """
+    file: InputFile
+    text_field: str | None
+    where: str  # who names it
+
+
+def refuse_repeated(named: Sequence[NamedFile]) -> None:
+    """Raises UserError if a file's text is there twice, by whatever path of the file."""
     seen: set[tuple[str, str | None]] = set()
     for file, text_field, where in named:
         place = file.url if "://" in file.url else str(Path(file.url).resolve())

@@ -12,8 +12,10 @@ from data_prep.formats import known
 from data_prep.formats.documents import Documents, Reading, some_rows
 from data_prep.formats.first_bytes import own_kind
 from data_prep.formats.known import FORMATS, Format, format_of, text_field_of
+from data_prep.formats.pretokenized.documents import ID_FORMATS
 from data_prep.formats.work_unit import WorkUnit
 from data_prep.inputs.sources import InputFile, open_input
+from data_prep.tokenizer.training_texts import texts_of_files
 
 pytest_plugins = ("support.prep_fixtures",)
 
@@ -147,3 +149,11 @@ def test_signatures_of_units_are_what_they_were(format: str) -> None:
     )
     assert unit_signature(unit, "sha", 0.1) == SIGNATURES[format]
     assert len(unit.parts()) == (1 if format == "txt" else 2)
+
+
+@pytest.mark.parametrize("format", ID_FORMATS)
+def test_no_tokenizer_is_learned_from_ids(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(64))
+    with pytest.raises(UserError, match=f"^--format {format}: ids of a tokenizer, no text; name "):
+        texts_of_files([str(path)], format, "text", 1000)
