@@ -98,6 +98,8 @@ class Watch:
         self.step_seconds: deque[float] = deque(maxlen=100)
         self._left = threading.Event()
         self._sending = threading.Lock()
+        # Held by whichever thread of this process ends it, so that one alone says why.
+        self._ending = threading.Lock()
         self._place: list[Any] = []
         self._met_a_stranger = False
         self._moved_at = time.monotonic()
@@ -175,7 +177,10 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, LoneError):
+            self._ending.acquire()
             self._send("end", f"{self.name}: {one_line(error)}", USER_ERROR_EXIT_CODE)
+            if not self.world.is_main:
+                return  # rank 0 says why, for all of them; its answer ends this process
         elif isinstance(error, Exception) and not isinstance(error, UserError):
             self._tell_of(error)
         self._left.set()
@@ -185,6 +190,7 @@ class Watch:
         """Have all end for an error of this rank, unless it comes from another one's end."""
         if any(word in str(error) for word in OF_AN_EXCHANGE):
             time.sleep(CAUSE_S)
+        self._ending.acquire()
         if not self.world.is_main:  # whose answer ends this process before Python prints it
             with unheard():
                 traceback.print_exception(error)
@@ -313,7 +319,9 @@ class Watch:
         return "; ".join(["killed, or its machine failed", *found])
 
     def _end(self, why: str, code: int = EXIT_CODE) -> None:
-        """End this process, and before it all peers that still listen."""
+        """End this process, and before it all peers that still listen; unless it is ending."""
+        if not self._ending.acquire(blocking=False):
+            return
         self._send("end", why, code)
         # or else, where rank 0 is gone, too many speak
         if self.world.rank in (0, 1) or self.world.local_rank == 0:
