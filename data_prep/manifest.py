@@ -26,7 +26,7 @@ import xxhash
 from data_prep import layout
 from data_prep.errors import UserError, parse_json
 from data_prep.inputs.urls import without_credentials
-from data_prep.layout import SHARDS_NAME
+from data_prep.layout import INDEX_SUFFIX, SHARD_SUFFIX, SHARDS_NAME
 
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
@@ -150,7 +150,7 @@ class Shard(ShardFacts):
     @property
     def index_path(self) -> str:
         """Path of the document index, relative to the data set."""
-        return self.path.removesuffix(".npy") + ".documents.npy"
+        return self.path.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX
 
     @property
     def digests(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ import xxhash
 
 from data_prep.errors import UserError, explained
 from data_prep.files import digest_file, write_durably
+from data_prep.layout import INDEX_SUFFIX
 from data_prep.manifest import Origin, Shard, ShardFacts, load_manifest
 
 TOKEN_DTYPE = np.dtype("<u2")
@@ -112,7 +113,7 @@ class ShardWriter:
             os.fsync(file.fileno())
         digest = digest_file(self._staged)
         os.replace(self._staged, self.path)
-        index_path = self.path.with_name(self.path.stem + ".documents.npy")
+        index_path = self.path.with_name(self.path.stem + INDEX_SUFFIX)
         # This makes the rename durable too: both lie in one directory.
         index_digest = write_array(index_path, np.concatenate(self._index))
         return ShardFacts(

@@ -34,7 +34,7 @@ from data_prep.tokenizer.training_texts import TrainingTexts, texts_of_files, te
 MAX_CHARACTERS = 1_000_000_000
 TRAINING_NAME = "training.json"
 SPECIAL_TOKENS = {"byte_bpe": byte_bpe.SPECIAL_TOKENS, "char_ngram": char_ngram.SPECIAL_TOKENS}
-# special to us, no role in transformers
+# Special to us, no role in transformers.
 WITHOUT_NAME = {"byte_bpe": (), "char_ngram": (char_ngram.LAST_TOKEN,)}
 CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -125,7 +125,7 @@ def find_texts(arguments: argparse.Namespace) -> TrainingTexts:
     if not arguments.mixture:
         field = arguments.text_field or "text"
         return texts_of_files(arguments.source, arguments.format, field, arguments.max_characters)
-    # which takes its tokenizer's place
+    # Which takes its tokenizer's place.
     mixture = load_mixture(mixture_path(arguments.mixture), arguments.output_dir)
     return texts_of_mixture(mixture, arguments.max_characters)
 
@@ -200,7 +200,7 @@ def save(
             f"{output_dir}: holds something else; choose another --output-dir, or remove that one"
         )
     about = json.dumps(training, indent=1, ensure_ascii=False) + "\n"
-    # a name that is not UTF-8 as JSON escapes it
+    # A name that is not UTF-8 as JSON escapes it.
     files[TRAINING_NAME] = about.encode(errors="backslashreplace")
 
     def write(directory: Path) -> None:

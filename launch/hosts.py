@@ -14,10 +14,10 @@ from pretrain.config.recipe import Recipe
 
 Slots = dict[str, int]  # ranks by host, in the hostfile's order
 HERE = ""  # this machine, among hosts
-# a comment, an empty line, or a host with at most 999,999 ranks
+# A comment, an empty line, or a host with at most 999,999 ranks.
 HOST_LINE = re.compile(r"\s*(?:#.*|(\S+)\s+slots=([1-9]\d{0,5})\s*)?")
 ANSWER_S = 90.0  # of a command on a machine
-# seconds that ssh has for a connection, and a command for its end; hosts asked at the same time
+# Seconds that ssh has for a connection, and a command for its end; hosts asked at the same time.
 PDSH = ("pdsh", "-t", "10", "-u", "45", "-f", "1024")
 COUNT_GPUS = (sys.executable, str(Path(__file__).with_name("count_gpus.py")))
 
@@ -75,7 +75,7 @@ def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
         "PDSH_RCMD_TYPE": "ssh",
-        # nobody is there to type a password
+        # Nobody is there to type a password.
         "PDSH_SSH_ARGS_APPEND": f"-oBatchMode=yes {os.getenv('PDSH_SSH_ARGS_APPEND', '')}",
     }
     try:

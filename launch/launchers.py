@@ -35,7 +35,7 @@ def command_of(start: Start) -> Command:
         flags = ["--num_gpus", str(start.slots[HERE])]
         variables = variables_of_this_machine(start)
     else:
-        # or a single host is taken for this machine
+        # Or a single host is taken for this machine.
         flags = ["--hostfile", str(start.hostfile), "--force_multi"]
         variables = variables_of_ssh()
     return Command([*launcher, *flags, *TRAINER, *start.trainer_flags], variables)

@@ -3,35 +3,34 @@
 The launcher's exit code alone does not say: it can be 0 though ranks were killed.
 """
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.errors import UserError
+from pretrain.checkpoint.layout import saved_steps
 from pretrain.data.digests import lengths_that_differ
 from pretrain.metrics.metrics_file import METRICS_NAME
-from pretrain.run.state import STATE_NAME
-
-STARTS_NAME = "starts.jsonl"
-STEP_PREFIX = "step-"  # of a checkpoint's name
+from pretrain.run.directory import STARTS_NAME
+from pretrain.run.state import RunState, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """How a run stands at one moment."""
 
-    state: dict[str, object]  # of state.json; empty where none can be read
+    state: RunState  # of state.json; nothing is known where that cannot be read
     steps: int = 0  # that metrics.jsonl has
     starts: int = 0  # that trained: each left a line of starts.jsonl
 
     @property
     def status(self) -> str:
         """running, preempted, done or failed; unknown where nothing is said."""
-        return str(self.state.get("status", "unknown"))
+        return self.state.status or "unknown"
 
     def has_begun_since(self, before: "Standing") -> bool:
         """Whether the ranks of a start have met since."""
-        return self.state.get("began") != before.state.get("began")
+        return self.state.began != before.state.began
 
     def has_trained_since(self, before: "Standing") -> bool:
         """Whether a start has come to its first step since."""
@@ -40,9 +39,9 @@ class Standing:
 
 def standing(run_dir: Path) -> Standing:
     """How a run stands; what is damaged there is the trainer's to complain about."""
-    state: dict[str, object] = {}
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        state = dict(json.loads((run_dir / STATE_NAME).read_bytes()))
+    state = RunState()
+    with suppress(OSError, UserError):
+        state = read_state(run_dir)
     return Standing(
         state=state,
         steps=count_lines(run_dir / METRICS_NAME),
@@ -60,14 +59,8 @@ def count_lines(path: Path) -> int:
 
 def newest_checkpoint(run_dir: Path) -> str:
     """The name of the checkpoint of most steps; step 0 where there is none."""
-
-    def steps(name: str) -> str:
-        return name.removeprefix(STEP_PREFIX)
-
-    names = [path.name for path in run_dir.glob(f"checkpoints/{STEP_PREFIX}*")]
-    whole = [name for name in names if steps(name).isdecimal()]
-    # as numbers: more steps than fill eight digits take more of them
-    return max(whole, key=lambda name: int(steps(name)), default="step 0")
+    newest_first = saved_steps(run_dir)
+    return newest_first[0].name if newest_first else "step 0"
 
 
 def describe_failure(code: int, before: Standing, now: Standing, data_dir: Path) -> str:
@@ -76,7 +69,7 @@ def describe_failure(code: int, before: Standing, now: Standing, data_dir: Path)
     `code` is the launcher's exit code.
     """
     if now.status == "failed" and now != before:
-        return " ".join(str(now.state.get("reason")).split())
+        return " ".join(str(now.state.reason).split())
     if now.status != "running":
         return f"it ended before training (deepspeed's exit code {code})"
     killed = f"its ranks or their launcher were killed (deepspeed's exit code {code})"

@@ -22,7 +22,7 @@ GUARDED = SHELL / "guarded.sh"
 # may be what they wait for.
 SIGNAL_RANKS = (SHELL / "signal_ranks.sh").read_text(encoding="utf-8")
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SIGNAL_S = 2.0  # as pretrain/run/signals.py has it: signals are often sent more than once
+SAME_SIGNAL_S = 2.0  # as pretrain/watch/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 
 

@@ -51,11 +51,11 @@ from pretrain.run.first_checks import (
     ranks_by_default,
 )
 
-# who signals every process of a job may come to the launcher first, and to this one last
+# Who signals every process of a job may come to the launcher first, and to this one last.
 SPREAD_S = 0.5
 FIRST_BACK_OFF_S = 5.0
 LONGEST_BACK_OFF_S = 300.0
-# a file server may take so long to notice that the machine with a locked file is gone
+# A file server may take so long to notice that the machine with a locked file is gone.
 LOCKED_S = 120.0
 SIGNALLED = 128  # beside the number of a signal: an exit code, as shells have it
 
@@ -83,7 +83,7 @@ class Ended(NamedTuple):
 def parse(arguments: list[str] | None = None) -> Job:
     """The flags that matter here, and all those of pretrain.train. Raises UserError."""
     parser = CommandParser(prog="launch/pretrain.sh", description=(__doc__ or "").split("\n")[0])
-    # the hostfile's slots say how many ranks there are
+    # The hostfile's slots say how many ranks there are.
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--ranks", type=large_number, metavar="N", help="on this machine (default: its GPUs, or 2)"
@@ -174,7 +174,7 @@ class Supervisor:
         if restart == 0:
             self.check(self.flags_of_trainer(), ranks)
         else:
-            # those of a host that was cut off, and is back
+            # Those of a host that was cut off, and is back.
             Ranks(hosts, self.ports).signal(signal.SIGKILL)
             newest = newest_checkpoint(self.job.run_dir)
             self.say(
@@ -195,7 +195,7 @@ class Supervisor:
                 time.sleep(POLL_S)
             if not self.signals.first:
                 time.sleep(SPREAD_S)
-            # before the run began nothing is lost
+            # Before the run began nothing is lost.
             if self.signals.first and standing(self.job.run_dir).has_begun_since(before):
                 ranks.end(launcher, self.signals)
             ranks.signal(signal.SIGKILL)

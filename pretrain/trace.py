@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data_prep.commands import CommandParser, exit_code
-from data_prep.errors import UserError, explained, one_line, parse_json, printable
+from data_prep.errors import UserError, one_line, printable
 from data_prep.manifest import Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.load import load_recipe
@@ -23,6 +23,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of
+from pretrain.run.directory import RECIPE_NAME
+from pretrain.run.state import fingerprint_of
 
 
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
@@ -101,15 +103,12 @@ def build_parser() -> CommandParser:
 
 def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
     """The recipe of a run. Raises UserError if the run saw another data set."""
-    path = run_dir / "state.json"
-    state = parse_json(path.read_bytes(), str(path), "use --recipe")
-    with explained((KeyError, TypeError), f"{path}: damaged", "use --recipe"):
-        trained_on = state["fingerprint"]
+    trained_on = fingerprint_of(run_dir)
     if trained_on != fingerprint:
         raise UserError(
             f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on {trained_on}"
         )
-    return load_recipe(str(run_dir / "recipe.yaml"))
+    return load_recipe(str(run_dir / RECIPE_NAME))
 
 
 def check_range(flag: str, number: int, end: int) -> None:

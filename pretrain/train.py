@@ -80,9 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         world = world_from_environment()
         set_up_rank(world)
-        build_parser().parse_known_args(
-            arguments
-        )  # --help, or a wrong flag: no other rank's matter
+        # First --help and wrong flags, which are no other rank's matter.
+        build_parser().parse_known_args(arguments)
         if world.world_size > 1:  # what one rank cannot use, all are to hear of
             start_process_group(world)
         run = together(lambda: prepare(arguments, world))

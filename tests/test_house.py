@@ -189,7 +189,7 @@ def test_the_readme_stays_below_150_lines() -> None:
     assert count_lines([REPOSITORY / "README.md"]) < 150
 
 
-def test_the_top_level_holds_what_the_readme_s_map_says_and_nothing_else() -> None:
+def test_the_top_level_holds_what_it_is_to_hold_and_nothing_else() -> None:
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
@@ -197,6 +197,14 @@ def test_the_top_level_holds_what_the_readme_s_map_says_and_nothing_else() -> No
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     assert {name.partition("/")[0] for name in listing.stdout.splitlines()} == TOP_LEVEL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_that_comments_and_docstrings_name_are_there(path: Path) -> None:
+    """Paths below the folders of the project, as in pretrain/run/state.py."""
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.])((?:pretrain|data_prep|launch|tests)/[\w/-]+\.\w+)", text)
+    assert not [name for name in named if not (REPOSITORY / name).exists()]
 
 
 def test_links_and_files_that_texts_name_are_there() -> None:

@@ -1,9 +1,9 @@
 """One work unit to its shards: read, encode, prove, split, append end-of-document ids, write.
 
 The inner loop of `build_shards`. Every core takes a unit of its own through all of this, batch by
-batch, with an encoder of its own: nothing waits for anything, and memory holds a batch for each
-core. Ids stay in flat arrays all the way. A finished unit leaves a record beside the shards; a
-build that was killed takes it from there.
+batch, and memory holds a batch for each core. The threads of a process share one encoder, and what
+proves the ids of a unit comes in while the next ones are encoded. Ids stay in flat arrays all the
+way. A finished unit leaves a record beside the shards; a build that was killed takes it from there.
 """
 
 import itertools

@@ -21,7 +21,7 @@ from data_prep.inputs.sources import InputFile, open_input
 MAGIC_OF_A_FILE = b"ARROW1"
 LONGEST_NAMES = 1000  # characters of columns' names in a message
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-# what damaged files make Arrow's library raise
+# What damaged files make Arrow's library raise.
 DAMAGED = (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, ValueError)
 
 

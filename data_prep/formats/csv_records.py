@@ -24,7 +24,7 @@ from data_prep.inputs.sources import InputFile, open_input, reading
 
 BATCH_RECORDS = 512  # whatever their size
 LONE_CR = re.compile("\r(?!\n)")
-# for a lone CR; half a surrogate pair that no decoder gives, not even for invalid UTF-8
+# For a lone CR; half a surrogate pair that no decoder gives, not even for invalid UTF-8.
 STAND_IN = "\ud800"
 BYTES_FOR_HEADER = 1 << 20
 
@@ -114,7 +114,7 @@ def header_ending(beginning: bytes) -> bytes:
 def _without_lone_cr(line: str, ending: bytes) -> str:
     if "\r" not in line:
         return line
-    # the last line of a file that was cut within its CRLF
+    # The last line of a file that was cut within its CRLF.
     if ending == b"\r\n" and line.endswith("\r"):
         line += "\n"
     return LONE_CR.sub(STAND_IN, line)

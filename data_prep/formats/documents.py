@@ -42,7 +42,7 @@ class Documents:
     rows_read: int  # rows this batch covers, blank lines and left out documents included
     empty: int = 0  # documents without text, left out
     bad: Reasons = field(default_factory=list)  # documents left out, and why
-    # of all rows, in the file or of their texts; 0 until `without_bad` counts those of the texts
+    # Of all rows, in the file or of their texts; 0 until `without_bad` counts those of the texts.
     row_bytes: int = 0
     bad_bytes: int = 0  # of those left out as bad
     encoded: Encoded | None = None  # the texts' ids, if the input holds ids

@@ -67,7 +67,7 @@ def line_cuts(stream: BinaryIO, size: int, unit_bytes: int) -> list[int]:
     """Byte offsets at line starts, about unit_bytes apart, from 0 to the size of the file."""
     cuts = [0]
     while cuts[-1] + unit_bytes < size:
-        # one byte earlier: that byte may be the line's end
+        # One byte earlier: that byte may be the line's end.
         stream.seek(cuts[-1] + unit_bytes - 1)
         is_at_end = False
         while not is_at_end:  # in parts: a line may be longer than memory

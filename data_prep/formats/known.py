@@ -1,6 +1,6 @@
 """The formats of input, a row each, and what is asked of all of them.
 
-To add one: a module beside this one that reads its files, and a row of FORMATS. (A format of token
+To add one: a module beside this one that reads its files, and a row of ROWS. (A format of token
 ids: a module of `pretokenized`, and a row of its own table.)
 """
 

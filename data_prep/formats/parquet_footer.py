@@ -12,12 +12,12 @@ from typing import BinaryIO
 from data_prep.errors import UserError, explained
 from data_prep.inputs.sources import InputFile
 
-# of a file; what the footer says behind its columns takes 3 bytes a column, and less
+# Of a file; what the footer says behind its columns takes 3 bytes a column, and less.
 TAIL_BYTES = 64 << 10
-# behind the footer: its length, and the magic "PAR1"
+# Behind the footer: its length, and the magic "PAR1".
 LENGTH_BYTES = 4
 END_BYTES = 8
-# fields of FileMetaData
+# Fields of FileMetaData.
 CREATED_BY = 6
 ENCRYPTION_ALGORITHM = 8
 DECRYPT = "decrypt it, and write it again without encryption"

@@ -51,7 +51,7 @@ def read(unit: WorkUnit, given: Reading) -> Iterator[Documents]:
     check_schema(file, saved.features.arrow_schema, unit.text_field)
     rows = range(unit.start, unit.stop)
     batch_rows = min(MAX_BATCH_ROWS, rows_of_a_batch(len(rows), unit.size_bytes))
-    # its exceptions have no base
+    # Its exceptions have no base.
     with explained(Exception, f"{unit.url}: datasets can't read it", SAVE_AGAIN):
         part = saved.select(rows).select_columns([unit.text_field])
         for table in part.with_format("arrow").iter(batch_rows):

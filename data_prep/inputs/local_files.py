@@ -16,7 +16,7 @@ from typing import NamedTuple
 from data_prep.errors import UserError, printable
 
 PART = re.compile(r"(.*?)(\d{4,})-of-(\d{4,})(.*)", re.DOTALL)  # train-00003-of-00010.parquet
-# of each part, after its number: train-00003-of-00010-d964455e17e96d5a.parquet
+# Of each part, after its number: train-00003-of-00010-d964455e17e96d5a.parquet.
 OWN_HASH = re.compile(r"[0-9a-f]{8,}")
 PARTS_NAMED = 3  # of those that are missing
 

@@ -39,7 +39,7 @@ REQUEST_BYTES = 16 << 20  # so far sequential reading reads ahead
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")
 MEANINGS = {401: "access refused, ", 403: "access refused, ", 404: "not found, "}  # of HTTP
 PASSING = (408, 429)  # HTTP: too slow, too many requests
-# they raise more than OSErrors
+# They raise more than OSErrors.
 CLIENTS = ("aiohttp", "aiobotocore", "botocore", "httpx", "httpx2", "gcsfs", "azure")
 PERMANENT = (
     "NoCredentialsError",
@@ -53,13 +53,13 @@ PERMANENT = (
 class InputFile:
     """One file of a source, as it was when it was listed."""
 
-    # as the manifest names it: the path as written, the URL, or the path inside the hub data set
+    # As the manifest names it: the path as written, the URL, or the path inside the hub data set.
     name: str
     url: str  # absolute local path, or URL; like the name without secrets
     size: int  # bytes
-    # another one when the content may be another: mtime_ns, etag, commit of the hub data set
+    # Another one when the content may be another: mtime_ns, etag, commit of the hub data set.
     version: str
-    # to read by, if the URL held secrets; never stored
+    # To read by, if the URL held secrets; never stored.
     secret_url: str | None = field(default=None, repr=False)
 
 
@@ -202,7 +202,7 @@ def _find_remote(url: str, where: str) -> list[InputFile]:
             raise UserError(f"{where}: {escaped(name)}: its name is not UTF-8; rename it")
     files = []
     for name, info in found.items():
-        # by the URL as it was written, where that names it: it may hold a password
+        # By the URL as it was written, where that names it: it may hold a password.
         address = name if is_glob else url
         files.append(_remote_file(fs, info, name, address))
     return files
@@ -312,7 +312,7 @@ def _data_files(
         explained(
             (ValueError, RuntimeError), f"{what}: datasets can't use it", "see its page on the hub"
         ),
-        # where the hub is silent, a cached copy is no answer
+        # Where the hub is silent, a cached copy is no answer.
         tempfile.TemporaryDirectory() as empty,
     ):
         builder = datasets.load_dataset_builder(path, config, revision=commit, cache_dir=empty)

@@ -13,12 +13,12 @@ SCHEME = r"[A-Za-z][\w.+-]{0,30}://"
 # A password may hold spaces and quotes; the end of a URL within a text, and a port there, look
 # alike but for these.
 PASSWORD = r"(?!\[)[^\s/?#@:]*:(?!//|\s|\d+(?:[/?#\s'\",.:;)\]}>]|$))(?:(?!://)[^\n@])*@"
-# a quote with more of a value behind it is no end
+# A quote with more of a value behind it is no end.
 REST = r"(?:[^\s'\"<>]|['\"<>]+(?=[\w%&=/@+-]))*"
 URL = re.compile(rf"{SCHEME}(?:{PASSWORD})?{REST}")  # within a text
 CHAIN = re.compile(rf"::(?={SCHEME})")  # fsspec's: zip://member::https://host/file
 TRAILING = ".,:;)]}"  # of a sentence around a URL
-# user:password@, not of host:80/a@b
+# As in user:password@, not of host:80/a@b.
 USER = re.compile(r"(?!\[)([^/?#@:]*)(:(?!\d+[/?#])[^@]*)?@([^/?#]*@)?")
 AUTHORITY = re.compile(r"[^/?#]*")
 USER_NAMES = ("sftp", "ssh", "ftp", "ftps", "smb")  # where a user's name tells whose files they are

@@ -23,8 +23,8 @@ SPECIAL_TOKENS = {"bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": P
 MIN_VOCAB_SIZE = 1 + 256 + 1  # end of document, bytes, padding
 WORD = re.compile(r"[^\W\d_]+")  # letters
 
-# gigabpe takes files, and like `tokenizers` cuts them at line ends, so that no merge holds one: 8 %
-# more tokens on code. So documents are written with line feed and vertical tab in each other's
+# `gigabpe` takes files, and like `tokenizers` cuts them at line ends, so that no merge holds one:
+# 8 % more tokens on code. So documents are written with line feed and vertical tab in each other's
 # place. To the pattern that cuts text into words both are white space. Their places in the
 # byte-level alphabet are neighbours, so ties between merges fall as they would have. A real
 # vertical tab cuts its document.

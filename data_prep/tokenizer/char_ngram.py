@@ -36,18 +36,18 @@ PREFIX_IDS = range(0xE100, 0xE45C)
 TRIGRAM_IDS = range(0xE45C, 0xF900)
 CHARACTER_IDS = (*range(0xD800), *range(0xF900, VOCAB_SIZE - 1))
 BYTE = 0xFF  # the bits of a byte's id that are the byte
-# given by no text: ids 0 and V - 1 are one input to a decoder of 16 code bits
+# Given by no text: ids 0 and V - 1 are one input to a decoder of 16 code bits.
 LAST_TOKEN = "<unused_FFFF>"
 WITHOUT_ID = re.compile("[\ue000-\uf8ff\U00010000-\U0010ffff]")
 
-# as the encoder cuts text, near enough, with the standard library alone
+# As the encoder cuts text, near enough, with the standard library alone.
 WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 PIECE_CHARACTERS = 1 << 20
 PORTION_CHARACTERS = 8 << 20
 MAX_GRAMS = 2_000_000  # what two counts may hold each: some 500 MB
 
-# byte-level vocabularies write a byte as the Latin-1 character, or as one from U+0100 on where that
-# is invisible
+# Byte-level vocabularies write a byte as the Latin-1 character, or as one from U+0100 on where that
+# is invisible.
 INVISIBLE = (*range(0x21), *range(0x7F, 0xA1), 0xAD)
 SPELLING = {byte: 0x100 + place for place, byte in enumerate(INVISIBLE)}
 BYTE_OF = {chr(SPELLING.get(byte, byte)): byte for byte in range(256)}

@@ -24,7 +24,7 @@ from data_prep.formats.flat_arrays import numbers_at, text_bounds
 
 CODE_POINTS = 0x110000
 FIRST_NOT_ASCII = 0x80
-# from here on a character takes at least so many in UTF-8; below, nothing is new since Unicode 14
+# From here on a character takes at least so many in UTF-8; below, nothing is new since Unicode 14.
 THREE_BYTES = 0x800
 ASSIGNED_PLANES = 4  # of 17: all characters so far, but for tags and private use
 TAGS = range(0xE0000, 0xE01F0)
@@ -35,12 +35,12 @@ PRIVATE_PLANES = 0xF0000
 FULL_BLOCKS = (range(0x3000, 0x9FFD), range(0xAC00, 0xF900))
 LEADS_IN_FULL_BLOCKS = range(0xE3, 0xE9)  # first bytes of nothing else
 HANGUL = range(0xAC00, 0xD7A4)  # composed by arithmetic, of which there are no two opinions
-# beside a mark above and one below, a mark whose class is not known stays where it is
+# Beside a mark above and one below, a mark whose class is not known stays where it is.
 MARK_ABOVE = "\u0301"
 MARK_BELOW = "\u0316"
 PIECE_BYTES = 1 << 18  # stays in the cache from one pass to the next
 HIGH_BITS = np.uint64(0x8080808080808080)  # none of them is set in ASCII
-# of eight bytes each; with more that are not ASCII, passes over all bytes are faster
+# Of eight bytes each; with more that are not ASCII, passes over all bytes are faster.
 DENSE_ONE_IN = 8
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -53,16 +53,16 @@ Places = npt.NDArray[np.int64]
 # UTF-8: the bits of a byte behind the first that belong to the character, and their number
 MORE = 0x3F
 MORE_BITS = 6
-# of a first byte, the bits that belong to the character, by the bytes that it takes
+# Of a first byte, the bits that belong to the character, by the bytes that it takes.
 LEAD_OF_TWO = 0x1F
 LEAD_OF_THREE = 0x0F
 LEAD_OF_FOUR = 0x07
-# the first bytes from which on a character takes three bytes, and four
+# The first bytes from which on a character takes three bytes, and four.
 THREE_BYTE_LEADS = 0xE0
 FOUR_BYTE_LEADS = 0xF0
 NO_LEADS = 0xF5  # from here on no byte is in UTF-8
 
-# how many of the characters that begin with two bytes are in a set
+# How many of the characters that begin with two bytes are in a set.
 NONE = 0
 SOME = 1
 NOT_ASKED = 2
@@ -76,7 +76,7 @@ class Doubtful:
 
     def __init__(self, others: frozenset[int]) -> None:
         """`others` are code points."""
-        # of those that were asked for, by code point
+        # Of those that were asked for, by code point.
         self._characters = np.zeros(CODE_POINTS, np.bool_)
         self._characters[list(others)] = True
         self._characters[:FIRST_NOT_ASCII] = False
@@ -169,7 +169,7 @@ class Doubtful:
             may_begin = np.zeros(whole, np.bool_)
             for leads in self._leads:
                 first = np.uint8(leads.start)
-                # what is below the first wraps to far above the last
+                # What is below the first wraps to far above the last.
                 may_begin |= piece[:whole] - first < len(leads)
             in_words = np.flatnonzero(may_begin)
         return np.append(in_words, in_rest)

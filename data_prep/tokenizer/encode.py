@@ -84,7 +84,7 @@ def decode_ids(tokenizer: LoadedTokenizer, ids: Ids, offsets: Offsets) -> pa.Lar
         return large_strings([text.encode() for text in texts])
     tokens = tokenizer.token_bytes.take(arrow_ids(ids))
     _, token_bounds, data = tokens.buffers()
-    # where a document begins, in bytes: where its first token does
+    # Where a document begins, in bytes: where its first token does.
     bounds_in_bytes = np.frombuffer(token_bounds, np.int64)[offsets]
     documents = len(offsets) - 1
     return pa.LargeStringArray.from_buffers(documents, pa.py_buffer(bounds_in_bytes), data)

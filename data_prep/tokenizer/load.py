@@ -43,13 +43,13 @@ class LoadedTokenizer:
 
     directory: Path
     files: dict[str, bytes]
-    # here or beside; what only a `Tokenizer` can do is asked of `reference`
+    # Here or beside; what only a `Tokenizer` can do is asked of `reference`.
     by_reference: Reference
     vocab_size: int
     eos_id: int
     eos_token: str
     special_tokens: dict[str, int]
-    # special ids that some text might give; such a text is a bad document
+    # Special ids that some text might give; such a text is a bad document.
     ids_of_no_text: frozenset[int]
     unknown_id: int | None  # what stands for text that the vocabulary lacks
     sha256: str
@@ -292,7 +292,7 @@ def without_special_tokens(tokenizer_json: bytes, where: str) -> bytes:
     if colon and name not in after:
         with contextlib.suppress(ValueError, RecursionError):
             behind_colon = after[colon.end() :]
-            # not final: the piece may end within a character
+            # Not final: the piece may end within a character.
             beginning, _ = codecs.utf_8_decode(behind_colon[:ADDED_TOKENS_BYTES], "strict", False)
             added, length = json.JSONDecoder().raw_decode(beginning)
             if "added_tokens" in json.loads(before + name + b": null}"):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from data_prep.tokenizer.traits import ids_of_no_text, keeps_all_text, unknown_id, why_not_gigatoken
 
-# what makes a model encode the same text otherwise each time
+# What makes a model encode the same text otherwise each time.
 RANDOM = ("dropout", "alpha", "nbest_size")
 
 

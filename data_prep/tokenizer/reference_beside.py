@@ -37,7 +37,7 @@ class ReferenceBeside:
         self._here: LocalReference | None = None
         self._asking = threading.Lock()
         self._process: Process | None = None
-        # no more processes or descriptors: found out when it is asked
+        # No more processes or descriptors: found out when it is asked.
         with contextlib.suppress(OSError):
             self._process = start_process(tokenizer_json, threads)
             weakref.finalize(self, end, self._process)
@@ -82,7 +82,7 @@ def start_process(tokenizer_json: bytes, threads: int) -> Process:
         "PYTHONPATH": os.pathsep.join(paths),
         "RAYON_NUM_THREADS": str(threads),
     }
-    # a pipe would have this process wait until that one reads
+    # A pipe would have this process wait until that one reads.
     with tempfile.TemporaryFile() as definition:
         definition.write(tokenizer_json)
         definition.seek(0)

@@ -40,7 +40,7 @@ class TextSource:
     characters: int = 0  # read so far
     held: int = 0  # characters of one reading
     tally: Tally = field(default_factory=Tally)  # of its rows, in one reading
-    # the same by URL; of text files, each a row, none
+    # The same by URL; of text files, each a row, none.
     of_files: dict[str, Tally] = field(default_factory=dict)
 
 
@@ -70,7 +70,7 @@ class TrainingTexts:
                 source.held = source.characters
                 self._check(source)
             is_cut = self.is_cut
-            # what the fullest source asks for
+            # What the fullest source asks for.
             whole = max(source.held / source.share for source in self.sources)
             for source in self.sources:
                 yield from self._again(source, int(whole * source.share))

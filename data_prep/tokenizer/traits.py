@@ -10,11 +10,11 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
-# how a byte-fallback tokenizer names the token of a byte
+# How a byte-fallback tokenizer names the token of a byte.
 SPELLED_BYTE = re.compile("<0x[0-9A-F]{2}>")
-# a token's name in texts
+# A token's name in texts.
 AROUND = ("{}", " {}", "{} ", "a{}a", "\n{}\n")
-# flags of an added token
+# Flags of an added token.
 FLAGS_READ_OTHERWISE = ("single_word", "lstrip", "rstrip")
 
 Definition = dict[str, Any]  # tokenizer.json

@@ -85,7 +85,7 @@ def held_out_text(reader: ShardReader) -> bytes:
 def generate(hf_dir: Path) -> str:
     """PROMPT and a continuation, sampled with a fixed seed, from the export alone."""
     transformers_logging.disable_progress_bar()
-    # a class that runs no code of the directory
+    # A class that runs no code of the directory.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=True)
     torch.manual_seed(0)

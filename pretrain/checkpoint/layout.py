@@ -53,7 +53,7 @@ def is_own_file(name: str) -> bool:
 
 def checkpoints_dir(run_dir: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS_NAME
 
 
 def disk_of(path: Path) -> tuple[Path, int]:

@@ -110,7 +110,7 @@ class CheckpointManifest:
 def saved_file(entry: Json) -> SavedFile:
     """An entry of `files`. Raises ValueError for a name that no checkpoint's file has."""
     name = entry["name"]
-    # so that none outside of the checkpoint's directory is ever opened
+    # So that none outside of the checkpoint's directory is ever opened.
     if not OWN_FILE.fullmatch(name):
         raise ValueError(f"{MANIFEST_NAME} names {name!r}, which is no file of a checkpoint")
     return SavedFile(

@@ -16,7 +16,7 @@ from data_prep.commands import unheard
 from data_prep.errors import is_passing, naming, os_error_line
 
 T = TypeVar("T")
-# before the second, third and fourth attempt; a stalled run is one of 300 s
+# Before the second, third and fourth attempt; a stalled run is one of 300 s.
 WAITS_S = (1.0, 5.0, 25.0)
 
 

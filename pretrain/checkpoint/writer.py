@@ -32,7 +32,7 @@ class AroundSaves:
     """What others do around a save; all of it is called in the thread that writes."""
 
     before: Callback = None  # on rank 0: make durable what a checkpoint counts on
-    # on rank 0: note that a checkpoint after so many steps is there
+    # On rank 0: note that a checkpoint after so many steps is there.
     saved: Callable[[int], None] | None = None
     wrote_block: Callback = None  # on every rank, as writing moves on
     failed: Callback = None  # on every rank

@@ -2,7 +2,7 @@
 
 import math
 
-from pretrain.config.recipe import ScheduleRecipe
+from pretrain.config.recipe import Recipe, ScheduleRecipe
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleRecipe) -> float:
@@ -30,3 +30,9 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleRe
         above_final = 1.0 - progress
     final = schedule.final_fraction
     return peak * (final + (1.0 - final) * above_final)
+
+
+def rate_of(recipe: Recipe, step: int) -> float:
+    """The learning rate that a recipe gives a step."""
+    peak = recipe.optimizer.peak_learning_rate
+    return learning_rate(step, recipe.total_steps, peak, recipe.schedule)

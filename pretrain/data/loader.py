@@ -11,7 +11,7 @@ Step s consumes samples [s * B, (s + 1) * B) on any number of ranks, so resuming
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from data_prep.manifest import BLOCK_SAMPLES, Shard
 from data_prep.shards import ShardReader, Tokens
 from pretrain.data.permutation import derive_key, permute
 from pretrain.data.stream import I64, TokenStream
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from data_prep.errors import UserError, explained
 from data_prep.files import digest_file, fsync_directory, write_durably
 from data_prep.locks import lock
-from data_prep.manifest import check_links
+from data_prep.manifest import MANIFEST_NAME, check_links
 from data_prep.shards import (
     SHARD_HEADER_BYTES,
     TOKENIZER_NAME,
@@ -33,7 +33,6 @@ from data_prep.shards import (
     read_tokenizer,
     shard_header,
 )
-from pretrain.checkpoint.layout import MANIFEST_NAME
 from pretrain.data.digests import digests_of
 
 COPIES_AT_ONCE = 4

@@ -1,4 +1,4 @@
-"""The shards of a source as one stream of ids, read where they lie."""
+"""Shards, of one source or of several, as one stream of ids, read where they lie."""
 
 import itertools
 import mmap
@@ -60,7 +60,7 @@ def check_maps(reader: ShardReader) -> None:
 
 
 class TokenStream:
-    """The shards of one source, one after another, as a single array of ids."""
+    """Shards, one after another, as a single array of ids."""
 
     def __init__(self, reader: ShardReader, shards: tuple[Shard, ...]) -> None:
         allow_open_files(reader)

@@ -67,7 +67,7 @@ class StepClock:
         self._steps += 1
         return seconds
 
-    def saved_block(self) -> None:
+    def note_progress(self) -> None:
         """Count a block of a checkpoint that was written, or a file of data that was checked.
 
         Any thread may call it.
@@ -76,7 +76,7 @@ class StepClock:
 
     def place(self) -> list[Any]:
         """How far this rank is: steps, marks in the step, the last one's phase, blocks written."""
-        return [self._steps, len(self._marks), self._marks[-1][0], self._blocks]
+        return [self._steps, len(self._marks), self._marks[-1].phase, self._blocks]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

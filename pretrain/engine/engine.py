@@ -91,6 +91,11 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Tensor], learning_rate: float) -> StepFigures:
         """One optimizer step over this rank's micro-batches, as StepBatches gives them.
 
+        1. Each micro-batch forward and backward; DeepSpeed sums the gradients.
+        2. In the last `deepspeed.step()`, once the gradients' norm is known, DeepSpeed calls
+           `_norm_as_read`: loss, norm and each rank's figures are exchanged, and the judge asked.
+        3. DeepSpeed clips by that norm, and asks `_may_update` before the optimizer updates.
+
         A no-op where the judge refuses it, which the figures say.
         """
         if self.recipe.intra_document_masking and self.module.eos_id is None:

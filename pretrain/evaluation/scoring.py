@@ -21,11 +21,10 @@ from data_prep.shards import ShardReader, Tokens
 from pretrain.checkpoint.reader import Checkpoint, load_model
 from pretrain.data.loader import ValidationWindows
 from pretrain.evaluation.result import EvaluationResult, Score
+from pretrain.metrics.step_record import perplexity_of
 from pretrain.model.loss import LanguageModelLoss
 
 WINDOWS_AT_ONCE = 8
-# exp() of more is no float any more (the limit is 709.78).
-LARGEST_EXPONENT = 700.0
 
 
 class Totals(NamedTuple):
@@ -47,7 +46,7 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
         targets=targets,
         text_bytes=text_bytes,
         loss=loss,
-        perplexity=math.exp(min(loss, LARGEST_EXPONENT)),
+        perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
     )
 
@@ -82,7 +81,7 @@ def source_totals(
     for ids in window_batches(windows):
         ids_BT = torch.from_numpy(ids.astype(np.int64)).to(device)
         nats_BT = module.nats(ids_BT[:, :-1], ids_BT[:, 1:])
-        # in fp64, so that a sum over a whole split keeps the digits that are printed
+        # In fp64, so that a sum over a whole split keeps the digits that are printed.
         nats_of_target = nats_BT.double().flatten().cpu().numpy()
         count = len(nats_of_target)
         positions = position + np.arange(count)
@@ -106,7 +105,7 @@ def scoring_module(checkpoint: Checkpoint, manifest: Manifest) -> LanguageModelL
 
     That is with documents apart if the run had intra_document_masking.
     """
-    # not in the recipes of early checkpoints
+    # Not in the recipes of early checkpoints.
     is_masked = checkpoint.manifest.recipe.get("intra_document_masking", False)
     eos_id = manifest.eos_id if is_masked else None
     module = LanguageModelLoss(load_model(checkpoint), eos_id=eos_id)

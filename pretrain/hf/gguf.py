@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import gguf
 
 BLOCK = 32  # values of a row that share a scale in q8_0
-# llama.cpp's name of GPT-2's expression for words. Of its names for it this one's tokenizers keep
+# What llama.cpp calls GPT-2's expression for words. Of its names for it this one's tokenizers keep
 # the spaces before punctuation when a whole text is decoded; "gpt-2" takes them away.
 PRE_TOKENIZER = "trillion"
 INSTALL = "pip install -e '.[gguf]' in this project's folder"

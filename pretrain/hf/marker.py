@@ -28,7 +28,7 @@ class Marker:
     """The content of an export's marker."""
 
     fingerprint: str  # of the data set
-    # dotted keys, but for those that may differ between parts or lengths of a run
+    # Dotted keys, but for those that may differ between parts or lengths of a run.
     recipe: dict[str, Any]
     step: int
     architecture: str

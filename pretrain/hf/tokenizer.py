@@ -275,7 +275,7 @@ def as_in_the_data(definition: bytes, where: Path) -> Tokenizer:
 
     Raises UserError if it is none.
     """
-    # the library raises nothing more exact
+    # The library raises nothing more exact.
     with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):
         tokenizer = Tokenizer.from_buffer(definition)
     tokenizer.encode_special_tokens = True

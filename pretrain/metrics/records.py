@@ -27,10 +27,10 @@ class Records:
     lines: list[Line]
     ends: list[int]  # the byte behind each line
     size: int  # of the whole file
-    # what is wrong with the first line that is none; a torn last one is no damage
+    # What is wrong with the first line that is none; a torn last one is no damage.
     damage: str | None
     is_followed: bool  # whether good lines come after the damage
-    # whether the damage holds zero bytes, as a loss of power leaves them, and nobody writes
+    # Whether the damage holds zero bytes, as a loss of power leaves them, and nobody writes.
     has_zeros: bool
 
     @property

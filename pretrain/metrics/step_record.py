@@ -91,11 +91,16 @@ class StepRecord:
 AnyStep = StepRecord | SkippedStep
 
 
+def perplexity_of(loss: float) -> float:
+    """e to the mean loss in nats; e ** 700 where it is above, as a float holds no more than 709."""
+    return math.exp(min(loss, LARGEST_EXPONENT))
+
+
 def validation_of(val_loss: float | None) -> Line:
     """What a line says of its validation, if there was one."""
     if val_loss is None:
         return {}
-    return {"val_loss": val_loss, "val_perplexity": math.exp(min(val_loss, LARGEST_EXPONENT))}
+    return {"val_loss": val_loss, "val_perplexity": perplexity_of(val_loss)}
 
 
 def step_of_line(line: Line) -> AnyStep:

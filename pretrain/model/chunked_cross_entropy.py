@@ -114,7 +114,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for each in log_probability_chunks(hidden_ND, weight, targets_N, chunk):
             targets_C1 = each.targets
             total -= each.log_probs.gather(1, targets_C1).sum()
-            # softmax - one-hot, in place: subtracted in fp32, where it cancels.
+            # Softmax - one-hot, in place: subtracted in fp32, where it cancels.
             errors_CV = each.log_probs.exp_()
             of_targets_C1 = errors_CV.gather(1, targets_C1)
             errors_CV.scatter_(1, targets_C1, of_targets_C1 - 1.0)

@@ -1,1 +1,1 @@
-"""A run in its directory: what it may claim, how it continues, branches, is watched and ends."""
+"""A run in its directory: what it may claim, how it trains, continues, branches and ends."""

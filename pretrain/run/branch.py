@@ -22,7 +22,7 @@ from pretrain.checkpoint.manifest import pointer_to
 from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.config.schedule import learning_rate
+from pretrain.config.schedule import rate_of
 from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.run.continuing import refuse_another_run
 from pretrain.run.directory import Identity, is_run
@@ -80,12 +80,6 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
             )
 
 
-def rate_of(recipe: Recipe, step: int) -> float:
-    """The learning rate that a recipe gives a step."""
-    peak = recipe.optimizer.peak_learning_rate
-    return learning_rate(step, recipe.total_steps, peak, recipe.schedule)
-
-
 def copy_files(origin: Checkpoint, destination: Path) -> None:
     """The checkpoint's own files, and nothing else that lies beside them."""
     for name in (MANIFEST_NAME, SIDECAR_NAME, *(file.name for file in origin.manifest.files)):
@@ -98,7 +92,7 @@ def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     """
     metrics = origin.path.parent.parent / METRICS_NAME
     if metrics.is_file():
-        # cut back to the checkpoint when training starts
+        # Cut back to the checkpoint when training starts.
         shutil.copyfile(metrics, run_dir / METRICS_NAME)
     copy_starts(origin.path.parent.parent, run_dir, origin.step)
     write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)

@@ -42,6 +42,6 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained, and end"
     )
-    # the deepspeed launcher appends it
+    # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

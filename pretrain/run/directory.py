@@ -10,6 +10,9 @@
     checkpoints/     pretrain/checkpoint/layout.py
     checked_data/    which files of data were found good: pretrain/data/data_check.py
     logs/            stacks of ranks that stalled: pretrain/watch/watch.py
+    evaluation.json  and evaluations/, by pretrain.evaluate: pretrain/evaluation/result.py
+    profile/         of --profile: pretrain/engine/profiler.py
+    hostfile, .lock  of launch/pretrain.sh, and of whoever trains there: data_prep/locks.py
 
 A run writes under names that others use too (`recipe.yaml`, `metrics.jsonl`, `tokenizer/`). Where
 one of them is there without a run of ours around it, it is somebody else's, and a start would
@@ -38,7 +41,7 @@ from pretrain.checkpoint.patience import read_patiently
 from pretrain.config.load import build_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.metrics.metrics_file import METRICS_NAME
-from pretrain.run.state import STATE_NAME, STATUSES, read_state
+from pretrain.run.state import STATE_NAME, may_be_a_run_s, read_state
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -130,13 +133,8 @@ def is_run(run_dir: Path) -> bool:
     A damaged `state.json` is no other's: reading it says later what to do.
     """
     state = run_dir / STATE_NAME
-    if state.is_file():
-        try:
-            content: Any = json.loads(read_patiently(state))
-        except (ValueError, RecursionError):
-            return True
-        if isinstance(content, dict) and content.get("status") in STATUSES:
-            return True
+    if state.is_file() and may_be_a_run_s(state):
+        return True
     checkpoints = steps_in(run_dir / CHECKPOINTS_NAME)
     return any(holds_checkpoint(path) for path in checkpoints) or was_begun(run_dir)
 

@@ -24,6 +24,7 @@ from data_prep.errors import (
     parse_yaml,
 )
 from data_prep.shards import ShardReader
+from pretrain.checkpoint.layout import saved_steps
 from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
 from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
@@ -119,10 +120,7 @@ def choose_engine(
     a CPU. Continued without the flag, it would be refused for what nobody gave; so the shipped
     engine that it began with goes on.
     """
-    is_said = flags.deepspeed_config or any(
-        override.startswith("--engine=") for override in overrides
-    )
-    began_with = {} if is_said else recorded_engine(flags.run_dir, recipe)
+    began_with = {} if names_an_engine(flags, overrides) else recorded_engine(flags.run_dir, recipe)
     if not began_with or gives(recipe.engine, recipe, ranks, began_with):
         return flags.deepspeed_config or recipe.engine, ""
     for path in sorted(DS_CONFIGS_DIR.glob("*.json")):
@@ -133,6 +131,13 @@ def choose_engine(
             )
             return path.stem, f"{flags.run_dir}: {note}"
     return recipe.engine, ""
+
+
+def names_an_engine(flags: Namespace, overrides: Sequence[str]) -> bool:
+    """Whether the command line says which engine to use."""
+    if flags.deepspeed_config:
+        return True
+    return any(override.startswith("--engine=") for override in overrides)
 
 
 def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 def has_saved(run_dir: Path) -> bool:
     """Whether a run has a checkpoint."""
-    return any(run_dir.glob("checkpoints/step-*"))
+    return bool(saved_steps(run_dir))
 
 
 def gives(engine: str, recipe: Recipe, ranks: int, merged: dict[str, Any]) -> bool:
@@ -187,10 +192,7 @@ def engine_flags_by_default(arguments: Sequence[str], gpus: int) -> list[str]:
     was asked for.
     """
     flags, overrides = build_parser().parse_known_args(arguments)
-    is_said = flags.deepspeed_config or any(
-        override.startswith("--engine=") for override in overrides
-    )
-    if gpus or is_said or has_saved(flags.run_dir):
+    if gpus or names_an_engine(flags, overrides) or has_saved(flags.run_dir):
         return []
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     is_bf16 = load_engine_config(recipe.engine).get("bf16", {}).get("enabled")

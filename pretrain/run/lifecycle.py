@@ -97,7 +97,7 @@ def train_from_last_checkpoint(
     engine.mask_documents(run.reader.manifest.eos_id)
     watch.clock = engine.clock
     watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
-    check.on_file = engine.clock.saved_block
+    check.on_file = engine.clock.note_progress
     end_on_signals(engine, world)
     announce(run, engine, world)
     branch_off(run, world)
@@ -108,7 +108,7 @@ def train_from_last_checkpoint(
     def end_run() -> None:
         engine.wants_end = SAVE_FAILED
 
-    around = around_saves(run.run_dir, end_run, engine.clock.saved_block)
+    around = around_saves(run.run_dir, end_run, engine.clock.note_progress)
     with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, around) as writer:
         if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
             save(run, engine, bad_steps, writer, 0)  # what there is to go back to

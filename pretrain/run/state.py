@@ -57,12 +57,34 @@ def state_of(content: Any) -> RunState:
 
 
 def read_state(run_dir: Path) -> RunState:
-    """How the run stands. Raises UserError if something else wrote the file."""
+    """How the run stands; all is None where the file is not there.
+
+    Raises UserError if something else wrote it.
+    """
     path = run_dir / STATE_NAME
     if not path.is_file():
         return RunState()
     with explained(NOT_OURS, f"{path}: damaged", "remove it to continue from the checkpoints"):
         return state_of(json.loads(read_patiently(path)))
+
+
+def fingerprint_of(run_dir: Path) -> str:
+    """The data set that a run was trained on. Raises UserError, or OSError, where none is told."""
+    path = run_dir / STATE_NAME
+    with explained(NOT_OURS, f"{path}: damaged", "use --recipe"):
+        fingerprint = state_of(json.loads(path.read_bytes())).fingerprint
+        if fingerprint is None:
+            raise ValueError("no fingerprint")
+    return fingerprint
+
+
+def may_be_a_run_s(path: Path) -> bool:
+    """Whether a file of this name may be a run's: a status of ours is in it, or it is damaged."""
+    try:
+        content: Any = json.loads(read_patiently(path))
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and content.get("status") in STATUSES
 
 
 def write_state(run_dir: Path, **changes: Any) -> None:

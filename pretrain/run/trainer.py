@@ -7,7 +7,7 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config.schedule import learning_rate
+from pretrain.config.schedule import rate_of
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
 from pretrain.distributed.agree import say, together
 from pretrain.engine.clock import PAUSE
@@ -119,7 +119,7 @@ class Trainer:
         """
         own_batches = self.prefetch.take(step)
         self.engine.clock.mark("data")
-        rate = self._learning_rate(step)
+        rate = rate_of(self.run.recipe, step)
         figures = self.engine.train_step(own_batches, rate)
         if figures.refused:
             # The weights are still those from before the step, so its rows can be told apart.
@@ -142,11 +142,6 @@ class Trainer:
             mfu=self.utilisation.mfu(tokens_per_s),
         )
 
-    def _learning_rate(self, step: int) -> float:
-        recipe = self.run.recipe
-        peak = recipe.optimizer.peak_learning_rate
-        return learning_rate(step, recipe.total_steps, peak, recipe.schedule)
-
     def _tokens(self, step: int) -> int:
         """How many tokens were seen by the end of a step."""
         return (step + 1) * self.run.recipe.batch.global_batch_tokens
@@ -159,7 +154,7 @@ class Trainer:
             step=decision.step,
             loss=decision.loss,
             gradient_norm=decision.gradient_norm,
-            learning_rate=self._learning_rate(decision.step),
+            learning_rate=rate_of(self.run.recipe, decision.step),
             tokens=self._tokens(decision.step),
             skipped=decision.reason,
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
-from pretrain.config.schedule import learning_rate
+from pretrain.config.schedule import rate_of
 from pretrain.costs.flops import count_parameters, flops_per_token
 from pretrain.data.loader import TrainingLoader
 from pretrain.view.progress import epochs_lines
@@ -15,12 +15,11 @@ from pretrain.view.templates import render
 def learning_rates(recipe: Recipe) -> dict[int, float]:
     """By step: at eleven steps from the first to the last, and at the end of the warm-up."""
     total = recipe.total_steps
-    peak = recipe.optimizer.peak_learning_rate
     end_of_warmup = max(0, recipe.schedule.warmup(total) - 1)
     shown = {end_of_warmup}
     for tenth in range(11):
         shown.add(round(tenth * (total - 1) / 10))
-    return {step: learning_rate(step, total, peak, recipe.schedule) for step in sorted(shown)}
+    return {step: rate_of(recipe, step) for step in sorted(shown)}
 
 
 def describe(

@@ -18,7 +18,7 @@ from pretrain.metrics.step_record import StepRecord
 from pretrain.view.time_left import TimeLeft
 
 T = TypeVar("T")
-# beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264)
+# Beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264).
 MANY_EPOCHS = 4.0
 
 
@@ -55,7 +55,7 @@ class Progress:
             unit="step",
             disable=bar_is_off(world),
             dynamic_ncols=True,
-            # without the estimate of its own: ours knows of validations and saves
+            # Without the estimate of its own: ours knows of validations and saves.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
         )
         self.last_line_at = -math.inf

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from pretrain.distributed.world import World
 
 PROOF_S = 5.0  # for a proof of 100 bytes; ranks give theirs at once
-# connections without a proof at a time, beside those of ranks: the oldest makes way
+# Connections without a proof at a time, beside those of ranks: the oldest makes way.
 MOST_GUESTS = 256
 CHALLENGE_BYTES = 32
 RANK_BYTES = 4

@@ -48,7 +48,7 @@ MOST_NAMED = 4  # ranks, in one line
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
 LOGS_NAME = "logs"
-# in the text of an error that another rank's end causes
+# In the text of an error that another rank's end causes.
 OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")
 
 
@@ -92,7 +92,7 @@ class Watch:
         self.stalls = stalls
         self.note_failure = note_failure
         self.name = f"rank {world.rank} ({socket.gethostname()})"
-        # what is wrong with the data's files, if one looks
+        # What is wrong with the data's files, if one looks.
         self.find_damage: Callable[[], list[str]] = list
         self.clock: StepClock | None = None  # once there is one, this rank can be seen to move
         self.step_seconds: deque[float] = deque(maxlen=100)
@@ -212,7 +212,7 @@ class Watch:
             }
             for connection in wait(list(listening), BEAT_S):
                 self._receive(listening[connection])  # type: ignore[index]
-            # this process was suspended, and so may all have been
+            # This process was suspended, and so may all have been.
             if time.monotonic() - turn_at > CAUSE_S:
                 self._moved_at = time.monotonic()
                 for peer in self._peers:
@@ -323,7 +323,7 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             return
         self._send("end", why, code)
-        # or else, where rank 0 is gone, too many speak
+        # Or else, where rank 0 is gone, too many speak.
         if self.world.rank in (0, 1) or self.world.local_rank == 0:
             with unheard():
                 print(f"error: {why}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launch.launchers import Start, command_of
 from launch.outcome import Standing, describe_failure, newest_checkpoint, standing
 from launch.processes import SAME_SIGNAL_S, Signals
 from launch.supervise import Supervisor, parse
+from pretrain.run.state import RunState
 
 REQUIRED = ["--recipe", "r", "--data-dir", "d", "--run-dir", "runs/a"]
 
@@ -89,9 +91,9 @@ def test_a_signal_again_is_urgent_unless_it_comes_at_once(monkeypatch: pytest.Mo
 
 def test_how_a_run_stands_is_read_from_whatever_is_there(tmp_path: Path) -> None:
     nothing = standing(tmp_path)
-    assert nothing == Standing(state={})
+    assert nothing == Standing(state=RunState())
     assert nothing.status == "unknown"
-    (tmp_path / "state.json").write_text(json.dumps({"status": "running", "began": "now"}))
+    (tmp_path / "state.json").write_text(json.dumps({"status": "running", "began": 1}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
     begun = standing(tmp_path)
     assert (begun.status, begun.steps, begun.starts) == ("running", 2, 0)
@@ -119,8 +121,8 @@ def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path: Path) -> None:
 
 
 def test_a_failure_of_an_earlier_start_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
-    failed = Standing(state={"status": "failed", "reason": "a rank\nis gone", "at": 1})
-    again = Standing(state={**failed.state, "at": 2})
+    failed = Standing(state=RunState(status="failed", reason="a rank\nis gone", began=1))
+    again = Standing(state=replace(failed.state, began=2))
     assert describe_failure(1, failed, again, tmp_path) == "a rank is gone"
     assert describe_failure(1, failed, failed, tmp_path) == (
         "it ended before training (deepspeed's exit code 1)"

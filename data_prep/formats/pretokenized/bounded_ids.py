@@ -23,7 +23,7 @@ AnyIds = npt.NDArray[Any]
 
 ID_DTYPES = {2: "<u2", 4: "<u4"}  # by their bytes
 END_BYTES = 8  # of an end of a document in datatrove's index
-# what a damaged index of dolma's makes its readers raise
+# What a damaged index of dolma's makes its readers raise.
 DAMAGED = (OSError, EOFError, zlib.error, ValueError, csv.Error, IndexError)
 
 

@@ -64,7 +64,7 @@ class IdFormat:
 
     name: str
     open: Callable[[InputFile, int], IdFile]  # a file, and the end-of-document id
-    # of the file that says where a file's documents lie, if one does
+    # Of the file that says where a file's documents lie, if one does.
     index_name: Callable[[str], str] | None = None
     # Its writer turns a special token that a text spells into its id.
     spells_special_tokens: bool = False
@@ -113,7 +113,6 @@ ID_FORMATS = {
         ),
     )
 }
-FORMATS = tuple(ID_FORMATS)
 
 
 def with_indexes(

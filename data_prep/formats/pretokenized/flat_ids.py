@@ -131,7 +131,7 @@ class FlatIds:
             raise UserError(f"{self.path}: {problem}; {OTHER_TOKENIZER}")
         begins_so = self._is_eos(self.start)
         ends_so = self._is_eos(self.stop - 1)
-        # both: nanoGPT's, whose first document is empty
+        # Both: nanoGPT's, whose first document is empty.
         if begins_so and (is_eos_first or not ends_so):
             self.start += 1
 

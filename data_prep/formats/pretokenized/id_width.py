@@ -17,15 +17,15 @@ Pairs = npt.NDArray[np.uint32]  # of ids of 2 bytes, each pair as one number
 WRITE_UINT16 = "write them as uint16, or as a .npy file, whose header tells the width"
 WINDOW_IDS = 64 << 10  # all that is read is looked at in pieces of so many
 LEAST_IDS = 1024  # of such a piece: fewer may look like anything
-# of a file: fewer say nothing
+# Of a file: fewer say nothing.
 LEAST_PAIRS = 2
-# so many say it though some ids be above 65,535
+# So many say it though some ids be above 65,535.
 CERTAIN_PAIRS = 16
-# in a row: any run of 1,023 ids or more of 2 bytes holds so many that begin at a multiple
+# In a row: any run of 1,023 ids or more of 2 bytes holds so many that begin at a multiple.
 PAIRS_OF_A_RUN = 256
 LEAST_DIFFERENT = 8  # ids among them: "!?!?" of a text repeats the same few
 SMALL_ID = 3  # the upper half of an id of 4 bytes is no more, of a vocabulary up to 262,144
-# shares of small ids, in every second place and in the others
+# Shares of small ids, in every second place and in the others.
 MANY = 0.99
 FEW = 0.9
 LOWER_HALF = 0xFFFF
@@ -66,7 +66,7 @@ def refuse_other_width_anywhere(ids: AnyIds, path: str, first_byte: int) -> None
     windows = len(ids) // WINDOW_IDS
     for window in ids[: windows * WINDOW_IDS].reshape(windows, WINDOW_IDS):
         refuse_other_width(window, path)
-    # what is left, with what is before it
+    # What is left, with what is before it.
     last = ids[-WINDOW_IDS:]
     if len(last) >= LEAST_IDS:
         refuse_other_width(last, path)
@@ -89,12 +89,12 @@ def refuse_runs_of_other_width(ids: AnyIds, path: str, first_byte: int) -> None:
 
 def _refuse_wide_runs(ids: AnyIds, path: str, first_byte: int) -> None:
     """The same of a whole number of runs."""
-    # shape (runs, pairs), each pair as one number, of which the first id is the lower half
+    # Shape (runs, pairs), each pair as one number, of which the first id is the lower half.
     pairs = ids.view("<u4").reshape(-1, PAIRS_OF_A_RUN)
-    # two pairs of each run first: to look at all takes a sixth of the time of reading
+    # Two pairs of each run first: to look at all takes a sixth of the time of reading.
     middle = PAIRS_OF_A_RUN // 2
     suspects = np.flatnonzero(_is_half_empty(pairs[:, 0] | pairs[:, middle]))
-    # bits of all firsts of a run, and of all seconds
+    # Bits of all firsts of a run, and of all seconds.
     seen = np.bitwise_or.reduce(pairs[suspects], axis=1)
     is_wide = _is_half_empty(seen) & (seen != 0)
     for number in suspects[is_wide].tolist():

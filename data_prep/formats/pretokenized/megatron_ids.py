@@ -14,7 +14,7 @@ from data_prep.inputs.sources import InputFile
 
 AnyIds = npt.NDArray[Any]
 
-# magic, version, type of the ids, sequences, documents + 1; from Megatron-LM's indexed_dataset.py
+# Magic, version, type of the ids, sequences, documents + 1; from Megatron-LM's indexed_dataset.py.
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
@@ -27,7 +27,7 @@ class Index(NamedTuple):
     dtype: np.dtype[Any]
     sizes: npt.NDArray[np.int32]  # ids of each sequence
     pointers: npt.NDArray[np.int64]  # first byte of each sequence
-    # the first sequence of each document, and behind the last one the number of sequences
+    # The first sequence of each document, and behind the last one the number of sequences.
     documents: npt.NDArray[np.int64]
 
 

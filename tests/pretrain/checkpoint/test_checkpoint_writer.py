@@ -235,7 +235,7 @@ def test_writing_a_checkpoint_counts_as_moving(tmp_path: Path) -> None:
     before = clock.place()
     recipe = CheckpointsRecipe(every_steps=1)
     with CheckpointWriter(
-        tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.saved_block)
+        tmp_path, recipe, ALONE, AroundSaves(wrote_block=clock.note_progress)
     ) as writer:
         states = {state: torch.zeros(3_000_000) for state in ("master", "exp_avg", "exp_avg_sq")}
         fragment = Fragment(name="weight", start=0, states=states)

@@ -19,7 +19,7 @@ from data_prep.shards import ShardReader
 from launch.outcome import Standing, describe_failure
 from pretrain.data import stream
 from pretrain.data.loader import TrainingLoader, ValidationWindows
-from pretrain.run.state import read_state
+from pretrain.run.state import RunState, read_state
 
 LONG = f"--train_tokens={10**6 * 6 * 32}"
 
@@ -160,7 +160,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
 
 
 def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> None:
-    before, now = Standing(state={}), Standing(state={"status": "running"})
+    before, now = Standing(state=RunState()), Standing(state=RunState(status="running"))
     killed = "its ranks or their launcher were killed (deepspeed's exit code 249)"
     assert describe_failure(249, before, now, data) == killed
     shard = data / "shards" / "train" / "up" / "00000.npy"
