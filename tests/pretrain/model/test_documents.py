@@ -190,9 +190,9 @@ def test_a_run_trained_with_masking_is_evaluated_with_it(text_run: Path, text_da
     reader, checkpoint = ShardReader(text_data), load_for_reading(text_run)
     trained = checkpoint.parameter
     checkpoint.parameter = lambda name: 6 * trained(name)  # type: ignore[method-assign]  # so that masking shows
-    plain, _ = evaluate(checkpoint, reader)
+    plain = evaluate(checkpoint, reader).whole_split
     checkpoint.manifest.recipe["intra_document_masking"] = True
-    masked, _ = evaluate(checkpoint, reader)
+    masked = evaluate(checkpoint, reader).whole_split
 
     shards = reader.manifest.shards_of("validation")
     stream = torch.from_numpy(

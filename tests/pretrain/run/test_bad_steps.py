@@ -362,20 +362,18 @@ def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text
 
 
 def test_the_quick_start_s_summary_takes_a_run_that_skipped_steps(
-    text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_data: Path, tmp_path: Path
 ) -> None:
-    """The last step too, whose line has no times either. Its evaluation and its export, which the
-    test of the quick start makes, are stand-ins here.
-    """
+    """The last step too, whose line has no times either."""
     from launch.demo import summary
+    from pretrain import evaluate, export_hf
 
     run_dir = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", train_tokens=8 * 6 * 32)
     assert poisoned_run(1, "3 7", recipe, text_data, run_dir).exit_codes == [0]
     shutil.copytree(text_data, run_dir / "dataset")
-    evaluation = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5}
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    monkeypatch.setattr(summary, "generate", lambda _: "The state of the Union is")
+    evaluate.main(["--run-dir", str(run_dir)])
+    export_hf.main(["--run-dir", str(run_dir), "--output-dir", str(run_dir / "hf")])
     summary.main([str(run_dir), "4", str(time.time() - 100)])
     figures = json.loads((run_dir / "summary.json").read_text())
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -387,6 +385,7 @@ def test_the_quick_start_s_summary_takes_a_run_that_skipped_steps(
     page = (run_dir / "summary.txt").read_text()
     assert f"1,536 tokens in 8 steps at {figures['tokens_per_s']:,.0f} tokens/s" in page
     assert "█" * 32 + "\n" in page
+    assert figures["sample"].startswith("The state of the Union")
     assert re.search(r"\n  whole job    1 min 4\d s\n", page)
 
 
