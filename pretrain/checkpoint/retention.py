@@ -99,7 +99,7 @@ def new_staging(final: Path) -> Path:
     staging = final.with_name(f".{final.name}.tmp")
     if staging.is_dir():
         staging = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    staging.mkdir()
+    staging.mkdir()  # and fails where it is there: no two saves write into one
     return staging
 
 

@@ -66,7 +66,7 @@ class TrainingLoader:
         for source in self.manifest.sources:
             own = self.manifest.shards_of("train", source.name)
             tokens = sum(shard.tokens for shard in own)
-            windows = (tokens - 1) // seq_len
+            windows = (tokens - 1) // seq_len  # the last target is one id behind a window
             if windows < 1:
                 raise UserError(
                     f"{reader.data_dir}: source {source.name} has {tokens:,} training tokens, "
@@ -88,6 +88,8 @@ class TrainingLoader:
 
     def _lay_out_block(self) -> None:
         """Which source each place of a block belongs to, and its rank among those of the source."""
+        # Every block is laid out alike: each source has as many places as its share, and where they
+        # are is drawn from the seed.
         shares = [source.share for source in self.sources]
         in_order = np.repeat(np.arange(len(shares)), shares)
         key = derive_key(*self.identity, "block")

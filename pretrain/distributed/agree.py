@@ -35,6 +35,7 @@ def gather(value: Any, group: Group = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():  # alone, or before the ranks have met
         return [value]
+    # By pickle, which is safe here: the ranks of a run trust one another.
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
@@ -82,6 +83,8 @@ def together(action: Callable[[], T], group: Group = None) -> T:
     """Run an action on every rank; if it fails on any of them, raise the first failure on all."""
     answer = Answer(host=socket.gethostname())
     result: T | None = None
+    # Any other exception is a fault of ours: it ends its rank with a traceback, and the watch the
+    # others.
     try:
         result = action()
     except (UserError, OSError) as error:

@@ -8,9 +8,7 @@ import socket
 
 import psutil
 
-from data_prep.errors import (
-    UserError,
-)
+from data_prep.errors import UserError
 from pretrain.distributed.world import World
 
 
@@ -47,6 +45,7 @@ def set_rendezvous(world: World) -> None:
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", 0)) or free_port()
     spans_machines = world.world_size > world.local_world_size
+    # Under mpiexec each rank has chosen a port of its own by now: rank 0's counts.
     if world.launched_by_mpi:
         if spans_machines and "MASTER_ADDR" not in os.environ:
             host = own_address()

@@ -70,6 +70,7 @@ def log_probability_chunks(
     vocab_size = len(weight_VD)
     device = weight_VD.device
     chunk = min(tokens, chunk or chunk_tokens(vocab_size, device.type))
+    # The logits of a chunk, and their log-probabilities.
     buffers_2CV = torch.empty(2, chunk, vocab_size, dtype=torch.float32, device=device)
     keywords = into_fp32(weight_VD)
     for start in range(0, tokens, chunk):

@@ -27,6 +27,7 @@ def document_positions(ids_BT: Tensor, eos_id: int) -> Tensor:
     ends_BT = ids_BT[:, :-1] == eos_id
     begins_BT = F.pad(ends_BT, (1, 0))  # the token after an end
     begin_at_BT = torch.where(begins_BT, index_T, 0)
+    # The last begin up to each token; what the window begins with is taken to begin there.
     starts_BT = begin_at_BT.cummax(dim=1).values  # of the document that a token is in
     return index_T - starts_BT
 

@@ -68,6 +68,7 @@ def check_rates(old: Recipe, new: Recipe, steps: int, origin: str) -> None:
             f"{origin}: {steps:,} steps are taken, train_tokens asks for {new.total_steps:,}; ask "
             "for more"
         )
+    # Step by step: two schedules may agree at a step and differ before it.
     for step in range(steps):
         was = rate_of(old, step)
         now = rate_of(new, step)

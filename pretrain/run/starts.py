@@ -122,6 +122,7 @@ def describe_start(
         "threads_per_rank": sorted({each.threads for each in of_ranks}),
         "versions": of_ranks[0].versions,
     }
+    # One rank for each set of versions; hosts that have the same are not told apart.
     differing = {json.dumps(each.versions): each for each in of_ranks}
     if len(differing) > 1:
         start["versions_by_host"] = {each.host: each.versions for each in differing.values()}
