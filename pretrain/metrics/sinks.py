@@ -51,9 +51,17 @@ def open_tensorboard(about: AboutRun) -> Sink:
     return TensorBoardSink(about)
 
 
+def open_trackio(about: AboutRun) -> Sink:
+    """A run of trackio, wherever it keeps or sends those of this user."""
+    from pretrain.metrics.trackio_sink import TrackioSink
+
+    return TrackioSink(about)
+
+
 # By name; the package that each needs has that name, and so has our extra that installs it.
 OPENERS: dict[str, Callable[[AboutRun], Sink]] = {
     "tensorboard": open_tensorboard,
+    "trackio": open_trackio,
 }
 
 

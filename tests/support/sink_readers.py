@@ -1,6 +1,8 @@
 """What sinks hold of a run, as their own readers show it."""
 
+import contextlib
 import json
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,40 @@ def read_tensorboard(run_dir: Path) -> list[Drawn]:
     return [Drawn(figures, config, run_dir.name, texts.get("marks/why_skipped", []))]
 
 
-READERS = {"tensorboard": read_tensorboard}
+def read_trackio(run_dir: Path) -> list[Drawn]:
+    """The runs that trackio has of this one, each named by the next; all of their rows."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found: list[Drawn] = []
+    name = json.loads((run_dir / "trackio.json").read_text())["run"]
+    while name:
+        path = SQLiteStorage.get_project_db_path("tablefree")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            rows = database.execute(
+                "SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", (name,)
+            ).fetchall()
+        shown = SQLiteStorage.get_logs("tablefree", name)
+        assert [row["step"] for row in shown] == [step for step, _ in rows]
+        config = SQLiteStorage.get_run_config("tablefree", name) or {}
+        found.append(of_rows([(step, json.loads(row)) for step, row in rows], config, name))
+        name = config.get("continues")
+    return found[::-1]
+
+
+def of_rows(rows: list[tuple[int, dict[str, Any]]], config: dict[str, Any], name: str) -> Drawn:
+    """A run of a sink that has a row for each step."""
+    figures: Steps = {}
+    notes = []
+    for step, row in rows:
+        for key, value in row.items():
+            if isinstance(value, str):
+                notes.append((step, value))
+            else:
+                figures.setdefault(key, []).append((step, value))
+    return Drawn(figures, json.dumps(config), name, notes)
+
+
+READERS = {"tensorboard": read_tensorboard, "trackio": read_trackio}
 
 
 def newest(sink: str, run_dir: Path) -> Drawn:

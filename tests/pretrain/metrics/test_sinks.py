@@ -195,7 +195,7 @@ def expect_drawn_as_recorded_but_skipped(drawn: Drawn, run_dir: Path, skipped: i
     ("given", "says"),
     [
         ("tensorbord", "log.sinks: unknown sink 'tensorbord'; did you mean tensorboard?"),
-        ("3", "log.sinks: got 3; give a list of sinks: tensorboard"),
+        ("3", "log.sinks: got 3; give a list of sinks: tensorboard, trackio"),
     ],
 )
 def test_what_is_no_sink_is_refused_in_a_line(
