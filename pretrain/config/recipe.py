@@ -16,7 +16,7 @@ from data_prep.errors import nearest
 from data_prep.manifest import MAX_VOCAB_SIZE
 
 MAX_CODE_BITS = 62
-SINKS = ("tensorboard", "trackio")  # pretrain/metrics/sinks.py has a row for each
+SINKS = ("tensorboard", "trackio", "wandb")  # pretrain/metrics/sinks.py has a row for each
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 

@@ -58,10 +58,18 @@ def open_trackio(about: AboutRun) -> Sink:
     return TrackioSink(about)
 
 
+def open_wandb(about: AboutRun) -> Sink:
+    """A run of W&B, online or below the run's directory."""
+    from pretrain.metrics.wandb_sink import WandbSink
+
+    return WandbSink(about)
+
+
 # By name; the package that each needs has that name, and so has our extra that installs it.
 OPENERS: dict[str, Callable[[AboutRun], Sink]] = {
     "tensorboard": open_tensorboard,
     "trackio": open_trackio,
+    "wandb": open_wandb,
 }
 
 

@@ -8,15 +8,13 @@ steps there. Trackio itself meets what fails with warnings, and drops it: so wha
 where that can be seen from here. What a server has cannot, so there each start begins a new run.
 """
 
-import json
 import os
 import secrets
-from pathlib import Path
 
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
-from data_prep.files import write_durably
+from pretrain.metrics.run_note import RunNote, read_note, write_note
 from pretrain.metrics.told import AboutRun, ToldStep
 
 PROJECT = "tablefree"
@@ -33,14 +31,14 @@ class TrackioSink:
 
     def begin(self, step: int) -> int:
         """Go on in the run of the start before, or begin one. Raises what trackio does."""
-        before = noted_name(self.note)
-        held = steps_held(before) if before else None
+        before = read_note(self.note)
+        held = steps_held(before.run) if before else None
         if before and held is not None and 0 < held <= step:
-            self._init(before, "must", {})
+            self._init(before.run, "must", {})
             return held
         name = f"{self.about.name}-{secrets.token_hex(3)}"
-        write_durably(self.note, json.dumps({"project": PROJECT, "run": name}).encode())
-        self._init(name, "never", {"continues": before} if before and step else {})
+        write_note(self.note, RunNote(project=PROJECT, run=name))
+        self._init(name, "never", {"continues": before.run} if before and step else {})
         return 0
 
     def _init(self, name: str, resume: str, more: dict[str, str]) -> None:
@@ -67,14 +65,6 @@ class TrackioSink:
         self.run.finish()
         if is_kept_here() and steps_held(self.run.name) is None:
             raise OSError("some steps were not written; the next start draws them in a new run")
-
-
-def noted_name(note: Path) -> str | None:
-    """The run that the start before drew in, if there was one."""
-    if not note.is_file():
-        return None
-    content = json.loads(note.read_bytes())
-    return str(content["run"])
 
 
 def is_kept_here() -> bool:

@@ -4,8 +4,11 @@ import contextlib
 import json
 import sqlite3
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from support.runs import run_command
 
 Steps = dict[str, list[tuple[int, float]]]  # of each figure: where it is drawn, in order
 
@@ -65,6 +68,38 @@ def read_trackio(run_dir: Path) -> list[Drawn]:
     return found[::-1]
 
 
+def read_wandb(run_dir: Path) -> list[Drawn]:
+    """The runs that W&B has below a run's directory, oldest first, as its own command reads it.
+
+    One that was killed before W&B wrote anything is none.
+    """
+    found: dict[str, Drawn] = {}
+    for directory in sorted((run_dir / "wandb").glob("offline-run-*")):
+        result = run_command("wandb", "leet", "inspect", "--json", str(directory))
+        assert result.returncode == 0, result.stderr
+        records = [json.loads(line) for line in result.stdout.splitlines()]
+        rows = [
+            (record["history"]["step"].get("num", 0), record["history"]["item"])
+            for record in records
+            if record["type"] == "history"
+        ]
+        told = [(step, without_own(row)) for step, row in rows]
+        for run in [record["run"] for record in records if record["type"] == "run"]:
+            found[run["run_id"]] = of_rows(told, run["config"]["update"], run["run_id"])
+    ordered: list[Drawn] = []
+    name = json.loads((run_dir / "wandb.json").read_text())["run"]
+    while name in found:
+        ordered.append(found.pop(name))
+        name = json.loads(ordered[-1].config).get("continues")
+    assert not found
+    return ordered[::-1]
+
+
+def without_own(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of W&B's without the keys that W&B adds."""
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
 def of_rows(rows: list[tuple[int, dict[str, Any]]], config: dict[str, Any], name: str) -> Drawn:
     """A run of a sink that has a row for each step."""
     figures: Steps = {}
@@ -78,11 +113,12 @@ def of_rows(rows: list[tuple[int, dict[str, Any]]], config: dict[str, Any], name
     return Drawn(figures, json.dumps(config), name, notes)
 
 
-READERS = {"tensorboard": read_tensorboard, "trackio": read_trackio}
+READERS = {"tensorboard": read_tensorboard, "trackio": read_trackio, "wandb": read_wandb}
 
 
+@cache
 def newest(sink: str, run_dir: Path) -> Drawn:
-    """The run that a sink's reader shows last."""
+    """The run that a sink's reader shows last, of a run that is over."""
     return READERS[sink](run_dir)[-1]
 
 

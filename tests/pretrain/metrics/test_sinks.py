@@ -32,8 +32,10 @@ from pretrain.metrics.told import AboutRun, ToldStep, bytes_per_token, told, val
 
 ALL = f"--log.sinks=[{','.join(SINKS)}]"
 STEPS = 60
-LONG = f"--train_tokens={STEPS * 6 * 32}"
-HIDDEN = "f" * 40  # in the place of a key of W&B
+# Steps of a tenth of a second or so: sinks that take long to begin are there when a run is killed.
+TOKENS_A_STEP = 24 * 32
+LONG = f"--train_tokens={STEPS * TOKENS_A_STEP}"
+HIDDEN = "0123456789" * 4  # in the place of a key of W&B
 
 each_sink = pytest.mark.parametrize("sink", SINKS)
 
@@ -93,7 +95,8 @@ def expect_drawn_as_recorded(drawn: Drawn, run_dir: Path) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Long enough to be killed amid it; a checkpoint every ten steps."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    return write_recipe(path, checkpoints={"every_steps": 10})
+    batch = {"global_batch_tokens": TOKENS_A_STEP}
+    return write_recipe(path, checkpoints={"every_steps": 10}, batch=batch)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,12 @@ def killed(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFacto
     logs = logs_of(1, run_dir)
     flags = arguments_of(recipe, tiny_data, run_dir, ALL, LONG)
     (rank,) = start_ranks(flags, logs, **variables())
-    wait_until(lambda: steps_of(run_dir) >= 25, "25 steps", every_s=0.002)
+
+    def is_drawn() -> bool:
+        files = run_dir.glob("wandb/offline-run-*/*.wandb")
+        return steps_of(run_dir) >= 25 and any(path.stat().st_size > 10_000 for path in files)
+
+    wait_until(is_drawn, "25 steps that are drawn", every_s=0.002)
     rank.kill()
     assert end_of([rank], logs).exit_codes == [-signal.SIGKILL]
     assert steps_of(run_dir) < STEPS
@@ -137,24 +145,32 @@ def test_the_config_tells_recipe_data_and_versions(sink: str, killed: Path) -> N
         assert told_there in config
 
 
+def test_a_key_of_wandb_is_in_no_file_or_log_of_a_run(killed: Path) -> None:
+    files = [path for path in killed.parent.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if HIDDEN.encode() in path.read_bytes()]
+
+
 @each_sink
-def test_a_branch_has_the_steps_before_it_too(sink: str, killed: Path, branched: Path) -> None:
+def test_a_branch_has_the_steps_before_it_too(sink: str, branched: Path) -> None:
     drawn = newest(sink, branched)
-    assert len(drawn.figures["train/loss"]) == STEPS + 5
+    assert len(drawn.figures["train/loss"]) == 25
     expect_drawn_as_recorded(drawn, branched)
     # and the run that it was taken from is what it was
-    expect_drawn_as_recorded(newest(sink, killed), killed)
+    trunk = branched.with_name("trunk")
+    assert len(newest(sink, trunk).figures["train/loss"]) == 15
+    expect_drawn_as_recorded(newest(sink, trunk), trunk)
 
 
 @pytest.fixture(scope="module")
 def branched(killed: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps more than the run that it branched off from, with a constant rate."""
+    """A longer run than the one it branched off from, with a constant rate."""
     home = tmp_path_factory.mktemp("branch")
     constant = {"kind": "constant", "warmup_steps": 2}
-    recipe = write_recipe(home / "recipe.yaml", schedule=constant, checkpoints={"every_steps": 10})
-    train_told(recipe, tiny_data, home / "trunk", LONG, "--stop-at-step", "30")
-    checkpoint = home / "trunk" / "checkpoints" / "step-00000030"
-    longer = f"--train_tokens={(STEPS + 5) * 6 * 32}"
+    recipe = write_recipe(home / "recipe.yaml", schedule=constant)
+    train_told(recipe, tiny_data, home / "trunk", "--stop-at-step", "15")
+    checkpoint = home / "trunk" / "checkpoints" / "step-00000015"
+    longer = f"--train_tokens={25 * 6 * 32}"
     train_told(recipe, tiny_data, home / "branch", longer, "--branch-from", str(checkpoint))
     return home / "branch"
 
@@ -195,7 +211,7 @@ def expect_drawn_as_recorded_but_skipped(drawn: Drawn, run_dir: Path, skipped: i
     ("given", "says"),
     [
         ("tensorbord", "log.sinks: unknown sink 'tensorbord'; did you mean tensorboard?"),
-        ("3", "log.sinks: got 3; give a list of sinks: tensorboard, trackio"),
+        ("3", "log.sinks: got 3; give a list of sinks: tensorboard, trackio, wandb"),
     ],
 )
 def test_what_is_no_sink_is_refused_in_a_line(
@@ -262,12 +278,12 @@ def test_a_sink_that_cannot_write_is_warned_of_once_and_the_next_start_fills_it(
     run_dir.mkdir()
     in_the_way.touch()
     ended = run_ranks(
-        1, recipe, tiny_data, run_dir, "--log.sinks=tensorboard", "--stop-at-step", "8"
+        1, recipe, tiny_data, run_dir, "--log.sinks=tensorboard", "--stop-at-step", "2"
     )
     assert ended.exit_codes == [0], ended.output
     (warning,) = [line for line in ended.output.splitlines() if line.startswith("warning: log.")]
     assert "tensorboard: FileExistsError: " in warning
-    assert len(losses(run_dir)) == 8
+    assert len(losses(run_dir)) == 2
     in_the_way.unlink()
     ended = run_ranks(1, recipe, tiny_data, run_dir, "--log.sinks=tensorboard")
     assert ended.exit_codes == [0], ended.output
