@@ -6,15 +6,17 @@ pretrain/config/deepspeed.py.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from data_prep.errors import nearest
 from data_prep.manifest import MAX_VOCAB_SIZE
 
 MAX_CODE_BITS = 62
+SINKS = ("tensorboard", "trackio", "wandb")  # pretrain/metrics/sinks.py has a row for each
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -136,6 +138,28 @@ class StallsRecipe:
     after_s: float = Field(default=300.0, gt=0)
 
 
+def known_sinks(value: Any) -> Any:
+    """Names of sinks, each once; also one name alone, as a command line gives it.
+
+    Raises ValueError for an unknown one, or another type.
+    """
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"got {value!r}; give a list of sinks: {', '.join(SINKS)}")
+    for name in value:
+        if name not in SINKS:
+            raise ValueError(f"unknown sink {name!r}; {nearest(str(name), SINKS)}")
+    return tuple(dict.fromkeys(value))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogRecipe:
+    """Who is told of every step, beside metrics.jsonl; see pretrain/metrics/sinks.py."""
+
+    sinks: Annotated[tuple[str, ...], BeforeValidator(known_sinks)] = ()
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A whole run."""
@@ -152,6 +176,7 @@ class Recipe:
     checkpoints: CheckpointsRecipe
     bad_steps: BadStepsRecipe = Field(default_factory=BadStepsRecipe)
     stalls: StallsRecipe = Field(default_factory=StallsRecipe)
+    log: LogRecipe = Field(default_factory=LogRecipe)
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
     # No token sees another document of its window; positions restart.

@@ -4,13 +4,14 @@ import contextlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
 from data_prep.errors import explained, naming
 from data_prep.files import fsync_directory
 from pretrain.checkpoint.patience import patiently
-from pretrain.metrics.records import ADVICE, cut_to_step, read_lines
+from pretrain.metrics.records import ADVICE, cut_to_step, is_record, parse_line, read_lines
 from pretrain.metrics.step_record import AnyStep, step_of_line
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,6 +27,26 @@ def read_steps(run_dir: Path) -> list[AnyStep]:
         with explained((KeyError, TypeError), f"{path}: line {number}: damaged", ADVICE):
             steps.append(step_of_line(line))
     return steps
+
+
+def steps_between(run_dir: Path, first: int, past_last: int) -> Iterator[AnyStep]:
+    """The steps of a range, as far as the file has them: a line at a time, of a file that its run
+    may be appending to, or cutting back.
+    """
+    path = run_dir / METRICS_NAME
+    if first >= past_last or not path.exists():
+        return
+    with path.open("rb") as file:
+        for content in file:
+            # A line that is being written, or one that stands where the file was just cut. What the
+            # start found in it was checked when it was opened.
+            if not content.endswith(b"\n") or not is_record(content):
+                return
+            line = parse_line(content)
+            if line["step"] >= past_last:
+                return
+            if line["step"] >= first:
+                yield step_of_line(line)
 
 
 class MetricsFile:

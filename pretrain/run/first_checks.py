@@ -37,6 +37,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
+from pretrain.metrics.sinks import check_packages
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import ENGINE_CONFIG_NAME, RECIPE_NAME, refuse_what_is_no_run
 
@@ -86,6 +87,7 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
+    check_packages(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
     return Asked(

@@ -233,6 +233,14 @@ def copy_starts(origin_run_dir: Path, run_dir: Path, steps: int) -> None:
         write_durably(run_dir / STARTS_NAME, "".join(lines).encode())
 
 
+def for_sinks(start: Start) -> Start:
+    """What a start ran on as metric sinks show it, some of them to others: no hosts, no command
+    line.
+    """
+    named = ("step", "time", "commit", "ranks", "devices", "cpu_kernels", "threads_per_rank")
+    return {name: start.get(name) for name in (*named, "versions")}
+
+
 def for_card(starts: list[Start], steps: int) -> list[Start]:
     """The starts behind a checkpoint as a model card shows them: those that differ from the one
     before. No hosts.

@@ -7,6 +7,7 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.config.load import recipe_to_dict
 from pretrain.config.schedule import rate_of
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
 from pretrain.distributed.agree import say, together
@@ -15,7 +16,9 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.figures import StepFigures, finite
 from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.metrics_file import MetricsFile
+from pretrain.metrics.sinks import Sinks
 from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
+from pretrain.metrics.told import AboutRun, bytes_per_token
 from pretrain.metrics.utilisation import Utilisation
 from pretrain.model.compilation import compiled_graphs
 from pretrain.model.token_codes import check_same_code
@@ -23,11 +26,16 @@ from pretrain.run.bad_steps import BadSteps, Decision, describe_rows
 from pretrain.run.continuing import refuse_another_run
 from pretrain.run.prepare import Run
 from pretrain.run.saving import save
-from pretrain.run.starts import record_start
+from pretrain.run.starts import for_sinks, of_steps, read_starts, record_start
 from pretrain.run.state import read_state
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft
 from pretrain.watch.watch import Watch
+
+# What sinks have yet to draw is waited for so long after the last step of a start; after a signal,
+# whose sender waits no longer than a minute or so, less.
+SINKS_PATIENCE_S = 60.0
+SINKS_PATIENCE_AFTER_SIGNAL_S = 10.0
 
 
 @dataclass(kw_only=True)
@@ -73,6 +81,7 @@ class Trainer:
         self.prefetch.close()
         progress.close()
         self._close_metrics()
+        self._close_sinks(step)
         return step
 
     def _begin(self) -> Progress:
@@ -88,6 +97,7 @@ class Trainer:
         )
         for warning in warnings:
             say(self.world, warning)
+        self.sinks = self._open_sinks()
         say(self.world, str(self.utilisation))
         validated = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
         progress = Progress(TimeLeft(run.recipe, validated), self.start_step, self.world)
@@ -223,6 +233,7 @@ class Trainer:
     def _record(self, record: AnyStep) -> None:
         if self.metrics:
             self.metrics.append(record)
+            self.sinks.add(record)  # which find in the file what they were not told in time
 
     def _save(self, step: int, progress: Progress) -> None:
         """Have a checkpoint made where it is due; between steps, none that would hold the state of
@@ -258,6 +269,7 @@ class Trainer:
         self._leave_passed_over(step)
         self._close_metrics()
         self._open_metrics(step)
+        self.sinks.go_back(step)
         return step
 
     def _leave_passed_over(self, step: int) -> None:
@@ -293,6 +305,36 @@ class Trainer:
     def _close_metrics(self) -> None:
         if self.metrics:
             self.metrics.close()
+
+    # Sinks
+
+    def _open_sinks(self) -> Sinks:
+        """The sinks that the recipe names, which are told all from rank 0; none elsewhere."""
+        run = self.run
+        names = run.recipe.log.sinks if self.world.is_main else ()
+        about = self._about_run() if names else None
+        return Sinks(names, about, self.start_step, lambda text: say(self.world, text))
+
+    def _about_run(self) -> AboutRun:
+        run = self.run
+        starts = of_steps(read_starts(run.run_dir), run.recipe.total_steps)
+        config = {
+            "recipe": recipe_to_dict(run.recipe),
+            "fingerprint": run.reader.manifest.fingerprint,
+            "branched_from": read_state(run.run_dir).branched_from,
+            "start": for_sinks(starts[-1]) if starts else None,
+        }
+        return AboutRun(
+            run_dir=run.run_dir,
+            config=config,
+            restarts=frozenset(start["step"] for start in starts if start["step"] > 0),
+            bytes_per_token=bytes_per_token(run.reader.manifest),
+        )
+
+    def _close_sinks(self, steps: int) -> None:
+        ends_by_signal = bool(self.engine.ends)
+        patience_s = SINKS_PATIENCE_AFTER_SIGNAL_S if ends_by_signal else SINKS_PATIENCE_S
+        self.sinks.close(steps, patience_s)
 
 
 def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.forked_ranks import Ended, be_a_rank, run_ranks, train_on
+from support.forked_ranks import be_a_rank, run_ranks, train_on
 from support.hand_made_runs import manifest_of
 from support.hand_made_shards import write_dataset, write_source
+from support.poisoned_ranks import be_a_poisoned_rank, poisoned_run
 from support.runs import counting_documents, write_recipe
 
 from data_prep.errors import UserError
@@ -305,35 +306,6 @@ def test_stop_ends_the_run_with_one_line_and_the_same_command_goes_on_with_skip(
 
 
 # No number, on one rank of two
-
-
-def be_a_poisoned_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    """Body of a forked rank where some steps' gradients, on the last rank alone, are no numbers."""
-    from pretrain.engine.engine import Engine
-
-    steps, calls, honest = (
-        set(map(int, variables["POISONED"].split())),
-        iter(range(10**6)),
-        Engine.train_step,
-    )
-
-    def train_step(engine: Engine, *step: Any) -> Any:
-        poisoned = next(calls) in steps and engine.world.rank == engine.world.world_size - 1
-        weight = engine.deepspeed.module.model.model.final_norm.weight
-        hook = weight.register_hook(lambda grad: grad * torch.nan) if poisoned else None
-        figures = honest(engine, *step)
-        if hook:
-            hook.remove()
-        return figures
-
-    Engine.train_step = train_step  # type: ignore[method-assign]
-    be_a_rank(arguments, variables, log)
-
-
-def poisoned_run(
-    ranks: int, steps: str, recipe: Path, data: Path, run_dir: Path, *more: str
-) -> Ended:
-    return run_ranks(ranks, recipe, data, run_dir, *more, body=be_a_poisoned_rank, POISONED=steps)
 
 
 def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_on_all_and_its_text_kept(

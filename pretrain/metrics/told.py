@@ -1,0 +1,98 @@
+"""What sinks are told: of a run, once; of its steps, figures under names that are the same in all.
+
+Names are grouped as TensorBoard, W&B and trackio group them, by what stands before the slash.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import Manifest
+from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboutRun:
+    """A run as its sinks know it."""
+
+    run_dir: Path
+    config: dict[str, Any]  # recipe, fingerprint, versions and the like, as JSON has them
+    restarts: frozenset[int]  # steps that starts of the run went on from
+    # Of the validation text, end-of-document ids included; None where its bytes are not known.
+    bytes_per_token: float | None
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.run_dir.resolve().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldStep:
+    """A step as its sinks draw it."""
+
+    step: int
+    figures: Figures
+    note: str = ""  # why it was skipped
+
+
+def bytes_per_token(manifest: Manifest) -> float | None:
+    """UTF-8 bytes of validation text a target, over the whole split.
+
+    None where a data set of ids does not know its text.
+    """
+    shards = manifest.shards_of("validation")
+    targets = sum(shard.tokens for shard in shards) - 1  # the first id is none
+    if targets < 1 or not all(shard.text_bytes for shard in shards):
+        return None
+    return sum(shard.text_bytes for shard in shards) / targets
+
+
+def told(record: AnyStep, about: AboutRun) -> ToldStep:
+    """What is drawn of a step. What is no number, or not known, is left out."""
+    figures: dict[str, float | None] = {
+        "train/loss": record.loss,
+        "train/gradient_norm": record.gradient_norm,
+        "train/learning_rate": record.learning_rate,
+        "train/tokens": record.tokens,
+    }
+    figures |= validation_figures(record.val_loss, about.bytes_per_token)
+    if isinstance(record, StepRecord):
+        figures |= speed_figures(record)
+    if record.step in about.restarts:
+        figures["marks/restart"] = 1
+    note = ""
+    if isinstance(record, SkippedStep):
+        figures["marks/skipped"] = 1
+        note = record.skipped
+    known = {name: float(value) for name, value in figures.items() if value is not None}
+    finite = {name: value for name, value in known.items() if math.isfinite(value)}
+    return ToldStep(step=record.step, figures=finite, note=note)
+
+
+def validation_figures(
+    val_loss: float | None, bytes_per_token: float | None
+) -> dict[str, float | None]:
+    """Nats a token and, by the mean length of the split's tokens, bits a byte."""
+    if val_loss is None:
+        return {}
+    bits_per_byte = None
+    if bytes_per_token is not None:
+        bits_per_byte = val_loss / (math.log(2) * bytes_per_token)
+    return {"validation/loss": val_loss, "validation/bits_per_byte": bits_per_byte}
+
+
+def speed_figures(record: StepRecord) -> dict[str, float | None]:
+    """How fast a step was, where its time went on rank 0, and that rank's memory."""
+    figures: dict[str, float | None] = {
+        "speed/tokens_per_s": record.tokens_per_s,
+        "speed/mfu": record.mfu,
+        "speed/step_s": record.step_s,
+        "memory/peak_bytes": record.peak_memory_bytes,
+    }
+    for phase, seconds in record.seconds.items():
+        figures[f"split/{phase}_s"] = seconds
+    return figures

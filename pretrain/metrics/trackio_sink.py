@@ -1,0 +1,86 @@
+"""Trackio's project "tablefree", where it keeps its projects (`TRACKIO_DIR`) or sends them.
+
+    RUN_DIR/trackio.json      the name of the run that draws this one
+
+Trackio takes no step back. Where it has only steps that the run goes on from, a start goes on in
+the same run of trackio; else it begins a new one, whose config names the old one, and draws all
+steps there. Trackio itself meets what fails with warnings, and drops it: so what it has is counted,
+where that can be seen from here. What a server has cannot, so there each start begins a new run.
+"""
+
+import os
+import secrets
+
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+
+from pretrain.metrics.run_note import RunNote, read_note, write_note
+from pretrain.metrics.told import AboutRun, ToldStep
+
+PROJECT = "tablefree"
+NOTE_NAME = "trackio.json"
+ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # variables that have it sent to a server
+
+
+class TrackioSink:
+    """A run as trackio draws it."""
+
+    def __init__(self, about: AboutRun) -> None:
+        self.about = about
+        self.note = about.run_dir / NOTE_NAME
+
+    def begin(self, step: int) -> int:
+        """Go on in the run of the start before, or begin one. Raises what trackio does."""
+        before = read_note(self.note)
+        held = steps_held(before.run) if before else None
+        if before and held is not None and 0 < held <= step:
+            self._init(before.run, "must", {})
+            return held
+        name = f"{self.about.name}-{secrets.token_hex(3)}"
+        write_note(self.note, RunNote(project=PROJECT, run=name))
+        self._init(name, "never", {"continues": before.run} if before and step else {})
+        return 0
+
+    def _init(self, name: str, resume: str, more: dict[str, str]) -> None:
+        self.run = trackio.init(
+            project=PROJECT,
+            name=name,
+            config=self.about.config | more,
+            resume=resume,
+            embed=False,
+            # threads that look at the machine are no part of what was asked for
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def write(self, told: ToldStep) -> None:
+        """Hand over a step, with the reason of a skipped one."""
+        row: dict[str, float | str] = {**told.figures}
+        if told.note:
+            row["marks/why_skipped"] = told.note
+        self.run.log(row, step=told.step)
+
+    def close(self) -> None:
+        """Have trackio write what it holds back. Raises OSError where it did not write all."""
+        self.run.finish()
+        if is_kept_here() and steps_held(self.run.name) is None:
+            raise OSError("some steps were not written; the next start draws them in a new run")
+
+
+def is_kept_here() -> bool:
+    """Whether what trackio has can be looked at: no server has it, and no inbox of files."""
+    is_sent = any(os.environ.get(variable) for variable in ELSEWHERE)
+    return not is_sent and trackio.utils.get_storage_mode() == "sqlite"
+
+
+def steps_held(name: str) -> int | None:
+    """How many steps, from the first on, a run of trackio has; None where one is missing or there
+    twice, or it cannot be seen.
+    """
+    if not is_kept_here():
+        return None
+    last = SQLiteStorage.get_last_step(PROJECT, name)
+    count = SQLiteStorage.get_log_count(PROJECT, name)
+    if last is None or count != last + 1:
+        return None
+    return int(count)
