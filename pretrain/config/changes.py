@@ -18,6 +18,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "checkpoints",
         "bad_steps",
         "stalls",
+        "log",
         "engine",
     }
 )

@@ -137,6 +137,15 @@ class StallsRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogRecipe:
+    """What a run says of itself while it trains."""
+
+    # Between two lines of the log, which stand for the block where stderr is no terminal.
+    every_s: float = Field(default=15.0, gt=0)
+    every_steps: int | None = Field(default=None, ge=1)  # instead of the time
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A whole run."""
 
@@ -152,6 +161,7 @@ class Recipe:
     checkpoints: CheckpointsRecipe
     bad_steps: BadStepsRecipe = Field(default_factory=BadStepsRecipe)
     stalls: StallsRecipe = Field(default_factory=StallsRecipe)
+    log: LogRecipe = Field(default_factory=LogRecipe)
     train_tokens: int = Field(ge=1)
     seed: int = Field(default=1, ge=0)
     # No token sees another document of its window; positions restart.
