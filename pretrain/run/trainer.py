@@ -9,7 +9,7 @@ from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
-from pretrain.distributed.agree import say, together
+from pretrain.distributed.agree import inform, say, together
 from pretrain.engine.clock import PAUSE
 from pretrain.engine.engine import Engine
 from pretrain.engine.figures import StepFigures, finite
@@ -48,7 +48,7 @@ class Trainer:
         on_gpu = engine.device.type == "cuda"
         self.batches = StepBatches(run.loader, run.recipe, self.world, pinned=on_gpu)
         self.prefetch = Prefetch(self.batches.of_step, run.stop_at_step)
-        self.utilisation = Utilisation(run.recipe, engine.device, self.world)
+        self.utilisation = Utilisation(run.recipe, engine.device, engine.dtype, self.world)
         self.metrics: MetricsFile | None = None  # on rank 0, while it trains
         self.graphs = 0  # that compiled blocks have so far
 
@@ -56,22 +56,22 @@ class Trainer:
         """Train to the run's end, to where it is to stop, or to a signal; returns how many steps
         of the run are done then. Raises UserError on all ranks where a bad step stops it.
         """
-        progress = self._begin()
-        step = self.start_step
-        while step < self.run.stop_at_step and not self.engine.ends:
-            record = self._step(step)
-            if self._calls_for_rewind(record):
-                # The same steps follow, without this one: it is replayed from its decision.
-                step = self._rewind(step)
-                continue
-            self._warn_of_compilation(step)
-            record = self._validate(record, progress)
-            self._show(record, progress)
-            self._record(record)
-            self._save(step, progress)
-            step += 1
+        with self._begin() as progress:
+            step = self.start_step
+            while step < self.run.stop_at_step and not self.engine.ends:
+                record = self._step(step)
+                if self._calls_for_rewind(record):
+                    # The same steps follow, without this one: it is replayed from its decision.
+                    step = self._rewind(step)
+                    continue
+                self._warn_of_compilation(step)
+                record = self._validate(record, progress)
+                self._show(record, progress)
+                self._record(record)
+                self._save(step, progress)
+                step += 1
+            self.writer.wait()  # so that the last checkpoint is seen, too
         self.prefetch.close()
-        progress.close()
         self._close_metrics()
         return step
 
@@ -88,17 +88,23 @@ class Trainer:
         )
         for warning in warnings:
             say(self.world, warning)
-        say(self.world, str(self.utilisation))
+        inform(self.world, str(self.utilisation))
         validated = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
-        progress = Progress(TimeLeft(run.recipe, validated), self.start_step, self.world)
         self.profiler = StepProfiler(
             run.profile_steps if self.world.is_main else 0,
             range(self.start_step, run.stop_at_step),
             run.run_dir / "profile",
             lambda text: say(self.world, text),
         )
+        together(lambda: self.writer.begin_with(self.start_step) if self.world.is_main else None)
         self.engine.clock.mark(PAUSE)  # setting up is part of no step
-        return progress
+        return Progress(
+            TimeLeft(run.recipe, validated),
+            self.start_step,
+            self.world,
+            str(run.run_dir),
+            lambda: self.writer.newest,
+        )
 
     # A step
 
@@ -140,6 +146,7 @@ class Trainer:
             peak_memory_bytes=figures.own.peak_memory_bytes,
             slowest=figures.slowest,
             mfu=self.utilisation.mfu(tokens_per_s),
+            mfu_of_matmul=self.utilisation.mfu_of_matmul(tokens_per_s),
         )
 
     def _learning_rate(self, step: int) -> float:
@@ -221,8 +228,8 @@ class Trainer:
         return replace(record, val_loss=val_loss)
 
     def _show(self, record: AnyStep, progress: Progress) -> None:
+        progress.show(record)
         if isinstance(record, StepRecord):
-            progress.show(record)
             self.watch.step_seconds.append(record.step_s)
 
     def _record(self, record: AnyStep) -> None:
@@ -325,5 +332,5 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:
         )
     check_same_code(run.model_config, checkpoint)
     together(lambda: engine.write_state(checkpoint))
-    say(world, f"continuing from {checkpoint.path}")
+    inform(world, f"continuing from {checkpoint.path}")
     return checkpoint.step
