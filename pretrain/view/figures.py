@@ -54,7 +54,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
         own = values[first : first + per_bar]
         means.append(sum(own) / len(own))
     low = min(means)
-    high = sorted(means)[int(SHARE_ON_SCALE * (len(means) - 1))]
+    high = sorted(means)[math.ceil(SHARE_ON_SCALE * (len(means) - 1))]
     span = high - low
     highest = len(bars) - 1
     drawn = []

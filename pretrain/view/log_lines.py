@@ -14,6 +14,7 @@ from pretrain.metrics.step_record import AnyStep, StepRecord
 from pretrain.view.figures import duration, fitted, percent
 
 LONGEST = 120  # characters of a line
+MOST_DIGITS = 7  # of a run's steps, for which there is room for its memory too
 
 
 def step_line(record: StepRecord, total_steps: int, left_s: float | None) -> str:
@@ -30,17 +31,15 @@ def step_line(record: StepRecord, total_steps: int, left_s: float | None) -> str
         f"loss {fitted(record.loss, 6)}",
         f"{val} {fitted(record.val_loss, 6)}",
         f"lr {record.learning_rate:.1e}",
-        f"norm {fitted(record.gradient_norm, 6)}",
+        f"norm {fitted(record.gradient_norm, 5)}",
         f"{record.tokens_per_s:10,.0f} tok/s",
         f"{'MFU*' if measured else 'MFU'} {mfu:>5}",
         f"{fitted(record.peak_memory_bytes / 1e9, 4)} GB",
         left,
     ]
-    line = "  ".join(columns).rstrip()
-    if len("  ".join([*columns[:-1], "eta ??????"])) > LONGEST:  # of a run of 10,000,000 steps
+    if width > MOST_DIGITS:
         del columns[-2]
-        line = "  ".join(columns).rstrip()
-    return line
+    return "  ".join(columns).rstrip()
 
 
 class LogLines:
