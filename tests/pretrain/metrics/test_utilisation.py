@@ -43,4 +43,4 @@ def test_a_device_whose_peak_is_known_is_not_measured(monkeypatch: pytest.Monkey
     assert own.matmul_flops is None
     assert own.mfu_of_matmul(1e3) is None
     assert own.mfu(known.peak_flops / own.flops_per_token) == pytest.approx(1)
-    assert "peak 989 TFLOP/s over all ranks" in str(own)
+    assert "peak 990 TFLOP/s over all ranks" in str(own)
