@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data_prep.errors import printable
 from pretrain.checkpoint.writer import Saved
@@ -28,6 +29,22 @@ PLAIN_FULL = "#"
 PLAIN_EMPTY = "-"
 
 
+# The terminal's own colours, which its user has chosen to be readable.
+DIM = "\x1b[2m"
+BLUE = "\x1b[34m"
+YELLOW = "\x1b[33m"
+NO_COLOUR = "\x1b[0m"
+
+Paint = Callable[[str, str], str]  # of a text and its colour
+
+
+class Cell(NamedTuple):
+    """A figure under its name."""
+
+    label: str
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class About:
     """What a block tells of a run besides its steps."""
@@ -36,22 +53,30 @@ class About:
     total_steps: int
     newest_save: Callable[[], Saved | None]
     has_unicode: bool = True  # whether the terminal's alphabet has bars
+    has_colours: bool = False
 
 
-def cell(label: str, text: str) -> str:
-    """A figure under its name."""
-    return f"{label:{LABEL_WIDTH}}{text}"
+def plain(text: str, _: str) -> str:
+    """A text as it is, for a terminal without colours."""
+    return text
 
 
-def in_columns(cells: Sequence[str], width: int) -> list[str]:
+def coloured(text: str, colour: str) -> str:
+    """A text in one of the terminal's own colours."""
+    return f"{colour}{text}{NO_COLOUR}"
+
+
+def in_columns(cells: Sequence[Cell], width: int, paint: Paint) -> list[str]:
     """Rows of as many cells as fit side by side, each at its place."""
     per_row = max(1, width // CELL_WIDTH)
+    room = CELL_WIDTH - LABEL_WIDTH
     rows = []
     for first in range(0, len(cells), per_row):
-        own = cells[first : first + per_row]
-        # A blank at the end at least, where a figure is longer than its place.
-        placed = [f"{each[: CELL_WIDTH - 1]:{CELL_WIDTH}}" for each in own]
-        rows.append("".join(placed).rstrip())
+        row = ""
+        for label, text in cells[first : first + per_row]:
+            # A blank at the end at least, where a figure is longer than its place.
+            row += paint(label.ljust(LABEL_WIDTH), DIM) + text[: room - 1].ljust(room)
+        rows.append(row.rstrip())
     return rows
 
 
@@ -68,6 +93,7 @@ class Block:
 
     def __init__(self, about: About) -> None:
         self.about = about
+        self.paint: Paint = coloured if about.has_colours else plain
         self.began = time.monotonic()
         self.losses = History()
         self.record: StepRecord | None = None
@@ -117,8 +143,8 @@ class Block:
             rows = [apart(self.about.name, steps, width)]
         else:
             rows = [*self._progress(record, width), self._loss(record, width)]
-            rows += in_columns(self._cells(record), width)
-        return [*rows, *self.warnings]
+            rows += in_columns(self._cells(record), width, self.paint)
+        return [*rows, *(self.paint(line[:width], YELLOW) for line in self.warnings)]
 
     def _progress(self, record: StepRecord, width: int) -> list[str]:
         """How far the run is: in steps and in time, then as a bar."""
@@ -131,30 +157,32 @@ class Block:
             times += f", {duration(max(0.0, self.ends_at - now))} left"
         filled = round(width * done / total)
         full, empty = (FULL, EMPTY) if self.about.has_unicode else (PLAIN_FULL, PLAIN_EMPTY)
-        bar = full * filled + empty * (width - filled)
+        bar = self.paint(full * filled, BLUE) + self.paint(empty * (width - filled), DIM)
         return [apart(self.about.name, f"{figures}; {times}", width), bar]
 
     def _loss(self, record: StepRecord, width: int) -> str:
         """The loss, and how it went."""
-        text = cell("loss", f"{fitted(record.loss, 6)}  ")
+        label = "loss".ljust(LABEL_WIDTH)
+        text = f"{fitted(record.loss, 6)}  "
         bars = BARS if self.about.has_unicode else PLAIN_BARS
-        return text + sparkline(self.losses.values, width - len(text), bars)
+        drawn = sparkline(self.losses.values, width - len(label) - len(text), bars)
+        return self.paint(label, DIM) + text + self.paint(drawn, BLUE)
 
-    def _cells(self, record: StepRecord) -> list[str]:
+    def _cells(self, record: StepRecord) -> list[Cell]:
         cells = [
-            cell("validation", self._validation()),
-            cell("checkpoint", self._checkpoint()),
-            cell("tokens/s", f"{record.tokens_per_s:,.0f}"),
-            cell("MFU", mfu_words(record)),
-            cell("learning rate", f"{record.learning_rate:.2e}"),
-            cell("gradient norm", fitted(record.gradient_norm, 6).strip()),
-            cell("memory", f"{record.peak_memory_bytes / 1e9:.2f} GB"),
-            cell("step", step_words(record)),
+            Cell("validation", self._validation()),
+            Cell("checkpoint", self._checkpoint()),
+            Cell("tokens/s", f"{record.tokens_per_s:,.0f}"),
+            Cell("MFU", mfu_words(record)),
+            Cell("learning rate", f"{record.learning_rate:.2e}"),
+            Cell("gradient norm", fitted(record.gradient_norm, 6).strip()),
+            Cell("memory", f"{record.peak_memory_bytes / 1e9:.2f} GB"),
+            Cell("step", step_words(record)),
         ]
         if record.slowest and record.slowest.rank:
-            cells.append(cell("slowest rank", f"{record.slowest.rank}"))
+            cells.append(Cell("slowest rank", f"{record.slowest.rank}"))
         if self.skipped:
-            cells.append(cell("skipped", f"{len(self.skipped)}, last step {self.skipped[-1]:,}"))
+            cells.append(Cell("skipped", f"{len(self.skipped)}, last step {self.skipped[-1]:,}"))
         return cells
 
     def _validation(self) -> str:

@@ -3,6 +3,7 @@
 It reads records, and adds nothing to them.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -103,6 +104,7 @@ class Progress:
                 total_steps=recipe.total_steps,
                 newest_save=newest_save,
                 has_unicode=encoding.startswith("utf"),
+                has_colours="NO_COLOR" not in os.environ,  # as no-color.org has it
             )
             self.view = LiveBlock(about)
         else:

@@ -1,5 +1,6 @@
 """What the block of a run on a terminal tells, at the widths of terminals."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -108,6 +109,17 @@ def test_a_measured_peak_is_called_so() -> None:
     block = block_of(0)
     block.show(replace(trained_step(0), mfu_of_matmul=0.17), None)
     assert "MFU            17.0% of a matmul" in "\n".join(block.rows(79))
+
+
+def test_colours_change_no_character() -> None:
+    for width in (39, 79, 199):
+        plain = block_of(400)
+        block = block_of(400, has_colours=True)
+        for each in (plain, block):
+            each.heard("warning: " + "x" * 300)
+        rows = block.rows(width)
+        assert any("\x1b[33mwarning" in row for row in rows)
+        assert [re.sub(r"\x1b\[\d+m", "", row).rstrip() for row in rows] == plain.rows(width)
 
 
 def test_a_terminal_without_unicode_gets_signs_that_it_has() -> None:
