@@ -16,6 +16,8 @@ from support.runs import REPOSITORY, environment
 from support.waiting import wait_until
 
 BARS = "━─"
+DIM = b"\x1b[2m"
+GREY = b"\x1b[90m"  # for dim, which pyte does not know
 
 
 class Screen:
@@ -37,7 +39,7 @@ class Screen:
         with contextlib.suppress(OSError):  # all who could write have gone
             while content := os.read(self.main, 65536):
                 with self._lock:
-                    self._stream.feed(content)
+                    self._stream.feed(content.replace(DIM, GREY))
 
     def resize(self, columns: int, lines: int) -> None:
         """As a user who pulls at the window's corner."""

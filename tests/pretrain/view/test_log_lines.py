@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.hand_made_runs import trained_step
-from support.runs import train, write_recipe
+from support.runs import REPOSITORY, train, write_recipe
 
 from pretrain.config.recipe import LogRecipe
 from pretrain.distributed.world import World
@@ -70,6 +70,23 @@ def test_lines_come_every_so_many_steps_instead(capsys: pytest.CaptureFixture[st
     for step in range(19):
         lines.show(trained_step(step), None)
     assert steps_said(capsys.readouterr().err) == [1, 6, 12, 18]
+
+
+def test_the_readme_s_lines_and_commands(tiny_data: Path, tmp_path: Path) -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    samples = re.findall(r"^step .* tok/s .*$", readme, re.MULTILINE)
+    ours = step_line(replace(trained_step(9), val_loss=1.0, mfu_of_matmul=0.1), 400, 60.0)
+    assert len(samples) == 4
+    for label in ("/400", "loss ", "lr ", "norm ", " tok/s", "MFU* ", " GB"):
+        assert {sample.index(label) for sample in samples} == {ours.index(label)}
+    assert {len(sample) for sample in samples[1:]} == {len(ours)}
+    command = "python -m pretrain.train --recipe small --data-dir data/mine --run-dir runs/mine "
+    found = re.findall(f"^{re.escape(command)}(.*)$", readme, re.MULTILINE)
+    assert found == ["--log.every_steps=100", "--quiet"]
+    recipe = write_recipe(tmp_path / "r.yaml")
+    for number, flag in enumerate(found):
+        ended = train(1, recipe, tiny_data, tmp_path / f"{number}", flag, "--stop-at-step=2")
+        assert ("tok/s" in ended.stderr) == (flag != "--quiet")
 
 
 def test_a_run_says_its_steps_in_columns(tiny_data: Path, tmp_path: Path) -> None:
