@@ -6,6 +6,7 @@ narrower has broken the rows of before into several, which are counted and taken
 """
 
 import io
+import logging
 import math
 import os
 import sys
@@ -26,6 +27,9 @@ UNKNOWN_SIZE = os.terminal_size((80, 24))  # of terminals that say 0 by 0
 # Lines that were written past the rows, to the cursor's place below them, since the last drawing:
 # a signal's handler must not wait for a drawing under way.
 WRITTEN_BELOW: list[str] = []
+
+
+Stream = io.TextIOBase | TextIO
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -63,7 +67,7 @@ class Terminal:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_drawing, name="terminal", daemon=True)
-        self._streams: dict[str, TextIO] = {}
+        self._streams: dict[str, TextIO] = {}  # those that stood where ours stand now
 
     def open(self) -> None:
         """Begin to draw; what Python writes to stdout and stderr goes above from here on."""
@@ -72,7 +76,9 @@ class Terminal:
             if stream.isatty():
                 stream.flush()
                 self._streams[name] = stream
-                setattr(sys, name, LinesAbove(self, stream))
+                above = LinesAbove(self, stream)
+                setattr(sys, name, above)
+                lead_logs(stream, above)
         self._thread.start()
 
     def close(self) -> None:
@@ -84,9 +90,11 @@ class Terminal:
             self._thread.join()
         self.draw()
         for name, stream in self._streams.items():
-            rest = getattr(sys, name).unfinished
+            above = getattr(sys, name)
             setattr(sys, name, stream)
-            stream.write(rest)
+            lead_logs(above, stream)
+            with unheard():
+                stream.write(above.unfinished)
 
     def write_above(self, lines: str) -> None:
         """Write whole lines, which stay, above the rows."""
@@ -137,6 +145,15 @@ class Terminal:
     def _keep_drawing(self) -> None:
         while not self._closed.wait(DRAW_EVERY_S):
             self.draw()
+
+
+def lead_logs(old: Stream, new: Stream) -> None:
+    """Have whoever logs to a stream, and took it when it was imported, log to another one."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 class LinesAbove(io.TextIOBase):

@@ -18,7 +18,7 @@ from support.waiting import wait_until
 STEP = 6 * 32  # tokens
 # A block of three rows, the first as wide as the terminal; each line that comes in goes above.
 DRAWS = """
-import sys, warnings
+import logging, sys, warnings
 from pretrain.view.terminal import Terminal
 
 class Three:
@@ -28,13 +28,22 @@ class Three:
         pass
 
 terminal = Terminal(sys.stderr, Three())
+logging.basicConfig(format="%(levelname)s %(message)s")  # takes stderr as it is here
 print("before", flush=True)
 terminal.open()
 for line in sys.stdin:
     if line == "end\\n":
         break
-    print(line, end="", file=sys.stderr)
+    if line.startswith("warn "):
+        warnings.warn(line[5:-1])
+    elif line.startswith("log "):
+        logging.warning(line[4:-1])
+    else:
+        print(line, end="", file=sys.stderr)
+print("unfinished", end="")
 terminal.close()
+print(flush=True)
+logging.warning("below")
 print("after", flush=True)
 """
 
@@ -84,8 +93,12 @@ def test_lines_go_above_the_rows_which_stay(
     assert there.rows()[4:] == three
     send(job, "".join(f"line {number}\n" for number in range(20)))
     there.wait_for(lambda rows: rows[-4:] == ["line 19", *three], "twenty lines")
+    send(job, "warn slow\nlog slower\n")
+    there.wait_for(lambda rows: rows[-4:] == ["WARNING slower", *three], "a line of a logger")
+    assert any(row.endswith("UserWarning: slow") for row in there.rows())
     send(job, "end\n")
-    there.wait_for(lambda rows: rows[-4:] == [*three, "after"], "the end")
+    last = [*three, "unfinished", "WARNING below", "after"]
+    there.wait_for(lambda rows: rows[-6:] == last, "the end")
     everything = [*there.history(), *there.rows()]
     assert [row for row in everything if row.startswith("line ")] == [
         f"line {number}" for number in range(20)
