@@ -9,6 +9,7 @@ from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
+from pretrain.data.text_size import bytes_per_token
 from pretrain.distributed.agree import inform, say, together
 from pretrain.engine.clock import PAUSE
 from pretrain.engine.engine import Engine
@@ -25,6 +26,7 @@ from pretrain.run.prepare import Run
 from pretrain.run.saving import save
 from pretrain.run.starts import record_start
 from pretrain.run.state import read_state
+from pretrain.view.block import About
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft
 from pretrain.watch.watch import Watch
@@ -98,13 +100,12 @@ class Trainer:
         )
         together(lambda: self.writer.begin_with(self.start_step) if self.world.is_main else None)
         self.engine.clock.mark(PAUSE)  # setting up is part of no step
-        return Progress(
-            TimeLeft(run.recipe, validated),
-            self.start_step,
-            self.world,
-            str(run.run_dir),
-            lambda: self.writer.newest,
+        about = About(
+            name=str(run.run_dir),
+            newest_save=lambda: self.writer.newest,
+            bytes_per_token=bytes_per_token(run.reader.manifest),
         )
+        return Progress(TimeLeft(run.recipe, validated), self.start_step, self.world, about)
 
     # A step
 

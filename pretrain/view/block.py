@@ -1,5 +1,6 @@
 """The block of a run on a terminal: how far it is, its figures, its last checkpoint, warnings."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,14 +46,24 @@ class Cell(NamedTuple):
     text: str
 
 
+def none_yet() -> None:
+    """Of a run that saves nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class About:
     """What a block tells of a run besides its steps."""
 
-    name: str
-    total_steps: int
-    newest_save: Callable[[], Saved | None]
-    has_unicode: bool = True  # whether the terminal's alphabet has bars
+    name: str = ""
+    newest_save: Callable[[], Saved | None] = none_yet
+    bytes_per_token: float | None = None  # of the validation text; None where it is not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a terminal can show."""
+
+    has_unicode: bool = True  # whether its alphabet has bars
     has_colours: bool = False
 
 
@@ -91,9 +102,11 @@ def apart(left: str, right: str, width: int) -> str:
 class Block:
     """Holds what was seen of a run, and gives its rows for a width."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, about: About, total_steps: int, look: Look) -> None:
         self.about = about
-        self.paint: Paint = coloured if about.has_colours else plain
+        self.total_steps = total_steps
+        self.has_unicode = look.has_unicode
+        self.paint: Paint = coloured if look.has_colours else plain
         self.began = time.monotonic()
         self.losses = History()
         self.record: StepRecord | None = None
@@ -139,7 +152,7 @@ class Block:
         width = min(width, WIDEST_BLOCK)
         record = self.record
         if record is None:
-            steps = f"the first step of {self.about.total_steps:,} is under way"
+            steps = f"the first step of {self.total_steps:,} is under way"
             rows = [apart(self.about.name, steps, width)]
         else:
             rows = [*self._progress(record, width), self._loss(record, width)]
@@ -148,7 +161,7 @@ class Block:
 
     def _progress(self, record: StepRecord, width: int) -> list[str]:
         """How far the run is: in steps and in time, then as a bar."""
-        total = self.about.total_steps
+        total = self.total_steps
         done = record.step + 1
         now = time.monotonic()
         figures = f"step {done:,} of {total:,}, {done / total:.1%}"
@@ -156,7 +169,7 @@ class Block:
         if self.ends_at is not None:
             times += f", {duration(max(0.0, self.ends_at - now))} left"
         filled = round(width * done / total)
-        full, empty = (FULL, EMPTY) if self.about.has_unicode else (PLAIN_FULL, PLAIN_EMPTY)
+        full, empty = (FULL, EMPTY) if self.has_unicode else (PLAIN_FULL, PLAIN_EMPTY)
         bar = self.paint(full * filled, BLUE) + self.paint(empty * (width - filled), DIM)
         return [apart(self.about.name, f"{figures}; {times}", width), bar]
 
@@ -164,13 +177,14 @@ class Block:
         """The loss, and how it went."""
         label = "loss".ljust(LABEL_WIDTH)
         text = f"{fitted(record.loss, 6)}  "
-        bars = BARS if self.about.has_unicode else PLAIN_BARS
+        bars = BARS if self.has_unicode else PLAIN_BARS
         drawn = sparkline(self.losses.values, width - len(label) - len(text), bars)
         return self.paint(label, DIM) + text + self.paint(drawn, BLUE)
 
     def _cells(self, record: StepRecord) -> list[Cell]:
         cells = [
             Cell("validation", self._validation()),
+            Cell("bits per byte", self._bits_per_byte()),
             Cell("checkpoint", self._checkpoint()),
             Cell("tokens/s", f"{record.tokens_per_s:,.0f}"),
             Cell("MFU", mfu_words(record)),
@@ -191,6 +205,15 @@ class Block:
         if self.validated is None:
             return "none yet"
         return f"loss {fitted(self.validated.val_loss, 6)}, step {self.validated.step + 1:,}"
+
+    def _bits_per_byte(self) -> str:
+        """Of the last validation, by the mean length of the split's tokens."""
+        bytes_per_token = self.about.bytes_per_token
+        if bytes_per_token is None:
+            return "not known"
+        if self.validated is None or self.validated.val_loss is None:
+            return "none yet"
+        return f"{self.validated.val_loss / (math.log(2) * bytes_per_token):.4f}"
 
     def _checkpoint(self) -> str:
         saved = self.about.newest_save()

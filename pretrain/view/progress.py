@@ -5,17 +5,16 @@ It reads records, and adds nothing to them.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
-from pretrain.checkpoint.writer import Saved
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.agree import LOG, WARNING
 from pretrain.distributed.world import World
 from pretrain.metrics.step_record import AnyStep, StepRecord
-from pretrain.view.block import About, Block
+from pretrain.view.block import About, Block, Look
 from pretrain.view.log_lines import LogLines
 from pretrain.view.terminal import Terminal, is_terminal
 from pretrain.view.time_left import TimeLeft
@@ -71,8 +70,13 @@ class Nothing:
 class LiveBlock:
     """A block that stays in place on the terminal of stderr, drawn by a thread."""
 
-    def __init__(self, about: About) -> None:
-        block = Block(about)
+    def __init__(self, about: About, total_steps: int) -> None:
+        encoding = (sys.stderr.encoding or "").lower()
+        look = Look(
+            has_unicode=encoding.startswith("utf"),
+            has_colours="NO_COLOR" not in os.environ,  # as no-color.org has it
+        )
+        block = Block(about, total_steps, look)
         self.show = block.show
         self.validating = block.validating
         terminal = Terminal(sys.stderr, block)
@@ -88,8 +92,7 @@ class Progress:
         time_left: TimeLeft,
         start_step: int,
         world: World,
-        name: str = "",
-        newest_save: Callable[[], Saved | None] = lambda: None,
+        about: About | None = None,
     ) -> None:
         self.time_left = time_left
         self.start_step = start_step
@@ -98,15 +101,7 @@ class Progress:
         if not world.is_main or LOG.is_quiet:
             return
         if is_terminal(sys.stderr):
-            encoding = (sys.stderr.encoding or "").lower()
-            about = About(
-                name=name,
-                total_steps=recipe.total_steps,
-                newest_save=newest_save,
-                has_unicode=encoding.startswith("utf"),
-                has_colours="NO_COLOR" not in os.environ,  # as no-color.org has it
-            )
-            self.view = LiveBlock(about)
+            self.view = LiveBlock(about or About(), recipe.total_steps)
         else:
             self.view = LogLines(world, recipe.log, recipe.total_steps)
 

@@ -10,17 +10,17 @@ from support.hand_made_runs import trained_step
 from pretrain.checkpoint.writer import Saved
 from pretrain.distributed.agree import LOG
 from pretrain.metrics.step_record import RankFigures, SkippedStep
-from pretrain.view.block import About, Block
+from pretrain.view.block import About, Block, Look
 
 
-def block_of(steps: int, **changes: object) -> Block:
+def block_of(steps: int, *, bytes_per_token: float | None = 4.0, **look: bool) -> Block:
     """The block of a run of 1,000 steps that has gone so far."""
-    fields = {
-        "name": "runs/small",
-        "total_steps": 1000,
-        "newest_save": lambda: Saved(step=5, at=time.time() - 180),
-    }
-    block = Block(About(**{**fields, **changes}))  # type: ignore[arg-type]
+    about = About(
+        name="runs/small",
+        newest_save=lambda: Saved(step=5, at=time.time() - 180),
+        bytes_per_token=bytes_per_token,
+    )
+    block = Block(about, 1000, Look(**look))
     for step in range(steps):
         block.show(replace(trained_step(step, loss=9.0 - 0.01 * step), mfu=0.412), 3_600.0)
     return block
@@ -43,6 +43,7 @@ def test_every_figure_is_there_and_no_row_is_too_long(width: int) -> None:
         "step 401 of 1,000, 40.1%; 0s so far, 1h00m left",
         "loss           5.0000  █",
         "validation     loss 4.5000, step 401",
+        "bits per byte  1.6230",
         "checkpoint     step 5, 3m ago",
         "tokens/s       384",
         "MFU            41.2%",
@@ -52,7 +53,7 @@ def test_every_figure_is_there_and_no_row_is_too_long(width: int) -> None:
         "step           0.500 s, 20% data",
     ):
         assert figure in text, text
-    assert len(rows) == (7 if width < 100 else 5)
+    assert len(rows) == (8 if width < 100 else 5)
 
 
 @pytest.mark.parametrize("width", [1, 5, 20, 39, 40])
@@ -109,6 +110,11 @@ def test_a_measured_peak_is_called_so() -> None:
     block = block_of(0)
     block.show(replace(trained_step(0), mfu_of_matmul=0.17), None)
     assert "MFU            17.0% of a matmul" in "\n".join(block.rows(79))
+
+
+def test_bits_per_byte_are_of_data_sets_that_know_their_text() -> None:
+    assert "bits per byte  none yet" in "\n".join(block_of(3).rows(79))
+    assert "bits per byte  not known" in "\n".join(block_of(3, bytes_per_token=None).rows(79))
 
 
 def test_colours_change_no_character() -> None:
