@@ -36,7 +36,7 @@ from collections.abc import Sequence
 import torch
 
 from data_prep.errors import UserError, os_error_line, refusal
-from pretrain.distributed.agree import exit_with, gather, say, together
+from pretrain.distributed.agree import LOG, exit_with, gather, say, together
 from pretrain.distributed.devices import memory_of_rank, set_up_rank
 from pretrain.distributed.world import World, world_from_environment
 from pretrain.engine.process_group import leave_process_group, start_process_group
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         world = world_from_environment()
         set_up_rank(world)
         # First --help and wrong flags, which are no other rank's matter.
-        build_parser().parse_known_args(arguments)
+        flags, _ = build_parser().parse_known_args(arguments)
+        LOG.is_quiet = flags.quiet
         if world.world_size > 1:  # what one rank cannot use, all are to hear of
             start_process_group(world)
         run = together(lambda: prepare(arguments, world))

@@ -6,6 +6,7 @@ of training. What they write, and how, is in pretrain/checkpoint/saving.py.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint.layout import naming_the_disk, saved_steps, step_of
+from pretrain.checkpoint.layout import (
+    checkpoints_dir,
+    naming_the_disk,
+    saved_steps,
+    step_name,
+    step_of,
+)
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.patience import patiently
 from pretrain.checkpoint.reader import Fragment
@@ -38,6 +45,14 @@ class AroundSaves:
     failed: Callback = None  # on every rank
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is there."""
+
+    step: int  # so many steps are in it
+    at: float  # in seconds since the epoch
+
+
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time; made and used by all ranks alike.
 
@@ -52,6 +67,7 @@ class CheckpointWriter:
         self.recipe = recipe
         self.around = around
         group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.newest: Saved | None = None  # on rank 0: the last that this start saved, or began with
         self._savers = Savers(world=world, group=group, on_block=around.wrote_block)
         self._memory = torch.empty(0)
         self._thread: threading.Thread | None = None
@@ -72,6 +88,12 @@ class CheckpointWriter:
         new = [name for name in names if name not in self._passed_over]
         self._passed_over.update(new)
         return new
+
+    def begin_with(self, step: int) -> None:
+        """Note the checkpoint that a start goes on from, if it is not the first one."""
+        if step > 0:
+            path = checkpoints_dir(self.run_dir) / step_name(step)
+            self.newest = Saved(step=step, at=path.stat().st_mtime)
 
     def save(
         self, fragments: Sequence[Fragment], manifest: CheckpointManifest, *, prunes: bool = True
@@ -149,6 +171,7 @@ class CheckpointWriter:
         with naming_the_disk(self.run_dir):
             if self.around.saved:
                 self.around.saved(step)
+        self.newest = Saved(step=step, at=time.time())
         self._passed_over.discard(saved.name)  # a good one has taken its place
         if prunes:
             prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)

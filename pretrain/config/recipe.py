@@ -155,9 +155,13 @@ def known_sinks(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogRecipe:
-    """Who is told of every step, beside metrics.jsonl; see pretrain/metrics/sinks.py."""
+    """What a run says of itself while it trains, beside metrics.jsonl."""
 
+    # Who draws it: see pretrain/metrics/sinks.py.
     sinks: Annotated[tuple[str, ...], BeforeValidator(known_sinks)] = ()
+    # Between two lines of the log, which stand for the block where stderr is no terminal.
+    every_s: float = Field(default=15.0, gt=0)
+    every_steps: int | None = Field(default=None, ge=1)  # instead of the time
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

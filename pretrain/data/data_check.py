@@ -33,7 +33,7 @@ from data_prep.shards import ShardReader
 from pretrain.config.recipe import DataRecipe
 from pretrain.data.digests import check_file, digests_of, repair_advice
 from pretrain.data.staging import copy_checked, is_ours
-from pretrain.distributed.agree import gather, say, together
+from pretrain.distributed.agree import gather, inform, say, together
 from pretrain.distributed.world import World
 
 CHECKED_NAME = "checked_data"
@@ -212,7 +212,7 @@ class DataCheck:
         """A line of the log on how far all ranks are."""
         checked = sum(rank.checked_bytes for rank in ranks)
         total = sum(rank.bytes for rank in ranks)
-        say(
+        inform(
             self.world,
             f"checking the digests of the data before the first step: {checked / 1e9:.1f} of "
             f"{total / 1e9:.1f} GB (--data.verify says whether, and how often)",

@@ -9,8 +9,9 @@ import os
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from data_prep.errors import (
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, World
 
 T = TypeVar("T")
+WARNING = "warning: "  # what a line of the log that warns begins with
+MOST_WARNINGS = 8  # that are kept, for whoever shows them once more
 Group = dist.ProcessGroup | None  # None: all ranks, as training has them
 
 
@@ -117,8 +120,28 @@ def exit_with(error: UserError, world: World) -> int:
     return error.exit_code
 
 
+@dataclass
+class Log:
+    """How much this process says, and what it warned of last."""
+
+    is_quiet: bool = False  # only what asks for somebody's attention
+    warnings: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_WARNINGS))
+
+
+LOG = Log()
+
+
+def inform(world: World, text: str) -> None:
+    """Lines of the log, from rank 0: a quiet run leaves out what is no warning."""
+    for line in text.splitlines():
+        if line.startswith(WARNING) or not LOG.is_quiet:
+            say(world, line)
+
+
 def say(world: World, text: str) -> None:
-    """One line of the log, from rank 0."""
+    """One line of the log, from rank 0, that asks for somebody's attention."""
     if world.is_main:
+        if text.startswith(WARNING):
+            LOG.warnings.append(text)
         with unheard():
             tqdm.write(text, file=sys.stderr)

@@ -78,6 +78,11 @@ class Engine:
         have_norm_read(self.deepspeed, recipe.optimizer.gradient_clipping, self._norm_as_read)
         have_updates_asked_for(self.optimizer, self._may_update)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model multiplies."""
+        return next(self.module.parameters()).dtype
+
     def mask_documents(self, eos_id: int) -> None:
         """Where the recipe says so, let no token see another document; `eos_id` ends each."""
         if self.recipe.intra_document_masking:

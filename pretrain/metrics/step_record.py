@@ -66,6 +66,8 @@ class StepRecord:
     slowest: RankFigures | None  # of the step before, so none at the first
     val_loss: float | None = None  # nats a token, where a validation was due
     mfu: float | None = None  # 0 to 1, where the device's peak is known
+    # 0 to 1, where it is not: against what a matrix product reached on these devices
+    mfu_of_matmul: float | None = None
 
     def to_line(self) -> Line:
         """The line of metrics.jsonl."""
@@ -85,6 +87,8 @@ class StepRecord:
         line |= validation_of(self.val_loss)
         if self.mfu is not None:
             line["mfu"] = self.mfu
+        if self.mfu_of_matmul is not None:
+            line["mfu_of_matmul"] = self.mfu_of_matmul
         return line
 
 
@@ -133,6 +137,7 @@ def step_of_line(line: Line) -> AnyStep:
         slowest=RankFigures(**slowest) if slowest else None,
         val_loss=line.get("val_loss"),
         mfu=line.get("mfu"),
+        mfu_of_matmul=line.get("mfu_of_matmul"),
     )
 
 

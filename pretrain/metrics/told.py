@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import Manifest
 from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
 
 Figures = dict[str, float]
@@ -37,18 +36,6 @@ class ToldStep:
     step: int
     figures: Figures
     note: str = ""  # why it was skipped
-
-
-def bytes_per_token(manifest: Manifest) -> float | None:
-    """UTF-8 bytes of validation text a target, over the whole split.
-
-    None where a data set of ids does not know its text.
-    """
-    shards = manifest.shards_of("validation")
-    targets = sum(shard.tokens for shard in shards) - 1  # the first id is none
-    if targets < 1 or not all(shard.text_bytes for shard in shards):
-        return None
-    return sum(shard.text_bytes for shard in shards) / targets
 
 
 def told(record: AnyStep, about: AboutRun) -> ToldStep:

@@ -42,6 +42,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained, and end"
     )
+    parser.add_argument("--quiet", action="store_true", help="say only what needs attention")
     # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

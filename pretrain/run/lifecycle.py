@@ -16,7 +16,7 @@ from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.recipe import Recipe
 from pretrain.data.data_check import DataCheck
 from pretrain.data.digests import lengths_that_differ
-from pretrain.distributed.agree import say, together
+from pretrain.distributed.agree import inform, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.engine import SAVE_FAILED, Engine
 from pretrain.engine.process_group import start_process_group
@@ -134,14 +134,14 @@ def announce(run: Run, engine: Engine, world: World) -> None:
     recipe = run.recipe
     sizes = {name: math.prod(shape) for name, shape in engine.parameter_shapes().items()}
     in_input = sum(size for name, size in sizes.items() if name.startswith("input_embedding."))
-    say(
+    inform(
         world,
         f"{sum(sizes.values()):,} trained parameters, {in_input:,} of them in the input; "
         f"{recipe.total_steps:,} steps of {recipe.batch.global_batch_tokens:,} tokens; "
         f"ranks: {world.world_size}",
     )
     same_input = together(lambda: warnings(run.model_config, run.reader) if world.is_main else [])
-    say(world, "\n".join([*epochs_lines(recipe, run.loader), *same_input]))
+    inform(world, "\n".join([*epochs_lines(recipe, run.loader), *same_input]))
 
 
 def branch_off(run: Run, world: World) -> None:
@@ -150,7 +150,7 @@ def branch_off(run: Run, world: World) -> None:
     if origin is None:
         return
     together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
-    say(world, f"branching from {origin.path}")
+    inform(world, f"branching from {origin.path}")
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:
@@ -165,4 +165,4 @@ def finish(run: Run, step: int, world: World, why: str) -> None:
         end = f"stopped at step {step}; the same command continues"
     if world.is_main:
         write_state(run.run_dir, status=status, reason=reason)
-    say(world, f"{run.run_dir}: {end}")
+    inform(world, f"{run.run_dir}: {end}")

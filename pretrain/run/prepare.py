@@ -12,7 +12,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.data.staging import staged
-from pretrain.distributed.agree import say
+from pretrain.distributed.agree import inform, say
 from pretrain.distributed.devices import check_kernels, memory_of_rank
 from pretrain.distributed.world import World
 from pretrain.model.compilation import check_compiler
@@ -60,7 +60,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     flags = asked.flags
     recipe = asked.recipe
     if asked.engine_note:
-        say(world, asked.engine_note)
+        inform(world, asked.engine_note)
     check_machine(recipe, asked.engine_config, world, is_dry_run=flags.dry_run)
     identity = Identity(
         recipe=recipe,

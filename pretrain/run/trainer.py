@@ -10,7 +10,8 @@ from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.load import recipe_to_dict
 from pretrain.config.schedule import rate_of
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
-from pretrain.distributed.agree import say, together
+from pretrain.data.text_size import bytes_per_token
+from pretrain.distributed.agree import inform, say, together
 from pretrain.engine.clock import PAUSE
 from pretrain.engine.engine import Engine
 from pretrain.engine.figures import StepFigures, finite
@@ -18,7 +19,7 @@ from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.sinks import Sinks
 from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
-from pretrain.metrics.told import AboutRun, bytes_per_token
+from pretrain.metrics.told import AboutRun
 from pretrain.metrics.utilisation import Utilisation
 from pretrain.model.compilation import compiled_graphs
 from pretrain.model.token_codes import check_same_code
@@ -28,6 +29,7 @@ from pretrain.run.prepare import Run
 from pretrain.run.saving import save
 from pretrain.run.starts import for_sinks, of_steps, read_starts, record_start
 from pretrain.run.state import read_state
+from pretrain.view.block import About
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft
 from pretrain.watch.watch import Watch
@@ -56,7 +58,7 @@ class Trainer:
         on_gpu = engine.device.type == "cuda"
         self.batches = StepBatches(run.loader, run.recipe, self.world, pinned=on_gpu)
         self.prefetch = Prefetch(self.batches.of_step, run.stop_at_step)
-        self.utilisation = Utilisation(run.recipe, engine.device, self.world)
+        self.utilisation = Utilisation(run.recipe, engine.device, engine.dtype, self.world)
         self.metrics: MetricsFile | None = None  # on rank 0, while it trains
         self.graphs = 0  # that compiled blocks have so far
 
@@ -64,22 +66,22 @@ class Trainer:
         """Train to the run's end, to where it is to stop, or to a signal; returns how many steps
         of the run are done then. Raises UserError on all ranks where a bad step stops it.
         """
-        progress = self._begin()
-        step = self.start_step
-        while step < self.run.stop_at_step and not self.engine.ends:
-            record = self._step(step)
-            if self._calls_for_rewind(record):
-                # The same steps follow, without this one: it is replayed from its decision.
-                step = self._rewind(step)
-                continue
-            self._warn_of_compilation(step)
-            record = self._validate(record, progress)
-            self._show(record, progress)
-            self._record(record)
-            self._save(step, progress)
-            step += 1
+        with self._begin() as progress:
+            step = self.start_step
+            while step < self.run.stop_at_step and not self.engine.ends:
+                record = self._step(step)
+                if self._calls_for_rewind(record):
+                    # The same steps follow, without this one: it is replayed from its decision.
+                    step = self._rewind(step)
+                    continue
+                self._warn_of_compilation(step)
+                record = self._validate(record, progress)
+                self._show(record, progress)
+                self._record(record)
+                self._save(step, progress)
+                step += 1
+            self.writer.wait()  # so that the last checkpoint is seen, too
         self.prefetch.close()
-        progress.close()
         self._close_metrics()
         self._close_sinks(step)
         return step
@@ -98,17 +100,22 @@ class Trainer:
         for warning in warnings:
             say(self.world, warning)
         self.sinks = self._open_sinks()
-        say(self.world, str(self.utilisation))
+        inform(self.world, str(self.utilisation))
         validated = windows_to_validate(run.validation, run.recipe) * run.recipe.model.seq_len
-        progress = Progress(TimeLeft(run.recipe, validated), self.start_step, self.world)
         self.profiler = StepProfiler(
             run.profile_steps if self.world.is_main else 0,
             range(self.start_step, run.stop_at_step),
             run.run_dir / "profile",
             lambda text: say(self.world, text),
         )
+        together(lambda: self.writer.begin_with(self.start_step) if self.world.is_main else None)
         self.engine.clock.mark(PAUSE)  # setting up is part of no step
-        return progress
+        about = About(
+            name=str(run.run_dir),
+            newest_save=lambda: self.writer.newest,
+            bytes_per_token=bytes_per_token(run.reader.manifest),
+        )
+        return Progress(TimeLeft(run.recipe, validated), self.start_step, self.world, about)
 
     # A step
 
@@ -150,6 +157,7 @@ class Trainer:
             peak_memory_bytes=figures.own.peak_memory_bytes,
             slowest=figures.slowest,
             mfu=self.utilisation.mfu(tokens_per_s),
+            mfu_of_matmul=self.utilisation.mfu_of_matmul(tokens_per_s),
         )
 
     def _tokens(self, step: int) -> int:
@@ -226,8 +234,8 @@ class Trainer:
         return replace(record, val_loss=val_loss)
 
     def _show(self, record: AnyStep, progress: Progress) -> None:
+        progress.show(record)
         if isinstance(record, StepRecord):
-            progress.show(record)
             self.watch.step_seconds.append(record.step_s)
 
     def _record(self, record: AnyStep) -> None:
@@ -362,5 +370,5 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:
         )
     check_same_code(run.model_config, checkpoint)
     together(lambda: engine.write_state(checkpoint))
-    say(world, f"continuing from {checkpoint.path}")
+    inform(world, f"continuing from {checkpoint.path}")
     return checkpoint.step

@@ -1,20 +1,22 @@
-"""What a run says while it trains: a bar on a terminal, or a line now and then.
+"""What a run says while it trains: a block on a terminal, a line now and then anywhere else.
 
 It reads records, and adds nothing to them.
 """
 
-import math
-import time
+import os
+import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-from tqdm import tqdm
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
 
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed.agree import say
+from pretrain.distributed.agree import LOG, WARNING
 from pretrain.distributed.world import World
-from pretrain.metrics.step_record import StepRecord
+from pretrain.metrics.step_record import AnyStep, StepRecord
+from pretrain.view.block import About, Block, Look
+from pretrain.view.log_lines import LogLines
+from pretrain.view.terminal import Terminal, is_terminal
 from pretrain.view.time_left import TimeLeft
 
 T = TypeVar("T")
@@ -33,117 +35,99 @@ def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
     for name, count in epochs.items():
         if count > MANY_EPOCHS:
             lines.append(
-                f"warning: {name} is gone through {count:.1f} times; beyond {MANY_EPOCHS:g}, "
+                f"{WARNING}{name} is gone through {count:.1f} times; beyond {MANY_EPOCHS:g}, "
                 "repetition is worth little"
             )
     return lines
 
 
+class View(Protocol):
+    """One way to show a run."""
+
+    def show(self, record: AnyStep, left_s: float | None) -> None:
+        """A finished step, and how long the run still takes after it, if that is known."""
+
+    def validating(self, done: int, count: int) -> None:
+        """So many of a validation's batches are done."""
+
+    def close(self) -> None:
+        """The run ends here."""
+
+
+class Nothing:
+    """The view of a quiet run, and of every rank but the first."""
+
+    def show(self, record: AnyStep, left_s: float | None) -> None:
+        """Nothing."""
+
+    def validating(self, done: int, count: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class LiveBlock:
+    """A block that stays in place on the terminal of stderr, drawn by a thread."""
+
+    def __init__(self, about: About, total_steps: int) -> None:
+        encoding = (sys.stderr.encoding or "").lower()
+        look = Look(
+            has_unicode=encoding.startswith("utf"),
+            has_colours="NO_COLOR" not in os.environ,  # as no-color.org has it
+        )
+        block = Block(about, total_steps, look)
+        self.show = block.show
+        self.validating = block.validating
+        terminal = Terminal(sys.stderr, block)
+        self.close = terminal.close
+        terminal.open()
+
+
 class Progress:
-    """A bar on a terminal; plain lines, now and then, where the output goes to a file."""
+    """Shows a run on rank 0 until it is closed: it takes records, and keeps the time left."""
 
-    LINE_EVERY_S = 15.0
-
-    def __init__(self, time_left: TimeLeft, start_step: int, world: World) -> None:
+    def __init__(
+        self,
+        time_left: TimeLeft,
+        start_step: int,
+        world: World,
+        about: About | None = None,
+    ) -> None:
         self.time_left = time_left
         self.start_step = start_step
-        self.total_steps = time_left.recipe.total_steps
-        self.world = world
-        self.bar = tqdm(
-            total=self.total_steps,
-            initial=start_step,
-            unit="step",
-            disable=bar_is_off(world),
-            dynamic_ncols=True,
-            # Without the estimate of its own: ours knows of validations and saves.
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
-        )
-        self.last_line_at = -math.inf
-
-    def show(self, record: StepRecord) -> None:
-        """Report a finished step."""
-        self.time_left.saw_step(record.step_s, record.seconds["forward"])
-        figures = figures_of(record)
-        left = ""
-        if record.step > self.start_step:  # the first one compiles and fills caches
-            left = f"{self.time_left.seconds(record.step + 1) / 60:.1f} min left"
-        postfix = f"{left}, {figures}" if left else figures
-        self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(record.step + 1 - self.bar.n)  # steps are skipped, and gone back
-        if record.val_loss is not None:
-            figures += f", validation loss {record.val_loss:.4f}"
-        elif not self._is_line_due():
+        recipe = time_left.recipe
+        self.view: View = Nothing()
+        if not world.is_main or LOG.is_quiet:
             return
-        if left:
-            figures += f", {left}"
-        if self.world.world_size > 1 and record.slowest:
-            slowest = record.slowest
-            split = split_words(slowest.seconds, slowest.peak_memory_bytes)
-            figures += f"; slowest rank {slowest.rank}: {split}; rank 0"
-        split = split_words(record.seconds, record.peak_memory_bytes)
-        step = f"step {record.step + 1:,} of {self.total_steps:,}"
-        say(self.world, f"{step}: {figures}: {split}")
-        self.last_line_at = time.monotonic()
+        if is_terminal(sys.stderr):
+            self.view = LiveBlock(about or About(), recipe.total_steps)
+        else:
+            self.view = LogLines(world, recipe.log, recipe.total_steps)
 
-    def _is_line_due(self) -> bool:
-        """Whether the last line is long enough ago, where no bar stands for it."""
-        is_long_ago = time.monotonic() - self.last_line_at >= self.LINE_EVERY_S
-        return bool(self.bar.disable) and is_long_ago
+    def show(self, record: AnyStep) -> None:
+        """Report a finished step."""
+        left_s = None
+        if isinstance(record, StepRecord):
+            self.time_left.saw_step(record.step_s, record.seconds["forward"])
+            if record.step > self.start_step:  # the first one compiles and fills caches
+                left_s = self.time_left.seconds(record.step + 1)
+        self.view.show(record, left_s)
 
     def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
-        """This rank's validation batches, so many, with a bar of their own, or lines where there
-        is none.
-        """
-        began = time.monotonic()
-        line_at = began
-        bar = tqdm(
-            total=count,
-            unit="batch",
-            desc="validating",
-            disable=bar_is_off(self.world),
-            leave=False,
-            dynamic_ncols=True,
-        )
+        """This rank's validation batches, so many, while the view follows them."""
         for done, batch in enumerate(batches):
-            now = time.monotonic()
-            if bar.disable and done and now - line_at > self.LINE_EVERY_S:
-                left_s = (now - began) / done * (count - done)
-                share = f"{done / count:.0%} done"
-                say(self.world, f"validating: {share}, {left_s / 60:.1f} min left of it")
-                line_at = now
+            self.view.validating(done, count)
             yield batch
-            bar.update()
-        bar.close()
 
     def close(self) -> None:
         """Leave the terminal clean."""
-        self.bar.close()
+        self.view.close()
 
+    def __enter__(self) -> Self:
+        return self
 
-def bar_is_off(world: World) -> bool | None:
-    """What tqdm takes for `disable`: None has it look whether stderr is a terminal."""
-    return None if world.is_main else True
-
-
-def figures_of(record: StepRecord) -> str:
-    """A step's figures, in words."""
-    rate = f"{record.tokens_per_s:,.0f} tokens/s"
-    if record.mfu is not None:
-        rate += f", MFU {record.mfu:.1%}"
-    return (
-        f"loss {record.loss:.4f}, {rate}, lr {record.learning_rate:.2e}, "
-        f"gradient norm {record.gradient_norm:.2f}"
-    )
-
-
-def split_words(seconds: dict[str, float], peak_memory_bytes: int) -> str:
-    """Where a rank's step went, in words, and its memory."""
-    parts = {
-        "data": seconds["data"],
-        "forward+backward": seconds["forward"] + seconds["backward"],
-        "optimizer": seconds["optimizer"],
-        "rest": seconds["other"],
-    }
-    whole = sum(parts.values())
-    shares = ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items())
-    return f"{shares}, {peak_memory_bytes / 1e9:.2f} GB"
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()

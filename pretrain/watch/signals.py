@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.commands import signal_name
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
+from pretrain.view.terminal import WRITTEN_BELOW
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
@@ -19,6 +20,7 @@ SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
 
 def say_at_once(line: str) -> None:
     """On stderr, past Python's own buffers: a print would fail where the signal interrupts one."""
+    WRITTEN_BELOW.append(line)
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
 

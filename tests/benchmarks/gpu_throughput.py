@@ -103,7 +103,7 @@ def measure(recipe: Recipe, steps: int, profile: bool) -> Keys:
         for phase in figures[0].seconds
     }
     tokens_per_s = recipe.batch.global_batch_tokens / sum(seconds.values())
-    utilisation = Utilisation(recipe, device, ALONE)
+    utilisation = Utilisation(recipe, device, torch.bfloat16, ALONE)
     return {
         "device": str(utilisation),
         "tokens_per_s": tokens_per_s,

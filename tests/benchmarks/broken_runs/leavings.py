@@ -13,6 +13,7 @@ TIMINGS = (
     "seconds",
     "peak_memory_bytes",
     "slowest",
+    "mfu_of_matmul",
 )
 STATES = ("master", "exp_avg", "exp_avg_sq")
 LAST_BYTES = 8192  # of metrics.jsonl: they hold its last line

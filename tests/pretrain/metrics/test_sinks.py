@@ -28,7 +28,8 @@ from pretrain.evaluation.result import read_result
 from pretrain.metrics import sinks
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.sinks import OPENERS, Sinks
-from pretrain.metrics.told import AboutRun, ToldStep, bytes_per_token, told, validation_figures
+from pretrain.data.text_size import bytes_per_token
+from pretrain.metrics.told import AboutRun, ToldStep, told, validation_figures
 
 ALL = f"--log.sinks=[{','.join(SINKS)}]"
 STEPS = 60

@@ -44,6 +44,7 @@ TIMINGS = (
     "seconds",
     "peak_memory_bytes",
     "slowest",
+    "mfu_of_matmul",
 )
 SPIKES = "--bad_steps.spike_deviations=6"
 

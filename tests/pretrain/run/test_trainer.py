@@ -88,6 +88,7 @@ def test_a_run_with_its_display_off_writes_the_same_lines(tiny_data: Path, tmp_p
                 "mfu": 0.25,
             }
         ),
+        StepRecord(**{**vars(trained_step(4)), "mfu_of_matmul": 0.25}),
         SkippedStep(
             step=5,
             loss=None,
@@ -98,7 +99,7 @@ def test_a_run_with_its_display_off_writes_the_same_lines(tiny_data: Path, tmp_p
             val_loss=2.25,
         ),
     ],
-    ids=["trained", "with all there is", "skipped"],
+    ids=["trained", "with all there is", "on a CPU", "skipped"],
 )
 def test_a_record_is_read_back_as_it_was_written(step: StepRecord | SkippedStep) -> None:
     line = json.loads(json.dumps(step.to_line()))

@@ -1,8 +1,5 @@
 """The time a run still takes counts validations and saves, and a long validation is no silence."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +7,7 @@ from support.runs import tiny_recipe_content
 
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.distributed.agree import LOG
 from pretrain.distributed.world import World
 from pretrain.view.progress import Progress
 from pretrain.view.time_left import TimeLeft, times_due
@@ -48,28 +46,27 @@ def test_a_validation_that_was_not_made_yet_is_thought_to_take_forward_passes() 
     assert left.seconds(19) < 3
 
 
-def test_a_long_validation_says_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = Progress(TimeLeft(recipe(), 0), 0, ALONE)
-    monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)  # as if every batch took that long
+def progress_of(world: World, every_s: float) -> Progress:
+    return Progress(TimeLeft(recipe(log={"every_s": every_s}), 0), 0, world)
+
+
+def test_a_long_validation_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = progress_of(ALONE, 1e-9)  # as if every batch took longer than that
     seen = list(progress.validating(iter("abcd"), 4))
     assert seen == list("abcd")
     lines = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("validating: ")
     ]
     assert [line.split()[1] for line in lines] == ["25%", "50%", "75%"]
-    assert all(line.endswith("min left of it") for line in lines)
+    assert all(line.endswith(" left of it") for line in lines)
 
 
-def test_short_validations_and_other_ranks_say_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_short_validations_other_ranks_and_quiet_runs_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def batches() -> Iterator[str]:
-        yield from "abcd"
-
     other = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
-    assert list(Progress(TimeLeft(recipe(), 0), 0, ALONE).validating(batches(), 4)) == list("abcd")
-    monkeypatch.setattr(Progress, "LINE_EVERY_S", -1.0)
-    assert list(Progress(TimeLeft(recipe(), 0), 0, other).validating(batches(), 4)) == list("abcd")
-    assert "validating" not in capsys.readouterr().err
+    assert list(progress_of(ALONE, 15.0).validating(iter("abcd"), 4)) == list("abcd")
+    assert list(progress_of(other, 1e-9).validating(iter("abcd"), 4)) == list("abcd")
+    monkeypatch.setattr(LOG, "is_quiet", True)
+    assert list(progress_of(ALONE, 1e-9).validating(iter("abcd"), 4)) == list("abcd")
+    assert capsys.readouterr().err == ""
