@@ -120,10 +120,9 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_bitwise_equal(
     result = run_command(*typed, **faults(tmp_path, "12"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("+ deepspeed") == 2
-    assert (
-        f"{tmp_path / 'run'}: restart 1 continues from step-00000010, if that is whole, on 2 "
-        "ranks\n" in result.stderr
-    )
+    # The save of step 10 goes on beside the steps after it, and may not be done at the kill.
+    continues = r"run: restart 1 continues from step-000000(05|10), if that is whole, on 2 ranks\n"
+    assert re.search(continues, result.stderr), result.stderr
     assert status_of(tmp_path / "run") == "done"
     train_on(2, recipe, tiny_data, tmp_path / "unbroken", "--deepspeed-config", "zero2_fp32")
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
