@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse_arguments(arguments)
     # These bring numpy and pydantic: nobody waits for them to see --help.
     from data_prep.files import write_durably
+    from pretrain.reporting.compared import trend_of
     from pretrain.reporting.page import report_page
     from pretrain.reporting.reading import read_runs
 
@@ -92,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"note: {run.path}: {note}", file=sys.stderr)
     # A path may hold bytes that are no text; they are spelled out.
     write_durably(flags.output, page.encode(errors="backslashreplace"))
+    for run in runs:
+        trend = trend_of(run.steps)
+        if trend:
+            print(f"{run.name}: training loss of the last tenth of its steps {trend.words}")
     print(flags.output)
 
 

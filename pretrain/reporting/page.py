@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 from pretrain.reporting.charts import draw_charts
 from pretrain.reporting.reported_run import ReportedRun, bytes_per_token, curves_of
 from pretrain.reporting.tables import (
+    compared,
     data_section,
     environment,
     evaluation,
@@ -102,6 +103,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     script = own_file("report.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
+        compared(runs),
         happened(runs),
         evaluation(runs),
         data_section(runs),

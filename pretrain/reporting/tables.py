@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +13,13 @@ from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
 from pretrain.evaluation.result import EvaluationResult, Score
 from pretrain.metrics.step_columns import PHASES, StepColumns
 from pretrain.reporting.charts import GIGA, SECONDS_OF_AN_HOUR, last_step
+from pretrain.reporting.compared import (
+    SLOW_MEDIANS,
+    StandsOut,
+    slowness_of,
+    trend_of,
+    worst_steps,
+)
 from pretrain.reporting.reported_run import (
     ReportedRun,
     best_step,
@@ -23,89 +29,29 @@ from pretrain.reporting.reported_run import (
     ratio_of,
     tokens_of,
 )
+from pretrain.reporting.words import (
+    MOST_ROWS,
+    NOT_KNOWN,
+    Cells,
+    Section,
+    Table,
+    Text,
+    by_run,
+    figure,
+    large,
+    newest_of,
+    share,
+)
 from pretrain.run.directory import RECIPE_NAME
 
-MOST_ROWS = 100  # of a table of what happened
 MOST_TEXT = 400  # characters of a sample that are shown
-NOT_KNOWN = "–"  # noqa: RUF001  # an empty cell, as tables are set
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Words in rows and columns."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Lines to be read or copied as they are."""
-
-    title: str
-    content: str
-    is_open: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the page under a heading."""
-
-    title: str
-    tables: Sequence[Table] = field(default=())
-    texts: Sequence[Text] = field(default=())
-
-
-UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+TREND = "training loss, the last tenth of the steps against the tenth before"
 COST_NOTE = (
     f"FLOPs are {FORMULA} for each token. Hours are those of the steps in the record: neither "
     "validations and saves, nor work that a kill lost, are counted."
 )
-
-Cells = dict[str, str]  # by name of the row
-
-
-def large(value: float) -> str:
-    """A large number in words, such as 12.3 G."""
-    for name, unit in UNITS.items():
-        if value >= unit:
-            return f"{value / unit:.4g} {name}"
-    return f"{value:.4g}"
-
-
-def figure(value: float | None, form: str = ".4f") -> str:
-    """A figure in its form, or the sign of one that isn't known."""
-    if value is None or not math.isfinite(value):
-        return NOT_KNOWN
-    return format(value, form)
-
-
-def share(part: float, whole: float) -> str:
-    """A part of a whole."""
-    if whole == 0:
-        return NOT_KNOWN
-    return f"{part / whole:.1%}"
-
-
-def newest_of(rows: Sequence[Sequence[str]]) -> str:
-    """What is said under a table that shows the newest rows alone."""
-    if len(rows) <= MOST_ROWS:
-        return ""
-    return f"The newest {MOST_ROWS} of {len(rows):,}."
-
-
-def by_run(title: str, runs: Sequence[ReportedRun], of_runs: Sequence[Cells], note: str) -> Table:
-    """A table of a row for each figure and a column for each run."""
-    header = [""]
-    header += [run.name for run in runs]
-    rows = []
-    for name in of_runs[0]:
-        row = [name]
-        row += [cells[name] for cells in of_runs]
-        rows.append(row)
-    return Table(title=title, header=header, rows=rows, note=note)
 
 
 def overview(runs: Sequence[ReportedRun]) -> Section:
@@ -184,6 +130,46 @@ def median_of(steps: StepColumns, name: str, form: str) -> str:
     if len(values) == 0:
         return NOT_KNOWN
     return figure(float(np.median(values)), form)
+
+
+def compared(runs: Sequence[ReportedRun]) -> Section:
+    """Each run against itself: its trend, its slow steps, and the steps that stand out."""
+    of_runs = [against_itself(run) for run in runs]
+    tables = [by_run("Trend and slow steps", runs, of_runs, "")]
+    for run in runs:
+        worst = worst_steps(run.steps)
+        if worst:
+            tables.append(worst_table(run, worst))
+    return Section(title="Compared with itself", tables=tables)
+
+
+def against_itself(run: ReportedRun) -> Cells:
+    """Whether a run still improves, and whether it was slow."""
+    trend = trend_of(run.steps)
+    slow = slowness_of(run.steps)
+    slow_words = NOT_KNOWN
+    if slow:
+        slow_words = f"{slow.steps:,}, which took {slow.seconds:,.3g} s more"
+    return {
+        TREND: NOT_KNOWN if trend is None else trend.words,
+        f"steps of {SLOW_MEDIANS:g} medians or more": slow_words,
+    }
+
+
+def worst_table(run: ReportedRun, worst: Sequence[StandsOut]) -> Table:
+    """The steps whose loss stands out, and how to see their documents."""
+    rows = []
+    for step in worst:
+        row = [f"{step.step:,}", f"{step.loss:.4f}", f"{step.above:.4f}"]
+        rows.append(row)
+    place = shlex.quote(str(run.path))
+    trace = f"python -m pretrain.trace --run-dir {place} --data-dir DATASET --step STEP --row ROW"
+    return Table(
+        title=f"{run.name}, steps of the highest loss",
+        header=["step", "loss", "above the mean of the 100 before"],
+        rows=rows,
+        note=f"{printable(trace)} shows the documents of a row.",
+    )
 
 
 def happened(runs: Sequence[ReportedRun]) -> Section:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,6 +313,26 @@ def test_marks_stand_where_things_happened(eventful_run: Path, tmp_path: Path) -
     steps = [step for step in falling_steps(5000) if step.step not in (700, 3000)]
     hours = 2 * sum(step.step_s for step in steps) / 3600  # of two ranks
     assert f"{hours:.4g}" in Words(page).cells
+
+
+def test_a_run_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fell to the middle, and is flat from there on; two steps were slow, one had a spike."""
+    steps = []
+    for step in falling_steps(400, outlier_at=250):
+        loss = step.loss
+        if step.step != 250:
+            loss = max(6.0 - step.step / 50, 2.0) + (step.step * 7919 % 100) / 1000
+        slow = 3 if step.step in (100, 101) else 1
+        steps.append(replace(step, loss=loss, step_s=0.5 * slow))
+    flat = write_run(tmp_path / "flat", steps, recipe_of(400))
+    falls = write_run(tmp_path / "falls", steps[:200], recipe_of(400))
+    words = Words(page_of(tmp_path / "report.html", flat, falls))
+    printed = capsys.readouterr().out
+    assert "flat: training loss of the last tenth of its steps flat: 2.0" in printed
+    assert "falls: training loss of the last tenth of its steps still falling: 2." in printed
+    assert "2, which took 2 s more" in words.cells
+    worst = words.cells[words.cells.index("flat, steps of the highest loss") :]
+    assert worst[worst.index("250") + 1] == "99.0000"
 
 
 # Bad input
