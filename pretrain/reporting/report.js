@@ -73,7 +73,8 @@
     });
   }
 
-  // The mean over a window around each value; the slider's end is a tenth of the run each way.
+  // The mean over a window around each value; the slider's end is a tenth of the run each way. At
+  // the beginning, where curves are steep, it reaches as far ahead as back.
   function smoothed(values, smoothing) {
     const reach = Math.round((smoothing / 100) ** 2 * 0.1 * values.length);
     if (reach === 0) return values;
@@ -85,9 +86,8 @@
     });
     return values.map((value, i) => {
       if (value === null) return null;
-      const reachable = Math.min(reach, i, values.length - 1 - i);
-      const from = i - reachable;
-      const to = i + reachable + 1;
+      const from = i - Math.min(reach, i);
+      const to = i + Math.min(reach, i, values.length - 1 - i) + 1;
       return (sums[to] - sums[from]) / (counts[to] - counts[from]);
     });
   }
