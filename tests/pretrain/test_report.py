@@ -447,8 +447,7 @@ def look_at(browser: "Browser", path: Path, **options: Any) -> tuple["Page", lis
     page.on("console", lambda message: seen.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: seen.append(f"error: {error}"))
     page.on("request", lambda request: seen.append(f"request: {request.url}"))
-    page.goto(path.as_uri())
-    page.wait_for_selector("#chart-loss canvas")
+    page.goto(path.as_uri())  # until all is loaded, and drawn: the script runs before that
     seen.remove(f"request: {path.as_uri()}")
     return page, seen
 
@@ -535,6 +534,25 @@ def test_two_runs_fit_a_phone_and_axe_finds_nothing_serious(
     assert not serious, [(v["id"], v["nodes"][0]["html"]) for v in serious]
     assert seen == []
     page.context.close()
+
+
+def test_runs_of_no_step_of_one_and_of_skipped_ones_are_drawn_without_complaint(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    single = write_run(tmp_path / "single", falling_steps(1), recipe_of(1))
+    none = write_run(tmp_path / "none", [], recipe_of(9))
+    skipped = [skipped_step(step, "loss nan") for step in range(5)]
+    refused = write_run(tmp_path / "refused", skipped, recipe_of(9))
+    path = tmp_path / "report.html"
+    for runs, charts in (((single,), 6), ((none,), 0), ((refused,), 1), ((none, single), 6)):
+        page_of(path, *runs)
+        page, seen = look_at(browser, path)
+        assert page.locator("#charts canvas").count() == charts
+        page.select_option("#axis", "hours")
+        page.check("#log")
+        page.check("#calm")
+        assert seen == []
+        page.context.close()
 
 
 # The README, and images
