@@ -62,7 +62,7 @@ def files_left_out_of(installed: Path) -> list[str]:
         path.relative_to(REPOSITORY).as_posix()
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
-        if path.is_file() and path.suffix not in (".md", ".pyc")
+        if path.is_file() and path.suffix not in (".md", ".png", ".pyc")
     ]
     assert len(names) > 100
     return [

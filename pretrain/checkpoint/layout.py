@@ -16,6 +16,7 @@ from pathlib import Path
 from data_prep.errors import os_error_line, refusal
 
 CHECKPOINTS_NAME = "checkpoints"
+LOGS_NAME = "logs"  # beside it, stacks of ranks that stalled: pretrain/watch/watch.py
 POINTER_NAME = "latest"
 MANIFEST_NAME = "manifest.json"
 SIDECAR_NAME = f"{MANIFEST_NAME}.xxh3_128"

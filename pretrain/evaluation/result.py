@@ -95,6 +95,26 @@ def read_result(run_dir: Path, step: int) -> EvaluationResult | None:
     return None
 
 
+def read_results(run_dir: Path) -> list[EvaluationResult]:
+    """All that was measured of a run, by step; of several data sets, its own first.
+
+    Raises UserError for a file that is not what this module writes.
+    """
+    paths = sorted((run_dir / EVALUATIONS_NAME).glob("*.json"))
+    of_newest = run_dir / EVALUATION_NAME
+    if of_newest.is_file():
+        paths.append(of_newest)
+    # One step may stand in both places, and is measured to be the same.
+    found = {}
+    for path in paths:
+        content: Any = parse_json(path.read_bytes(), str(path), ADVICE)
+        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+            raise UserError(f"{path}: not what pretrain.evaluate writes; {ADVICE}")
+        result = result_from(content, path)
+        found[result.step, result.data_dir is not None, result.fingerprint] = result
+    return [found[key] for key in sorted(found)]
+
+
 def result_from(content: Json, path: Path) -> EvaluationResult:
     """The result in a file's JSON object. Raises UserError where figures are missing in it."""
     sources = content.get("sources")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from data_prep.errors import explained, naming
+from data_prep.errors import UserError, naming, what_it_says
 from data_prep.files import fsync_directory
 from pretrain.checkpoint.patience import patiently
-from pretrain.metrics.records import ADVICE, cut_to_step, is_record, parse_line, read_lines
+from pretrain.metrics.records import ADVICE, cut_to_step, is_record, parse_line, stream_lines
 from pretrain.metrics.step_record import AnyStep, step_of_line
 
 METRICS_NAME = "metrics.jsonl"
@@ -21,12 +21,20 @@ def read_steps(run_dir: Path) -> list[AnyStep]:
     """The steps of a run, in order; none where it never trained. Raises UserError where a line is
     damaged, naming it.
     """
+    return list(stream_steps(run_dir))
+
+
+def stream_steps(run_dir: Path) -> Iterator[AnyStep]:
+    """As `read_steps`, a step at a time; a last line that is torn or being written is left out."""
     path = run_dir / METRICS_NAME
-    steps = []
-    for number, line in enumerate(read_lines(path), start=1):
-        with explained((KeyError, TypeError), f"{path}: line {number}: damaged", ADVICE):
-            steps.append(step_of_line(line))
-    return steps
+    for number, line in enumerate(stream_lines(path), start=1):
+        try:
+            step = step_of_line(line)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: line {number}: damaged ({what_it_says(error)}); {ADVICE}"
+            ) from None
+        yield step
 
 
 def steps_between(run_dir: Path, first: int, past_last: int) -> Iterator[AnyStep]:

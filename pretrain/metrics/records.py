@@ -8,11 +8,14 @@ for a person to look at.
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, naming, one_line
+import pydantic_core
+
+from data_prep.errors import UserError, explained, naming, one_line
 from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 
@@ -100,6 +103,30 @@ def read_lines(path: Path) -> list[Line]:
     if records.damage:
         raise UserError(f"{path}: damaged ({records.damage}); {ADVICE}")
     return records.lines
+
+
+def stream_lines(path: Path) -> Iterator[Line]:
+    """As `read_lines`, a line at a time: the file of a million steps is never held as a whole."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
+            if not content.endswith(b"\n"):
+                return  # torn by a kill, or being written just now
+            with explained(ValueError, f"{path}: line {number}: damaged", ADVICE):
+                line = parse_quickly(content)
+            yield line
+
+
+def parse_quickly(content: bytes) -> Line:
+    """As `parse_line`, in less than half the time: pydantic's parser for lines that are good."""
+    try:
+        line = pydantic_core.from_json(content)
+    except ValueError:
+        return parse_line(content)  # which says in its own words what is wrong
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise ValueError("a line without a step")
+    return line
 
 
 def cut_at(path: Path, size: int) -> None:

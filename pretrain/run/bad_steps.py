@@ -33,7 +33,7 @@ from pretrain.data.provenance import parts_of
 from pretrain.distributed.agree import gather, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.figures import finite, no_number
-from pretrain.metrics.records import cut_damaged_end
+from pretrain.metrics.records import cut_damaged_end, read_lines
 from pretrain.run.directory import SKIPS_NAME
 
 RUNNING_STEPS = 128
@@ -169,6 +169,20 @@ class BadSteps:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def worst_texts(run_dir: Path) -> dict[int, str]:
+    """Of each bad step of a run, the text of the row with the highest loss, where it is known.
+
+    Raises UserError for a damaged line.
+    """
+    texts = {}
+    for record in read_lines(run_dir / SKIPS_NAME):
+        worst = record.get("worst_row")
+        text = worst.get("text") if isinstance(worst, dict) else None
+        if isinstance(text, str):
+            texts[record["step"]] = text
+    return texts
 
 
 def describe_rows(

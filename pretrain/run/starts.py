@@ -21,15 +21,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from data_prep.files import write_durably
 from data_prep.inputs.urls import without_credentials
-from pretrain.distributed.agree import gather
 from pretrain.distributed.world import World
 from pretrain.run.directory import STARTS_NAME
+
+if TYPE_CHECKING:
+    import torch
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("tablefree", "torch", "deepspeed", "transformers", "safetensors", "numpy")
@@ -62,8 +62,10 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def surroundings(device: torch.device) -> Surroundings:
+def surroundings(device: "torch.device") -> Surroundings:
     """What this rank runs on."""
+    import torch  # which takes seconds, and who only reads the record needs none of it
+
     versions = {
         "python": platform.python_version(),
         **{package: version_of(package) for package in PACKAGES},
@@ -194,11 +196,13 @@ def append_start(run_dir: Path, start: Start) -> None:
 
 
 def record_start(
-    run_dir: Path, step: int, command: list[str], world: World, device: torch.device
+    run_dir: Path, step: int, command: list[str], world: World, device: "torch.device"
 ) -> list[str]:
     """On all ranks: have rank 0 add the line of this start; the warnings that follow from it, on
     rank 0.
     """
+    from pretrain.distributed.agree import gather
+
     of_ranks = gather(surroundings(device))
     if not world.is_main:
         return []

@@ -1,6 +1,6 @@
 """Texts that commands print and write, from templates.
 
-They lie in this folder, and the model card's in pretrain/hf.
+They lie in this folder, the model card's in pretrain/hf, the report's in pretrain/reporting.
 """
 
 from pathlib import Path
@@ -12,7 +12,10 @@ from data_prep.inputs.urls import without_credentials
 
 WINGS = Path(__file__).parent.parent
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([WINGS / "view", WINGS / "hf"]), undefined=jinja2.StrictUndefined
+    loader=jinja2.FileSystemLoader([WINGS / "view", WINGS / "hf", WINGS / "reporting"]),
+    undefined=jinja2.StrictUndefined,
+    # Of a page alone: what a run or a text brings in is shown as text, never obeyed.
+    autoescape=jinja2.select_autoescape(["html.jinja"], default_for_string=False),
 )
 TEMPLATES.filters["without_credentials"] = without_credentials
 

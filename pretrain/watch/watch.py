@@ -28,6 +28,7 @@ from typing import Any, Self
 
 from data_prep.commands import unheard
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line, what_it_says
+from pretrain.checkpoint.layout import LOGS_NAME
 from pretrain.config.recipe import StallsRecipe
 from pretrain.distributed.agree import LoneError, gather, say
 from pretrain.distributed.world import World
@@ -47,7 +48,6 @@ CONNECT_S = 30.0  # all ranks have met just before: what takes so long is gone
 MOST_NAMED = 4  # ranks, in one line
 CAUSE_S = 5.0  # by then the watch knows whose end broke an exchange
 EXIT_CODE = 1
-LOGS_NAME = "logs"
 # In the text of an error that another rank's end causes.
 OF_AN_EXCHANGE = ("gloo", "NCCL", "onnection", "ProcessGroup")
 

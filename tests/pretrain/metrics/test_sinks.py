@@ -24,11 +24,11 @@ from support.waiting import wait_until
 
 from data_prep.shards import ShardReader
 from pretrain.config.recipe import SINKS
+from pretrain.data.text_size import bytes_per_token
 from pretrain.evaluation.result import read_result
 from pretrain.metrics import sinks
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.sinks import OPENERS, Sinks
-from pretrain.data.text_size import bytes_per_token
 from pretrain.metrics.told import AboutRun, ToldStep, told, validation_figures
 
 ALL = f"--log.sinks=[{','.join(SINKS)}]"

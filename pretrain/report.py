@@ -1,0 +1,104 @@
+"""One page that explains a run, or several laid over one another.
+
+    python -m pretrain.report RUN_DIR... [--output report.html] [--data-dir DATASET ...]
+                              [--png DIR] [--svg DIR]
+
+The page is one file, and asks for nothing elsewhere. What stands on it is in
+pretrain/reporting/page.py, what its curves draw in pretrain/reporting/charts.py.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.commands import CommandParser, exit_code
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.reporting.reported_run import ReportedRun
+
+ABOUT = (
+    "One file of HTML that explains a run, or several laid over one another: curves, cost, "
+    "evaluation, data, recipe, environment, and the commands to do it again."
+)
+PAGE_SUFFIXES = (".html", ".htm")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> Namespace:
+    """The command line."""
+    parser = CommandParser(prog="python -m pretrain.report", description=ABOUT)
+    run_help = "directory of a run of pretrain.train, finished or not"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help=run_help)
+    output_help = "the page to write (%(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output_help)
+    data_help = "a data set that moved since training; once for each"
+    parser.add_argument(
+        "--data-dir", type=Path, action="append", default=[], metavar="DATASET", help=data_help
+    )
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also write each chart as a PNG")
+    parser.add_argument("--svg", type=Path, metavar="DIR", help="also write each chart as an SVG")
+    return parser.parse_args(arguments)
+
+
+def check_flags(flags: Namespace) -> None:
+    """Raise UserError for what can't be written or read, before a long file is read for it."""
+    from pretrain.run.directory import is_run
+
+    output: Path = flags.output
+    if output.suffix not in PAGE_SUFFIXES:
+        raise UserError(f"--output {output}: a page of HTML; give a name that ends in .html")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a directory; give the name of a file")
+    seen: dict[Path, Path] = {}
+    for path in flags.runs:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory; give one of a run of pretrain.train")
+        if not is_run(path):
+            raise UserError(f"{path}: no run of pretrain.train is there; give its --run-dir")
+        if path.resolve() in seen:
+            raise UserError(f"{path}: the same run as {seen[path.resolve()]}; give it once")
+        seen[path.resolve()] = path
+
+
+def write_figures(runs: Sequence["ReportedRun"], folders: dict[str, Path | None]) -> None:
+    """Write each chart as an image into the folders that were asked for, by suffix."""
+    for suffix, folder in folders.items():
+        if folder is None:
+            continue
+        # matplotlib, an extra, for those alone who ask for images
+        from pretrain.reporting.images import draw_figures
+        from pretrain.reporting.reported_run import curves_of
+
+        for path in draw_figures([curves_of(run) for run in runs], folder, suffix):
+            print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    flags = parse_arguments(arguments)
+    # These bring numpy and pydantic: nobody waits for them to see --help.
+    from data_prep.files import write_durably
+    from pretrain.reporting.compared import trend_of
+    from pretrain.reporting.page import report_page
+    from pretrain.reporting.reading import read_runs
+
+    check_flags(flags)
+    runs = read_runs(flags.runs, flags.data_dir)
+    page = report_page(runs)
+    write_figures(runs, {".png": flags.png, ".svg": flags.svg})
+    for run in runs:
+        for note in run.notes:
+            print(f"note: {run.path}: {note}", file=sys.stderr)
+    # A path may hold bytes that are no text; they are spelled out.
+    write_durably(flags.output, page.encode(errors="backslashreplace"))
+    for run in runs:
+        trend = trend_of(run.steps)
+        if trend:
+            print(f"{run.name}: training loss of the last tenth of its steps {trend.words}")
+    print(flags.output)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,1 @@
+"""A page that explains a run, or several."""

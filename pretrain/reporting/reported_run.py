@@ -1,0 +1,169 @@
+"""What is known of a run that is reported, and the figures that follow from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.manifest import BLOCK_SAMPLES, Manifest
+from pretrain.config.recipe import Recipe
+from pretrain.evaluation.result import EvaluationResult
+from pretrain.metrics.step_columns import Floats, StepColumns
+from pretrain.reporting.charts import Curves, Mark, last_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFacts:
+    """What a start of a run ran on, in words: a line of its starts.jsonl."""
+
+    step: int
+    time: str
+    command: str
+    commit: str
+    ranks: str
+    devices: str
+    versions: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """All that a report says of a run."""
+
+    name: str
+    path: Path
+    recipe: Recipe
+    steps: StepColumns
+    status: str
+    reason: str | None
+    fingerprint: str | None  # of the data set
+    branched_from: str | None
+    starts: tuple[StartFacts, ...]
+    checkpoints: tuple[int, ...]  # steps, in order
+    has_stalled: bool
+    bad_texts: dict[int, str]  # of the worst row of bad steps
+    evaluations: tuple[EvaluationResult, ...]
+    data: Manifest | None  # None where the data set is not at hand
+    tokenizer: str | None  # its identity
+    notes: tuple[str, ...]  # what is missing, and what to do
+
+
+@dataclass(frozen=True, kw_only=True)
+class BytesPerToken:
+    """UTF-8 bytes a token, by which a loss becomes bits per byte; None where they aren't known."""
+
+    training: float | None
+    validation: float | None
+
+    @property
+    def is_known(self) -> bool:
+        """Both of them."""
+        return self.training is not None and self.validation is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestValidation:
+    """The lowest validation loss."""
+
+    loss: float
+    done: int  # steps before it
+
+
+def curves_of(run: ReportedRun) -> Curves:
+    """What is drawn of a run."""
+    ratios = bytes_per_token(run)
+    return Curves(
+        name=run.name,
+        recipe=run.recipe,
+        fingerprint=run.fingerprint,
+        steps=run.steps,
+        bytes_per_token=ratios.training,
+        validation_bytes_per_token=ratios.validation,
+        marks=tuple(marks_of(run)),
+    )
+
+
+def bytes_per_token(run: ReportedRun) -> BytesPerToken:
+    """Of the text that a run trains on, and of the validation split.
+
+    From the data set or, where that is gone, from an evaluation on it: of the validation split for
+    both.
+    """
+    if run.data is not None:
+        return BytesPerToken(
+            training=drawn_ratio(run.data),
+            validation=ratio_of(run.data, "validation"),
+        )
+    for result in reversed(run.evaluations):
+        whole = result.whole_split
+        if result.data_dir is None and whole.targets and whole.text_bytes:
+            measured = whole.text_bytes / whole.targets
+            return BytesPerToken(training=measured, validation=measured)
+    return BytesPerToken(training=None, validation=None)
+
+
+def drawn_ratio(data: Manifest) -> float | None:
+    """Bytes a token of training samples, as the shares of the sources draw them."""
+    drawn = 0.0
+    for source in data.sources:
+        ratio = ratio_of(data, "train", source.name)
+        if ratio is None:
+            return None
+        drawn += ratio * source.share
+    return drawn / BLOCK_SAMPLES
+
+
+def ratio_of(data: Manifest, split: str, source: str | None = None) -> float | None:
+    """Bytes a token of a split or a source; None where there is no text behind the tokens."""
+    text_bytes = 0
+    for shard in data.shards_of(split, source):
+        text_bytes += shard.text_bytes
+    tokens = data.tokens(split, source)
+    if text_bytes == 0 or tokens == 0:
+        return None
+    return text_bytes / tokens
+
+
+def marks_of(run: ReportedRun) -> list[Mark]:
+    """What happened to a run, kind by kind."""
+    marks = [
+        Mark(kind="checkpoint", step=step, words=f"checkpoint after step {step:,}")
+        for step in run.checkpoints
+    ]
+    for start in run.starts:
+        if start.step > 0:
+            words = f"went on from step {start.step:,}, {start.time}"
+            marks.append(Mark(kind="restart", step=start.step, words=words))
+    for step in run.steps.skipped:
+        words = f"step {step.step:,} skipped: {step.skipped}"
+        marks.append(Mark(kind="skip", step=step.step + 1, words=words))
+    if run.has_stalled:
+        words = "stalled: logs/ has the stack of every rank"
+        if run.reason and "stalled" in run.reason:
+            words = run.reason
+        marks.append(Mark(kind="stall", step=last_step(run.steps), words=words))
+    return marks
+
+
+def tokens_of(run: ReportedRun) -> float:
+    """How many tokens a run has seen."""
+    if len(run.steps) == 0:
+        return 0.0
+    tokens = run.steps.column("tokens")
+    return float(tokens[-1])
+
+
+def known(steps: StepColumns, name: str) -> Floats:
+    """The values of a figure where there are some."""
+    column = steps.column(name)
+    values: Floats = column[~np.isnan(column)]
+    return values
+
+
+def best_step(run: ReportedRun) -> BestValidation | None:
+    """The lowest validation loss; None where none was made."""
+    losses = run.steps.column("val_loss")
+    if np.isnan(losses).all():
+        return None
+    row = int(np.nanargmin(losses))
+    step = run.steps.column("step")[row]
+    return BestValidation(loss=float(losses[row]), done=int(step) + 1)

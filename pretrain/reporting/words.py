@@ -1,0 +1,82 @@
+"""Tables and texts of a report, and figures in words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pretrain.reporting.reported_run import ReportedRun
+
+MOST_ROWS = 100  # of a table of what happened
+NOT_KNOWN = "–"  # noqa: RUF001  # an empty cell, as tables are set
+UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+
+Cells = dict[str, str]  # by name of the row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Words in rows and columns."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Lines to be read or copied as they are."""
+
+    title: str
+    content: str
+    is_open: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page under a heading."""
+
+    title: str
+    tables: Sequence[Table] = field(default=())
+    texts: Sequence[Text] = field(default=())
+
+
+def large(value: float) -> str:
+    """A large number in words, such as 12.3 G."""
+    for name, unit in UNITS.items():
+        if value >= unit:
+            return f"{value / unit:.4g} {name}"
+    return f"{value:.4g}"
+
+
+def figure(value: float | None, form: str = ".4f") -> str:
+    """A figure in its form, or the sign of one that isn't known."""
+    if value is None or not math.isfinite(value):
+        return NOT_KNOWN
+    return format(value, form)
+
+
+def share(part: float, whole: float) -> str:
+    """A part of a whole."""
+    if whole == 0:
+        return NOT_KNOWN
+    return f"{part / whole:.1%}"
+
+
+def newest_of(rows: Sequence[Sequence[str]]) -> str:
+    """What is said under a table that shows the newest rows alone."""
+    if len(rows) <= MOST_ROWS:
+        return ""
+    return f"The newest {MOST_ROWS} of {len(rows):,}."
+
+
+def by_run(title: str, runs: Sequence[ReportedRun], of_runs: Sequence[Cells], note: str) -> Table:
+    """A table of a row for each figure and a column for each run."""
+    header = [""]
+    header += [run.name for run in runs]
+    rows = []
+    for name in of_runs[0]:
+        row = [name]
+        row += [cells[name] for cells in of_runs]
+        rows.append(row)
+    return Table(title=title, header=header, rows=rows, note=note)

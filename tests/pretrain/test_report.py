@@ -1,0 +1,576 @@
+"""The report of a run: one page that is right, safe, small, and asks for nothing elsewhere."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.browser import chromium
+from support.runs import REPOSITORY, environment, run_command
+from support.written_runs import (
+    GLOBAL_TOKENS,
+    falling_steps,
+    recipe_of,
+    skipped_step,
+    write_run,
+)
+
+from data_prep.errors import UserError
+from data_prep.manifest import load_manifest
+from pretrain import report
+from pretrain.metrics.metrics_file import read_steps
+from pretrain.metrics.step_record import StepRecord
+from pretrain.run.state import write_state
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+MEGABYTE = 10**6
+EVIL = "<script>document.title='obeyed'</script>"
+
+
+def page_of(output: Path, *runs: Path, flags: tuple[str, ...] = ()) -> str:
+    """The page of some runs, made in this process."""
+    report.main([*map(str, runs), "--output", str(output), *flags])
+    return output.read_text(encoding="utf-8")
+
+
+def figures_in(page: str) -> dict[str, Any]:
+    """What the page's script draws."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
+    assert found
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+class Words(HTMLParser):
+    """The text of a page outside of its scripts and styles, and its tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside.append(f"/{tag}")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside and self.inside[-1] not in ("script", "style"):
+            self.cells.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.cells)
+
+
+@pytest.fixture(scope="module")
+def real_run(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run on real text, evaluated as the README says."""
+    run_dir = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(text_run, run_dir)
+    command = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir)]
+    result = run_command(*command)
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def eventful_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 5,000 steps with skips, restarts, and names that would be obeyed somewhere."""
+    run_dir = tmp_path_factory.mktemp("eventful") / "a<script>b"
+    steps = [
+        skipped_step(step.step, f"loss nan {EVIL}") if step.step in (700, 3000) else step
+        for step in falling_steps(5000, outlier_at=4321)
+    ]
+    write_run(run_dir, steps, recipe_of(5000), {"step": 1000}, {"step": 2500, "commit": EVIL})
+    skip = {"step": 700, "worst_row": {"row": 1, "loss": None, "text": f"text {EVIL}"}}
+    (run_dir / "skips.jsonl").write_text(json.dumps(skip) + "\n")
+    (run_dir / "logs").mkdir()
+    write_state(run_dir, status="failed", reason=f"stalled: nothing moved {EVIL}")
+    return run_dir
+
+
+# Figures
+
+
+def test_a_run_s_figures_are_those_of_its_files(real_run: Path, tmp_path: Path) -> None:
+    page = page_of(tmp_path / "report.html", real_run)
+    charts = figures_in(page)
+    assert charts["steps_in_a_group"] == 1
+    (run,) = charts["runs"]
+    steps = read_steps(real_run)
+    assert len(steps) == 20
+    assert run["places"]["steps"] == list(range(1, 21))
+    assert run["places"]["tokens"] == [step.tokens for step in steps]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        own = [getattr(step, name) for step in steps]
+        assert run["series"][name]["mean"] == pytest.approx(own, rel=1e-6)
+    seconds = [step.step_s for step in steps if isinstance(step, StepRecord)]
+    assert run["places"]["hours"][-1] == pytest.approx(sum(seconds) / 3600, rel=1e-6)
+    validated = [step for step in steps if step.val_loss is not None]
+    assert run["validation_loss"] == pytest.approx([v.val_loss for v in validated], rel=1e-6)
+    assert run["validations"]["steps"] == [step.step + 1 for step in validated]
+
+
+def test_the_page_tells_what_is_known_of_a_run(real_run: Path, tmp_path: Path) -> None:
+    page = page_of(tmp_path / "report.html", real_run)
+    text = Words(page).text
+    steps = read_steps(real_run)
+    best = min(step.val_loss for step in steps if step.val_loss is not None)
+    result = json.loads((real_run / "evaluation.json").read_text())
+    manifest_path = next((real_run / "checkpoints").glob("step-*/manifest.json"))
+    manifest = load_manifest(Path(json.loads(manifest_path.read_text())["data_dir"]))
+    bytes_per_token = sum(s.text_bytes for s in manifest.shards_of("validation"))
+    bytes_per_token /= manifest.tokens("validation")
+    for words in (
+        "20 of 20",
+        f"{best:.4f} after step",
+        f"{best / math.log(2) / bytes_per_token:.4f}",  # as bits per byte
+        f"{result['bits_per_byte']:.4f}",
+        f"{manifest.epochs(20 * GLOBAL_TOKENS)['sotu']:.2f}",
+        f"Fingerprint {manifest.fingerprint}",
+        "peak_learning_rate: 0.01",
+        "python -m pretrain.train --recipe",
+        "checkpoint after step 20",
+    ):
+        assert words in text
+    (run,) = figures_in(page)["runs"]
+    assert run["validation_bytes_per_token"] == pytest.approx(bytes_per_token)
+
+
+def test_a_million_steps_are_a_small_page_that_keeps_a_single_outlier(tmp_path: Path) -> None:
+    """And so little memory that the machine which trains can make it."""
+    run_dir = write_run(tmp_path / "run", [], recipe_of(1_000_000))
+    line = json.dumps(next(falling_steps(1, outlier_at=0)).to_line())
+    before, between = line.split('"loss": 99.0')
+    before = before.replace('"step": 0', '"step": %d')
+    between = between.replace(f'"tokens": {GLOBAL_TOKENS}', '"tokens": %d')
+    template = f'{before}"loss": %r{between}\n'
+    with (run_dir / "metrics.jsonl").open("w") as file:
+        for step in range(1_000_000):
+            loss = 98.76543 if step == 765_432 else 2.0 + (step * 7919 % 1000) / 1000
+            file.write(template % (step, loss, (step + 1) * GLOBAL_TOKENS))
+    output = tmp_path / "report.html"
+    command = [sys.executable, "-m", "pretrain.report", str(run_dir), "--output", str(output)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment())
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status  # it is gone: nothing is left to wait for
+    assert status == 0
+    assert usage.ru_maxrss < 500_000  # kB
+    assert output.stat().st_size < 2 * MEGABYTE
+    (run,) = figures_in(output.read_text())["runs"]
+    loss = run["series"]["loss"]
+    assert max(loss["high"]) == 98.76543
+    group = loss["high"].index(98.76543)
+    assert run["places"]["steps"][group - 1] <= 765_432 < run["places"]["steps"][group]
+    assert min(loss["low"]) == 2.0
+    assert run["places"]["steps"][-1] == 1_000_000
+
+
+def test_twenty_runs_are_one_page_of_moderate_size(tmp_path: Path) -> None:
+    runs = []
+    for seed in range(20):
+        recipe = recipe_of(10_000, seed=seed)
+        runs.append(write_run(tmp_path / f"run-{seed}", falling_steps(2_000, seed), recipe))
+    page = page_of(tmp_path / "report.html", *runs)
+    assert len(page) < 2 * MEGABYTE
+    assert len(figures_in(page)["runs"]) == 20
+
+
+# Several runs
+
+
+def test_of_several_runs_only_what_differs_is_told_and_seeds_are_a_band(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"seed{seed}", falling_steps(60, seed), recipe_of(60, seed=seed))
+        for seed in (1, 2, 3)
+    ]
+    wilder = recipe_of(60, optimizer={"peak_learning_rate": 0.02})
+    runs.append(write_run(tmp_path / "wilder", falling_steps(40, 4), wilder))
+    page = page_of(tmp_path / "report.html", *runs)
+    charts = figures_in(page)
+    assert [run["name"] for run in charts["runs"]] == ["seed1", "seed2", "seed3", "wilder"]
+    (band,) = charts["bands"]
+    assert band["name"] == "mean of seeds 1, 2, 3"
+    losses = [[step.loss for step in read_steps(run)] for run in runs[:3]]
+    of_step = [sorted(values) for values in zip(*losses, strict=True)]
+    drawn = band["series"]["loss"]
+    assert drawn["low"] == pytest.approx([values[0] for values in of_step], rel=1e-6)
+    assert drawn["high"] == pytest.approx([values[2] for values in of_step], rel=1e-6)
+    assert drawn["mean"] == pytest.approx([sum(values) / 3 for values in of_step], rel=1e-6)
+    section = page[page.index("What differs") : page.index("<details", page.index("What differs"))]
+    keys = re.findall(r'<th scope="row">(.*?)</th>', section)
+    assert sorted(keys) == ["optimizer.peak_learning_rate", "seed"]
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_they_lie_in(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / folder / "run", falling_steps(3), recipe_of(3)) for folder in "ab"]
+    charts = figures_in(page_of(tmp_path / "report.html", *runs))
+    assert [run["name"] for run in charts["runs"]] == ["a/run", "b/run"]
+
+
+def test_runs_of_other_vocabularies_share_no_axis_of_nats(real_run: Path, tmp_path: Path) -> None:
+    bytes_known = page_of(tmp_path / "report.html", real_run)
+    assert figures_in(bytes_known)["is_bits_only"] is False
+    larger = recipe_of(5, model={"vocab_size": 1024})
+    other = write_run(tmp_path / "other", falling_steps(5), larger)
+    with pytest.raises(UserError, match=r"other: these runs have different vocab.*--data-dir"):
+        page_of(tmp_path / "both.html", real_run, other)
+    assert not (tmp_path / "both.html").exists()
+    evaluated = json.loads((real_run / "evaluation.json").read_text())
+    (other / "evaluation.json").write_text(json.dumps(evaluated))
+    page = page_of(tmp_path / "both.html", real_run, other)
+    assert figures_in(page)["is_bits_only"] is True
+    assert "drawn as bits per byte" in Words(page).text
+
+
+# Runs that are not whole
+
+
+def test_a_run_that_is_still_going_is_reported_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(7), recipe_of(50))
+    write_state(run_dir, status="running")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    page = page_of(tmp_path / "report.html", run_dir)
+    assert figures_in(page)["runs"][0]["places"]["steps"] == list(range(1, 8))
+    assert {"running", "7 of 50"} <= set(Words(page).cells)
+
+
+def test_a_run_that_never_trained_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", [], recipe_of(50))
+    (run_dir / "metrics.jsonl").unlink()
+    words = Words(page_of(tmp_path / "report.html", run_dir))
+    assert "0 of 50" in words.cells
+    assert "it has not finished a step yet" in words.text
+
+
+def test_a_run_whose_data_set_is_gone_says_what_is_missing_and_takes_it_from_elsewhere(
+    real_run: Path, text_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(real_run, run_dir)
+    for manifest in (run_dir / "checkpoints").glob("step-*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        content["data_dir"] = str(tmp_path / "gone")
+        manifest.write_text(json.dumps(content))
+    page = page_of(tmp_path / "report.html", run_dir)
+    assert f"its data set is not at {tmp_path / 'gone'}" in capsys.readouterr().err
+    assert "--data-dir says where it is" in Words(page).text
+    # The evaluation measured the bytes of the same text.
+    assert figures_in(page)["runs"][0]["bytes_per_token"] is not None
+    flags = ("--data-dir", str(text_data))
+    page = page_of(tmp_path / "report.html", run_dir, flags=flags)
+    assert "--data-dir says where it is" not in Words(page).text
+    assert "Fingerprint" in Words(page).text
+
+
+def test_missing_lines_and_endless_figures_are_gaps(tmp_path: Path) -> None:
+    steps = [step for step in falling_steps(10) if step.step not in (3, 4)]
+    run_dir = write_run(tmp_path / "run", steps, recipe_of(10))
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    broken = json.loads(lines[2])
+    broken["loss"] = math.nan
+    broken["val_loss"] = math.inf
+    lines[2] = json.dumps(broken)
+    path.write_text("\n".join(lines) + "\n")
+    page = page_of(tmp_path / "report.html", run_dir)
+    (run,) = figures_in(page)["runs"]
+    assert run["places"]["steps"] == [1, 2, 3, 6, 7, 8, 9, 10]
+    assert run["series"]["loss"]["mean"][2] is None
+    assert None not in run["series"]["loss"]["mean"][3:]
+    assert "2 steps have no line" in Words(page).text
+
+
+def test_marks_stand_where_things_happened(eventful_run: Path, tmp_path: Path) -> None:
+    page = page_of(tmp_path / "report.html", eventful_run)
+    (run,) = figures_in(page)["runs"]
+    marks = run["marks"]
+    where = list(zip(marks["kinds"], marks["places"]["steps"], strict=True))
+    assert where == [
+        ("restart", 1000),
+        ("restart", 2500),
+        ("skip", 701),
+        ("skip", 3001),
+        ("stall", 5000),
+    ]
+    steps = [step for step in falling_steps(5000) if step.step not in (700, 3000)]
+    hours = 2 * sum(step.step_s for step in steps) / 3600  # of two ranks
+    assert f"{hours:.4g}" in Words(page).cells
+
+
+def test_a_run_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fell to the middle, and is flat from there on; two steps were slow, one had a spike."""
+    steps = []
+    for step in falling_steps(400, outlier_at=250):
+        loss = step.loss
+        if step.step != 250:
+            loss = max(6.0 - step.step / 50, 2.0) + (step.step * 7919 % 100) / 1000
+        slow = 3 if step.step in (100, 101) else 1
+        steps.append(replace(step, loss=loss, step_s=0.5 * slow))
+    flat = write_run(tmp_path / "flat", steps, recipe_of(400))
+    falls = write_run(tmp_path / "falls", steps[:200], recipe_of(400))
+    words = Words(page_of(tmp_path / "report.html", flat, falls))
+    printed = capsys.readouterr().out
+    assert "flat: training loss of the last tenth of its steps flat: 2.0" in printed
+    assert "falls: training loss of the last tenth of its steps still falling: 2." in printed
+    assert "2, which took 2 s more" in words.cells
+    worst = words.cells[words.cells.index("flat, steps of the highest loss") :]
+    assert worst[worst.index("250") + 1] == "99.0000"
+
+
+# Bad input
+
+
+def test_bad_input_gets_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", falling_steps(4), recipe_of(4))
+    (tmp_path / "empty").mkdir()
+    twice = write_run(tmp_path / "twice", [*falling_steps(4), *falling_steps(2)], recipe_of(4))
+    damaged = write_run(tmp_path / "damaged", falling_steps(4), recipe_of(4))
+    content = (damaged / "metrics.jsonl").read_text()
+    (damaged / "metrics.jsonl").write_text(content.replace('"step": 2,', '"step": 2;'))
+    lacking = write_run(tmp_path / "lacking", falling_steps(4), recipe_of(4))
+    content = (lacking / "metrics.jsonl").read_text()
+    (lacking / "metrics.jsonl").write_text(content.replace('"forward"', '"onward"'))
+    page = tmp_path / "report.html"
+    page.write_text("before")
+    cases = {
+        (tmp_path / "none",): "none: no such directory",
+        (tmp_path / "empty",): "empty: no run of pretrain.train is there",
+        (good, good): "good: the same run as",
+        (twice,): "metrics.jsonl: step 0 comes after step 3",
+        (damaged,): "metrics.jsonl: line 3: damaged",
+        (lacking,): "metrics.jsonl: a step's figure is missing or no number ('forward')",
+    }
+    for runs, expected in cases.items():
+        with pytest.raises(UserError, match=re.escape(expected)):
+            page_of(page, *runs)
+    for output, expected in (
+        (tmp_path / "report.txt", "give a name that ends in .html"),
+        (good / "recipe.yaml", "give a name that ends in .html"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            page_of(output, good)
+    assert page.read_text() == "before"
+
+
+def test_an_output_that_can_t_be_written_is_one_line(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(4), recipe_of(4))
+    (tmp_path / "file").write_text("no folder")
+    output = tmp_path / "file" / "report.html"
+    command = [sys.executable, "-m", "pretrain.report", str(run_dir), "--output", str(output)]
+    result = run_command(*command)
+    assert result.returncode == 2
+    error = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(error) == 1
+    assert error[0].startswith(f"error: {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize(("package", "flags"), [("uplot", []), ("matplotlib", ["--svg", "images"])])
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(
+    package: str, flags: list[str], tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(4), recipe_of(4))
+    arguments = [str(run_dir), "--output", str(tmp_path / "report.html"), *flags]
+    program = (
+        "import sys, importlib.machinery as m\n"
+        "find = m.PathFinder.find_spec\n"
+        f"lacks = lambda name, *more: None if name == {package!r} else find(name, *more)\n"
+        "m.PathFinder.find_spec = lacks\n"
+        "from data_prep.commands import exit_code\n"
+        "from pretrain.report import main\n"
+        "sys.exit(exit_code(lambda: main(sys.argv[1:])))"
+    )
+    result = run_command(sys.executable, "-c", program, *arguments)
+    assert result.returncode == 2
+    assert "pip install 'tablefree[report]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
+    name = os.fsdecode(b"r\xffn")
+    run_dir = write_run(tmp_path / name, falling_steps(3), recipe_of(3))
+    page = page_of(tmp_path / "report.html", run_dir)
+    assert "r\\udcffn" in Words(page).text
+
+
+# Safety, and a real browser
+
+
+def test_what_a_run_brings_in_is_text_and_nothing_is_asked_for(
+    eventful_run: Path, tmp_path: Path
+) -> None:
+    page = page_of(tmp_path / "report.html", eventful_run)
+    words = Words(page)
+    assert EVIL in words.text  # of the sample, as it stands there
+    assert "a<script>b" in words.text
+    scripts = [attributes for tag, attributes in words.tags if tag == "script"]
+    assert len(scripts) == 3
+    # a name ends in no script, nor leads one out of the page
+    assert EVIL not in page
+    addresses = [
+        address
+        for _, attributes in words.tags
+        for name, address in attributes.items()
+        if name in ("src", "href", "action", "srcset", "poster")
+    ]
+    assert addresses == ["data:,"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    with chromium() as found:
+        yield found
+
+
+def look_at(browser: "Browser", path: Path, **options: Any) -> tuple["Page", list[str]]:
+    """A page as a browser shows it, and a list of all that it complains of or asks for."""
+    page = browser.new_context(**options).new_page()
+    seen: list[str] = []
+    page.on("console", lambda message: seen.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
+    page.on("request", lambda request: seen.append(f"request: {request.url}"))
+    page.goto(path.as_uri())  # until all is loaded, and drawn: the script runs before that
+    seen.remove(f"request: {path.as_uri()}")
+    return page, seen
+
+
+def readout(page: "Page", chart: str = "loss") -> str:
+    """What stands under a chart."""
+    return page.inner_text(f"#chart-{chart} .legend")
+
+
+def test_a_browser_draws_it_switches_it_and_asks_for_nothing(
+    browser: "Browser", eventful_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    page_of(path, eventful_run)
+    page, seen = look_at(browser, path)
+    assert page.title() == "a<script>b: report"
+    assert page.locator("#charts figure").count() == 6
+    before = page.locator("#chart-loss canvas").screenshot()
+    for axis in ("steps", "hours", "flops", "tokens"):
+        page.select_option("#axis", axis)
+    page.check("#log")
+    page.fill("#smoothing", "60")
+    page.check("#calm")
+    assert page.locator("#chart-loss canvas").screenshot() != before
+    # by keyboard alone: to the chart, and along it
+    page.locator("#chart-loss .plot").focus()
+    page.keyboard.press("Home")
+    page.wait_for_function(
+        "document.querySelector('#chart-loss .legend').innerText.includes('at ')"
+    )
+    at_the_beginning = readout(page)
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(100)
+    assert readout(page) != at_the_beginning
+    page.keyboard.press("+")
+    page.emulate_media(media="print")
+    page.pdf()
+    assert seen == []
+    page.context.close()
+
+
+def test_the_figure_under_the_cursor_is_that_of_the_record(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(30), recipe_of(30))
+    path = tmp_path / "report.html"
+    page_of(path, run_dir)
+    page, seen = look_at(browser, path)
+    losses = [step.loss for step in read_steps(run_dir)]
+    page.locator("#chart-loss .plot").focus()
+    page.keyboard.press("Home")
+    for _ in range(7):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(100)
+    assert losses[7] is not None
+    assert f"run {float(f'{losses[7]:.5g}'):g}" in readout(page)
+    assert f"at {8 * GLOBAL_TOKENS / 1000:.4g} k tokens" in readout(page)
+    assert seen == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_two_runs_fit_a_phone_and_axe_finds_nothing_serious(
+    browser: "Browser", scheme: str, eventful_run: Path, tmp_path: Path
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    other = write_run(tmp_path / "other", falling_steps(400, 2), recipe_of(400))
+    path = tmp_path / "report.html"
+    page_of(path, eventful_run, other)
+    # axe is a script of its own, which the page's policy would refuse
+    phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme, "bypass_csp": True}
+    page, seen = look_at(browser, path, **phone)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+    box = page.get_by_role("checkbox", name="other", exact=True)
+    box.uncheck()
+    assert "other" not in readout(page)
+    box.check()
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 10
+    serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+    assert not serious, [(v["id"], v["nodes"][0]["html"]) for v in serious]
+    assert seen == []
+    page.context.close()
+
+
+def test_runs_of_no_step_of_one_and_of_skipped_ones_are_drawn_without_complaint(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    single = write_run(tmp_path / "single", falling_steps(1), recipe_of(1))
+    none = write_run(tmp_path / "none", [], recipe_of(9))
+    skipped = [skipped_step(step, "loss nan") for step in range(5)]
+    refused = write_run(tmp_path / "refused", skipped, recipe_of(9))
+    path = tmp_path / "report.html"
+    for runs, charts in (((single,), 6), ((none,), 0), ((refused,), 1), ((none, single), 6)):
+        page_of(path, *runs)
+        page, seen = look_at(browser, path)
+        assert page.locator("#charts canvas").count() == charts
+        page.select_option("#axis", "hours")
+        page.check("#log")
+        page.check("#calm")
+        assert seen == []
+        page.context.close()
+
+
+# The README, and images
+
+
+def test_the_readme_s_commands_are_as_they_stand_there(real_run: Path, tmp_path: Path) -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## The report of a run") :]
+    block = section[section.index("```") : section.index("```\n\n")]
+    commands = [line for line in block.splitlines() if line.startswith("python -m")]
+    assert len(commands) == 3
+    for name in ("run", "run-a", "run-b"):
+        shutil.copytree(real_run, tmp_path / name)
+    for command in commands:
+        _, *arguments = command.split()
+        result = run_command(sys.executable, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "images" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "images" / "bits_per_byte.svg").read_text()
+    assert svg.startswith("<?xml")
