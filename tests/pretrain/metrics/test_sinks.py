@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks
+from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks, train_on
 from support.hand_made_runs import trained_step
 from support.poisoned_ranks import poisoned_run
 from support.runs import environment, free_port, losses, run_command, steps_of, write_recipe
@@ -261,6 +261,13 @@ def test_without_sinks_no_package_of_one_is_imported(
     assert result.returncode == 0, result.stderr
     assert "IMPORTED []" in result.stdout
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_of_several_ranks_the_first_alone_tells_its_sinks(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml")
+    train_on(2, recipe, tiny_data, tmp_path / "run", "--log.sinks=tensorboard")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    expect_drawn_as_recorded(newest("tensorboard", tmp_path / "run"), tmp_path / "run")
 
 
 def test_every_sink_of_the_recipe_has_its_row() -> None:
