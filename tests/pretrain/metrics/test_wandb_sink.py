@@ -99,7 +99,8 @@ def test_without_a_key_nobody_is_asked_for_one_and_the_run_goes_on(
     output = b"".join(read_all(ours)).decode()
     assert process.wait(timeout=60) == 0, output
     said = " ".join(output.split())
-    assert said.count("warning: log.sinks: wandb: UsageError: No API key configured") == 1
+    # More than once on the wire: the block keeps warnings in sight whenever it is drawn.
+    assert "warning: log.sinks: wandb: UsageError: No API key configured" in said
     assert "Enter your choice" not in said
     assert steps_of(tmp_path / "run") == 20
 
