@@ -102,7 +102,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
     library = library_file("uPlot.iife.js")
     script = own_file("report.js")
-    of_samples = own_file("samples.js")
+    of_sections = own_file("sections.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
         samples_section(runs),
@@ -124,11 +124,11 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
         title=", ".join(run.name for run in runs),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         notes=notes,
-        policy=policy_of([library, script, of_samples]),
+        policy=policy_of([library, script, of_sections]),
         style=Markup(style),
         library=Markup(library),
         script=Markup(script),
-        script_of_samples=Markup(of_samples),
+        script_of_sections=Markup(of_sections),
         charts=figures,
         overview=overview(runs),
         sections=[section for section in sections if not section.is_empty],

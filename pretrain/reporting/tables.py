@@ -48,11 +48,14 @@ from pretrain.reporting.words import (
 from pretrain.run.directory import RECIPE_NAME
 
 LOCAL_RANK = re.compile(r" --local[_-]rank(=| )\d+")  # which DeepSpeed's launcher adds
+SHORT_COMMIT = 12  # characters of a commit that tell it from all others
 MOST_TEXT = 400  # characters of a sample that are shown
 
 
 TREND = "training loss, the last tenth of the steps against the tenth before"
 LAW = "training loss of the last tenth against a power law of the tokens N"
+MFU = "MFU, median"
+MFU_OF_MATMUL = "use of a measured matrix product, median"  # on CPUs, whose peak is not known
 LAW_NOTE = (
     "The law describes this run and foretells nothing: the schedule bends the curve, and a "
     "learning rate that falls at the end takes it below its law."
@@ -66,12 +69,21 @@ COST_NOTE = (
 def overview(runs: Sequence[ReportedRun]) -> Section:
     """How the runs stand, what came out, and what it cost."""
     outcomes = [outcome(run) for run in runs]
-    costs = [cost(run) for run in runs]
+    costs = without_unknown([cost(run) for run in runs], (MFU, MFU_OF_MATMUL))
     tables = [
         by_run("Outcome", runs, outcomes, ""),
         by_run("Cost and speed", runs, costs, COST_NOTE),
     ]
     return Section(title="Overview", tables=tables)
+
+
+def without_unknown(of_runs: Sequence[Cells], names: Sequence[str]) -> list[Cells]:
+    """Cells of runs without those of some names that no run knows."""
+    unknown = {name for name in names if all(cells[name] == NOT_KNOWN for cells in of_runs)}
+    known_of_runs = []
+    for cells in of_runs:
+        known_of_runs.append({name: cells[name] for name in cells if name not in unknown})
+    return known_of_runs
 
 
 def outcome(run: ReportedRun) -> Cells:
@@ -110,8 +122,8 @@ def cost(run: ReportedRun) -> Cells:
         "FLOPs": f"{tokens_of(run) * per_token:.3g}",
         "GPU-hours (on CPUs: hours of ranks)": f"{gpu_hours:,.4g}",
         "tokens/s, median": median_of(run.steps, "tokens_per_s", ",.0f"),
-        "MFU, median": median_of(run.steps, "mfu", ".1%"),
-        "on CPUs: against a measured matrix product": median_of(run.steps, "mfu_of_matmul", ".1%"),
+        MFU: median_of(run.steps, "mfu", ".1%"),
+        MFU_OF_MATMUL: median_of(run.steps, "mfu_of_matmul", ".1%"),
         "seconds a step, median": median_of(run.steps, "step_s", ".4g"),
     }
     whole = known(run.steps, "step_s").sum()
@@ -272,7 +284,7 @@ def score_row(name: str, score: Score) -> list[str]:
     return [
         name,
         figure(score.loss),
-        figure(score.perplexity),
+        figure(score.perplexity, ",.2f"),
         figure(score.bits_per_byte),
         f"{score.targets:,}",
         f"{score.text_bytes:,}",
@@ -338,7 +350,7 @@ def starts_table(run: ReportedRun) -> Table:
     rows = []
     for start in run.starts:
         row = [f"{start.step:,}", start.time, start.ranks]
-        row += [start.devices, start.commit, start.versions]
+        row += [start.devices, start.commit[:SHORT_COMMIT], start.versions]
         rows.append(row)
     return Table(
         title=run.name,

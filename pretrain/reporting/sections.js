@@ -1,5 +1,5 @@
 // Shows the samples of one step at a time: a slider picks it. Without this script, and on paper, a
-// few steps stand there one below the other.
+// few steps stand there one below the other. On paper, what is folded lies open.
 "use strict";
 
 (() => {
@@ -33,4 +33,13 @@
   }
 
   document.querySelectorAll(".samples").forEach(setUp);
+
+  let unfolded = [];
+  addEventListener("beforeprint", () => {
+    unfolded = [...document.querySelectorAll("details:not([open])")];
+    for (const details of unfolded) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of unfolded) details.open = false;
+  });
 })();
