@@ -16,10 +16,11 @@ from markupsafe import Markup
 
 from data_prep.errors import UserError
 from pretrain.reporting.charts import draw_charts
+from pretrain.reporting.data_tables import data_section
 from pretrain.reporting.reported_run import ReportedRun, bytes_per_token, curves_of
+from pretrain.reporting.samples import samples_section
 from pretrain.reporting.tables import (
     compared,
-    data_section,
     environment,
     evaluation,
     happened,
@@ -101,8 +102,10 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
     library = library_file("uPlot.iife.js")
     script = own_file("report.js")
+    of_sections = own_file("sections.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
+        samples_section(runs),
         compared(runs),
         happened(runs),
         evaluation(runs),
@@ -121,11 +124,12 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
         title=", ".join(run.name for run in runs),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         notes=notes,
-        policy=policy_of([library, script]),
+        policy=policy_of([library, script, of_sections]),
         style=Markup(style),
         library=Markup(library),
         script=Markup(script),
+        script_of_sections=Markup(of_sections),
         charts=figures,
         overview=overview(runs),
-        sections=[section for section in sections if section.tables or section.texts],
+        sections=[section for section in sections if not section.is_empty],
     )
