@@ -7,8 +7,8 @@ the same run of trackio; else it begins a new one, whose config names the old on
 steps there. Trackio itself meets what fails with warnings, and drops it: so what it has is counted,
 where that can be seen from here. What a server has cannot, so there each start begins a new run.
 
-Trackio greets on stdout, which is no place for it: of a run, that belongs to the log or to the block
-on a terminal. Its warnings, on stderr, are let through.
+Trackio greets on stdout, which would stand amid the log or the block on a terminal: it is silenced.
+Its warnings, on stderr, are let through.
 """
 
 import os

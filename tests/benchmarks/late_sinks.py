@@ -2,11 +2,11 @@
 
     python tests/benchmarks/late_sinks.py [--steps 50000,200000]
 
-For every sink and number of steps a process of its own begins with a hand-made metrics.jsonl of that
-many steps, as a start does that goes on after the last of them, and ends when the sink has drawn all.
-Seconds of CPU time of the process, all threads, and its peak memory beyond that of a sink that has
-nothing to draw. Twice the steps that take more than twice the time, or more memory, would show in
-the rows. W&B is offline, and its own process is not counted.
+For every sink and number of steps a process of its own begins with a hand-made metrics.jsonl of
+that many steps, as a start does that goes on after the last of them, and ends when the sink has
+drawn all. CPU time is that of the process, all threads; peak memory is beyond that of a sink that
+has nothing to draw. Four times the steps that take more than four times the time, or more memory,
+show in the rows. W&B is offline, and its own process is not counted.
 """
 
 import argparse
