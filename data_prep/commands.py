@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 from data_prep.errors import UserError, exit_code_of, nearest, os_error_line, printable
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+SAME_SIGNAL_S = 2.0  # within so long a signal is the same one: launchers send it more than once
 LARGEST_NUMBER = 1e18  # on a command line; counts stay below what 64 bits hold
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 

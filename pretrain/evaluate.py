@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 ABOUT = (
     "Loss, perplexity and bits per byte over the whole validation split, with the fp32 masters of "
-    "the newest good checkpoint or of --step; also written into the run's directory, as the README "
-    "says where."
+    "the newest good checkpoint or of --step; also written into the run's directory: as "
+    "evaluation.json of the newest checkpoint on the run's own data set, else below evaluations/."
 )
 
 

@@ -86,6 +86,7 @@ def speed_figures(record: StepRecord) -> dict[str, float | None]:
     figures: dict[str, float | None] = {
         "speed/tokens_per_s": record.tokens_per_s,
         "speed/mfu": record.mfu,
+        "speed/mfu_of_matmul": record.mfu_of_matmul,
         "speed/step_s": record.step_s,
         "memory/peak_bytes": record.peak_memory_bytes,
     }

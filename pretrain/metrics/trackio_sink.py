@@ -6,12 +6,18 @@ Trackio takes no step back. Where it has only steps that the run goes on from, a
 the same run of trackio; else it begins a new one, whose config names the old one, and draws all
 steps there. Trackio itself meets what fails with warnings, and drops it: so what it has is counted,
 where that can be seen from here. What a server has cannot, so there each start begins a new run.
+
+Trackio greets on stdout, which would stand amid the log or the block on a terminal: it is silenced.
+Its warnings, on stderr, are let through.
 """
 
 import os
 import secrets
 
 import trackio
+import trackio.deploy
+import trackio.run
+import trackio.utils
 from trackio.sqlite_storage import SQLiteStorage
 
 from pretrain.metrics.run_note import RunNote, read_note, write_note
@@ -28,6 +34,7 @@ class TrackioSink:
     def __init__(self, about: AboutRun) -> None:
         self.about = about
         self.note = about.run_dir / NOTE_NAME
+        keep_silent()
 
     def begin(self, step: int) -> int:
         """Go on in the run of the start before, or begin one. Raises what trackio does."""
@@ -63,6 +70,16 @@ class TrackioSink:
         self.run.finish()
         if is_kept_here() and steps_held(self.run.name) is None:
             raise OSError("some steps were not written; the next start draws them in a new run")
+
+
+def keep_silent() -> None:
+    """Have trackio print nothing from here on, and nobody else: sys.stdout is of all threads."""
+    for module in (trackio, trackio.deploy, trackio.run, trackio.utils):
+        vars(module)["print"] = print_nothing
+
+
+def print_nothing(*_what: object, **_how: object) -> None:
+    """In the place of Python's print, in the modules of trackio that a run is told through."""
 
 
 def is_kept_here() -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, install_advice
 from data_prep.files import write_durably
 from pretrain.metrics.step_columns import Groups
 from pretrain.reporting.charts import (
@@ -87,7 +87,7 @@ def new_figure() -> "Figure":
     except ModuleNotFoundError:
         raise UserError(
             "--png and --svg are drawn by matplotlib, which is missing; "
-            "pip install 'tablefree[report]' installs it"
+            f"{install_advice('report')} installs it"
         ) from None
     return Figure(figsize=INCHES, layout="constrained")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, install_advice
 from pretrain.reporting.charts import draw_charts
 from pretrain.reporting.data_tables import data_section
 from pretrain.reporting.reported_run import ReportedRun, bytes_per_token, curves_of
@@ -39,7 +39,7 @@ def library_file(name: str) -> str:
     if found is None or found.origin is None:
         raise UserError(
             "a report is drawn by uPlot, whose package is missing; "
-            "pip install 'tablefree[report]' installs it"
+            f"{install_advice('report')} installs it"
         )
     path = Path(found.origin).parent / "static" / name
     return path.read_text(encoding="utf-8")

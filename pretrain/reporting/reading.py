@@ -127,18 +127,16 @@ def look_into(data: DataAtHand, recipe: Recipe, steps: StepColumns, notes: list[
 
 def start_facts(start: Start) -> StartFacts:
     """A start in words."""
-    versions = start.get("versions")
-    named = versions if isinstance(versions, dict) else {}
-    hosts = start.get("hosts")
+    versions = start.versions or {}
     return StartFacts(
-        step=start["step"],
-        time=str(start.get("time", "")),
-        command=str(start.get("command", "")),
-        commit=in_words(start.get("commit")),
-        ranks=in_words(start.get("ranks")),
-        hosts=len(hosts) if isinstance(hosts, dict) else 0,
-        devices=in_words(start.get("devices")),
-        versions=", ".join(f"{name} {version}" for name, version in named.items()),
+        step=start.step,
+        time=start.time or "",
+        command=start.command or "",
+        commit=in_words(start.commit),
+        ranks=in_words(start.ranks),
+        hosts=len(start.hosts or ()),
+        devices=in_words(start.devices),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
 
 

@@ -344,7 +344,7 @@ class Trainer:
         return AboutRun(
             run_dir=run.run_dir,
             config=config,
-            restarts=frozenset(start["step"] for start in starts if start["step"] > 0),
+            restarts=frozenset(start.step for start in starts if start.step > 0),
             bytes_per_token=bytes_per_token(run.reader.manifest),
         )
 

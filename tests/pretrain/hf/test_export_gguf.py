@@ -352,6 +352,6 @@ def test_without_the_package_it_says_what_to_install(
 ) -> None:
     # which is how Python marks a module as not to be had
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]' in this project's folder"):
+    with pytest.raises(UserError, match=r"pip install 'tablefree\[gguf\]' \(in a checkout: "):
         export(text_run, tmp_path / "e")
     assert not list(tmp_path.iterdir())

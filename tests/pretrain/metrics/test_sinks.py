@@ -68,6 +68,7 @@ def train_told(recipe: Path, data: Path, run_dir: Path, *more: str) -> str:
     ended = run_ranks(1, recipe, data, run_dir, ALL, *more, **variables())
     assert ended.exit_codes == [0], ended.output
     assert "warning: log.sinks" not in ended.output
+    assert "rackio" not in ended.output  # which would greet, on stdout
     return ended.output
 
 
@@ -82,8 +83,10 @@ def expect_drawn_as_recorded(drawn: Drawn, run_dir: Path) -> None:
         "train/tokens": "tokens",
         "validation/loss": "val_loss",
         "speed/tokens_per_s": "tokens_per_s",
+        "speed/mfu_of_matmul": "mfu_of_matmul",  # which a CPU has
         "memory/peak_bytes": "peak_memory_bytes",
     }
+    assert lines[-1].get("mfu_of_matmul")
     for name, key in of_lines.items():
         recorded = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         assert [step for step, _ in drawn.figures[name]] == [step for step, _ in recorded], name
