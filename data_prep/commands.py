@@ -7,6 +7,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 import argparse
 import ast
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -22,6 +23,7 @@ from data_prep.errors import UserError, exit_code_of, nearest, os_error_line, pr
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 SAME_SIGNAL_S = 2.0  # within so long a signal is the same one: launchers send it more than once
 LARGEST_NUMBER = 1e18  # on a command line; counts stay below what 64 bits hold
+UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[\w-]+)")  # in argparse's words
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
 
@@ -55,7 +57,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise UserError(f"{message}; --help lists the flags")
+        advice = "--help lists the flags"
+        unknown = UNKNOWN_FLAG.search(message)
+        if unknown:
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            advice = f"did you mean {close[0]}? {advice}" if close else advice
+        raise UserError(f"{message}; {advice}")
 
 
 def list_commands(folder: Path, arguments: Sequence[str]) -> None:

@@ -3,9 +3,9 @@
     python -m pretrain.generate --run-dir RUN_DIR [--step N] --prompt TEXT [--prompt TEXT ...]
     python -m pretrain.generate --model DIR --prompts FILE --output FILE.jsonl
 
-Without a prompt, lines of stdin are continued, one after the other. The text depends on the model,
-the prompt and the flags, --seed among them, and on nothing else. It ends with the document, after
---max-new-tokens, or where the model's context does.
+Without a prompt, lines of stdin are continued, one after the other. A text depends on the model,
+the prompt and its number, and the flags, --seed among them; on nothing else. It ends with the
+document, after --max-new-tokens, or where the model's context does.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.commands import CommandParser, exit_code, large_number
-from data_prep.errors import UserError, one_line, printable
+from data_prep.errors import UserError, explained, one_line, printable
 from data_prep.files import write_durably
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def lines_of_stdin() -> Iterator[str]:
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        with explained(UnicodeDecodeError, "stdin: is no text in UTF-8", "convert it"):
+            line = sys.stdin.readline()
         if not line:
             break
         text = line.removesuffix("\n")
@@ -186,9 +187,11 @@ def stream(continuation: "Continuation") -> None:
     """Print a prompt and its continuation as it comes, and on stderr what there is to say of it."""
     began = time.monotonic()
     print(printable(continuation.prompt.text), end="", flush=True)
-    for piece in continuation:
-        print(printable(piece), end="", flush=True)
-    print(flush=True)
+    try:
+        for piece in continuation:
+            print(printable(piece), end="", flush=True)
+    finally:
+        print(flush=True)  # so that what is said of a Ctrl-C stands on a line of its own
     seconds = time.monotonic() - began
     tokens = len(continuation.ids)
     bits = continuation.bits_per_byte
@@ -213,15 +216,15 @@ def line_of(continuation: "Continuation") -> bytes:
     return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
-def sampling_of(flags: Namespace) -> "Sampling":
-    """How ids are to be chosen."""
-    from pretrain.generation.sampling import Sampling
+def sampling_of(flags: Namespace, number: int) -> "Sampling":
+    """How the ids after a prompt are to be chosen; each of several has draws of its own."""
+    from pretrain.generation.sampling import Sampling, derived_seed
 
     return Sampling(
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
-        seed=flags.seed,
+        seed=derived_seed(flags.seed, number),
     )
 
 
@@ -229,9 +232,9 @@ def generate(flags: Namespace, speaker: "Speaker", prompts: Iterable["Prompt"]) 
     """Continue prompts, onto stdout or into the file of --output."""
     from pretrain.generation.continuation import Continuation
 
-    sampling = sampling_of(flags)
     lines: list[bytes] = []
     for number, prompt in enumerate(prompts):
+        sampling = sampling_of(flags, number)
         continuation = Continuation(speaker, prompt, flags.max_new_tokens, sampling)
         if flags.output is not None:
             lines.append(line_of(continuation.complete()))

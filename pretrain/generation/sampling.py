@@ -1,5 +1,6 @@
 """From the logits of a position to the id that comes next."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,12 @@ class Sampling:
     top_k: int | None = None  # so many of the likeliest ids alone
     top_p: float = 1.0  # of those the fewest that have this much of the probability together
     seed: int = 0
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of one of several texts, so that a prompt given twice has two continuations."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class Sampler:
