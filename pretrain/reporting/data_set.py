@@ -21,7 +21,7 @@ from pretrain.data.provenance import Part, parts_of
 MOST_COUNTED = 4_000_000  # documents of a data set whose lengths are looked at: 0.2 s
 PIECE_DOCUMENTS = 65_536  # neighbours in an index, looked at in one place
 MOST_ROWS_READ = 8  # rows of a step whose documents are looked up
-MOST_NAMED = 4  # documents of a step that are named
+MOST_NAMED = 3  # documents of a step that are named
 MOST_INDEX = 4_000_000  # documents of a shard in which one is looked up: 64 MB of index
 FIRST_IDS = 40  # of a document that become the text beside its name
 FIRST_CHARACTERS = 80

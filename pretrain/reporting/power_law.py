@@ -13,6 +13,7 @@ from pretrain.metrics.step_columns import Floats, StepColumns
 FEWEST_STEPS = 100  # to be fitted
 LEAST_GROWTH = 4.0  # of the tokens over these steps
 POINTS = 200  # medians of steps, evenly on a log scale of tokens
+MOST_OF_A_POINT = 1_000  # steps whose median it is, evenly spread where it stands for more
 TENTH = 10  # the last one is not fitted: it is what is looked at
 LEAST_EXPONENT = 0.02  # below, a power law is a straight line over log N, and E anything
 MOST_EXPONENT = 3.0
@@ -107,11 +108,12 @@ def points(shares: Floats, losses: Floats) -> tuple[Floats, Floats]:
     """
     edges = np.geomspace(shares[0], shares[-1], POINTS + 1)[1:-1]
     starts = np.unique(np.searchsorted(shares, edges, side="right"))
-    of_groups = [
-        (np.median(own), np.median(values))
-        for own, values in zip(np.split(shares, starts), np.split(losses, starts), strict=True)
-        if len(own)
-    ]
+    of_groups = []
+    for own, values in zip(np.split(shares, starts), np.split(losses, starts), strict=True):
+        if len(own) == 0:
+            continue
+        every = -(-len(own) // MOST_OF_A_POINT)
+        of_groups.append((np.median(own[::every]), np.median(values[::every])))
     found = np.array(of_groups, np.float64)
     return found[:, 0], found[:, 1]
 
@@ -123,8 +125,7 @@ def fit_law(shares: Floats, losses: Floats) -> Fit | None:
     best: Fit | None = None
     for _ in range(ROUNDS):
         exponents = np.geomspace(least, most, EXPONENTS)
-        for exponent in exponents.tolist():
-            fit = fit_line(shares, losses, exponent)
+        for fit in fit_lines(shares, losses, exponents):
             if fit.factor > 0 and fit.floor >= 0 and (best is None or fit.left < best.left):
                 best = fit
         if best is None:
@@ -135,28 +136,32 @@ def fit_law(shares: Floats, losses: Floats) -> Fit | None:
     return best
 
 
-def fit_line(shares: Floats, losses: Floats, exponent: float) -> Fit:
-    """Floor and factor of one exponent, by the least mean distance.
+def fit_lines(shares: Floats, losses: Floats, exponents: Floats) -> list[Fit]:
+    """Floor and factor for each exponent, by the least mean distance.
 
     That is weighted least squares, again and again: each point weighs less the further it lies.
     """
-    powers = shares**-exponent
-    weights = np.ones_like(losses)
+    powers = shares ** -exponents[:, np.newaxis]  # (exponents, points)
+    weights = np.ones_like(powers)
     tiny = 1e-6 * float(np.ptp(losses)) + 1e-12  # a point on the line does not weigh all
-    floor = factor = 0.0
     for _ in range(WEIGHINGS):
-        mean_power = np.average(powers, weights=weights)
-        mean_loss = np.average(losses, weights=weights)
-        spread = np.average((powers - mean_power) ** 2, weights=weights)
-        common = np.average((powers - mean_power) * (losses - mean_loss), weights=weights)
-        factor = float(common / max(spread, tiny))
-        floor = float(mean_loss - factor * mean_power)
-        weights = 1 / np.maximum(np.abs(losses - floor - factor * powers), tiny)
-    distances = np.abs(losses - floor - factor * powers)
-    return Fit(
-        floor=floor,
-        factor=factor,
-        exponent=exponent,
-        left=float(distances.mean()),
-        scatter=float(np.median(distances)),
-    )
+        weights /= weights.sum(axis=1, keepdims=True)
+        mean_power = (weights * powers).sum(axis=1, keepdims=True)
+        mean_loss = (weights * losses).sum(axis=1, keepdims=True)
+        aside = powers - mean_power
+        spread = (weights * aside**2).sum(axis=1, keepdims=True)
+        common = (weights * aside * (losses - mean_loss)).sum(axis=1, keepdims=True)
+        factors = common / np.maximum(spread, tiny)
+        floors = mean_loss - factors * mean_power
+        distances = np.abs(losses - floors - factors * powers)
+        weights = 1 / np.maximum(distances, tiny)
+    return [
+        Fit(
+            floor=float(floors[row, 0]),
+            factor=float(factors[row, 0]),
+            exponent=exponent,
+            left=float(distances[row].mean()),
+            scatter=float(np.median(distances[row])),
+        )
+        for row, exponent in enumerate(exponents.tolist())
+    ]
