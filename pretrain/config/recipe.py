@@ -29,10 +29,10 @@ class ModelRecipe:
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     seq_len: int = Field(ge=1)
-    input_embedding: Literal["binary_code", "affine_code", "learned"]
+    input_embedding: Literal["binary_code", "affine_code", "permuted_code", "learned"]
     # By default as few as tell all ids apart: ceil(log2 vocab_size).
     code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)
-    code_seed: int = 0  # draws A and b of an affine code
+    code_seed: int = 0  # draws A and b of an affine code, the keys of a permuted one
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
