@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.commands import CommandParser, exit_code
+from data_prep.commands import exit_code
 from data_prep.errors import UserError, one_line, printable
 from data_prep.manifest import Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.config.recipe_parser import RecipeParser
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of
@@ -77,14 +78,14 @@ def warn_of_damage(reader: ShardReader, shard: Shard) -> None:
         print(f"warning: {one_line(error)}", file=sys.stderr)
 
 
-def build_parser() -> CommandParser:
+def build_parser() -> RecipeParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     about = "From a row of a training step back to the documents it was made of."
     more = (
         "Steps, rows and all else count from 0. With --recipe, any recipe key can be set with "
         "--dotted.key=value."
     )
-    parser = CommandParser(prog="python -m pretrain.trace", description=about, epilog=more)
+    parser = RecipeParser(prog="python -m pretrain.trace", description=about, epilog=more)
     run = parser.add_mutually_exclusive_group(required=True)
     run.add_argument("--run-dir", type=Path, help="directory of a run of pretrain.train")
     run.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
