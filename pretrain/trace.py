@@ -25,7 +25,7 @@ from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of
 from pretrain.run.directory import RECIPE_NAME
-from pretrain.run.state import fingerprint_of
+from pretrain.run.state import STATE_NAME, fingerprint_of
 
 
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
@@ -103,7 +103,13 @@ def build_parser() -> RecipeParser:
 
 
 def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
-    """The recipe of a run. Raises UserError if the run saw another data set."""
+    """The recipe of a run. Raises UserError if there is none, or it saw another data set."""
+    for name in (RECIPE_NAME, STATE_NAME):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"--run-dir {run_dir}: no run is there, since {name} is missing; give the "
+                "directory of a run, or its recipe with --recipe"
+            )
     trained_on = fingerprint_of(run_dir)
     if trained_on != fingerprint:
         raise UserError(
