@@ -235,7 +235,8 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
         check_it_fits(recipe, asked.engine_config, ranks, available, device_type)
     except UserError as error:
         return f"warning: {start}, and that is refused: {error}"
-    return f"{start}: {accumulation_steps(recipe, ranks)} micro-batches each"
+    count = accumulation_steps(recipe, ranks)
+    return f"{start}: {count} micro-{'batch' if count == 1 else 'batches'} each"
 
 
 # Before the imports of the training command

@@ -371,6 +371,8 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:
                 f"{run.run_dir}: step {saved_step} was saved, but no good checkpoint is left; "
                 "restore one, or start again with another --run-dir"
             )
+        if world.is_main and read_starts(run.run_dir):
+            inform(world, f"{run.run_dir}: no checkpoint yet: begins again from step 0")
         return 0
     refuse_another_run(run.run_dir, checkpoint, run.identity)
     if checkpoint.shapes != engine.parameter_shapes():

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.forked_ranks import train_on
-from support.runs import REPOSITORY, write_recipe
+from support.forked_ranks import arguments_of, end_of, logs_of, start_ranks, train_on
+from support.runs import REPOSITORY, steps_of, write_recipe
+from support.waiting import wait_until
 
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.distributed.world import World
@@ -222,3 +223,21 @@ def test_the_commit_is_that_of_a_checkout_which_has_this_project(
 def test_without_git_no_commit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert starts.commit() is None
+
+
+def test_a_start_after_a_kill_before_the_first_save_says_that_it_begins_again(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    saves_late = {"every_steps": 10_000}
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=10_000 * 192, checkpoints=saves_late)
+    run_dir = tmp_path / "run"
+    logs = logs_of(1, run_dir)
+    (rank,) = start_ranks(arguments_of(recipe, tiny_data, run_dir), logs)
+    wait_until(lambda: steps_of(run_dir) >= 3, "three steps")
+    rank.kill()
+    first = end_of([rank], logs).output
+    second = train_on(1, recipe, tiny_data, run_dir, "--stop-at-step=1")
+    line = f"{run_dir}: no checkpoint yet: begins again from step 0"
+    assert line not in first
+    assert second.splitlines().count(line) == 1
+    assert steps_of(run_dir) == 1
