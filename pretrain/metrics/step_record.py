@@ -124,13 +124,18 @@ def samples_of(samples: Iterable[Sample]) -> Line:
     return {"samples": written} if written else {}
 
 
+def sample_of(told: Line) -> Sample:
+    """A sample of a line. Raises KeyError or TypeError for what is none."""
+    return Sample(prompt=told["prompt"], text=told["text"], bits_per_byte=told.get("bits_per_byte"))
+
+
 def step_of_line(line: Line) -> AnyStep:
     """The record behind a line; those of earlier versions may lack memory and slowest rank.
 
     Raises KeyError or TypeError for what is no line of a step.
     """
     told = line.get("samples")
-    samples = tuple(Sample(**sample) for sample in told) if told else ()
+    samples = tuple(map(sample_of, told)) if told else ()
     if "skipped" in line:
         return SkippedStep(
             step=line["step"],
