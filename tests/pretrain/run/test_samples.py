@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks, train_on
 from support.hand_made_runs import trained_step
 from support.poisoned_ranks import poisoned_run
-from support.runs import run_command, steps_of, train, write_recipe
+from support.runs import (
+    REPOSITORY,
+    run_command,
+    steps_of,
+    tiny_recipe_content,
+    train,
+    write_recipe,
+)
 from support.sink_readers import Drawn, lines_of, newest
 from support.waiting import wait_until
 
 from data_prep.errors import UserError
+from pretrain.config.load import build_recipe
 from pretrain.config.recipe import SINKS
 from pretrain.generate import main
 from pretrain.metrics.metrics_file import MetricsFile, read_steps
@@ -215,6 +224,15 @@ def test_a_data_set_without_its_tokenizer_is_refused(
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *ASKED)
     assert ended.exit_codes == [2]
     assert "tokenizer.json: missing" in ended.output
+
+
+def test_the_readme_s_keys_are_keys_of_a_recipe() -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Text that a model writes") :]
+    block = section.split("```yaml\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+    recipe = build_recipe(tiny_recipe_content(**yaml.safe_load(block)), "README")
+    assert recipe.log.prompts == ("The state of the Union", "Fellow citizens, we")
+    assert recipe.log.sample_tokens == 64
 
 
 # Records
