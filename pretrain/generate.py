@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = "--prompt" if flags.prompts is None else f"--prompts {flags.prompts}: prompt"
         prompts = encode_prompts(texts, opened.tokenizer, opened.seq_len, where)
     speaker = opened.load()
-    print(f"{opened.where}, on {speaker.model.device}", file=sys.stderr)
+    print(printable(f"{opened.where}, on {speaker.model.device}"), file=sys.stderr)
     generate(flags, speaker, prompts)
 
 

@@ -1,9 +1,11 @@
 """The command that continues texts: what it says, of runs and exports, and what it refuses."""
 
+import io
 import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import environment, run_command
+from support.runs import REPOSITORY, environment, run_command
 from support.waiting import wait_until
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -255,3 +257,23 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(text_run: Path) -> None:
     assert result.stdout == "P"
     assert "Traceback" not in result.stderr
     assert result.returncode == 0
+
+
+def test_the_readme_s_commands_are_as_they_stand_there(
+    text_run: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Text that a model writes") :]
+    _, block, _ = section.split("```", maxsplit=2)
+    commands = [shlex.split(line) for line in block.splitlines() if line]
+    assert [command[:3] for command in commands] == [["python", "-m", "pretrain.generate"]] * 3
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(text_run)
+    (tmp_path / "export").symlink_to(exports / "tablefree")
+    (tmp_path / "prompts.txt").write_text("We must\nPeace\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Peace\n"))
+    for command in commands:
+        # of a run of 20 steps
+        main(["15" if word == "200" else word for word in command[3:]])
+    assert [line["prompt"] for line in said(tmp_path / "texts.jsonl")] == ["We must", "Peace"]

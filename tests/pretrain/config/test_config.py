@@ -410,6 +410,7 @@ CHANGEABLE = {
     "checkpoints.every_steps", "checkpoints.keep_last", "checkpoints.keep_every",
     "bad_steps.policy", "bad_steps.spike_deviations", "bad_steps.max_in_a_row",
     "stalls.after_medians", "stalls.after_s", "log.sinks", "log.every_s", "log.every_steps",
+    "log.prompts", "log.sample_tokens",
 }  # fmt: skip
 
 

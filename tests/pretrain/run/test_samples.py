@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks, train_on
 from support.hand_made_runs import trained_step
 from support.poisoned_ranks import poisoned_run
-from support.runs import run_command, steps_of, train, write_recipe
-from support.sink_readers import lines_of, read_tensorboard
+from support.runs import (
+    REPOSITORY,
+    run_command,
+    steps_of,
+    tiny_recipe_content,
+    train,
+    write_recipe,
+)
+from support.sink_readers import Drawn, lines_of, newest
 from support.waiting import wait_until
 
 from data_prep.errors import UserError
+from pretrain.config.load import build_recipe
+from pretrain.config.recipe import SINKS
 from pretrain.generate import main
 from pretrain.metrics.metrics_file import MetricsFile, read_steps
 from pretrain.metrics.step_columns import read_columns
@@ -124,23 +134,38 @@ def test_no_way_to_train_computes_other_bits_for_samples(
 
 
 def test_a_run_killed_and_resumed_has_the_same_samples_each_drawn_once(
-    whole: Path, recipe: Path, text_data: Path, tmp_path: Path
+    whole: Path,
+    recipe: Path,
+    text_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir = tmp_path / "run"
-    flags = [*ASKED, "--log.sinks=tensorboard"]
+    flags = [*ASKED, f"--log.sinks=[{','.join(SINKS)}]"]
+    theirs = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
     logs = logs_of(2, run_dir)
-    ranks = start_ranks(arguments_of(recipe, text_data, run_dir, *flags), logs)
+    ranks = start_ranks(arguments_of(recipe, text_data, run_dir, *flags), logs, **theirs)
     wait_until(lambda: steps_of(run_dir) >= 12, "12 steps", every_s=0.002)
     for rank in ranks:
         rank.kill()
     assert end_of(ranks, logs).exit_codes == [-signal.SIGKILL] * 2
     assert steps_of(run_dir) < 20
-    assert "continuing from" in train_on(2, recipe, text_data, run_dir, *flags)
+    ended = run_ranks(2, recipe, text_data, run_dir, *flags, **theirs)
+    assert ended.exit_codes == [0, 0], ended.output
+    assert "continuing from" in ended.output
+    assert "warning: log.sinks" not in ended.output
 
     assert samples_of(run_dir) == samples_of(whole)
-    (drawn,) = read_tensorboard(run_dir)
+    for sink in SINKS:
+        expect_samples_drawn_once(newest(sink, run_dir), samples_of(whole))
+
+
+def expect_samples_drawn_once(drawn: Drawn, samples: dict[int, list[dict[str, Any]]]) -> None:
+    """Each sample stands at its step, once, and no other does."""
     for number in range(len(PROMPTS)):
-        of_prompt = {step: samples[number] for step, samples in samples_of(whole).items()}
+        of_prompt = {step: of_step[number] for step, of_step in samples.items()}
         shown = [
             (step, "\n".join(line.removeprefix("    ") for line in text.split("\n")))
             for step, text in drawn.texts[f"samples/{number}"]
@@ -199,6 +224,15 @@ def test_a_data_set_without_its_tokenizer_is_refused(
     ended = run_ranks(1, recipe, tiny_data, tmp_path / "run", *ASKED)
     assert ended.exit_codes == [2]
     assert "tokenizer.json: missing" in ended.output
+
+
+def test_the_readme_s_keys_are_keys_of_a_recipe() -> None:
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Text that a model writes") :]
+    block = section.split("```yaml\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+    recipe = build_recipe(tiny_recipe_content(**yaml.safe_load(block)), "README")
+    assert recipe.log.prompts == ("The state of the Union", "Fellow citizens, we")
+    assert recipe.log.sample_tokens == 64
 
 
 # Records
