@@ -126,7 +126,7 @@ def samples_in_line(samples: tuple[Sample, ...]) -> Line:
 
 
 def samples_of_line(line: Line) -> tuple[Sample, ...]:
-    """The samples of a line; most have none."""
+    """The samples of a line; most have none. Raises KeyError or TypeError for what is no sample."""
     if "samples" not in line:
         return ()
     samples = []
@@ -134,6 +134,10 @@ def samples_of_line(line: Line) -> tuple[Sample, ...]:
         sample = Sample(
             prompt=own["prompt"], text=own["text"], bits_per_byte=own.get("bits_per_byte")
         )
+        if not (isinstance(sample.prompt, str) and isinstance(sample.text, str)):
+            raise TypeError("a sample that is no text")
+        if not isinstance(sample.bits_per_byte, float | int | None):
+            raise TypeError("bits per byte of a sample that are no number")
         samples.append(sample)
     return tuple(samples)
 

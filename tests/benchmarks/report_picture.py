@@ -1,7 +1,7 @@
 """Draws the README's picture of a report: the top of the page, as a browser shows it.
 
     python tests/benchmarks/report_picture.py RUN_DIR... pretrain/pictures/report.png \\
-        [--width 1000] [--height 1040] [--from curves]
+        [--width 1120] [--height 800] [--from curves]
 
 `--from` names the heading where the picture begins (overview, curves, section-1 and so on).
 """
@@ -20,7 +20,7 @@ from support.browser import chromium
 from support.reports import page_of
 
 MARGIN = 12  # pixels above the heading
-COLOURS = 48  # few, so few bytes
+COLOURS = 256  # few, so few bytes
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -34,14 +34,15 @@ def main(flags: argparse.Namespace) -> None:
         top = page.locator(f"#{flags.heading}").evaluate("e => e.getBoundingClientRect().top")
         page.evaluate("y => scrollTo(0, y)", top - MARGIN)
         seen = Image.open(io.BytesIO(page.screenshot()))
-    seen.convert("RGB").quantize(COLOURS).save(flags.picture, optimize=True)
+    few = seen.convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE)
+    few.save(flags.picture, optimize=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--width", type=int, default=1000)
-    parser.add_argument("--height", type=int, default=1040)
-    parser.add_argument("--from", dest="heading", default="overview")
+    parser.add_argument("--width", type=int, default=1120)
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--from", dest="heading", default="curves")
     main(parser.parse_args())

@@ -307,10 +307,9 @@ def test_a_branch_names_its_origin_and_has_the_steps_before_it(
     recipe = write_recipe(
         tmp_path / "r.yaml",
         train_tokens=6 * GLOBAL_TOKENS,
-        schedule={"decay": "wsd", "decay_fraction": 0.2, "warmup_steps": 1},
-        checkpoints={"every_steps": 3},
+        schedule={"kind": "constant", "warmup_steps": 1},
     )
-    train_on(1, recipe, tiny_data, tmp_path / "trunk")
+    train_on(1, recipe, tiny_data, tmp_path / "trunk", "--checkpoints.every_steps=3")
     origin = tmp_path / "trunk" / "checkpoints" / "step-00000003"
     longer = f"--train_tokens={9 * GLOBAL_TOKENS}"
     train_on(1, recipe, tiny_data, tmp_path / "branch", "--branch-from", str(origin), longer)
@@ -467,7 +466,7 @@ def test_what_a_run_brings_in_is_text_and_nothing_is_asked_for(
     assert EVIL in words.text  # of the sample, as it stands there
     assert "a<script>b" in words.text
     scripts = [attributes for tag, attributes in words.tags if tag == "script"]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     # a name ends in no script, nor leads one out of the page
     assert EVIL not in page
     addresses = [

@@ -1,6 +1,7 @@
 """What a run generated while it trained, on the page: few enough, safe, and by keyboard."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.browser import chromium
 from support.reports import EVIL, MEGABYTE, Words, look_at, page_of
 from support.written_runs import falling_steps, recipe_of, skipped_step, write_run
 
+from data_prep.errors import UserError
 from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_columns import MOST_SAMPLED, read_columns
 from pretrain.metrics.step_record import AnyStep, Sample
@@ -48,6 +50,27 @@ def test_a_line_with_samples_is_read_as_it_was_written(tmp_path: Path) -> None:
     columns = read_columns(run_dir)
     assert [step.step for step in columns.sampled] == [2, 4, 5]
     assert columns.all_sampled == 3
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (5, "'int' object is not iterable"),
+        ([{"prompt": "a"}], "'text'"),
+        ([{"prompt": "a", "text": 5}], "a sample that is no text"),
+        ([{"prompt": "a", "text": "b", "bits_per_byte": "x"}], "that are no number"),
+    ],
+)
+def test_a_line_with_damaged_samples_is_refused_by_its_number(
+    damaged: object, words: str, tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(3), recipe_of(3))
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "samples": damaged})
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: line 2: damaged \(.*{words}"):
+        page_of(tmp_path / "report.html", run_dir)
 
 
 @pytest.mark.parametrize("validations", [1, 63, 64, 65, 1_000, 1_001])
