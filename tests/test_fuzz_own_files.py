@@ -247,7 +247,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, text_run: Path) -> Path:
         "targets": 99,
         "text_bytes": 99,
     }
-    (copy / "evaluation.json").write_text(json.dumps({**figures, "sources": {"sotu": figures}}))
+    sure = {"documents": 6, "loss_interval": [1.0, 2.0], "bits_per_byte_interval": [1.0, 2.0]}
+    how = {"stride": 8, "bootstrap": {"level": 0.95, "resamples": 9, "seed": 1}}
+    told = {**figures, **sure, **how, "sources": {"sotu": {**figures, **sure}}}
+    (copy / "evaluation.json").write_text(json.dumps(told))
     return copy
 
 

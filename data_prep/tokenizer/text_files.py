@@ -31,7 +31,7 @@ from data_prep.tokenizer.encode import Encoded, Encoder, decode_ids, new_encoder
 from data_prep.tokenizer.load import LoadedTokenizer, load_tokenizer
 
 DEFAULT_TEXT_FIELD = "text"
-PIECE_TOKENS = 1 << 20  # decoded at once
+PIECE_TOKENS = 1 << 20  # whose bytes are counted at once
 
 Counts = npt.NDArray[np.int64]
 
@@ -135,23 +135,29 @@ class TextEncoder:
         `tokens` are theirs, each document followed by the end-of-document id; `bounds`, (D + 1,),
         say where each begins. Exact where the tokenizer keeps all text.
         """
-        if self._bytes_of_id is not None:
-            of_tokens = self._bytes_of_id[tokens]
-            of_tokens[bounds[1:] - 1] = 0  # end of document
-            return np.add.reduceat(of_tokens, bounds[:-1])
         lengths: list[Counts] = []
         first = 0
         while first < len(bounds) - 1:
             stop = int(np.searchsorted(bounds, bounds[first] + PIECE_TOKENS, side="right")) - 1
             stop = max(stop, first + 1)
             starts = bounds[first : stop + 1]
-            is_text = np.ones(int(starts[-1] - starts[0]), np.bool_)
-            is_text[starts[1:] - starts[0] - 1] = False
-            ids = tokens[starts[0] : starts[-1]][is_text].astype(np.uint32)
-            texts = decode_ids(self.tokenizer, ids, bounds_of(np.diff(starts) - 1))
-            lengths.append(byte_lengths(texts))
+            piece = tokens[starts[0] : starts[-1]]
+            lengths.append(self._lengths_of_piece(piece, starts - starts[0]))
             first = stop
         return np.concatenate(lengths)
+
+    def _lengths_of_piece(self, tokens: Tokens, bounds: Counts) -> Counts:
+        """The same of a few documents at a time, so that memory does not grow with a shard."""
+        ends_at = bounds[1:] - 1
+        if self._bytes_of_id is not None:
+            of_tokens = self._bytes_of_id[tokens]
+            of_tokens[ends_at] = 0  # end of document
+            return np.add.reduceat(of_tokens, bounds[:-1])
+        is_text = np.ones(len(tokens), np.bool_)
+        is_text[ends_at] = False
+        ids = tokens[is_text].astype(np.uint32)
+        texts = decode_ids(self.tokenizer, ids, bounds_of(np.diff(bounds) - 1))
+        return byte_lengths(texts)
 
 
 def units_of(asked: TextFile, eos_id: int) -> list[WorkUnit]:

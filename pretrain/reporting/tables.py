@@ -268,24 +268,41 @@ def scores_table(name: str, result: EvaluationResult) -> Table:
     rows = [score_row("whole split", result.whole_split)]
     for source, score in result.sources.items():
         rows.append(score_row(source, score))
-    note = ""
-    if result.data_dir is not None:
-        note = f"On another data set, {result.data_dir} ({result.fingerprint})."
     return Table(
         title=f"{name}, after step {result.step:,}",
-        header=["", "loss", "perplexity", "bits per byte", "targets", "bytes"],
+        header=["", "loss", "perplexity", "bits per byte", "interval", "targets", "bytes"],
         rows=rows,
-        note=note,
+        note=how_it_was_measured(result),
     )
+
+
+def how_it_was_measured(result: EvaluationResult) -> str:
+    """On what, in which windows, and what the intervals are; in as many sentences as it needs."""
+    said = []
+    if result.data_dir is not None:
+        said.append(f"On other text, {result.data_dir} ({result.fingerprint}).")
+    if result.stride is not None:
+        said.append(f"In windows that each begin {result.stride:,} tokens behind the one before.")
+    if result.bootstrap is not None:
+        said.append(
+            f"The interval of the bits per byte holds {result.bootstrap.level:.0%} of "
+            f"{result.bootstrap.resamples:,} figures of documents drawn anew."
+        )
+    return " ".join(said)
 
 
 def score_row(name: str, score: Score) -> list[str]:
     """The figures of a text."""
+    interval = ""
+    if score.bits_per_byte_interval is not None:
+        low = figure(score.bits_per_byte_interval.low)
+        interval = f"{low} to {figure(score.bits_per_byte_interval.high)}"
     return [
         name,
         figure(score.loss),
         figure(score.perplexity, ",.2f"),
         figure(score.bits_per_byte),
+        interval,
         f"{score.targets:,}",
         f"{score.text_bytes:,}",
     ]

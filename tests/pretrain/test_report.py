@@ -97,6 +97,7 @@ def test_the_page_tells_what_is_known_of_a_run(real_run: Path, tmp_path: Path) -
         f"{best:.4f} after step",
         f"{best / math.log(2) / bytes_per_token:.4f}",  # as bits per byte
         f"{result['bits_per_byte']:.4f}",
+        " to ".join(f"{bound:.4f}" for bound in result["bits_per_byte_interval"]),
         f"{manifest.epochs(20 * GLOBAL_TOKENS)['sotu']:.2f}",
         f"Fingerprint {manifest.fingerprint}",
         "peak_learning_rate: 0.01",

@@ -22,9 +22,14 @@ from support.runs import tiny_recipe_content
 
 def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **model: int) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
-    recipe = build_recipe(
-        tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test"
+    seq_len = model.get("seq_len", 32)
+    content = tiny_recipe_content(
+        model={"input_embedding": input_embedding, **model},
+        batch={"global_batch_tokens": 6 * seq_len},
+        validation={"eval_tokens": 8 * seq_len},
+        train_tokens=20 * 6 * seq_len,
     )
+    recipe = build_recipe(content, "test")
     untrained = TableFreeForCausalLM(model_config(recipe.model))
     initialise_parameters(untrained, 7)
     generator = torch.Generator().manual_seed(7)

@@ -42,6 +42,7 @@ def test_bytes_are_those_of_decoded_texts_for_any_other_kind_of_tokenizer(
     encoder = TextEncoder(text_data / TOKENIZER_NAME)
     texts = encoder.read(TextFile(path=str(text_data.parent / "addresses.jsonl")))
     monkeypatch.setattr("data_prep.tokenizer.text_files.PIECE_TOKENS", 3_000)
+    assert encoder.byte_lengths(texts.tokens, texts.bounds).tolist() == texts.text_bytes.tolist()
     encoder.__dict__["_bytes_of_id"] = None  # as of a tokenizer that is not byte-level
     assert encoder.byte_lengths(texts.tokens, texts.bounds).tolist() == texts.text_bytes.tolist()
 

@@ -215,6 +215,8 @@ def test_what_cannot_be_put_to_the_model_is_one_clear_line(run: Path, tmp_path: 
             match=rf"task {task}: a prompt of [\d,]+ tokens \(.*context is 128; use fewer",
         ):
             main([*flags, task, *here])
+    with pytest.raises(UserError, match=r"task test: '' behind 'A' gives no token of its own"):
+        model_of(run).loglikelihood(requests_of("loglikelihood", [("A", "")]))
     with pytest.raises(UserError, match=r"task gone: lm-eval can't load it"):
         main([*flags, "gone", *here])
     with pytest.raises(UserError, match="expected names with commas"):
