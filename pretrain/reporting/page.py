@@ -27,6 +27,7 @@ from pretrain.reporting.tables import (
     recipes,
     reproduction,
 )
+from pretrain.reporting.words import Section
 from pretrain.view.templates import render
 
 LIBRARY = "uplot"  # the package that holds the chart library's script and style
@@ -94,8 +95,11 @@ def policy_of(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; img-src data:"
 
 
-def report_page(runs: Sequence[ReportedRun]) -> str:
-    """The whole page. Raises UserError where the runs can't stand on one page."""
+def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> str:
+    """The whole page; `first` are sections before those of the runs.
+
+    Raises UserError where the runs can't stand on one page.
+    """
     bits_only = one_axis_of_loss(runs)
     curves = [curves_of(run) for run in runs]
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
@@ -103,6 +107,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     script = own_file("report.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
+        *first,
         compared(runs),
         happened(runs),
         evaluation(runs),
