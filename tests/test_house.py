@@ -32,10 +32,11 @@ FLOORS = (
     {"hf", "run", "reporting", "comparing"},
 )
 # What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share;
-# and URLs that are safe to print.
+# URLs that are safe to print; and other texts as ids, to measure a model on.
 TAKEN_FROM_DATA_PREP = {
     "data_prep.manifest", "data_prep.shards", "data_prep.layout", "data_prep.files",
     "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",
+    "data_prep.texts",
 }  # fmt: skip
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore",

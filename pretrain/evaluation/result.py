@@ -3,18 +3,22 @@
     evaluation.json                               the newest checkpoint, on the run's own data set
     evaluations/step-00000100.json                the checkpoint of --step 100
     evaluations/step-00000100.FINGERPRINT.json    on another data set of the same tokenizer
+    evaluations/step-00000100.DIGEST.json         on the text of files
+    evaluations/step-00000100.stride-64.json      in windows that slide, of any of these
 
-Only this module knows their fields.
+Beside each lie the scores of its documents (pretrain/evaluation/documents.py). Only this module
+knows their fields. What earlier versions wrote has no intervals.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, parse_json
 from data_prep.files import write_durably
 from pretrain.checkpoint.layout import step_name
+from pretrain.evaluation.statistics import Bootstrap, Interval
 
 EVALUATION_NAME = "evaluation.json"
 EVALUATIONS_NAME = "evaluations"
@@ -32,28 +36,50 @@ class Score:
     loss: float  # nats a target
     perplexity: float
     bits_per_byte: float
+    documents: int | None = None
+    # By documents drawn anew, as `EvaluationResult.bootstrap` says; None for fewer than two.
+    loss_interval: Interval | None = None
+    bits_per_byte_interval: Interval | None = None
+
+    def to_json(self) -> Json:
+        """The fields that a file holds: those that are known."""
+        content: Json = {name: getattr(self, name) for name in FIGURES}
+        if self.documents is not None:
+            content["documents"] = self.documents
+        for name in INTERVALS:
+            interval = getattr(self, name)
+            if interval is not None:
+                content[name] = [interval.low, interval.high]
+        return content
 
 
-FIGURES = tuple(field.name for field in fields(Score))
+FIGURES = ("targets", "text_bytes", "loss", "perplexity", "bits_per_byte")
+INTERVALS = ("loss_interval", "bits_per_byte_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """The figures of one checkpoint on one data set's validation split."""
+    """The figures of one checkpoint on one data set's validation split, or on a text."""
 
     step: int
-    fingerprint: str  # of the data set
+    fingerprint: str  # of the data set, or the digest of the text
     whole_split: Score
     sources: dict[str, Score]
-    data_dir: Path | None = None  # of a data set that the run was not trained on
+    data_dir: Path | None = None  # of a data set or a text that the run was not trained on
+    stride: int | None = None  # between windows that slide; None: blocks side by side
+    bootstrap: Bootstrap | None = None  # how the intervals were made
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         content: Json = {"step": self.step, "fingerprint": self.fingerprint}
-        content |= asdict(self.whole_split)
-        content["sources"] = {name: asdict(score) for name, score in self.sources.items()}
+        content |= self.whole_split.to_json()
+        content["sources"] = {name: score.to_json() for name, score in self.sources.items()}
         if self.data_dir is not None:
             content["data_dir"] = str(self.data_dir)
+        if self.stride is not None:
+            content["stride"] = self.stride
+        if self.bootstrap is not None:
+            content["bootstrap"] = asdict(self.bootstrap)
         return json.dumps(content, indent=1).encode()
 
 
@@ -63,11 +89,14 @@ def result_path(run_dir: Path, result: EvaluationResult, *, is_newest: bool) -> 
     `is_newest` is for that of the newest checkpoint.
     """
     is_own_data = result.data_dir is None
-    if is_newest and is_own_data:
+    is_in_blocks = result.stride is None
+    if is_newest and is_own_data and is_in_blocks:
         return run_dir / EVALUATION_NAME
     name = step_name(result.step)
     if not is_own_data:
-        name = f"{name}.{result.fingerprint}"
+        name += f".{result.fingerprint}"
+    if not is_in_blocks:
+        name += f".stride-{result.stride}"
     return run_dir / EVALUATIONS_NAME / f"{name}.json"
 
 
@@ -96,7 +125,8 @@ def read_result(run_dir: Path, step: int) -> EvaluationResult | None:
 
 
 def read_results(run_dir: Path) -> list[EvaluationResult]:
-    """All that was measured of a run, by step; of several data sets, its own first.
+    """All that was measured of a run, by step; of several data sets, its own first, in blocks
+    before sliding windows.
 
     Raises UserError for a file that is not what this module writes.
     """
@@ -111,7 +141,8 @@ def read_results(run_dir: Path) -> list[EvaluationResult]:
         if not isinstance(content, dict) or not isinstance(content.get("step"), int):
             raise UserError(f"{path}: not what pretrain.evaluate writes; {ADVICE}")
         result = result_from(content, path)
-        found[result.step, result.data_dir is not None, result.fingerprint] = result
+        stride = result.stride or 0  # blocks first
+        found[result.step, result.data_dir is not None, result.fingerprint, stride] = result
     return [found[key] for key in sorted(found)]
 
 
@@ -121,19 +152,58 @@ def result_from(content: Json, path: Path) -> EvaluationResult:
     if not isinstance(sources, dict):
         raise UserError(f"{path}: lacks the figures of each source; {ADVICE}")
     data_dir = content.get("data_dir")
+    stride = content.get("stride")
+    if stride is not None and not isinstance(stride, int):
+        raise UserError(f"{path}: its stride is no number; {ADVICE}")
     return EvaluationResult(
         step=content["step"],
         fingerprint=str(content.get("fingerprint")),
         whole_split=score_from(content, path),
         sources={name: score_from(figures, path) for name, figures in sources.items()},
         data_dir=None if data_dir is None else Path(str(data_dir)),
+        stride=stride,
+        bootstrap=bootstrap_from(content.get("bootstrap"), path),
     )
 
 
+def bootstrap_from(content: Any, path: Path) -> Bootstrap | None:
+    """How a file's intervals were made. Raises UserError where it does not say so."""
+    if content is None:
+        return None
+    names = asdict(Bootstrap())
+    told: Json = content if isinstance(content, dict) else {}
+    if told.keys() != names.keys() or not all(is_number(value) for value in told.values()):
+        raise UserError(f"{path}: does not say how its intervals were made; {ADVICE}")
+    return Bootstrap(**told)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number; its true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def score_from(content: Any, path: Path) -> Score:
-    """The figures of one text in a file. Raises UserError where one is missing."""
+    """The figures of one text in a file.
+
+    Raises UserError where one is missing, or what is said of intervals is none.
+    """
     told: Json = content if isinstance(content, dict) else {}
     figures = {name: told.get(name) for name in FIGURES}
-    if not all(isinstance(figure, int | float) for figure in figures.values()):
+    if not all(is_number(figure) for figure in figures.values()):
         raise UserError(f"{path}: lacks figures of {', '.join(FIGURES)}; {ADVICE}")
-    return Score(**figures)  # type: ignore[arg-type]  # numbers, as seen just now
+    documents = told.get("documents")
+    if documents is not None and not isinstance(documents, int):
+        raise UserError(f"{path}: its number of documents is none; {ADVICE}")
+    found = {name: interval_from(told.get(name), path) for name in INTERVALS}
+    return Score(**figures, documents=documents, **found)  # type: ignore[arg-type]  # as seen
+
+
+def interval_from(content: Any, path: Path) -> Interval | None:
+    """An interval of a file. Raises UserError for what is none."""
+    if content is None:
+        return None
+    is_pair = isinstance(content, list) and len(content) == 2
+    if not is_pair or not all(is_number(value) for value in content):
+        raise UserError(f"{path}: an interval that is no pair of numbers; {ADVICE}")
+    low, high = content
+    return Interval(low=low, high=high)

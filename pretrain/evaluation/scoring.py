@@ -1,14 +1,15 @@
-"""Scores a model on a whole validation split, and on each of its sources.
+"""Scores a model on a text: on the whole, on each source, and on each document.
 
-The figures are loss, perplexity and bits per byte.
+The figures are loss, perplexity and bits per byte, with intervals from documents drawn anew.
 
-The split is one stream of ids, cut into non-overlapping windows and a final partial one; each id
-after the first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the
-text): unlike perplexity, it can be compared between tokenizers.
+The text is one stream of ids, cut into windows (pretrain/evaluation/windows.py); each id after the
+first is a target exactly once. Bits per byte = total nats / (ln 2 x UTF-8 bytes of the text):
+unlike perplexity, it can be compared between tokenizers.
 """
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,22 +17,31 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardReader, Tokens
+from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import Checkpoint, load_model
-from pretrain.data.loader import ValidationWindows
+from pretrain.evaluation.documents import DocumentScores
 from pretrain.evaluation.result import EvaluationResult, Score
+from pretrain.evaluation.statistics import Bootstrap, intervals
+from pretrain.evaluation.text import MeasuredText, validation_text
+from pretrain.evaluation.windows import WindowBatch, Windows, windows_of
 from pretrain.metrics.step_record import perplexity_of
+from pretrain.model.chunked_cross_entropy import token_nats
 from pretrain.model.loss import LanguageModelLoss
-
-WINDOWS_AT_ONCE = 8
 
 
 class Totals(NamedTuple):
-    """What was summed over each source, in the order of the stream."""
+    """What was summed over each document, in the order of the stream."""
 
     nats: npt.NDArray[np.float64]
     targets: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a model gave on a text."""
+
+    result: EvaluationResult
+    documents: DocumentScores
 
 
 def score(nats: float, targets: int, text_bytes: int) -> Score:
@@ -51,90 +61,130 @@ def score(nats: float, targets: int, text_bytes: int) -> Score:
     )
 
 
-def window_batches(windows: ValidationWindows) -> Iterator[Tokens]:
-    """Ids of windows to score together, (windows, seq_len + 1).
+def score_of(documents: DocumentScores, how: Bootstrap) -> Score:
+    """The figures of documents, with their intervals."""
+    figures = score(
+        math.fsum(documents.nats), int(documents.targets.sum()), int(documents.text_bytes.sum())
+    )
+    sure = intervals(documents, how)
+    return replace(
+        figures,
+        documents=len(documents),
+        loss_interval=sure.loss,
+        bits_per_byte_interval=sure.bits_per_byte,
+    )
 
-    Whole ones come in groups, then the partial one by itself.
+
+@torch.inference_mode()
+def nats_of(module: LanguageModelLoss, batch: WindowBatch) -> npt.NDArray[np.float64]:
+    """Nats of a batch's counted targets, (B x counted,), in the order of the stream.
+
+    Logits are made of the counted positions alone.
     """
-    whole = windows.whole_windows
-    starts = range(0, whole, WINDOWS_AT_ONCE)
-    for first in tqdm(starts, unit="batch", desc="evaluating", disable=None):
-        past_last = min(first + WINDOWS_AT_ONCE, whole)
-        yield windows.windows(np.arange(first, past_last))
-    has_partial_window = windows.targets % windows.seq_len > 0
-    if has_partial_window:
-        yield windows.window(whole)[None]
-
-
-def source_totals(
-    module: LanguageModelLoss, windows: ValidationWindows, source_ends: npt.NDArray[np.int64]
-) -> Totals:
-    """Total nats and number of targets of each source.
-
-    `source_ends`, (sources,), holds the position in the stream at which the next source starts.
-    """
-    sources = len(source_ends)
     device = next(module.parameters()).device
-    nats = np.zeros(sources)
-    targets = np.zeros(sources, np.int64)
+    ids_BT = torch.from_numpy(batch.ids.astype(np.int64)).to(device)
+    hidden_BTD = module.hidden_states(ids_BT[:, :-1])
+    hidden_ND = hidden_BTD[:, -batch.counted :].flatten(0, 1)
+    targets_N = ids_BT[:, -batch.counted :].flatten()
+    nats_N = token_nats(hidden_ND, module.model.lm_head.weight, targets_N)
+    # In fp64, so that a sum over a whole split keeps the digits that are printed.
+    nats: npt.NDArray[np.float64] = nats_N.double().cpu().numpy()
+    return nats
+
+
+def document_totals(module: LanguageModelLoss, text: MeasuredText, windows: Windows) -> Totals:
+    """Total nats and number of targets of each document."""
+    documents = len(text.ends)
+    nats = np.zeros(documents)
+    targets = np.zeros(documents, np.int64)
     position = 1  # of the next target; the first id is none
-    for ids in window_batches(windows):
-        ids_BT = torch.from_numpy(ids.astype(np.int64)).to(device)
-        nats_BT = module.nats(ids_BT[:, :-1], ids_BT[:, 1:])
-        # In fp64, so that a sum over a whole split keeps the digits that are printed.
-        nats_of_target = nats_BT.double().flatten().cpu().numpy()
-        count = len(nats_of_target)
-        positions = position + np.arange(count)
-        source_of_target = np.searchsorted(source_ends, positions, side="right")
-        nats += np.bincount(source_of_target, weights=nats_of_target, minlength=sources)
-        targets += np.bincount(source_of_target, minlength=sources)
-        position += count
+    all_targets = text.stream.tokens - 1
+    with tqdm(
+        total=all_targets, unit="token", unit_scale=True, desc="evaluating", disable=None
+    ) as progress:
+        for batch in windows.batches(text.stream):
+            of_targets = nats_of(module, batch)
+            count = len(of_targets)
+            positions = position + np.arange(count)
+            document_of = np.searchsorted(text.ends, positions, side="right")
+            first = int(document_of[0])
+            in_batch = document_of - first
+            touched = slice(first, int(document_of[-1]) + 1)
+            nats[touched] += np.bincount(in_batch, weights=of_targets)
+            targets[touched] += np.bincount(in_batch)
+            position += count
+            progress.update(count)
     return Totals(nats, targets)
 
 
-def text_bytes_by_source(manifest: Manifest) -> dict[str, int]:
-    """UTF-8 bytes of each source's validation text, in the order of the stream."""
-    found: dict[str, int] = {}
-    for shard in manifest.shards_of("validation"):
-        found[shard.source] = found.get(shard.source, 0) + shard.text_bytes
-    return found
-
-
-def scoring_module(checkpoint: Checkpoint, manifest: Manifest) -> LanguageModelLoss:
+def scoring_module(checkpoint: Checkpoint, eos_id: int) -> LanguageModelLoss:
     """The fp32 masters on this machine's device, to be scored as they were trained.
 
     That is with documents apart if the run had intra_document_masking.
     """
     # Not in the recipes of early checkpoints.
     is_masked = checkpoint.manifest.recipe.get("intra_document_masking", False)
-    eos_id = manifest.eos_id if is_masked else None
-    module = LanguageModelLoss(load_model(checkpoint), eos_id=eos_id)
+    module = LanguageModelLoss(load_model(checkpoint), eos_id=eos_id if is_masked else None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return module.to(device).eval()
 
 
-def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
-    """The figures of the whole validation split, and of each source."""
-    manifest = reader.manifest
-    module = scoring_module(checkpoint, manifest)
-    windows = ValidationWindows(reader, seq_len=module.model.config.seq_len)
-    text_bytes = text_bytes_by_source(manifest)
-    # Shards of one source lie together, in the order of `text_bytes`.
-    tokens = [manifest.tokens("validation", name) for name in text_bytes]
-    totals = source_totals(module, windows, np.cumsum(tokens, dtype=np.int64))
-    sources = {}
-    for index, name in enumerate(text_bytes):
-        nats = float(totals.nats[index])
-        targets = int(totals.targets[index])
-        sources[name] = score(nats, targets, text_bytes[name])
-    # By what the data holds, not by where it lies: data sets are moved.
-    is_own_data = manifest.fingerprint == checkpoint.manifest.fingerprint
-    return EvaluationResult(
-        step=checkpoint.step,
-        fingerprint=manifest.fingerprint,
-        whole_split=score(
-            float(totals.nats.sum()), int(totals.targets.sum()), sum(text_bytes.values())
-        ),
-        sources=sources,
-        data_dir=None if is_own_data else reader.data_dir.resolve(),
+def score_documents(
+    checkpoint: Checkpoint, text: MeasuredText, stride: int | None
+) -> DocumentScores:
+    """What each document of a text gives, in blocks or in windows of a stride.
+
+    Raises UserError for a stride that the context has no room for.
+    """
+    windows = windows_of(int(checkpoint.manifest.model_config["seq_len"]), stride)
+    module = scoring_module(checkpoint, text.eos_id)
+    totals = document_totals(module, text, windows)
+    return DocumentScores(
+        nats=totals.nats,
+        targets=totals.targets,
+        text_bytes=text.text_bytes,
+        sources=text.sources,
+        source_of=text.source_of,
     )
+
+
+def measure(
+    checkpoint: Checkpoint, text: MeasuredText, place: Path | None, stride: int | None = None
+) -> Measured:
+    """The figures of a text, of each of its sources, and the scores of its documents.
+
+    `place` is where the text lies, if it is not the data that the run was trained on.
+    """
+    how = Bootstrap()
+    documents = score_documents(checkpoint, text, stride)
+    whole = score_of(documents, how)
+    sources = {text.sources[0]: whole}
+    if len(text.sources) > 1:
+        for index, name in enumerate(text.sources):
+            sources[name] = score_of(documents.of_source(index), how)
+    result = EvaluationResult(
+        step=checkpoint.step,
+        fingerprint=text.fingerprint,
+        whole_split=whole,
+        sources=sources,
+        data_dir=place,
+        stride=stride,
+        bootstrap=how,
+    )
+    return Measured(result=result, documents=documents)
+
+
+def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
+    """The figures of a data set's whole validation split, and of each source, in blocks."""
+    text = validation_text(reader)
+    return measure(checkpoint, text, other_place(checkpoint, reader)).result
+
+
+def other_place(checkpoint: Checkpoint, reader: ShardReader) -> Path | None:
+    """Where a data set lies that the run was not trained on.
+
+    By what the data holds, not by where it lies: data sets are moved.
+    """
+    if reader.manifest.fingerprint == checkpoint.manifest.fingerprint:
+        return None
+    return reader.data_dir.resolve()
