@@ -15,7 +15,8 @@ from data_prep.files import write_durably
 from pretrain.comparing.matching import Match
 from pretrain.comparing.matrix import Settings, Value
 from pretrain.comparing.measured import CellFigures
-from pretrain.comparing.significance import Figure, Interval
+from pretrain.comparing.significance import LEVEL, Figure
+from pretrain.evaluation.statistics import Interval
 
 COMPARISON_NAME = "comparison.json"
 FORMAT = 1
@@ -51,8 +52,6 @@ class OverSeeds:
     @property
     def is_seen(self) -> bool:
         """Whether the treatments differ, as far as the test tells."""
-        from pretrain.comparing.significance import LEVEL
-
         return self.p_holm < LEVEL
 
 

@@ -6,9 +6,8 @@ Two sources of chance, kept apart by name:
                      baseline of one seed share both, so their losses are subtracted seed by seed;
                      the differences are taken for normal, and have Student's t interval.
     over documents   another validation text. Within a seed both models score the same documents,
-                     which are drawn anew with replacement, both models' nats together (a paired
-                     bootstrap of a ratio, with its percentiles: Efron and Tibshirani, An
-                     Introduction to the Bootstrap, 1993, chapter 13).
+                     which are drawn anew, both models' nats together: a paired bootstrap
+                     (pretrain/evaluation/statistics.py).
 
 Several treatments against one baseline: p values are adjusted by Holm's step-down method
 (Scandinavian Journal of Statistics 6, 1979). Power is that of the two-sided paired t test, by the
@@ -17,28 +16,19 @@ noncentral t distribution, at the strictest level that Holm's method asks of any
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.errors import UserError
+from pretrain.evaluation.documents import DocumentScores
+from pretrain.evaluation.statistics import Bootstrap, Interval, intervals
 
 LEVEL = 0.05  # of a test; an interval covers the rest
 POWER = 0.8  # with which a difference that is there is to be seen
 RESAMPLES = 2_000
 FEWEST_SEEDS = 2  # of which a spread can be told
 MOST_SEEDS = 10_000  # that are counted up to
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """Where a figure lies, at 95 %."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,24 +157,16 @@ def strictest_level(treatments: int) -> float:
     return LEVEL / treatments
 
 
-def bootstrap_over_documents(
-    differences_DP: Floats, targets_D: npt.NDArray[np.int64], seed: int
-) -> list[Interval]:
-    """Where each pair's difference of losses lies, in nats a target, over drawn validation texts.
+def paired_documents(treatment: DocumentScores, baseline: DocumentScores) -> DocumentScores:
+    """Documents whose nats are the treatment's less the baseline's; drawn as pairs, that is.
 
-    `differences_DP`, (documents, pairs), holds nats of the treatment less those of the baseline;
-    `targets_D`, (documents,), how many ids were predicted. Each drawing is the same for all pairs.
+    Raises ValueError where the two are not of the same documents.
     """
-    generator = np.random.default_rng(seed)
-    documents = len(targets_D)
-    summed_DC = np.column_stack([differences_DP, targets_D.astype(np.float64)])
-    drawn_RC = np.empty((RESAMPLES, summed_DC.shape[1]))
-    for resample in range(RESAMPLES):
-        picked = generator.integers(documents, size=documents)
-        times = np.bincount(picked, minlength=documents)
-        drawn_RC[resample] = times @ summed_DC
-    losses_RP = drawn_RC[:, :-1] / drawn_RC[:, -1:]
-    low_P, high_P = np.quantile(losses_RP, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
-    return [
-        Interval(low=float(low), high=float(high)) for low, high in zip(low_P, high_P, strict=True)
-    ]
+    if not np.array_equal(treatment.targets, baseline.targets):
+        raise ValueError("scored on other documents")
+    return replace(baseline, nats=treatment.nats - baseline.nats)
+
+
+def over_documents(differences: DocumentScores) -> Interval | None:
+    """Where the difference of losses lies, in nats a target; None of fewer than two documents."""
+    return intervals(differences, Bootstrap(level=1 - LEVEL, resamples=RESAMPLES)).loss

@@ -6,26 +6,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.errors import explained
+from pretrain.comparing import significance
 from pretrain.comparing.cells import Place, documents_of
 from pretrain.comparing.comparison import Difference, Group, OverDocuments, OverSeeds, Treatment
 from pretrain.comparing.matrix import Matrix, Settings, Value
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.significance import (
     FEWEST_SEEDS,
-    Interval,
-    bootstrap_over_documents,
     detectable_effect,
     figure_of,
     holm,
+    paired_documents,
     paired_test,
     seeds_to_see,
     strictest_level,
 )
+from pretrain.evaluation.statistics import Interval
 
 ONE_PERCENT = 0.01
-FEWEST_DOCUMENTS = 2  # of which others can be drawn
-BOOTSTRAP_SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +157,15 @@ def over_documents(pairs: Sequence[Pair], place: Place) -> list[OverDocuments]:
     for pair in pairs:
         treatment = documents_of(place, pair.treatment.name)
         baseline = documents_of(place, pair.baseline.name)
-        if treatment is None or baseline is None or len(baseline) < FEWEST_DOCUMENTS:
+        if treatment is None or baseline is None:
             continue
-        if not np.array_equal(treatment.targets, baseline.targets):
-            raise UserError(
-                f"{pair.treatment.name} and {pair.baseline.name} were scored on other documents; "
-                "remove their evaluation.json, and the same command scores them again"
-            )
-        gaps_D1 = (treatment.nats - baseline.nats)[:, None]
-        (interval,) = bootstrap_over_documents(gaps_D1, baseline.targets, BOOTSTRAP_SEED)
+        names = f"{pair.treatment.name} and {pair.baseline.name}"
+        advice = "remove their evaluation.json, and the same command scores them again"
+        with explained(ValueError, names, advice):
+            differences = paired_documents(treatment, baseline)
+        interval = significance.over_documents(differences)
+        if interval is None:
+            continue
         found.append(
             OverDocuments(
                 seed=pair.treatment.seed,

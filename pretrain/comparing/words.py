@@ -8,7 +8,8 @@ from pretrain.comparing.comparison import Comparison, Difference, Group, OverSee
 from pretrain.comparing.matching import Match
 from pretrain.comparing.matrix import Settings, Value, short_key, show_value
 from pretrain.comparing.measured import CellFigures
-from pretrain.comparing.significance import FEWEST_SEEDS, MOST_SEEDS, RESAMPLES, Figure, Interval
+from pretrain.comparing.significance import FEWEST_SEEDS, MOST_SEEDS, RESAMPLES, Figure
+from pretrain.evaluation.statistics import FEW_DOCUMENTS, Interval
 from pretrain.reporting.words import NOT_KNOWN, Section, Table, Text
 from pretrain.view.templates import render
 
@@ -25,7 +26,8 @@ ABOUT_SEEDS = (
 )
 ABOUT_DOCUMENTS = (
     "Over documents: both models of a seed score the same validation documents, which are drawn "
-    f"anew {RESAMPLES:,} times (bootstrap, 95 %). It tells of another text, not of another seed."
+    f"anew {RESAMPLES:,} times (bootstrap, 95 %; too narrow below {FEW_DOCUMENTS} documents). It "
+    "tells of another text, not of another seed."
 )
 ABOUT_MATCHES = (
     "Samples: windows that each cell saw, the same ones in the same order. Weights: digest of the "
