@@ -1,38 +1,93 @@
-"""A run opened to be measured: a good checkpoint of it, and the data set to measure it on."""
+"""A run opened to be measured: a good checkpoint of it, and the text to measure it on."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.shards import TOKENIZER_NAME, ShardReader, tokenizer_sha256
+from data_prep.tokenizer.text_files import TextFile
 from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.data.digests import check_shards
+from pretrain.evaluation.text import MeasuredText, run_encoder, text_of_files, validation_text
+from pretrain.evaluation.windows import Windows, windows_of
+from pretrain.modeling_tablefree import TableFreeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedText:
+    """What a run is to be measured on, and how. Nothing given: its own data set, in blocks."""
+
+    data_dir: Path | None = None  # the data set, or another one of the same tokenizer
+    files: TextFile | None = None  # in place of a data set
+    stride: int | None = None  # between windows that slide
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenCheckpoint:
+    """A checkpoint that was found good, and its run."""
+
+    checkpoint: Checkpoint
+    is_newest: bool  # of its run
+    run_dir: Path | None  # None for a checkpoint that lies by itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
-    """A checkpoint and data, both found good."""
+    """A checkpoint and a text, both found good."""
 
-    checkpoint: Checkpoint
-    is_newest: bool  # the checkpoint, of its run
-    run_dir: Path | None  # None for a checkpoint that lies by itself
-    reader: ShardReader
+    opened: OpenCheckpoint
+    text: MeasuredText
+    other_place: Path | None  # where the text lies, if the run was not trained on that data
+    windows: Windows
 
 
-def open_run(place: Path, step: int | None, data_dir: Path | None) -> OpenRun:
-    """A run, or one checkpoint, with the validation data to measure it on.
+def open_checkpoint(place: Path, step: int | None) -> OpenCheckpoint:
+    """A run, or one checkpoint: `place` is a run's directory or a checkpoint's.
 
-    `place` is a run's directory or a checkpoint's; without `step` the newest good one is taken.
-    Without `data_dir` the data set is the one that the run was trained on. Raises UserError for
-    what is not there, damaged, or does not go together.
+    Without `step` the newest good one is taken. Raises UserError for what is not there or damaged.
     """
     checkpoint = load_for_reading(place, step)
-    run_dir = run_of(checkpoint, place)
-    reader = open_data(checkpoint, data_dir, run_dir)
-    check_shards(reader, reader.manifest.shards_of("validation"))
-    is_newest = step is None and not is_checkpoint(place)
-    return OpenRun(checkpoint=checkpoint, is_newest=is_newest, run_dir=run_dir, reader=reader)
+    return OpenCheckpoint(
+        checkpoint=checkpoint,
+        is_newest=step is None and not is_checkpoint(place),
+        run_dir=run_of(checkpoint, place),
+    )
+
+
+def open_run(place: Path, step: int | None, asked: AskedText) -> OpenRun:
+    """A checkpoint as `open_checkpoint` finds it, with the text to measure it on.
+
+    Raises UserError for what is not there, damaged, or does not go together.
+    """
+    opened = open_checkpoint(place, step)
+    checkpoint = opened.checkpoint
+    windows = windows_of(context_of(checkpoint), asked.stride)
+    if asked.files is not None:
+        encoder = run_encoder(opened.run_dir, checkpoint.manifest.data.tokenizer_sha256)
+        text = text_of_files(asked.files, encoder)
+        other_place: Path | None = Path(asked.files.path)
+    else:
+        reader = open_data(checkpoint, asked.data_dir, opened.run_dir)
+        check_shards(reader, reader.manifest.shards_of("validation"))
+        text = validation_text(reader)
+        other_place = place_of_other_data(checkpoint, reader)
+    return OpenRun(opened=opened, text=text, other_place=other_place, windows=windows)
+
+
+def context_of(checkpoint: Checkpoint) -> int:
+    """How many ids the model sees at most."""
+    return int(TableFreeConfig.from_dict(checkpoint.manifest.model_config).seq_len)
+
+
+def place_of_other_data(checkpoint: Checkpoint, reader: ShardReader) -> Path | None:
+    """Where a data set lies that the run was not trained on; None for the one that it was.
+
+    By what the data holds, not by where it lies: data sets are moved.
+    """
+    if reader.manifest.fingerprint == checkpoint.manifest.fingerprint:
+        return None
+    return reader.data_dir
 
 
 def open_data(

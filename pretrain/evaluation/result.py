@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.errors import UserError, parse_json
 from data_prep.files import write_durably
 from pretrain.checkpoint.layout import step_name
-from pretrain.evaluation.statistics import Bootstrap, Interval
+from pretrain.evaluation.intervals import Bootstrap, Interval
 
 EVALUATION_NAME = "evaluation.json"
 EVALUATIONS_NAME = "evaluations"

@@ -9,7 +9,6 @@ unlike perplexity, it can be compared between tokenizers.
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,14 @@ from tqdm import tqdm
 from data_prep.shards import ShardReader
 from pretrain.checkpoint.reader import Checkpoint, load_model
 from pretrain.evaluation.documents import DocumentScores
+from pretrain.evaluation.intervals import Bootstrap, intervals
+from pretrain.evaluation.open_run import (
+    OpenCheckpoint,
+    OpenRun,
+    context_of,
+    place_of_other_data,
+)
 from pretrain.evaluation.result import EvaluationResult, Score
-from pretrain.evaluation.statistics import Bootstrap, intervals
 from pretrain.evaluation.text import MeasuredText, validation_text
 from pretrain.evaluation.windows import WindowBatch, Windows, windows_of
 from pretrain.metrics.step_record import perplexity_of
@@ -129,14 +134,8 @@ def scoring_module(checkpoint: Checkpoint, eos_id: int) -> LanguageModelLoss:
     return module.to(device).eval()
 
 
-def score_documents(
-    checkpoint: Checkpoint, text: MeasuredText, stride: int | None
-) -> DocumentScores:
-    """What each document of a text gives, in blocks or in windows of a stride.
-
-    Raises UserError for a stride that the context has no room for.
-    """
-    windows = windows_of(int(checkpoint.manifest.model_config["seq_len"]), stride)
+def score_documents(checkpoint: Checkpoint, text: MeasuredText, windows: Windows) -> DocumentScores:
+    """What each document of a text gives."""
     module = scoring_module(checkpoint, text.eos_id)
     totals = document_totals(module, text, windows)
     return DocumentScores(
@@ -148,27 +147,25 @@ def score_documents(
     )
 
 
-def measure(
-    checkpoint: Checkpoint, text: MeasuredText, place: Path | None, stride: int | None = None
-) -> Measured:
-    """The figures of a text, of each of its sources, and the scores of its documents.
-
-    `place` is where the text lies, if it is not the data that the run was trained on.
-    """
+def measure(run: OpenRun) -> Measured:
+    """The figures of a text, of each of its sources, and the scores of its documents."""
     how = Bootstrap()
-    documents = score_documents(checkpoint, text, stride)
+    text = run.text
+    checkpoint = run.opened.checkpoint
+    documents = score_documents(checkpoint, text, run.windows)
     whole = score_of(documents, how)
     sources = {text.sources[0]: whole}
     if len(text.sources) > 1:
         for index, name in enumerate(text.sources):
             sources[name] = score_of(documents.of_source(index), how)
+    other_place = run.other_place
     result = EvaluationResult(
         step=checkpoint.step,
         fingerprint=text.fingerprint,
         whole_split=whole,
         sources=sources,
-        data_dir=place,
-        stride=stride,
+        data_dir=None if other_place is None else other_place.resolve(),
+        stride=run.windows.given_stride,
         bootstrap=how,
     )
     return Measured(result=result, documents=documents)
@@ -176,15 +173,10 @@ def measure(
 
 def evaluate(checkpoint: Checkpoint, reader: ShardReader) -> EvaluationResult:
     """The figures of a data set's whole validation split, and of each source, in blocks."""
-    text = validation_text(reader)
-    return measure(checkpoint, text, other_place(checkpoint, reader)).result
-
-
-def other_place(checkpoint: Checkpoint, reader: ShardReader) -> Path | None:
-    """Where a data set lies that the run was not trained on.
-
-    By what the data holds, not by where it lies: data sets are moved.
-    """
-    if reader.manifest.fingerprint == checkpoint.manifest.fingerprint:
-        return None
-    return reader.data_dir.resolve()
+    run = OpenRun(
+        opened=OpenCheckpoint(checkpoint=checkpoint, is_newest=False, run_dir=None),
+        text=validation_text(reader),
+        other_place=place_of_other_data(checkpoint, reader),
+        windows=windows_of(context_of(checkpoint), None),
+    )
+    return measure(run).result

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.shards import TOKEN_DTYPE, TOKENIZER_NAME, ShardReader, Tokens
-from data_prep.texts import TextEncoder, TextFile, text_bytes_of_documents
+from data_prep.tokenizer.text_files import TextEncoder, TextFile, text_bytes_of_documents
 from pretrain.data.loader import ValidationWindows
 from pretrain.data.stream import I64
 

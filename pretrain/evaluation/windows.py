@@ -33,7 +33,12 @@ class Windows:
     """How a stream is cut."""
 
     seq_len: int
-    stride: int
+    given_stride: int | None = None  # None: blocks side by side
+
+    @property
+    def stride(self) -> int:
+        """From the begin of a window to that of the next."""
+        return self.given_stride or self.seq_len
 
     def batches(self, stream: IdStream) -> Iterator[WindowBatch]:
         """Whole windows in groups, then the partial one by itself; positions in order."""
@@ -65,11 +70,9 @@ def windows_of(seq_len: int, stride: int | None) -> Windows:
 
     Raises UserError for a stride that would leave targets out.
     """
-    if stride is None:
-        return Windows(seq_len=seq_len, stride=seq_len)
-    if not 1 <= stride <= seq_len:
+    if stride is not None and not 1 <= stride <= seq_len:
         raise UserError(
             f"--stride {stride:,}: the model's context is {seq_len:,} tokens; give a stride from 1 "
             f"to {seq_len:,}"
         )
-    return Windows(seq_len=seq_len, stride=stride)
+    return Windows(seq_len=seq_len, given_stride=stride)

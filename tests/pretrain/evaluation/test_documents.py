@@ -74,7 +74,7 @@ def test_whichever_byte_is_changed_there_is_one_clear_line_or_the_same_scores(
     write_documents(three_documents(), path)
     whole = path.read_bytes()
     refused = 0
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
             read = read_documents(path)
@@ -82,7 +82,7 @@ def test_whichever_byte_is_changed_there_is_one_clear_line_or_the_same_scores(
             refused += 1
         else:
             assert read.nats.tolist() == [1.5, 0.1, 7.25]
-    assert refused > len(whole) / 2
+    assert refused > len(whole) / 10
 
 
 def test_another_kind_of_numpy_file_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The figures of an evaluation as they are printed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pretrain.evaluation.intervals import FEW_DOCUMENTS, Interval
+from pretrain.evaluation.result import EvaluationResult, Score
+from pretrain.view.templates import render
+
+WHOLE = "whole split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of a text, or of a run."""
+
+    name: str
+    score: Score
+    loss_interval: str
+    bits_interval: str
+    documents: str
+
+
+def interval_text(interval: Interval | None) -> str:
+    """An interval in four decimals; empty if there is none."""
+    if interval is None:
+        return ""
+    return f"{interval.low:.4f}-{interval.high:.4f}"
+
+
+def rows_of(scores: Mapping[str, Score]) -> list[Row]:
+    """A row for each text or run."""
+    rows = []
+    for name, score in scores.items():
+        row = Row(
+            name=name,
+            score=score,
+            loss_interval=interval_text(score.loss_interval),
+            bits_interval=interval_text(score.bits_per_byte_interval),
+            documents="" if score.documents is None else f"{score.documents:,}",
+        )
+        rows.append(row)
+    return rows
+
+
+def scores_page(title: str, scores: Mapping[str, Score], result: EvaluationResult) -> str:
+    """A table of scores that were made as this result's were, below a title."""
+    rows = rows_of(scores)
+    counts = [score.documents or 0 for score in scores.values()]
+    return render(
+        "evaluation.txt.jinja",
+        title=title,
+        rows=rows,
+        name_width=max(len(row.name) for row in rows),
+        stride=result.stride,
+        bootstrap=result.bootstrap,
+        few=FEW_DOCUMENTS if min(counts) < FEW_DOCUMENTS else None,
+    )
+
+
+def result_page(place: str, result: EvaluationResult) -> str:
+    """The figures of one checkpoint: of the whole, and of each source where there are several."""
+    scores = {WHOLE: result.whole_split}
+    if len(result.sources) > 1:
+        scores |= result.sources
+    title = place
+    if result.data_dir is not None:
+        title += f" on {result.data_dir} ({result.fingerprint}), which the run was not trained on"
+    return scores_page(title, scores, result)
+
+
+def results_page(places: Sequence[str], results: Sequence[EvaluationResult]) -> str:
+    """The figures of several checkpoints, one below another."""
+    scores = {}
+    for place, result in zip(places, results, strict=True):
+        scores[place] = result.whole_split
+    return scores_page("side by side", scores, results[0])
