@@ -104,6 +104,13 @@ def evaluation_of(place: Place, cell: Cell) -> EvaluationResult | None:
     return read_result(place.run_dir(cell), cell.recipe.total_steps)
 
 
+def is_evaluated(place: Place, cell: Cell) -> bool:
+    """Whether a cell was measured, its documents too, which older evaluations did not keep."""
+    if evaluation_of(place, cell) is None:
+        return False
+    return documents_path(place.run_dir(cell) / EVALUATION_NAME).is_file()
+
+
 def documents_of(place: Place, name: str) -> DocumentScores | None:
     """What each validation document gave under a cell's model; None where that was not kept.
 

@@ -16,7 +16,7 @@ from pretrain.comparing.matching import Match
 from pretrain.comparing.matrix import Settings, Value
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.significance import LEVEL, Figure
-from pretrain.evaluation.statistics import Interval
+from pretrain.evaluation.intervals import Interval
 
 COMPARISON_NAME = "comparison.json"
 FORMAT = 1

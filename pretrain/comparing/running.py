@@ -19,7 +19,7 @@ from types import FrameType
 from data_prep.commands import signal_name, unheard
 from data_prep.errors import UserError, one_line, printable
 from data_prep.locks import lock
-from pretrain.comparing.cells import Place, evaluation_of, is_trained
+from pretrain.comparing.cells import Place, evaluation_of, is_evaluated, is_trained
 from pretrain.comparing.matrix import Cell
 from pretrain.run.state import read_state
 
@@ -122,7 +122,7 @@ class Runner:
 
     def is_complete(self, cell: Cell) -> bool:
         """Whether nothing is left to do for a cell."""
-        return is_trained(self.place, cell) and evaluation_of(self.place, cell) is not None
+        return is_trained(self.place, cell) and is_evaluated(self.place, cell)
 
     def is_free(self, cell: Cell) -> bool:
         """Whether nobody else trains a cell; one that stays taken has failed."""

@@ -7,7 +7,7 @@ Two sources of chance, kept apart by name:
                      the differences are taken for normal, and have Student's t interval.
     over documents   another validation text. Within a seed both models score the same documents,
                      which are drawn anew, both models' nats together: a paired bootstrap
-                     (pretrain/evaluation/statistics.py).
+                     (pretrain/evaluation/intervals.py).
 
 Several treatments against one baseline: p values are adjusted by Holm's step-down method
 (Scandinavian Journal of Statistics 6, 1979). Power is that of the two-sided paired t test, by the
@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from pretrain.evaluation.documents import DocumentScores
-from pretrain.evaluation.statistics import Bootstrap, Interval, intervals
+from pretrain.evaluation.intervals import Bootstrap, Interval, intervals
 
 LEVEL = 0.05  # of a test; an interval covers the rest
 POWER = 0.8  # with which a difference that is there is to be seen

@@ -22,7 +22,7 @@ from pretrain.comparing.significance import (
     seeds_to_see,
     strictest_level,
 )
-from pretrain.evaluation.statistics import Interval
+from pretrain.evaluation.intervals import Interval
 
 ONE_PERCENT = 0.01
 

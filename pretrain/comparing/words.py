@@ -9,7 +9,7 @@ from pretrain.comparing.matching import Match
 from pretrain.comparing.matrix import Settings, Value, short_key, show_value
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.significance import FEWEST_SEEDS, MOST_SEEDS, RESAMPLES, Figure
-from pretrain.evaluation.statistics import FEW_DOCUMENTS, Interval
+from pretrain.evaluation.intervals import FEW_DOCUMENTS, Interval
 from pretrain.reporting.words import NOT_KNOWN, Section, Table, Text
 from pretrain.view.templates import render
 
