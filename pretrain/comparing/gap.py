@@ -24,7 +24,6 @@ from pretrain.reporting.images import DOTS_PER_INCH, new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUFFIXES = (".png", ".svg")
 SIZE_KEYS = frozenset({"model.d_model", "model.num_layers", "model.num_heads"})
 SHADE = 0.2
 
@@ -91,21 +90,32 @@ def lines_over(axis: Axis, comparison: Comparison) -> list[Line]:
     return lines
 
 
-def draw_gaps(comparison: Comparison, folder: Path) -> list[str]:
-    """Write the images that there is something for; the names of the PNG files.
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """An image of gaps, as it was written."""
+
+    name: str  # of its PNG file
+    title: str
+    png: bytes
+
+
+def draw_gaps(comparison: Comparison, folder: Path) -> list[Gap]:
+    """Write the images that there is something for.
 
     Raises UserError where matplotlib is not installed, OSError where a file can't be written.
     """
-    names = []
+    gaps = []
     for axis in AXES:
         lines = lines_over(axis, comparison)
         if not lines:
             continue
-        for suffix in SUFFIXES:
-            content = draw(axis, comparison, lines, suffix.removeprefix("."))
-            write_durably(folder / f"{axis.name}{suffix}", content)
-        names.append(f"{axis.name}.png")
-    return names
+        png = draw(axis, comparison, lines, "png")
+        svg = draw(axis, comparison, lines, "svg")
+        write_durably(folder / f"{axis.name}.png", png)
+        write_durably(folder / f"{axis.name}.svg", svg)
+        title = f"Loss less that of {show_value(comparison.baseline)}, over {axis.label}"
+        gaps.append(Gap(name=f"{axis.name}.png", title=title, png=png))
+    return gaps
 
 
 def draw(axis: Axis, comparison: Comparison, lines: Sequence[Line], kind: str) -> bytes:

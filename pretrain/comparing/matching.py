@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from pretrain.comparing.matrix import Cell, Matrix, Settings
-from pretrain.config.recipe import Recipe
+from pretrain.config.recipe import ModelRecipe, Recipe
 
 Digests = dict[str, str]  # of parameters, by name and shape
+Made = dict[tuple[ModelRecipe, int], Digests]  # by model and seed, which alone decide them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +52,27 @@ def initial_digests(recipe: Recipe) -> Digests:
 
 def match_cells(matrix: Matrix, names: Sequence[str]) -> list[Match]:
     """Of each group and seed, what its cells of these names have in common."""
+    made: Made = {}
     matches = []
     for group in matrix.groups():
         there = [cell for cell in group if cell.name in names]
         for seed in dict.fromkeys(cell.seed for cell in there):
             of_seed = [cell for cell in there if cell.seed == seed]
-            matches.append(match_seed(matrix.group_of(of_seed[0]), of_seed))
+            matches.append(match_seed(matrix.group_of(of_seed[0]), of_seed, made))
     return matches
 
 
-def match_seed(group: Settings, cells: Sequence[Cell]) -> Match:
-    """What cells of one seed have in common."""
+def match_seed(group: Settings, cells: Sequence[Cell], made: Made) -> Match:
+    """What cells of one seed have in common; `made` keeps digests for the next seed or group."""
     recipes = [cell.recipe for cell in cells]
     windows = {(recipe.model.seq_len, samples_of(recipe)) for recipe in recipes}
     batches = {recipe.batch.global_batch_tokens for recipe in recipes}
-    digests = [initial_digests(recipe) for recipe in recipes]
+    digests = []
+    for recipe in recipes:
+        key = (recipe.model, recipe.seed)
+        if key not in made:
+            made[key] = initial_digests(recipe)
+        digests.append(made[key])
     shared = sorted(set.intersection(*(set(of_cell) for of_cell in digests)))
     weights = {digest_of(of_cell, shared) for of_cell in digests}
     return Match(

@@ -6,6 +6,7 @@ comparison.html    the report of all cells, their curves in bands over seeds
 gap_over_*.png     and .svg, where tokens or size vary: pretrain/comparing/gap.py
 """
 
+import base64
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from pretrain.comparing.words import findings_of, markdown_of, section_of
 from pretrain.reporting.images import new_figure
 from pretrain.reporting.page import library_file, report_page
 from pretrain.reporting.reading import read_runs
+from pretrain.reporting.words import Image
 
 MARKDOWN_NAME = "comparison.md"
 PAGE_NAME = "comparison.html"
@@ -68,18 +70,24 @@ def compare_cells(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Co
     )
 
 
+def data_url(png: bytes) -> str:
+    """An image as a page holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def write_results(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Comparison:
     """Write all files, and print what the numbers support."""
     comparison = compare_cells(matrix, place, failed)
     output_dir = place.output_dir
-    images = draw_gaps(comparison, output_dir)
+    gaps = draw_gaps(comparison, output_dir)
     write_comparison(comparison, output_dir)
-    markdown = markdown_of(comparison, images)
+    markdown = markdown_of(comparison, [gap.name for gap in gaps])
     write_durably(output_dir / MARKDOWN_NAME, markdown.encode())
     names = {cell.name for cell in comparison.cells}
     paths = [place.run_dir(cell) for cell in matrix.cells if cell.name in names]
     runs = read_runs(paths, [place.data_dir])
-    page = report_page(runs, [section_of(comparison)])
+    images = [Image(title=gap.title, source=data_url(gap.png)) for gap in gaps]
+    page = report_page(runs, [section_of(comparison, images)])
     write_durably(output_dir / PAGE_NAME, page.encode(errors="backslashreplace"))
     for group in comparison.groups:
         found = findings_of(comparison, group)

@@ -1,5 +1,6 @@
 """A comparison in words: the tables and sentences of comparison.md and of the page."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from pretrain.comparing.matrix import Settings, Value, short_key, show_value
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.significance import FEWEST_SEEDS, MOST_SEEDS, RESAMPLES, Figure
 from pretrain.evaluation.intervals import FEW_DOCUMENTS, Interval
-from pretrain.reporting.words import NOT_KNOWN, Section, Table, Text
+from pretrain.reporting.words import NOT_KNOWN, Image, Section, Table, Text
 from pretrain.view.templates import render
 
 GIGA = 1e9
@@ -328,11 +329,11 @@ def markdown_of(comparison: Comparison, figures: Sequence[str]) -> str:
     )
 
 
-def section_of(comparison: Comparison) -> Section:
+def section_of(comparison: Comparison, images: Sequence[Image]) -> Section:
     """The part of the page that a comparison adds to the report of its runs."""
     texts = []
     for group in comparison.groups:
         found = findings_of(comparison, group)
-        content = "\n".join(found.sentences)
+        content = "\n".join(textwrap.fill(sentence) for sentence in found.sentences)
         texts.append(Text(title=found.title, content=content, is_open=True))
-    return Section(title="Comparison", tables=tables_of(comparison), texts=texts)
+    return Section(title="Comparison", tables=tables_of(comparison), images=images, texts=texts)

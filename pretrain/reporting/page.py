@@ -107,7 +107,6 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
     script = own_file("report.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
-        *first,
         compared(runs),
         happened(runs),
         evaluation(runs),
@@ -116,6 +115,7 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
         environment(runs),
         reproduction(runs),
     ]
+    sections[:0] = first
     notes = notes_of(runs)
     if bits_only is not None:
         notes.insert(0, bits_only)

@@ -24,6 +24,14 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Image:
+    """A picture that the page itself holds."""
+
+    title: str
+    source: str  # a data: URL
+
+
+@dataclass(frozen=True, kw_only=True)
 class Text:
     """Lines to be read or copied as they are."""
 
@@ -38,6 +46,7 @@ class Section:
 
     title: str
     tables: Sequence[Table] = field(default=())
+    images: Sequence[Image] = field(default=())
     texts: Sequence[Text] = field(default=())
 
 

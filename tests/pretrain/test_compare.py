@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,10 @@ from support.runs import (
 )
 from support.waiting import wait_until
 
+from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 from launch.outcome import standing
+from pretrain import compare
 from pretrain.comparing.comparison import Comparison, read_comparison
 from pretrain.run.state import read_state
 
@@ -286,11 +289,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_data: Path, tmp_path: Pat
     for (a_recipe, place, *flags), expected in cases.items():
         assert isinstance(a_recipe, Path)
         assert isinstance(place, Path)
-        typed = command(a_recipe, tiny_data, place, *map(str, flags))
-        result = run_command(*typed)
-        assert result.returncode == 2, result.stdout
-        assert expected in result.stderr
-        assert result.stderr.count("\n") == 1
+        _, _, _, *arguments = command(a_recipe, tiny_data, place, *map(str, flags))
+        with pytest.raises(UserError, match=re.escape(expected)) as refused:
+            compare.main(arguments)
+        assert "\n" not in str(refused.value)
+    assert not output_dir.exists()
+    result = run_command(*command(recipe, tiny_data, output_dir, "--vary=sead=1"))
+    assert result.returncode == 2
+    assert result.stderr == "error: --vary sead: unknown key; did you mean seed?\n"
     assert not output_dir.exists()
 
 
@@ -299,7 +305,8 @@ def test_another_s_result_is_not_replaced(tiny_data: Path, tmp_path: Path) -> No
     output_dir = tmp_path / "comparison"
     output_dir.mkdir()
     (output_dir / "comparison.json").write_text('{"mine": 1}')
-    result = run_command(*command(recipe, tiny_data, output_dir, "--vary=seed=1"))
-    assert result.returncode == 2
-    assert "comparison.json: not what pretrain.compare of this version writes" in result.stderr
+    _, _, _, *arguments = command(recipe, tiny_data, output_dir, "--vary=seed=1")
+    expected = r"comparison\.json: not what pretrain\.compare of this version writes"
+    with pytest.raises(UserError, match=expected):
+        compare.main(arguments)
     assert [path.name for path in output_dir.iterdir()] == ["comparison.json"]
