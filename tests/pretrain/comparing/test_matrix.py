@@ -1,12 +1,14 @@
 """The matrix of a comparison: its cells, their names, and what can't be compared."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from support.runs import overrides_of, write_recipe
+from support.runs import REPOSITORY, overrides_of, write_recipe
 
 from data_prep.errors import UserError
+from pretrain import compare, plan
 from pretrain.comparing.cost import dry_run_page, find_machine
 from pretrain.comparing.matrix import Asked, Matrix, build_matrix, show_value
 from pretrain.config.changes import MAY_CHANGE_ON_RESUME
@@ -173,6 +175,32 @@ def test_the_paper_s_matrix_has_hours_and_a_price() -> None:
     recipe = matrix.cells[0].recipe
     flops = 9 * recipe.total_steps * recipe.batch.global_batch_tokens * 6 * 470e6
     assert 1.0 < gpu_hours * 3600 * 0.35 * 989e12 / flops < 1.3  # at an MFU of 35 % of an H200
+
+
+def test_the_readme_s_commands_say_what_the_readme_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As they stand there; those that would train show what they would."""
+    readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Comparing") : readme.index("## Checkpoints")]
+    blocks = re.findall(r"```\n(python -m pretrain\.compare .*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        _, _, _, *arguments = shlex.split(block.replace("\\\n", " "))
+        compare.main([*arguments, "--dry-run"])
+    small, paper = capsys.readouterr().out.split("paper_learned: ")
+    assert small.startswith("compare_small: 9 cells in 1 group")
+    assert paper.startswith("9 cells")
+    assert ", 397 GPU hours" in paper
+    assert "397 GPU hours" in section
+
+
+def test_hours_are_those_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = matrix_of("seed=1", recipe="paper_binary_code")
+    page = dry_run_page(matrix, find_machine("h200", 8, 3.0))
+    (hours,) = re.findall(r" ([\d.]+) hours, ", page)
+    plan.plan(["--recipe", "paper_binary_code", "--device", "h200", "--gpus", "8"])
+    assert f" {hours} hours," in capsys.readouterr().out
 
 
 def test_a_device_that_is_not_known_is_refused() -> None:
