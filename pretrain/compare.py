@@ -96,8 +96,8 @@ def compare(flags: Namespace, matrix: "Matrix") -> None:
 
     check_packages(flags.output_dir)
     place = Place(output_dir=flags.output_dir, data_dir=flags.data_dir, recipe=flags.recipe)
-    check_place(place, matrix.cells)
     share = share_of(flags.at_once)
+    check_place(place, matrix.cells, share.gpus or 1)
     with lock(flags.output_dir, "comparing there", "--output-dir"):
         runner = Runner(place=place, share=share, max_restarts=flags.max_restarts)
         try:

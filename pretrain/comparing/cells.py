@@ -49,8 +49,8 @@ class Place:
         return ["--recipe", self.recipe, *where, *cell.overrides]
 
 
-def check_place(place: Place, cells: Sequence[Cell]) -> None:
-    """Raise UserError where cells can't lie, can't be trained, or are other runs than asked for.
+def check_place(place: Place, cells: Sequence[Cell], ranks: int) -> None:
+    """Raise UserError where cells can't lie, can't be trained on so many ranks, or are other runs.
 
     All of them are looked at before any is started.
     """
@@ -68,12 +68,12 @@ def check_place(place: Place, cells: Sequence[Cell]) -> None:
         )
     manifest = load_manifest(place.data_dir)
     for cell in cells:
+        check_arguments(place.flags(cell), ranks)
         check_cell(place, cell, manifest)
 
 
 def check_cell(place: Place, cell: Cell, manifest: Manifest) -> None:
-    """Raise UserError where a cell can't be trained, or its directory holds another run."""
-    check_arguments(place.flags(cell), 1)
+    """Raise UserError where a cell's directory holds another run."""
     run_dir = place.run_dir(cell)
     advice = "move that directory away, or give another --output-dir"
     recipe_path = run_dir / RECIPE_NAME

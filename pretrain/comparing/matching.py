@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
+from pretrain.comparing.cells import Place
 from pretrain.comparing.matrix import Cell, Matrix, Settings
 from pretrain.config.recipe import ModelRecipe, Recipe
+from pretrain.run.directory import ENGINE_CONFIG_NAME
 
 Digests = dict[str, str]  # of parameters, by name and shape
 Made = dict[tuple[ModelRecipe, int], Digests]  # by model and seed, which alone decide them
@@ -29,11 +31,13 @@ class Match:
     global_batch_tokens: int | None  # of each; None where they differ
     shared_parameters: int  # how many parameter tensors all of them have
     weights: str | None  # digest of these at the start; None where they differ
+    is_same_engine: bool  # precision and ranks too, as DeepSpeed was told
 
     @property
     def is_matched(self) -> bool:
         """Whether nothing but the treatment tells them apart."""
-        return None not in (self.samples, self.global_batch_tokens, self.weights)
+        differs = None in (self.samples, self.global_batch_tokens, self.weights)
+        return self.is_same_engine and not differs
 
 
 def initial_digests(recipe: Recipe) -> Digests:
@@ -50,7 +54,7 @@ def initial_digests(recipe: Recipe) -> Digests:
     return digests
 
 
-def match_cells(matrix: Matrix, names: Sequence[str]) -> list[Match]:
+def match_cells(matrix: Matrix, names: Sequence[str], place: Place) -> list[Match]:
     """Of each group and seed, what its cells of these names have in common."""
     made: Made = {}
     matches = []
@@ -58,7 +62,9 @@ def match_cells(matrix: Matrix, names: Sequence[str]) -> list[Match]:
         there = [cell for cell in group if cell.name in names]
         for seed in dict.fromkeys(cell.seed for cell in there):
             of_seed = [cell for cell in there if cell.seed == seed]
-            matches.append(match_seed(matrix.group_of(of_seed[0]), of_seed, made))
+            match = match_seed(matrix.group_of(of_seed[0]), of_seed, made)
+            engines = {engine_of(place, cell) for cell in of_seed}
+            matches.append(replace(match, is_same_engine=len(engines) == 1))
     return matches
 
 
@@ -83,7 +89,13 @@ def match_seed(group: Settings, cells: Sequence[Cell], made: Made) -> Match:
         global_batch_tokens=batches.pop() if len(batches) == 1 else None,
         shared_parameters=len(shared),
         weights=weights.pop() if len(weights) == 1 else None,
+        is_same_engine=True,
     )
+
+
+def engine_of(place: Place, cell: Cell) -> bytes:
+    """What DeepSpeed was told in a cell's run."""
+    return (place.run_dir(cell) / ENGINE_CONFIG_NAME).read_bytes()
 
 
 def samples_of(recipe: Recipe) -> int:

@@ -7,10 +7,11 @@ gap_over_*.png     and .svg, where tokens or size vary: pretrain/comparing/gap.p
 """
 
 import base64
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import RetryableError, UserError
 from data_prep.files import write_durably
 from data_prep.manifest import load_manifest
 from pretrain.comparing.cells import Place
@@ -24,33 +25,36 @@ from pretrain.comparing.gap import draw_gaps
 from pretrain.comparing.matching import match_cells
 from pretrain.comparing.matrix import Matrix
 from pretrain.comparing.measured import measure_all
-from pretrain.comparing.significance import check_scipy
 from pretrain.comparing.summary import summarise
 from pretrain.comparing.words import findings_of, markdown_of, section_of
-from pretrain.reporting.images import new_figure
-from pretrain.reporting.page import library_file, report_page
+from pretrain.reporting.page import report_page
 from pretrain.reporting.reading import read_runs
 from pretrain.reporting.words import Image
 
 MARKDOWN_NAME = "comparison.md"
 PAGE_NAME = "comparison.html"
+# For intervals, figures and the page: those of the extra `compare`.
+PACKAGES = ("scipy", "matplotlib", "uplot")
 
 
 def check_packages(output_dir: Path) -> None:
     """Raise UserError where results could not be made or written after hours of training."""
-    check_scipy()
-    new_figure()
-    library_file("uPlot.iife.js")
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"the result of a comparison needs {name}, which is missing; "
+                "pip install 'tablefree[compare]' installs it"
+            )
     read_comparison(output_dir)  # or it is somebody else's file
 
 
 def compare_cells(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Comparison:
-    """All that the cells show. Raises UserError where none has figures."""
+    """All that the cells show. Raises RetryableError where none has figures."""
     figures = measure_all(place, matrix.cells)
     names = [cell.name for cell in figures]
     if not names:
         first = next(iter(failed.values()), "no cell has a loss that is a number")
-        raise UserError(f"{place.output_dir}: no cell has figures: {first}")
+        raise RetryableError(f"{place.output_dir}: no cell has figures: {first}")
     missing = []
     for cell in matrix.cells:
         if cell.name not in names:
@@ -66,7 +70,7 @@ def compare_cells(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Co
         cells=tuple(figures),
         missing=tuple(missing),
         groups=tuple(summarise(matrix, place, figures)),
-        matches=tuple(match_cells(matrix, names)),
+        matches=tuple(match_cells(matrix, names, place)),
     )
 
 

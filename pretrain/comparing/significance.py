@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.errors import UserError
 from pretrain.evaluation.documents import DocumentScores
 from pretrain.evaluation.intervals import Bootstrap, Interval, intervals
 
@@ -47,17 +46,6 @@ class PairedTest:
     deviation: float
     interval: Interval
     p_value: float  # two-sided, of no difference
-
-
-def check_scipy() -> None:
-    """Raise UserError where scipy, which has the distributions, is not installed."""
-    try:
-        import scipy.stats  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(
-            "intervals follow from scipy's distributions, and it is missing; "
-            "pip install 'tablefree[compare]' installs it"
-        ) from None
 
 
 def figure_of(values: Sequence[float]) -> Figure:

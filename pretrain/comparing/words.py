@@ -32,7 +32,8 @@ ABOUT_DOCUMENTS = (
 )
 ABOUT_MATCHES = (
     "Samples: windows that each cell saw, the same ones in the same order. Weights: digest of the "
-    "initial values of all parameters that the cells of the row share, equal bit for bit."
+    "initial values of all parameters that the cells of the row share, equal bit for bit. Engine: "
+    "the configuration that DeepSpeed got, precision and batch sizes among it."
 )
 
 
@@ -236,6 +237,7 @@ def matches_table(matches: Sequence[Match]) -> Table:
             "differ" if match.global_batch_tokens is None else f"{match.global_batch_tokens:,}",
             str(match.shared_parameters),
             "differ" if match.weights is None else match.weights[:16],
+            "the same" if match.is_same_engine else "differs",
             "yes" if match.is_matched else "no",
         ]
         rows.append(row)
@@ -248,6 +250,7 @@ def matches_table(matches: Sequence[Match]) -> Table:
             "tokens a step",
             "shared tensors",
             "weights at the start",
+            "engine",
             "matched",
         ],
         rows=rows,

@@ -16,7 +16,7 @@ from pretrain.comparing.comparison import (
     write_comparison,
 )
 from pretrain.comparing.gap import AXES, draw_gaps, lines_over
-from pretrain.comparing.matching import initial_digests, match_cells
+from pretrain.comparing.matching import Match, initial_digests, match_cells
 from pretrain.comparing.matrix import Asked, Matrix, build_matrix
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.summary import summarise
@@ -232,25 +232,44 @@ def test_nothing_is_drawn_where_neither_varies(tmp_path: Path) -> None:
 # Matching
 
 
-def test_cells_are_matched_unless_samples_or_weights_differ() -> None:
+def place_of(matrix: Matrix, home: Path) -> Place:
+    """Cells with the engine's configuration alone."""
+    place = Place(output_dir=home, data_dir=home, recipe="compare_small")
+    for cell in matrix.cells:
+        place.run_dir(cell).mkdir(parents=True)
+        (place.run_dir(cell) / "deepspeed.json").write_text('{"bf16": {"enabled": false}}')
+    return place
+
+
+def matches_of(matrix: Matrix, home: Path) -> list[Match]:
+    place = place_of(matrix, home)
+    return match_cells(matrix, [cell.name for cell in matrix.cells], place)
+
+
+def test_cells_are_matched_unless_samples_weights_or_engine_differ(tmp_path: Path) -> None:
     matrix = matrix_of("model.input_embedding=learned,binary_code", "seed=1,2")
-    matches = match_cells(matrix, [cell.name for cell in matrix.cells])
+    matches = matches_of(matrix, tmp_path)
     assert [match.is_matched for match in matches] == [True, True]
     shared = {name.split(" ")[0] for name in initial_digests(matrix.cells[0].recipe)}
     assert matches[0].shared_parameters == len(shared) - 1  # all but the table
     longer = matrix_of("train_tokens=1e6,2e6", baseline="train_tokens=1e6")
-    (match,) = match_cells(longer, [cell.name for cell in longer.cells])
+    (match,) = matches_of(longer, tmp_path)
     assert match.samples is None
     assert not match.is_matched
     batches = matrix_of(
         "batch.global_batch_tokens=4096,8192", baseline="batch.global_batch_tokens=4096"
     )
-    (match,) = match_cells(batches, [cell.name for cell in batches.cells])
+    (match,) = matches_of(batches, tmp_path)
     assert match.samples == 9_600
     assert match.global_batch_tokens is None
+    place = Place(output_dir=tmp_path, data_dir=tmp_path, recipe="compare_small")
+    cell = matrix.cells[0]
+    (place.run_dir(cell) / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
+    matches = match_cells(matrix, [cell.name for cell in matrix.cells], place)
+    assert [match.is_matched for match in matches] == [False, True]
 
 
-def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By weights of one cell that come from another seed."""
     from pretrain.comparing import matching
 
@@ -263,6 +282,6 @@ def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     matrix = matrix_of("model.input_embedding=learned,binary_code", "seed=1")
-    (match,) = match_cells(matrix, [cell.name for cell in matrix.cells])
+    (match,) = matches_of(matrix, tmp_path)
     assert match.weights is None
     assert not match.is_matched
