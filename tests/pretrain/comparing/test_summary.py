@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.browser import chromium
+from support.written_runs import falling_steps, write_run
 
 from data_prep.errors import UserError
 from pretrain.comparing.cells import CELLS_NAME, Place
@@ -19,12 +21,16 @@ from pretrain.comparing.gap import AXES, draw_gaps, lines_over
 from pretrain.comparing.matching import Match, initial_digests, match_cells
 from pretrain.comparing.matrix import Asked, Matrix, build_matrix
 from pretrain.comparing.measured import CellFigures
+from pretrain.comparing.results import data_url
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, tables_of
+from pretrain.comparing.words import findings_of, markdown_of, section_of, tables_of
 from pretrain.costs.flops import count_parameters
 from pretrain.evaluation.documents import DocumentScores, documents_path, write_documents
 from pretrain.evaluation.result import Score
 from pretrain.metrics.step_record import perplexity_of
+from pretrain.reporting.page import report_page
+from pretrain.reporting.reading import read_runs
+from pretrain.reporting.words import Image
 
 TARGETS = 1_000
 TEXT_BYTES = 4_000
@@ -285,3 +291,42 @@ def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path
     (match,) = matches_of(matrix, tmp_path)
     assert match.weights is None
     assert not match.is_matched
+
+
+# The page
+
+
+def test_a_browser_shows_gaps_and_tables_and_complains_of_nothing(tmp_path: Path) -> None:
+    """On a phone too, and by the rules of accessibility."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    matrix = matrix_of(
+        "model.input_embedding=learned,binary_code", "seed=1,2", "train_tokens=409600,819200"
+    )
+    comparison = comparison_of(matrix, tmp_path)
+    gaps = draw_gaps(comparison, tmp_path)
+    images = [Image(title=gap.title, source=data_url(gap.png)) for gap in gaps]
+    runs = [
+        write_run(tmp_path / f"{index}", falling_steps(30, index), cell.recipe)
+        for index, cell in enumerate(matrix.cells[:4])
+    ]
+    path = tmp_path / "comparison.html"
+    path.write_text(report_page(read_runs(runs, []), [section_of(comparison, images)]))
+    with chromium() as browser:
+        page = browser.new_context(
+            viewport={"width": 360, "height": 740}, bypass_csp=True
+        ).new_page()
+        seen: list[str] = []
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        (image,) = page.locator("section img").all()
+        assert image.evaluate("image => image.naturalWidth") > 500
+        assert "binary_code against learned: 2 seeds can show" in page.inner_text("main").replace(
+            "\n", " "
+        )
+        found = Axe().run(page).response
+        serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+        assert not serious, [(v["id"], v["nodes"][0]["html"]) for v in serious]
+        assert seen == []
