@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,24 +60,37 @@ def summarise_group(
         value = cell.settings[matrix.treatment] if matrix.treatment else None
         by_value.setdefault(value, []).append(cell)
     treatments = [treatment_of(value, cells) for value, cells in by_value.items()]
-    baselines = {cell.seed: cell for cell in by_value.get(matrix.baseline, [])}
-    differences = []
-    for value, cells in by_value.items():
-        pairs = [
-            Pair(treatment=cell, baseline=baselines[cell.seed])
-            for cell in cells
-            if cell.seed in baselines
-        ]
-        if pairs and matrix.treatment and value != matrix.baseline:
-            differences.append(difference_of(value, pairs, place))
-    tests = tested(differences)
+    paired = {}
+    if matrix.treatment is not None:
+        paired = pairs_of(by_value, matrix.baseline)
+    tests = tests_of(paired)
+    differences = [
+        difference_of(value, pairs, tests.get(value), place) for value, pairs in paired.items()
+    ]
     return Group(
         settings=settings,
         train_tokens=figures[0].train_tokens,
         parameters=figures[0].parameters_without_table,
         treatments=tuple(treatments),
-        differences=tuple(tests),
+        differences=tuple(differences),
     )
+
+
+def pairs_of(by_value: dict[Value, list[CellFigures]], baseline: Value) -> dict[Value, list[Pair]]:
+    """Of each treatment, the cells whose seed the baseline has too; none of those without any."""
+    baselines = {cell.seed: cell for cell in by_value.get(baseline, [])}
+    paired = {}
+    for value, cells in by_value.items():
+        if value == baseline:
+            continue
+        pairs = [
+            Pair(treatment=cell, baseline=baselines[cell.seed])
+            for cell in cells
+            if cell.seed in baselines
+        ]
+        if pairs:
+            paired[value] = pairs
+    return paired
 
 
 def treatment_of(value: Value, cells: Sequence[CellFigures]) -> Treatment:
@@ -94,58 +107,56 @@ def treatment_of(value: Value, cells: Sequence[CellFigures]) -> Treatment:
     )
 
 
-def difference_of(value: Value, pairs: Sequence[Pair], place: Place) -> Difference:
-    """A treatment against the baseline; what follows from all treatments together comes later."""
-    score = pairs[0].baseline.score
-    bits_of_nat = score.targets / (math.log(2) * score.text_bytes)
-    differences = [pair.difference for pair in pairs]
-    mean = float(np.mean(differences))
-    over_seeds = None
-    if len(pairs) >= FEWEST_SEEDS:
-        test = paired_test(differences)
-        over_seeds = OverSeeds(
+def tests_of(paired: dict[Value, list[Pair]]) -> dict[Value, OverSeeds]:
+    """What seeds show of each treatment that has several, adjusted for how many these are."""
+    several = {value: pairs for value, pairs in paired.items() if len(pairs) >= FEWEST_SEEDS}
+    tests = [paired_test([pair.difference for pair in pairs]) for pairs in several.values()]
+    adjusted = holm([test.p_value for test in tests])
+    level = strictest_level(max(1, len(tests)))
+    found = {}
+    for value, test, p_holm in zip(several, tests, adjusted, strict=True):
+        pairs = several[value]
+        one_percent = ONE_PERCENT * baseline_loss(pairs)
+        nats_to_bits = bits_of_nat(pairs)
+        low = test.interval.low * nats_to_bits
+        high = test.interval.high * nats_to_bits
+        found[value] = OverSeeds(
             deviation=test.deviation,
             interval=test.interval,
-            interval_bits=Interval(
-                low=test.interval.low * bits_of_nat, high=test.interval.high * bits_of_nat
-            ),
+            interval_bits=Interval(low=low, high=high),
             p_value=test.p_value,
-            p_holm=test.p_value,
-            detectable=math.nan,
-            seeds_for_one_percent=None,
+            p_holm=p_holm,
+            detectable=test.deviation * detectable_effect(len(pairs), level),
+            seeds_for_one_percent=seeds_to_see(one_percent, test.deviation, level),
         )
+    return found
+
+
+def baseline_loss(pairs: Sequence[Pair]) -> float:
+    """The baseline's mean loss over the seeds of some pairs."""
+    return float(np.mean([pair.baseline.loss for pair in pairs]))
+
+
+def bits_of_nat(pairs: Sequence[Pair]) -> float:
+    """Bits per byte for each nat a target: the same of all cells, as text and tokenizer are."""
+    score = pairs[0].baseline.score
+    return score.targets / (math.log(2) * score.text_bytes)
+
+
+def difference_of(
+    value: Value, pairs: Sequence[Pair], over_seeds: OverSeeds | None, place: Place
+) -> Difference:
+    """A treatment against the baseline."""
+    mean = float(np.mean([pair.difference for pair in pairs]))
     return Difference(
         value=value,
         seeds=tuple(pair.treatment.seed for pair in pairs),
         loss=mean,
-        bits_per_byte=mean * bits_of_nat,
-        baseline_loss=float(np.mean([pair.baseline.loss for pair in pairs])),
+        bits_per_byte=mean * bits_of_nat(pairs),
+        baseline_loss=baseline_loss(pairs),
         over_seeds=over_seeds,
         over_documents=tuple(over_documents(pairs, place)),
     )
-
-
-def tested(differences: Sequence[Difference]) -> list[Difference]:
-    """With p values for as many treatments as there are, and what could have been seen."""
-    p_values = [one.over_seeds.p_value for one in differences if one.over_seeds]
-    level = strictest_level(max(1, len(p_values)))
-    adjusted = iter(holm(p_values))
-    found = []
-    for one in differences:
-        before = one.over_seeds
-        if before is None:
-            found.append(one)
-            continue
-        smallest = before.deviation * detectable_effect(len(one.seeds), level)
-        one_percent = ONE_PERCENT * one.baseline_loss
-        over_seeds = replace(
-            before,
-            p_holm=next(adjusted),
-            detectable=smallest,
-            seeds_for_one_percent=seeds_to_see(one_percent, before.deviation, level),
-        )
-        found.append(replace(one, over_seeds=over_seeds))
-    return found
 
 
 def over_documents(pairs: Sequence[Pair], place: Place) -> list[OverDocuments]:
