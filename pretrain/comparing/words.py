@@ -193,6 +193,36 @@ def documents_table(comparison: Comparison, group: Group) -> Table | None:
     return Table(title=title, header=header, rows=rows, note=ABOUT_DOCUMENTS)
 
 
+def gaps_table(comparison: Comparison) -> Table:
+    """The gap to the baseline in every group, in order of tokens and size."""
+    rows = []
+    in_order = sorted(comparison.groups, key=lambda group: (group.train_tokens, group.parameters))
+    for group in in_order:
+        for one in group.differences:
+            nats = NOT_KNOWN
+            bits = NOT_KNOWN
+            if one.over_seeds is not None:
+                nats = interval_words(one.over_seeds.interval)
+                bits = interval_words(one.over_seeds.interval_bits)
+            row = [show_value(one.value), f"{group.train_tokens:,}", f"{group.parameters:,}"]
+            row += [f"{one.loss:+.4f}", nats, f"{one.bits_per_byte:+.4f}", bits]
+            rows.append(row)
+    return Table(
+        title=f"Gap to {show_value(comparison.baseline)} over tokens and size",
+        header=[
+            treatment_header(comparison),
+            "tokens",
+            "parameters",
+            "loss",
+            "95 % over seeds",
+            "bits per byte",
+            "95 % over seeds",
+        ],
+        rows=rows,
+        note="Parameters without an input table. Above 0 the treatment is worse.",
+    )
+
+
 def cells_table(cells: Sequence[CellFigures]) -> Table:
     """Each cell by itself."""
     rows = []
@@ -306,6 +336,8 @@ def sentence_of(comparison: Comparison, one: Difference) -> str:
 def tables_of(comparison: Comparison) -> list[Table]:
     """Every table, in order."""
     tables = []
+    if len(comparison.groups) > 1 and comparison.treatment is not None:
+        tables.append(gaps_table(comparison))
     for group in comparison.groups:
         tables.append(treatments_table(comparison, group))
         if group.differences:

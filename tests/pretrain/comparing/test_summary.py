@@ -221,6 +221,13 @@ def test_gaps_are_drawn_over_tokens_and_over_size(tmp_path: Path) -> None:
             [0.4 * 1_228_800 / at + 0.001 for at in (409_600, 819_200, 1_638_400)]
         )
     assert len(over_size) == 3
+    (table,) = (table for table in tables_of(comparison) if table.title.startswith("Gap to"))
+    tokens = [row[1] for row in table.rows]
+    assert tokens == [shown for shown in ("409,600", "819,200", "1,638,400") for _ in range(2)]
+    difference = comparison.groups[0].differences[0]
+    assert table.rows[0][3] == f"{difference.loss:+.4f}"
+    assert difference.over_seeds is not None
+    assert table.rows[0][6].startswith(f"{difference.over_seeds.interval_bits.low:+.4f} to ")
     gaps = draw_gaps(comparison, tmp_path)
     assert [gap.name for gap in gaps] == ["gap_over_tokens.png", "gap_over_parameters.png"]
     for gap in gaps:
