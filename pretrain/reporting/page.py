@@ -28,6 +28,7 @@ from pretrain.reporting.tables import (
     recipes,
     reproduction,
 )
+from pretrain.reporting.words import Section
 from pretrain.view.templates import render
 
 LIBRARY = "uplot"  # the package that holds the chart library's script and style
@@ -95,8 +96,11 @@ def policy_of(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; img-src data:"
 
 
-def report_page(runs: Sequence[ReportedRun]) -> str:
-    """The whole page. Raises UserError where the runs can't stand on one page."""
+def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> str:
+    """The whole page; `first` are sections before those of the runs.
+
+    Raises UserError where the runs can't stand on one page.
+    """
     bits_only = one_axis_of_loss(runs)
     curves = [curves_of(run) for run in runs]
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
@@ -114,6 +118,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
         environment(runs),
         reproduction(runs),
     ]
+    sections[:0] = first
     notes = notes_of(runs)
     if bits_only is not None:
         notes.insert(0, bits_only)

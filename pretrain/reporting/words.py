@@ -24,6 +24,14 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Image:
+    """A picture that the page itself holds."""
+
+    title: str
+    source: str  # a data: URL
+
+
+@dataclass(frozen=True, kw_only=True)
 class Text:
     """Lines to be read or copied as they are."""
 
@@ -85,6 +93,7 @@ class Section:
     sampled: Sequence[SampledRun] = field(default=())
     bars: Sequence[Bars] = field(default=())
     tables: Sequence[Table] = field(default=())
+    images: Sequence[Image] = field(default=())
     texts: Sequence[Text] = field(default=())
 
     @property

@@ -1,6 +1,7 @@
 """Texts that commands print and write, from templates.
 
-They lie in this folder, the model card's in pretrain/hf, the report's in pretrain/reporting.
+They lie in this folder, the model card's in pretrain/hf, the report's in pretrain/reporting, those
+of a comparison in pretrain/comparing.
 """
 
 from pathlib import Path
@@ -12,7 +13,9 @@ from data_prep.inputs.urls import without_credentials
 
 WINGS = Path(__file__).parent.parent
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([WINGS / "view", WINGS / "hf", WINGS / "reporting"]),
+    loader=jinja2.FileSystemLoader(
+        [WINGS / wing for wing in ("view", "hf", "reporting", "comparing")]
+    ),
     undefined=jinja2.StrictUndefined,
     # Of a page alone: what a run or a text brings in is shown as text, never obeyed.
     autoescape=jinja2.select_autoescape(["html.jinja"], default_for_string=False),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.forked_ranks import train_on
+from support.processes import processes_of
 from support.runs import (
     REPOSITORY,
     environment,
@@ -104,15 +105,6 @@ def start(typed: list[str], log: Path, **variables: str) -> subprocess.Popen[byt
 def wait_for_word(word: str, job: subprocess.Popen[bytes], log: Path) -> None:
     """Until the log of a running job holds it."""
     wait_until(lambda: word in log.read_text(), word, 200, job=job, log=log)
-
-
-def processes_of(run_dir: Path, pattern: str = "") -> list[psutil.Process]:
-    """All with the run's directory on their command line."""
-    lines = [
-        (process, shlex.join(process.info["cmdline"] or []))
-        for process in psutil.process_iter(["cmdline"])
-    ]
-    return [process for process, line in lines if str(run_dir) in line and re.search(pattern, line)]
 
 
 def status_of(run_dir: Path) -> str:

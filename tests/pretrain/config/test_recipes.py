@@ -50,6 +50,7 @@ def test_every_shipped_recipe_loads_and_builds(name: str) -> None:
         ("paper_affine_code", 470_190_080, 0),
         ("paper_permuted_code", 470_190_080, 0),
         ("paper_learned", 537_298_944, 67_108_864),  # 65,536 x 1,024 more
+        ("compare_small", 1_841_920, 524_288),
         ("binary_code_1b3", 1_342_820_352, 0),
         ("binary_code_3b", 3_000_130_560, 0),
     ],

@@ -1,0 +1,1 @@
+"""Matched runs, compared: the matrix of them, how they are trained, and what their figures show."""
