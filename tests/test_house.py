@@ -29,7 +29,7 @@ FLOORS = (
     {"data", "checkpoint", "costs"},
     {"model", "metrics"},
     {"engine", "view", "evaluation", "watch"},
-    {"hf", "run", "reporting"},
+    {"hf", "run", "reporting", "importing"},
 )
 # What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share;
 # and URLs that are safe to print.

@@ -39,7 +39,12 @@ from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
 from pretrain.metrics.sinks import check_packages
 from pretrain.run.command_line import build_parser
-from pretrain.run.directory import ENGINE_CONFIG_NAME, RECIPE_NAME, refuse_what_is_no_run
+from pretrain.run.directory import (
+    ENGINE_CONFIG_NAME,
+    RECIPE_NAME,
+    refuse_another_tokenizer,
+    refuse_what_is_no_run,
+)
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -69,6 +74,7 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
     recipe = asked.recipe
     data_dir = asked.flags.data_dir
     reader = open_training_data(data_dir, recipe)
+    refuse_another_tokenizer(asked.flags.run_dir, data_dir)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(
