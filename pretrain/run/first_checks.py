@@ -45,6 +45,7 @@ from pretrain.run.directory import (
     refuse_another_tokenizer,
     refuse_what_is_no_run,
 )
+from pretrain.run.state import read_state
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -167,8 +168,10 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def has_saved(run_dir: Path) -> bool:
-    """Whether a run has a checkpoint."""
-    return bool(saved_steps(run_dir))
+    """Whether a run has a checkpoint that one of its starts made; imported weights are none's."""
+    state = read_state(run_dir)
+    is_only_imported = state.imported_from is not None and state.fingerprint is None
+    return bool(saved_steps(run_dir)) and not is_only_imported
 
 
 def gives(engine: str, recipe: Recipe, ranks: int, merged: dict[str, Any]) -> bool:

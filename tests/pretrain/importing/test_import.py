@@ -22,6 +22,8 @@ from pretrain.checkpoint.reader import load_model
 from pretrain.import_hf import main
 from pretrain.importing.codes import find_code, solve_affine
 from pretrain.modeling_tablefree import INPUT_EMBEDDINGS, TableFreeConfig, TokenCode
+from pretrain.run.first_checks import engine_flags_by_default
+from pretrain.run.state import write_state
 
 FORMS = ("tablefree", "gpt_neox")
 
@@ -133,6 +135,20 @@ def test_another_tokenizer_or_architecture_is_refused_when_training_starts(
     assert not (run_dir / "metrics.jsonl").exists()
     with pytest.raises(UserError, match="its tokenizer is not that of"):
         evaluate.main(["--run-dir", str(run_dir), "--data-dir", str(text_data)])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_launcher_takes_imported_weights_for_a_run_that_has_not_begun(
+    trained: bool, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    """On a CPU it chooses fp32 for a new run, and leaves one that goes on alone."""
+    run_dir = import_from(exports["tablefree-binary_code"], tmp_path / "run")
+    if trained:
+        write_state(run_dir, fingerprint="0" * 32)
+    recipe = write_recipe(tmp_path / "r.yaml", engine="zero2_bf16")
+    flags = ["--recipe", str(recipe), "--data-dir", "d", "--run-dir", str(run_dir)]
+    chosen = engine_flags_by_default(flags, gpus=0)
+    assert chosen == ([] if trained else ["--deepspeed-config", "zero2_fp32"])
 
 
 # Codes found again
