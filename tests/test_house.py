@@ -29,7 +29,7 @@ FLOORS = (
     {"data", "checkpoint", "costs"},
     {"model", "metrics"},
     {"engine", "view", "evaluation", "generation", "watch"},
-    {"hf", "run", "reporting", "comparing"},
+    {"hf", "run", "reporting", "comparing", "importing"},
 )
 # What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share;
 # URLs that are safe to print; and other texts as ids, to measure a model on.

@@ -66,6 +66,9 @@ class CheckpointManifest:
     model_config: Json  # of modeling_tablefree.TableFreeConfig
     parameters: dict[str, list[int]]  # the shape of every trained parameter
     files: tuple[SavedFile, ...] = ()  # none until they are written
+    # Where the weights are from that no step of this project made; such a checkpoint is of step 0,
+    # of no data set yet, and its engine is empty.
+    imported_from: str | None = None
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -75,6 +78,8 @@ class CheckpointManifest:
             **asdict(self),
             "data": self.data.to_json(),
         }
+        if self.imported_from is None:
+            del content["imported_from"]
         return json.dumps(content, indent=1).encode()
 
     @classmethod
@@ -104,6 +109,7 @@ class CheckpointManifest:
             model_config=told["model_config"],
             parameters=told["parameters"],
             files=files,
+            imported_from=told.get("imported_from"),
         )
 
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from data_prep.errors import UserError, explained
 from data_prep.shards import read_tokenizer, sha256_of_files
+from pretrain.data.tokenizer_definition import DEFINITION_NAME
 
-DEFINITION_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 COPY_IT = "copy the tokenizer of the run's data set there"
 

@@ -9,6 +9,7 @@ from data_prep.tokenizer.text_files import TextFile
 from pretrain.checkpoint.find import is_checkpoint, load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.data.digests import check_shards
+from pretrain.data.tokenizer_definition import DEFINITION_NAME, give_the_same_ids
 from pretrain.evaluation.text import MeasuredText, run_encoder, text_of_files, validation_text
 from pretrain.evaluation.windows import Windows, windows_of
 from pretrain.modeling_tablefree import TableFreeConfig
@@ -97,6 +98,12 @@ def open_data(
 
     The first may have moved. Raises UserError for any other.
     """
+    imported_from = checkpoint.manifest.imported_from
+    if data_dir is None and imported_from is not None:
+        raise UserError(
+            f"{checkpoint.path}: has the weights of {imported_from}, and saw no data set yet; say "
+            "on which to measure it with --data-dir"
+        )
     path = data_dir or Path(checkpoint.manifest.data_dir)
     if data_dir is None and not path.is_dir():
         raise UserError(f"{path}: the data set of this run is not there; say where with --data-dir")
@@ -110,6 +117,9 @@ def open_data(
         raise UserError(f"{difference}; say where that is with --data-dir")
     # So that its tokenizer is the one that its manifest tells, by which it is compared below.
     reader.check_files()
+    if imported_from is not None and run_dir is not None:
+        refuse_other_ids(run_dir, path)
+        return reader
     own = tokenizer_of(checkpoint, run_dir)
     others = reader.manifest.tokenizer_sha256
     if own is None:
@@ -122,6 +132,19 @@ def open_data(
             "it with the run's"
         )
     return reader
+
+
+def refuse_other_ids(run_dir: Path, data_dir: Path) -> None:
+    """Raise UserError where a data set's tokenizer gives other ids than a run's copy of it.
+
+    Files beside `tokenizer.json` are made anew by exports, and so by imports.
+    """
+    own = run_dir / TOKENIZER_NAME / DEFINITION_NAME
+    theirs = data_dir / TOKENIZER_NAME / DEFINITION_NAME
+    if not own.is_file() or not give_the_same_ids(own.read_bytes(), theirs.read_bytes()):
+        raise UserError(
+            f"{data_dir}: its tokenizer is not that of {run_dir}, whose weights are of other ids"
+        )
 
 
 def tokenizer_of(checkpoint: Checkpoint, run_dir: Path | None) -> str | None:

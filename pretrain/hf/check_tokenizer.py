@@ -7,7 +7,8 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards import read_tokenizer
-from pretrain.data.tokenizer import CONFIG_NAME, DEFINITION_NAME
+from pretrain.data.tokenizer import CONFIG_NAME
+from pretrain.data.tokenizer_definition import DEFINITION_NAME
 from pretrain.hf.check_model import ExportedModel
 from pretrain.hf.ids import check_ids, hard_texts
 from pretrain.hf.names import AGAIN, CONFIG_FILE

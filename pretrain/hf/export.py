@@ -19,7 +19,8 @@ from data_prep.files import replace_directory
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain.checkpoint.find import load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.data.tokenizer import DEFINITION_NAME, refuse_another_tokenizer
+from pretrain.data.tokenizer import refuse_another_tokenizer
+from pretrain.data.tokenizer_definition import DEFINITION_NAME
 from pretrain.evaluation.result import read_result
 from pretrain.hf.architectures import ARCHITECTURES, Weights, config_json, gpt_neox_parts
 from pretrain.hf.engines import engines_of
@@ -41,6 +42,7 @@ from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
 from pretrain.model.token_codes import aliased_ids
 from pretrain.modeling_tablefree import TableFreeConfig
 from pretrain.run.starts import for_card, read_starts
+from pretrain.run.state import read_state
 from pretrain.view.templates import render
 
 
@@ -167,7 +169,14 @@ def card_of(
         gguf_name=gguf_name(asked.dtype),
         end_token=reference.id_to_token(special_ids["eos_token_id"]),
         engines=engines_of(asked.architecture),
+        imported_from=weights_of(asked),
     )
+
+
+def weights_of(asked: Asked) -> str | None:
+    """The directory whose weights the run began with, by its name alone."""
+    imported_from = read_state(asked.run_dir).imported_from
+    return Path(imported_from).name if imported_from else None
 
 
 def tokens_of(tokenizer: Tokenizer, ids: tuple[int, ...]) -> dict[int, str]:

@@ -22,10 +22,9 @@ from tokenizers import Tokenizer
 
 from data_prep.errors import UserError, parse_json
 from data_prep.shards import CHAT_TEMPLATE_NAME
-from pretrain.data.tokenizer import CONFIG_NAME, COPY_IT, DEFINITION_NAME, as_in_the_data
+from pretrain.data.tokenizer import CONFIG_NAME, COPY_IT, as_in_the_data
+from pretrain.data.tokenizer_definition import DEFINITION_NAME, without_additions
 
-# Post-processors that add tokens.
-ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
 # A file of transformers 4; its content moves into tokenizer_config.json.
 ROLES_NAME = "special_tokens_map.json"
@@ -160,31 +159,6 @@ def merged_config(files: dict[str, bytes], source: Path) -> Json:
     config = read_object(files, CONFIG_NAME, source)
     told = {key: value for key, value in config.items() if value is not None}
     return read_object(files, ROLES_NAME, source) | told
-
-
-def without_additions(definition: Json) -> Json:
-    """A `tokenizer.json` without what adds to a text, cuts it, pads it, or merges at random."""
-    model = definition.get("model") or {}
-    changed = definition | {
-        "truncation": None,
-        "padding": None,
-        "post_processor": _kept(definition.get("post_processor")),
-    }
-    if model.get("dropout") is not None:
-        changed["model"] = model | {"dropout": None}
-    # A key that it lacks is as null: then it stays as it is, byte for byte.
-    is_same = all(value == definition.get(key) for key, value in changed.items())
-    return definition if is_same else changed
-
-
-def _kept(processor: Json | None) -> Json | None:
-    """A post-processor, or what is left of it without parts that add tokens."""
-    if processor is None or processor["type"] in ADDING:
-        return None
-    if processor["type"] != "Sequence":
-        return processor
-    parts = list(filter(None, map(_kept, processor["processors"])))
-    return processor | {"processors": parts} if parts else None
 
 
 def plain_config(told: Json, reference: Tokenizer) -> tuple[Json, list[str]]:

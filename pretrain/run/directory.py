@@ -31,17 +31,20 @@ from data_prep.locks import LOCK_NAME
 from data_prep.shards import TOKENIZER_NAME, read_tokenizer
 from pretrain.checkpoint.layout import (
     CHECKPOINTS_NAME,
+    MANIFEST_NAME,
     OWN_FILE,
     POINTER_NAME,
     SIDECAR_NAME,
     saved_steps,
     steps_in,
 )
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.patience import read_patiently
 from pretrain.config.load import build_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
+from pretrain.data.tokenizer_definition import DEFINITION_NAME, give_the_same_ids
 from pretrain.metrics.metrics_file import METRICS_NAME
-from pretrain.run.state import STATE_NAME, may_be_a_run_s, read_state
+from pretrain.run.state import NOT_OURS, STATE_NAME, may_be_a_run_s, read_state
 
 RECIPE_NAME = "recipe.yaml"
 ENGINE_CONFIG_NAME = "deepspeed.json"
@@ -85,6 +88,32 @@ def describe_run(run_dir: Path, asked: Identity, data_dir: Path) -> None:
     write_durably(run_dir / ENGINE_CONFIG_NAME, engine_config)
     for name, content in read_tokenizer(data_dir / TOKENIZER_NAME).items():
         write_durably(run_dir / TOKENIZER_NAME / name, content)
+
+
+def refuse_another_tokenizer(run_dir: Path, data_dir: Path) -> None:
+    """Raise UserError where a run of imported weights is to go on with other ids than theirs.
+
+    It is compared what decides ids, as an export's other files are made anew. Later checkpoints
+    are of a data set, by whose fingerprint they know it.
+    """
+    for path in saved_steps(run_dir)[:1]:
+        try:
+            manifest = CheckpointManifest.from_json(read_patiently(path / MANIFEST_NAME))
+        except (OSError, KeyError, AttributeError, *NOT_OURS):
+            return  # said when it is passed over
+        own = run_dir / TOKENIZER_NAME / DEFINITION_NAME
+        if manifest.imported_from is None:
+            return
+        if not own.is_file():
+            raise UserError(
+                f"{own}: missing, so the ids of its weights can't be told; import again"
+            )
+        theirs = (data_dir / TOKENIZER_NAME / DEFINITION_NAME).read_bytes()
+        if not give_the_same_ids(own.read_bytes(), theirs):
+            raise UserError(
+                f"{data_dir}: its tokenizer is not that of {manifest.imported_from}, whose weights "
+                f"the run begins with; build the data set with --tokenizer {own.parent}"
+            )
 
 
 def refuse_what_is_no_run(run_dir: Path, data_dir: Path) -> None:

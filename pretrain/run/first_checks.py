@@ -41,7 +41,13 @@ from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environmen
 from pretrain.generation.prompts import Prompt, encode_prompts
 from pretrain.metrics.sinks import check_packages
 from pretrain.run.command_line import build_parser
-from pretrain.run.directory import ENGINE_CONFIG_NAME, RECIPE_NAME, refuse_what_is_no_run
+from pretrain.run.directory import (
+    ENGINE_CONFIG_NAME,
+    RECIPE_NAME,
+    refuse_another_tokenizer,
+    refuse_what_is_no_run,
+)
+from pretrain.run.state import read_state
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -72,6 +78,7 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
     recipe = asked.recipe
     data_dir = asked.flags.data_dir
     reader = open_training_data(data_dir, recipe)
+    refuse_another_tokenizer(asked.flags.run_dir, data_dir)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(
@@ -174,8 +181,10 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def has_saved(run_dir: Path) -> bool:
-    """Whether a run has a checkpoint."""
-    return bool(saved_steps(run_dir))
+    """Whether a run has a checkpoint that one of its starts made; imported weights are none's."""
+    state = read_state(run_dir)
+    is_only_imported = state.imported_from is not None and state.fingerprint is None
+    return bool(saved_steps(run_dir)) and not is_only_imported
 
 
 def gives(engine: str, recipe: Recipe, ranks: int, merged: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class RunState:
     fingerprint: str | None = None  # of the data set
     began: int | None = None  # ns since 1970, of the start that is the newest
     branched_from: str | None = None  # the checkpoint of another run
+    imported_from: str | None = None  # whose weights it began with, by pretrain.import_hf
     saved_step: int | None = None  # the steps behind the newest checkpoint
 
     def to_json(self) -> bytes:
@@ -47,7 +48,7 @@ def state_of(content: Any) -> RunState:
     if not isinstance(content, dict):
         raise ValueError("not an object")
     state = RunState(**{name: content.get(name) for name in vars(RunState())})
-    for name in ("status", "reason", "fingerprint", "branched_from"):
+    for name in ("status", "reason", "fingerprint", "branched_from", "imported_from"):
         if not isinstance(getattr(state, name), str | None):
             raise ValueError(f"{name} is no text")
     for name in ("began", "saved_step"):

@@ -1,0 +1,1 @@
+"""Foreign weights and those of exports, as the beginning of a run."""
