@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.shards import Tokens
 from pretrain.evaluation.text import IdStream
 
-BATCH_TOKENS = 8_192  # ids that a model sees at once; more were no faster on a CPU
+BATCH_TOKENS = 4_096  # ids that a model sees at once; twice as many were 3 % slower on a CPU
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
