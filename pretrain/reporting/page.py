@@ -16,13 +16,12 @@ from markupsafe import Markup
 
 from data_prep.errors import UserError, install_advice
 from pretrain.reporting.charts import draw_charts
-from pretrain.reporting.data_tables import data_section
+from pretrain.reporting.data_tables import data_section, evaluation
 from pretrain.reporting.reported_run import ReportedRun, bytes_per_token, curves_of
 from pretrain.reporting.samples import samples_section
 from pretrain.reporting.tables import (
     compared,
     environment,
-    evaluation,
     happened,
     overview,
     recipes,

@@ -10,7 +10,6 @@ import numpy as np
 from data_prep.errors import printable
 from pretrain.config.load import recipe_to_dict, recipe_to_yaml
 from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
-from pretrain.evaluation.result import EvaluationResult, Score
 from pretrain.metrics.step_columns import PHASES, StepColumns
 from pretrain.reporting.charts import GIGA, SECONDS_OF_AN_HOUR, last_step
 from pretrain.reporting.compared import (
@@ -251,61 +250,6 @@ def shortened(text: str) -> str:
     if len(text) > MOST_TEXT:
         shown += "…"
     return shown
-
-
-def evaluation(runs: Sequence[ReportedRun]) -> Section:
-    """What pretrain.evaluate measured."""
-    tables = []
-    for run in runs:
-        for result in run.evaluations:
-            table = scores_table(run.name, result)
-            tables.append(table)
-    return Section(title="Evaluation", tables=tables)
-
-
-def scores_table(name: str, result: EvaluationResult) -> Table:
-    """The figures of one checkpoint, on the whole split and on each source."""
-    rows = [score_row("whole split", result.whole_split)]
-    for source, score in result.sources.items():
-        rows.append(score_row(source, score))
-    return Table(
-        title=f"{name}, after step {result.step:,}",
-        header=["", "loss", "perplexity", "bits per byte", "interval", "targets", "bytes"],
-        rows=rows,
-        note=how_it_was_measured(result),
-    )
-
-
-def how_it_was_measured(result: EvaluationResult) -> str:
-    """On what, in which windows, and what the intervals are; in as many sentences as it needs."""
-    said = []
-    if result.data_dir is not None:
-        said.append(f"On other text, {result.data_dir} ({result.fingerprint}).")
-    if result.stride is not None:
-        said.append(f"In windows that each begin {result.stride:,} tokens behind the one before.")
-    if result.bootstrap is not None:
-        said.append(
-            f"The interval of the bits per byte holds {result.bootstrap.level:.0%} of "
-            f"{result.bootstrap.resamples:,} figures of documents drawn anew."
-        )
-    return " ".join(said)
-
-
-def score_row(name: str, score: Score) -> list[str]:
-    """The figures of a text."""
-    interval = ""
-    if score.bits_per_byte_interval is not None:
-        low = figure(score.bits_per_byte_interval.low)
-        interval = f"{low} to {figure(score.bits_per_byte_interval.high)}"
-    return [
-        name,
-        figure(score.loss),
-        figure(score.perplexity, ",.2f"),
-        figure(score.bits_per_byte),
-        interval,
-        f"{score.targets:,}",
-        f"{score.text_bytes:,}",
-    ]
 
 
 def dotted(content: dict[str, object], prefix: str = "") -> Cells:
