@@ -7,6 +7,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 import argparse
 import ast
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -20,6 +21,8 @@ from typing import Any, NoReturn, TextIO
 from data_prep.errors import UserError, exit_code_of, nearest, os_error_line, printable
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+SAME_SIGNAL_S = 2.0  # within so long a signal is the same one: launchers send it more than once
+MISTYPED = 0.7  # difflib's ratio from which one flag is taken for another
 LARGEST_NUMBER = 1e18  # on a command line; counts stay below what 64 bits hold
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
@@ -51,9 +54,38 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._given: Sequence[str] = ()
+
+    def flags(self) -> list[str]:
+        """All flags in their long form, but those that are for launchers alone."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        names = [name for action in shown for name in action.option_strings]
+        return [name for name in names if name.startswith("--")]
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse has it; keeps what was given, for what is said of it."""
+        self._given = sys.argv[1:] if args is None else args
+        flags, others = super().parse_known_args(self._given, namespace)
+        return flags, others
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
+        """Raise instead of printing the usage and leaving.
+
+        Where a flag is missing, or there is one too many, one that was mistyped may be why.
+        """
+        wanted = self.flags()
+        if "required" in message:
+            wanted = re.findall(r"--[\w-]+", message)
+        for argument in self._given:
+            name = argument.partition("=")[0]
+            # One with a dot is a key of a recipe.
+            if not name.startswith("--") or "." in name or name in self.flags():
+                continue
+            meant = difflib.get_close_matches(name, wanted, n=1, cutoff=MISTYPED)
+            if meant:
+                raise UserError(f"{name}: unknown; did you mean {meant[0]}?")
         raise UserError(f"{message}; --help lists the flags")
 
 

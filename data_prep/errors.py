@@ -163,6 +163,11 @@ def parse_json(content: str | bytes, where: str, advice: str) -> Any:
         return json.loads(content)
 
 
+def install_advice(extra: str) -> str:
+    """How what an extra of this project brings is installed, from wherever the project came."""
+    return f"pip install 'tablefree[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt name: `did you mean x?`, or the list of what there is."""
     names = sorted(known)

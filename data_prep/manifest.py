@@ -31,6 +31,8 @@ from data_prep.layout import INDEX_SUFFIX, SHARD_SUFFIX, SHARDS_NAME
 FORMAT = "tablefree-shards"
 FORMAT_VERSION = 2
 MAX_VOCAB_SIZE = 65_536  # ids are 2 bytes
+# Repeated more often, text is worth little (Muennighoff et al. 2023, arXiv 2305.16264).
+MANY_EPOCHS = 4
 # Above all that is counted: a figure beyond it would overflow where arrays of 64 bits take it.
 COUNTABLE = 2**63
 BLOCK_SAMPLES = 4_096  # sources share a block of this many samples in whole numbers

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from data_prep.commands import SAME_SIGNAL_S
 from launch.hosts import run_on
 from launch.launchers import Command
 
@@ -22,7 +23,6 @@ GUARDED = SHELL / "guarded.sh"
 # may be what they wait for.
 SIGNAL_RANKS = (SHELL / "signal_ranks.sh").read_text(encoding="utf-8")
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SIGNAL_S = 2.0  # as pretrain/watch/signals.py has it: signals are often sent more than once
 POLL_S = 0.1
 
 

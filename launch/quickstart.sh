@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole line on real text: corpus -> tokenizer -> shards -> ZeRO-2 training, stopped and
-# resumed -> evaluation -> Hugging Face export -> a generated continuation.
+# resumed -> evaluation -> Hugging Face export -> report -> a generated continuation.
 #
 #   ./launch/quickstart.sh [RUN_DIR]              default: runs/quickstart
 #   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps,
@@ -61,16 +61,16 @@ stage() { printf '\n\033[1m%s\033[0m\n' "$*"; } # in bold
 took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$corpus" ] || took=("$(date +%s)")
 
-stage "1/7  corpus: 249 State of the Union addresses"
+stage "1/8  corpus: 249 State of the Union addresses"
 [ -e "$mixture" ] || install -D -m 644 launch/demo/quickstart.yaml "$mixture"
 [ -f "$corpus/corpus.parquet" ] || python launch/demo/demo_corpus.py "$corpus/corpus.parquet"
 
-stage "2/7  tokenizer: byte-level BPE, exactly 65,536 ids"
+stage "2/8  tokenizer: byte-level BPE, exactly 65,536 ids"
 [ -d "$corpus/tokenizer" ] ||
   python -m data_prep.train_tokenizer --algorithm byte_bpe --vocab-size 65536 \
     --source "$corpus/corpus.parquet" --output-dir "$corpus/tokenizer"
 
-stage "3/7  shards: uint16 ids, memory-mapped, fingerprinted"
+stage "3/8  shards: uint16 ids, memory-mapped, fingerprinted"
 python -m data_prep.build_shards --mixture "$mixture" --output-dir "$run_dir/dataset"
 python -m data_prep.verify "$run_dir/dataset"
 
@@ -84,20 +84,23 @@ train() {
     --ranks "$ranks" --batch.micro_batch_size=$windows_of_rank \
     --batch.global_batch_tokens=$step_tokens --train_tokens=$((steps * step_tokens)) "$@"
 }
-stage "4/7  training: ZeRO-2, $ranks ranks, stopped after $half of $steps steps"
+stage "4/8  training: ZeRO-2, $ranks ranks, stopped after $half of $steps steps"
 [ -f "$run_dir/checkpoints/latest" ] || train --stop-at-step $half
 
-stage "5/7  training: resumed from the checkpoint"
+stage "5/8  training: resumed from the checkpoint"
 train
 
-stage "6/7  evaluation on the held-out addresses, fp32 masters"
+stage "6/8  evaluation on the held-out addresses, fp32 masters"
 python -m pretrain.evaluate --run-dir "$run_dir"
 
 export_as() { # FOLDER ARCHITECTURE
   python -m pretrain.export_hf --run-dir "$run_dir" --output-dir "$run_dir/$1" --architecture "$2"
 }
-stage "7/7  export to Hugging Face format, in both forms"
+stage "7/8  export to Hugging Face format, in both forms"
 export_as hf tablefree
 export_as gpt_neox gpt_neox
+
+stage "8/8  report: one page that explains the run"
+python -m pretrain.report "$run_dir" --output "$run_dir/report.html"
 
 python launch/demo/summary.py "$run_dir" $half "${took[@]}"

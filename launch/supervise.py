@@ -26,7 +26,7 @@ if not __package__:  # run by path: its folder, launch/, comes first where Pytho
     if home not in sys.path:
         sys.path.insert(0, home)
 
-from data_prep.commands import CommandParser, exit_code, large_number, signal_name, unheard
+from data_prep.commands import exit_code, large_number, signal_name, unheard
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
 from data_prep.locks import lock
 from launch.hosts import (
@@ -44,6 +44,8 @@ from launch.outcome import Standing, describe_failure, newest_checkpoint, standi
 from launch.processes import POLL_S, Ranks, Signals, start_guarded
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.config.recipe_parser import RecipeParser
+from pretrain.run.command_line import build_parser
 from pretrain.run.first_checks import (
     check_arguments,
     check_recipe_and_engine,
@@ -82,7 +84,11 @@ class Ended(NamedTuple):
 
 def parse(arguments: list[str] | None = None) -> Job:
     """The flags that matter here, and all those of pretrain.train. Raises UserError."""
-    parser = CommandParser(prog="launch/pretrain.sh", description=(__doc__ or "").split("\n")[0])
+    parser = RecipeParser(
+        passed_on=build_parser().flags(),
+        prog="launch/pretrain.sh",
+        description=(__doc__ or "").split("\n")[0],
+    )
     # The hostfile's slots say how many ranks there are.
     where = parser.add_mutually_exclusive_group()
     where.add_argument(

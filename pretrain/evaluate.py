@@ -3,14 +3,18 @@ checkpoint of each or of another.
 
     python -m pretrain.evaluate --run-dir RUN_DIR ... [--step N] [--data-dir DATASET | --text FILE]
                                 [--stride N]
+    python -m pretrain.evaluate --run-dir RUN_DIR ... --tasks NAME,... [--include-path DIR]
 
 What is measured, and how, is in pretrain/evaluation/scoring.py; where the figures are kept, in
-pretrain/evaluation/result.py. A run trained with intra_document_masking is scored with it.
+pretrain/evaluation/result.py. A run trained with intra_document_masking is scored with it. Tasks
+are those of EleutherAI's lm-eval: pretrain/evaluation/run_tasks.py.
 """
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 ABOUT = (
     "Loss, perplexity and bits per byte over the whole validation split or over other text, with "
     "the fp32 masters of the newest good checkpoint or of --step, and with intervals from "
-    "documents drawn anew; also written into each run's directory, as the README says where."
+    "documents drawn anew; also written into each run's directory: as evaluation.json of the "
+    "newest checkpoint on the run's own data set, else below evaluations/."
 )
 
 
@@ -38,7 +43,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     step_help = "the checkpoint after N steps, in place of the newest"
     parser.add_argument("--step", type=int, metavar="N", help=step_help)
     add_text_flags(parser)
+    add_task_flags(parser)
     flags = parser.parse_args(arguments)
+    refuse_twice(flags.run_dir)
+    check_task_flags(flags)
+    check_text_flags(flags)
+    return flags
+
+
+def check_text_flags(flags: argparse.Namespace) -> None:
+    """Raise UserError for flags of --text that do not go together."""
     if flags.text is not None and "://" in flags.text:
         raise UserError(f"--text {flags.text}: only local files are measured; fetch it first")
     if flags.text is None:
@@ -46,8 +60,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             if getattr(flags, name) is not None:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag}: says how --text is to be read; give --text too")
-    refuse_twice(flags.run_dir)
-    return flags
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +82,42 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         "blocks side by side; kept in a file of its own"
     )
     parser.add_argument("--stride", type=large_number, metavar="N", help=stride_help)
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """Which tasks of lm-eval are put to the model, in place of a text."""
+    tasks_help = (
+        "tasks of EleutherAI's lm-eval in place of a text, such as first_letter (needs pip install "
+        "-e '.[tasks]')"
+    )
+    parser.add_argument("--tasks", metavar="NAME,...", help=tasks_help)
+    include_help = "of --tasks: a folder of task files of your own"
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help=include_help)
+    limit_help = "of --tasks: only the first N questions of each"
+    parser.add_argument("--limit", type=large_number, metavar="N", help=limit_help)
+
+
+def check_task_flags(flags: argparse.Namespace) -> None:
+    """Raise UserError for flags of --tasks that do not go together, and without lm-eval."""
+    if flags.tasks is None:
+        for name in ("include_path", "limit"):
+            if getattr(flags, name) is not None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: says something of --tasks; give --tasks too")
+        return
+    for name in ("data_dir", "text", "stride"):
+        if getattr(flags, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: tasks bring their own text; leave it or --tasks out")
+    if not all(flags.tasks.split(",")):
+        raise UserError(f"--tasks {flags.tasks!r}: expected names with commas between them")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks: the package lm-eval is not installed; install it with pip install -e "
+            "'.[tasks]' in this project's folder"
+        )
+    if flags.include_path is not None and not flags.include_path.is_dir():
+        raise UserError(f"--include-path {flags.include_path}: no such directory")
 
 
 def refuse_twice(places: Sequence[Path]) -> None:
@@ -96,11 +144,11 @@ def asked_text(flags: argparse.Namespace) -> "AskedText":
     return AskedText(data_dir=flags.data_dir, files=files, stride=flags.stride)
 
 
-def keep(opened: "OpenCheckpoint", measured: "Measured") -> None:
-    """Write figures that were printed; where that can't be, they were not measured for nothing."""
-    from pretrain.evaluation.documents import documents_path, write_documents
-    from pretrain.evaluation.result import result_path, write_result
+def keep(opened: "OpenCheckpoint", write: Callable[[Path], None]) -> None:
+    """Write figures that were printed; where that can't be, they were not measured for nothing.
 
+    `write` is given the run's directory.
+    """
     if opened.run_dir is None:
         place = opened.checkpoint.path
         print(
@@ -108,28 +156,33 @@ def keep(opened: "OpenCheckpoint", measured: "Measured") -> None:
             file=sys.stderr,
         )
         return
-    path = result_path(opened.run_dir, measured.result, is_newest=opened.is_newest)
     try:
-        # The figures last: whoever finds them finds the documents of these figures beside.
-        write_documents(measured.documents, documents_path(path))
-        write_result(measured.result, path)
+        write(opened.run_dir)
     except OSError as error:
+        place = error.filename or opened.run_dir
         print(
-            f"warning: {path}: {error.strerror}; the figures above are not kept there",
+            f"warning: {place}: {error.strerror}; the figures above are not kept there",
             file=sys.stderr,
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    flags = parse_arguments(arguments)
-    # These bring torch, which takes seconds: nobody waits for it to see --help or a mistyped flag.
-    from pretrain.distributed.devices import keep_freed_memory
+def write_measured(measured: "Measured", opened: "OpenCheckpoint", run_dir: Path) -> None:
+    """Write figures and the scores of their documents."""
+    from pretrain.evaluation.documents import documents_path, write_documents
+    from pretrain.evaluation.result import result_path, write_result
+
+    path = result_path(run_dir, measured.result, is_newest=opened.is_newest)
+    # The figures last: whoever finds them finds the documents of these figures beside.
+    write_documents(measured.documents, documents_path(path))
+    write_result(measured.result, path)
+
+
+def measure_text(flags: argparse.Namespace) -> None:
+    """Score runs on a text: print the figures, and keep them in each run's directory."""
     from pretrain.evaluation.open_run import open_run
     from pretrain.evaluation.scoring import measure
     from pretrain.view.evaluation_page import result_page, results_page
 
-    keep_freed_memory()
     asked = asked_text(flags)
     # All of them first: a bad one is refused before any is scored.
     runs = [open_run(place, flags.step, asked) for place in flags.run_dir]
@@ -137,11 +190,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs:
         measured = measure(run)
         print(result_page(str(run.opened.checkpoint.path), measured.result), flush=True)
-        keep(run.opened, measured)
+        keep(run.opened, partial(write_measured, measured, run.opened))
         results.append(measured.result)
     if len(results) > 1:
         places = [str(run.opened.checkpoint.path) for run in runs]
         print(f"\n{results_page(places, results)}", flush=True)
+
+
+def put_tasks(flags: argparse.Namespace) -> None:
+    """Put tasks of lm-eval to runs: print what they gave, and keep it in each run's directory."""
+    from pretrain.evaluation.open_run import open_checkpoint
+    from pretrain.evaluation.run_tasks import AskedTasks, load_tasks, score_tasks
+    from pretrain.evaluation.task_results import write_task_results
+    from pretrain.view.evaluation_page import tasks_page
+
+    asked = AskedTasks(
+        names=tuple(dict.fromkeys(flags.tasks.split(","))),
+        include_path=flags.include_path,
+        limit=flags.limit,
+    )
+    runs = [open_checkpoint(place, flags.step) for place in flags.run_dir]
+    loaded = load_tasks(asked)
+    for opened in runs:
+        scores = score_tasks(opened, loaded, asked)
+        print(tasks_page(str(opened.checkpoint.path), scores.results), flush=True)
+        if scores.cut_short:
+            print(
+                f"{scores.cut_short:,} answers had less room in the model's context than their "
+                "task allows",
+                file=sys.stderr,
+            )
+        keep(opened, partial(write_task_results, scores.results))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    flags = parse_arguments(arguments)
+    # These bring torch, which takes seconds: nobody waits for it to see --help or a mistyped flag.
+    from pretrain.distributed.devices import keep_freed_memory
+
+    keep_freed_memory()
+    if flags.tasks is not None:
+        put_tasks(flags)
+    else:
+        measure_text(flags)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ has no trainable parameter:
 
     binary_code   the K bits of the id, least significant first, repeated d_model / K times
     affine_code   A * bits xor b over GF(2), with A invertible, repeated likewise
+    permuted_code the bits of a keyed permutation of the ids that is not affine, repeated likewise
     learned       a trainable table, the baseline
 
 The block is GPT-NeoX's with sequential residual and rotary positions over the whole head.
@@ -39,13 +40,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-INPUT_EMBEDDINGS = ("binary_code", "affine_code", "learned")
+INPUT_EMBEDDINGS = ("binary_code", "affine_code", "permuted_code", "learned")
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 65_536, "d_model": 1_024, "num_layers": 32, "num_heads": 32, "seq_len": 1_024,
     "input_embedding": "binary_code", "code_bits": None, "affine_rows": None, "affine_offset": None,
+    "permutation_keys": None, "permutation_offset": None,
     "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -53,6 +55,14 @@ DEFAULTS: dict[str, Any] = {
 # for. 2: the parameters of an export are named as in TableFreeForCausalLM, where before they were
 # named as in checkpoints.
 MODELING_VERSION = 2
+# Rounds of a permuted code. From 6 bits on its largest bias towards a linear function, and its
+# avalanche, are those of random permutations; with 4 rounds they are further off for all numbers of
+# bits (tests/benchmarks/code_statistics.py).
+PERMUTATION_ROUNDS = 8
+# Keys, and what a round multiplies, are below 2^31. The multipliers are the first 31 bits after the
+# point of (sqrt(5) - 1) / 2 and of sqrt(2), made odd.
+ROUND_MASK = (1 << 31) - 1
+ROUND_MULTIPLIERS = (0x4F1BBCDD, 0x3504F333)
 # Words by which a configuration names what a decoder computes. A key with one of them that is not
 # known here would change the model, as far as anyone can tell; other unknown keys (who made it,
 # with which tool) are carried along.
@@ -130,11 +140,79 @@ def draw_affine_code(code_bits: int, seed: int) -> tuple[list[int], int]:
             return rows, offset
 
 
+def mixed(numbers: Tensor, key: int) -> Tensor:
+    """The round function of a permuted code: whole numbers below 2^31 to others, below 2^46.
+
+    Carries of the products make it no linear function of the bits. Products of two numbers below
+    2^31 never overflow int64, so that every device and runtime gives the same.
+    """
+    first, second = ROUND_MULTIPLIERS
+    product = (numbers ^ key) * first & ROUND_MASK
+    product = (product ^ torch.bitwise_right_shift(product, 15)) * second
+    # The lower bits of a product depend on fewer bits of what was multiplied.
+    return torch.bitwise_right_shift(product, 16)
+
+
+def permuted(
+    numbers: Tensor, code_bits: int, keys: list[int], *, backwards: bool = False
+) -> Tensor:
+    """A keyed permutation of the int64 numbers below 2 ** code_bits, or its inverse, elementwise.
+
+    A Feistel network: each round xors to one half of the bits a function of the other half, and so
+    undoes itself, whatever the function. So it is one to one for any keys. Of an odd number of bits
+    the high half has one more.
+    """
+    low_bits = code_bits // 2
+    low_mask = (1 << low_bits) - 1
+    high_mask = (1 << (code_bits - low_bits)) - 1
+    low = numbers & low_mask
+    high = torch.bitwise_right_shift(numbers, low_bits) & high_mask
+    rounds = list(enumerate(keys))
+    if backwards:
+        rounds.reverse()
+    for index, key in rounds:
+        if index % 2 == 0:
+            low = low ^ (mixed(high, key) & low_mask)
+        else:
+            high = high ^ (mixed(low, key) & high_mask)
+    return high * (1 << low_bits) + low
+
+
+def agrees_with_an_affine_map(code_bits: int, keys: list[int]) -> bool:
+    """Whether a permutation agrees with an affine map over GF(2) on the ids below 2^12."""
+    known_bits = min(code_bits, 12)
+    ids = torch.arange(1 << known_bits, device="cpu")
+    images = permuted(ids, code_bits, keys)
+    # The one affine map that agrees on 0 and on the powers of two.
+    affine = images[0].expand_as(images)
+    for place in range(known_bits):
+        column = images[1 << place] ^ images[0]
+        affine = affine ^ ((torch.bitwise_right_shift(ids, place) & 1) * column)
+    return bool((affine == images).all())
+
+
+def draw_permuted_code(code_bits: int, seed: int) -> tuple[list[int], int]:
+    """Draw the keys of a permuted code, one for each round, and the number xored to its result.
+
+    Those of an affine map are drawn again, which happens below 7 bits; 1 or 2 bits have no other
+    permutations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        keys = torch.randint(
+            0, ROUND_MASK + 1, (PERMUTATION_ROUNDS,), generator=generator, device="cpu"
+        ).tolist()
+        offset = torch.randint(0, 1 << code_bits, (1,), generator=generator, device="cpu").item()
+        if code_bits < 3 or not agrees_with_an_affine_map(code_bits, keys):
+            return keys, int(offset)
+
+
 class TableFreeConfig(PretrainedConfig):
     """Architecture of the decoder, by the keys of DEFAULTS.
 
-    `affine_rows` and `affine_offset` hold A and b, as `draw_affine_code` gives them. Raises
-    ValueError, in one sentence, for a config that this file cannot compute as it is meant.
+    `affine_rows` and `affine_offset` hold A and b, as `draw_affine_code` gives them,
+    `permutation_keys` and `permutation_offset` what `draw_permuted_code` gives. Raises ValueError,
+    in one sentence, for a config that this file cannot compute as it is meant.
     """
 
     model_type = "tablefree"
@@ -257,6 +335,13 @@ def refuse_another_code(values: dict[str, Any]) -> None:
         raise ValueError(
             f"config.json: affine_rows and affine_offset are no invertible code of {code_bits} bits"
         )
+    is_permuted = values["input_embedding"] == "permuted_code"
+    keys = values["permutation_keys"]
+    if is_permuted and not is_permutation(keys, values["permutation_offset"], code_bits):
+        raise ValueError(
+            f"config.json: permutation_keys and permutation_offset are no {PERMUTATION_ROUNDS} "
+            f"numbers up to {ROUND_MASK} and one of {code_bits} bits"
+        )
 
 
 def is_invertible(rows: list[int] | None, offset: int | None, code_bits: int) -> bool:
@@ -264,6 +349,13 @@ def is_invertible(rows: list[int] | None, offset: int | None, code_bits: int) ->
     if rows is None or offset is None or len(rows) != code_bits or gf2_rank(rows) != code_bits:
         return False
     return all(0 <= value < 1 << code_bits for value in [*rows, offset])
+
+
+def is_permutation(keys: list[int] | None, offset: int | None, code_bits: int) -> bool:
+    """Whether a permuted code has a key for each round and a number for its result."""
+    if keys is None or offset is None or len(keys) != PERMUTATION_ROUNDS:
+        return False
+    return 0 <= offset < 1 << code_bits and all(0 <= key <= ROUND_MASK for key in keys)
 
 
 def is_traced() -> bool:
@@ -359,7 +451,11 @@ class TokenCode(nn.Module):
     def code(self, ids: Tensor) -> Tensor:
         """The code of each id as 0 and 1, shape (..., K), int64."""
         shifts, matrix, offset = self.constants(ids.device)
-        code = bits_of(ids[..., None].long(), shifts)
+        numbers = ids.long()
+        if self.config.input_embedding == "permuted_code":
+            numbers = permuted(numbers, self.config.code_bits, self.config.permutation_keys)
+            numbers = numbers ^ self.config.permutation_offset
+        code = bits_of(numbers[..., None], shifts)
         if matrix is None or offset is None:
             return code
         # CUDA multiplies no matrices of int64; fp32 holds sums of K ones exactly.

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.commands import CommandParser, exit_code
+from data_prep.commands import exit_code
 from data_prep.errors import UserError, nearest
 from data_prep.shards import ShardReader
 from pretrain.config.deepspeed import load_engine_config, merge_config
 from pretrain.config.load import load_recipe
+from pretrain.config.recipe_parser import RecipeParser
 from pretrain.costs.devices import DEVICES, Device, find_device
 from pretrain.costs.fit import check_it_fits
 from pretrain.costs.flops import FORMULA
@@ -52,11 +53,11 @@ LIMITS = {
 }
 
 
-def build_parser() -> CommandParser:
+def build_parser() -> RecipeParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     about = "What a run needs and costs, before it starts."
     more = f"FLOPs a token: {FORMULA}. Any recipe key can be set with --dotted.key=value."
-    parser = CommandParser(prog="python -m pretrain.plan", description=about, epilog=more)
+    parser = RecipeParser(prog="python -m pretrain.plan", description=about, epilog=more)
     parser.add_argument(
         "--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file"
     )

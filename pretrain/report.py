@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse_arguments(arguments)
     # These bring numpy and pydantic: nobody waits for them to see --help.
     from data_prep.files import write_durably
-    from pretrain.reporting.compared import trend_of
+    from pretrain.reporting.compared import said_first
     from pretrain.reporting.page import report_page
     from pretrain.reporting.reading import read_runs
 
@@ -94,9 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A path may hold bytes that are no text; they are spelled out.
     write_durably(flags.output, page.encode(errors="backslashreplace"))
     for run in runs:
-        trend = trend_of(run.steps)
-        if trend:
-            print(f"{run.name}: training loss of the last tenth of its steps {trend.words}")
+        for line in said_first(run, is_alone=len(runs) == 1):
+            print(line)
     print(flags.output)
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.commands import CommandParser, exit_code
+from data_prep.commands import exit_code
 from data_prep.errors import UserError, one_line, printable
 from data_prep.manifest import Shard
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.config.recipe_parser import RecipeParser
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of
 from pretrain.run.directory import RECIPE_NAME
-from pretrain.run.state import fingerprint_of
+from pretrain.run.state import STATE_NAME, fingerprint_of
 
 
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
@@ -77,14 +78,14 @@ def warn_of_damage(reader: ShardReader, shard: Shard) -> None:
         print(f"warning: {one_line(error)}", file=sys.stderr)
 
 
-def build_parser() -> CommandParser:
+def build_parser() -> RecipeParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     about = "From a row of a training step back to the documents it was made of."
     more = (
         "Steps, rows and all else count from 0. With --recipe, any recipe key can be set with "
         "--dotted.key=value."
     )
-    parser = CommandParser(prog="python -m pretrain.trace", description=about, epilog=more)
+    parser = RecipeParser(prog="python -m pretrain.trace", description=about, epilog=more)
     run = parser.add_mutually_exclusive_group(required=True)
     run.add_argument("--run-dir", type=Path, help="directory of a run of pretrain.train")
     run.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
@@ -102,7 +103,13 @@ def build_parser() -> CommandParser:
 
 
 def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
-    """The recipe of a run. Raises UserError if the run saw another data set."""
+    """The recipe of a run. Raises UserError if there is none, or it saw another data set."""
+    for name in (RECIPE_NAME, STATE_NAME):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"--run-dir {run_dir}: no run is there, since {name} is missing; give the "
+                "directory of a run, or its recipe with --recipe"
+            )
     trained_on = fingerprint_of(run_dir)
     if trained_on != fingerprint:
         raise UserError(

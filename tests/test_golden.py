@@ -87,7 +87,11 @@ def first_steps(input_embedding: str, home: Path) -> Figures:
 
 @pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
 def test_the_first_steps_are_what_they_were(input_embedding: str, tmp_path: Path) -> None:
-    records = json.loads(RECORD.read_text())
+    # A build that has not been at hand since an input came has no figures of it.
+    records = [
+        record for record in json.loads(RECORD.read_text()) if input_embedding in record["figures"]
+    ]
+    assert records
     of_this_build = [record for record in records if record["build"] == this_build()]
     now = first_steps(input_embedding, tmp_path)
     for record in of_this_build or records:
@@ -100,8 +104,8 @@ def test_the_first_steps_are_what_they_were(input_embedding: str, tmp_path: Path
 def agrees(record: dict[str, Any], figures: dict[str, Figures]) -> bool:
     """Whether another build's record is of the same steps: up to the order of float sums, it is."""
     return all(
-        record["figures"][embedding][name] == pytest.approx(values, rel=1e-5)
-        for embedding, by_name in figures.items()
+        values == pytest.approx(figures[embedding][name], rel=1e-5)
+        for embedding, by_name in record["figures"].items()
         for name, values in by_name.items()
     )
 

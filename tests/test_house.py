@@ -28,7 +28,7 @@ FLOORS = (
     {"config", "distributed"},
     {"data", "checkpoint", "costs"},
     {"model", "metrics"},
-    {"engine", "view", "evaluation", "watch"},
+    {"engine", "view", "evaluation", "generation", "watch"},
     {"hf", "run", "reporting", "comparing"},
 )
 # What pretrain takes of data_prep: the data set, durable files, locks, errors, what commands share;

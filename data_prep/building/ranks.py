@@ -18,6 +18,7 @@ from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_erro
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+INSTALL_MPI = "pip install mpi4py mpich brings an MPI that works, to be started by its own mpiexec"
 SRUN_TASKS = "SLURM_STEP_NUM_TASKS"  # srun without MPI says its tasks too
 POLL_SECONDS = 0.02
 BAR_SECONDS = 0.5  # between two states of the bar on a terminal
@@ -85,7 +86,7 @@ def _import_mpi() -> Any:
     """mpi4py's MPI, which begins with its import."""
     unusable = "started by an MPI launcher, but mpi4py can't be used"
     with (
-        explained((ImportError, RuntimeError), unusable, "see data_prep/README.md"),
+        explained((ImportError, RuntimeError), unusable, INSTALL_MPI),
         warnings.catch_warnings(),
     ):
         # It warns of another MPI's launcher, which `connect` says better.

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec.core
 import fsspec.spec
 
-from data_prep.errors import UserError, explained, one_line, printable
+from data_prep.errors import UserError, explained, install_advice, one_line, printable
 from data_prep.inputs.local_files import (
     escaped,
     is_utf8,
@@ -33,7 +33,7 @@ from data_prep.inputs.urls import without_credentials
 T = TypeVar("T")
 Info = dict[str, Any]  # what fsspec tells of a file
 URL = re.compile(r"[\w.+:-]+://")
-INSTALL_REMOTE = "pip install -e '.[remote]' in this project's folder, or what it says"
+INSTALL_REMOTE = f"{install_advice('remote')}, or what it says"
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 REQUEST_BYTES = 16 << 20  # so far sequential reading reads ahead
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "mtime")

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.layout import SPLITS
-from data_prep.manifest import BLOCK_SAMPLES, Manifest, Shard, Source
+from data_prep.manifest import BLOCK_SAMPLES, MANY_EPOCHS, Manifest, Shard, Source
 from data_prep.view.columns import LINE_CHARACTERS, cut, facts, table
 
-MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv 2305.16264: repeats beyond it are worth little
 HEADER: tuple[str, ...] = (
     "split",
     "source",
@@ -112,6 +111,6 @@ def print_epochs(manifest: Manifest, train_tokens: int | None) -> None:
         return
     for name, epochs in manifest.epochs(train_tokens).items():
         line = f"epochs       {name}: {epochs:,.2f} over {train_tokens:,} training tokens"
-        if epochs > MAX_EPOCHS:
-            line += f"; above {MAX_EPOCHS} repeats teach little: add text or lower its weight"
+        if epochs > MANY_EPOCHS:
+            line += f"; above {MANY_EPOCHS} repeats teach little: add text or lower its weight"
         print(line)

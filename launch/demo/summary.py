@@ -55,6 +55,7 @@ class Summary:
     dataset_fingerprint: str
     hf_dir: str
     gpt_neox_dir: str
+    report: str  # the page
     prompt: str
     sample: str  # the prompt and how it goes on
     seconds: float | None  # of the whole job; None where a part of it was there before
@@ -136,6 +137,7 @@ def measure(run_dir: Path, stopped_at_step: int, started: float | None = None) -
         dataset_fingerprint=reader.manifest.fingerprint,
         hf_dir=str(run_dir / "hf"),
         gpt_neox_dir=str(run_dir / "gpt_neox"),
+        report=str(run_dir / "report.html"),
         prompt=PROMPT,
         sample=generate(run_dir / "hf"),
         seconds=time.time() - started if started else None,

@@ -29,10 +29,10 @@ class ModelRecipe:
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     seq_len: int = Field(ge=1)
-    input_embedding: Literal["binary_code", "affine_code", "learned"]
+    input_embedding: Literal["binary_code", "affine_code", "permuted_code", "learned"]
     # By default as few as tell all ids apart: ceil(log2 vocab_size).
     code_bits: int | None = Field(default=None, ge=1, le=MAX_CODE_BITS)
-    code_seed: int = 0  # draws A and b of an affine code
+    code_seed: int = 0  # draws A and b of an affine code, the keys of a permuted one
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -153,6 +153,15 @@ def known_sinks(value: Any) -> Any:
     return tuple(dict.fromkeys(value))
 
 
+def list_of_texts(value: Any) -> Any:
+    """Texts as a list; also one alone, as a command line gives it. Raises ValueError for others."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"got {value!r}; give a list of texts, in quotes")
+    return tuple(value)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogRecipe:
     """What a run says of itself while it trains, beside metrics.jsonl."""
@@ -162,6 +171,9 @@ class LogRecipe:
     # Between two lines of the log, which stand for the block where stderr is no terminal.
     every_s: float = Field(default=15.0, gt=0)
     every_steps: int | None = Field(default=None, ge=1)  # instead of the time
+    # Continued greedily at each validation; see pretrain/generation/samples.py.
+    prompts: Annotated[tuple[str, ...], BeforeValidator(list_of_texts)] = ()
+    sample_tokens: int = Field(default=64, ge=1)  # of a continuation, at most
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.files import digest_file
 from data_prep.shards import read_tokenizer
+from pretrain.data.tokenizer import CONFIG_NAME
 from pretrain.hf.check_model import (
     WRONG_WITH_A_CACHE,
     is_of_an_export,
@@ -25,7 +26,7 @@ from pretrain.hf.check_model import (
 from pretrain.hf.check_tokenizer import tokenizer_problems
 from pretrain.hf.marker import MARKER_NAME, Marker, read_marker
 from pretrain.hf.names import AGAIN, CARD_NAME, CONFIG_FILE, GPT_NEOX, MODELING_FILE
-from pretrain.hf.tokenizer import CONFIG_NAME, as_exported
+from pretrain.hf.tokenizer import as_exported
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,11 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards import read_tokenizer
+from pretrain.data.tokenizer import CONFIG_NAME, DEFINITION_NAME
 from pretrain.hf.check_model import ExportedModel
 from pretrain.hf.ids import check_ids, hard_texts
 from pretrain.hf.names import AGAIN, CONFIG_FILE
-from pretrain.hf.tokenizer import (
-    CONFIG_NAME,
-    DEFINITION_NAME,
-    PLAIN_CLASS,
-    ExportedTokenizer,
-    as_exported,
-    merged_config,
-)
+from pretrain.hf.tokenizer import PLAIN_CLASS, ExportedTokenizer, as_exported, merged_config
 
 # transformers 5 gives the plain one the second name when it saves it.
 PLAIN_CLASSES = (PLAIN_CLASS, "TokenizersBackend")

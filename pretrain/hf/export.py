@@ -19,6 +19,7 @@ from data_prep.files import replace_directory
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain.checkpoint.find import load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
+from pretrain.data.tokenizer import DEFINITION_NAME, refuse_another_tokenizer
 from pretrain.evaluation.result import read_result
 from pretrain.hf.architectures import ARCHITECTURES, Weights, config_json, gpt_neox_parts
 from pretrain.hf.engines import engines_of
@@ -36,12 +37,7 @@ from pretrain.hf.names import (
     WEIGHTS_FILE,
     gguf_name,
 )
-from pretrain.hf.tokenizer import (
-    DEFINITION_NAME,
-    ExportedTokenizer,
-    as_exported,
-    refuse_another_tokenizer,
-)
+from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
 from pretrain.model.token_codes import aliased_ids
 from pretrain.modeling_tablefree import TableFreeConfig
 from pretrain.run.starts import for_card, read_starts

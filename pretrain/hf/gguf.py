@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from data_prep.errors import UserError, explained
+from data_prep.errors import UserError, explained, install_advice
 from pretrain.hf.names import TO_GGUF, renamed
 from pretrain.modeling_tablefree import ROTARY_BASE
 
@@ -34,7 +34,6 @@ BLOCK = 32  # values of a row that share a scale in q8_0
 # What llama.cpp calls GPT-2's expression for words. Of its names for it this one's tokenizers keep
 # the spaces before punctuation when a whole text is decoded; "gpt-2" takes them away.
 PRE_TOKENIZER = "trillion"
-INSTALL = "pip install -e '.[gguf]' in this project's folder"
 OTHER_FORM = "export another form (--architecture gpt_neox)"
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 
@@ -54,7 +53,9 @@ class Vocabulary:
 def require_gguf() -> None:
     """Raise UserError where the package that writes the files is missing."""
     with explained(
-        ImportError, "--architecture gguf: the package that writes the files is missing", INSTALL
+        ImportError,
+        "--architecture gguf: the package that writes the files is missing",
+        install_advice("gguf"),
     ):
         import gguf  # noqa: F401
 

@@ -20,14 +20,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from data_prep.errors import UserError, explained, parse_json
-from data_prep.shards import CHAT_TEMPLATE_NAME, read_tokenizer, sha256_of_files
+from data_prep.errors import UserError, parse_json
+from data_prep.shards import CHAT_TEMPLATE_NAME
+from pretrain.data.tokenizer import CONFIG_NAME, COPY_IT, DEFINITION_NAME, as_in_the_data
 
 # Post-processors that add tokens.
 ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in transformers 4 and 5
-DEFINITION_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
 # A file of transformers 4; its content moves into tokenizer_config.json.
 ROLES_NAME = "special_tokens_map.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -63,8 +62,6 @@ SAID_ELSEWHERE = {
 }
 # A decoder has no token types: transformers 4's `model.generate(**tokenizer(text))` refuses them.
 MODEL_INPUTS = ["input_ids", "attention_mask"]
-
-COPY_IT = "copy the tokenizer of the run's data set there"
 
 Json = dict[str, Any]
 
@@ -165,23 +162,6 @@ def merged_config(files: dict[str, bytes], source: Path) -> Json:
     return read_object(files, ROLES_NAME, source) | told
 
 
-def refuse_another_tokenizer(source: Path, expected: str | None) -> None:
-    """Raise UserError where a run's tokenizer is not the one whose identity its checkpoint tells.
-
-    A checkpoint that tells none is content with any. What is missing is left to `as_exported`,
-    which names it.
-    """
-    files = read_tokenizer(source)
-    if not expected or not {DEFINITION_NAME, CONFIG_NAME} <= files.keys():
-        return
-    found = sha256_of_files(files)
-    if found != expected:
-        raise UserError(
-            f"{source}: is not the tokenizer of the checkpoint (sha256 {found[:12]}, not "
-            f"{expected[:12]}): its files were changed; {COPY_IT}"
-        )
-
-
 def without_additions(definition: Json) -> Json:
     """A `tokenizer.json` without what adds to a text, cuts it, pads it, or merges at random."""
     model = definition.get("model") or {}
@@ -268,19 +248,3 @@ def more_tokens(told: Json) -> Iterable[str]:
             content = content_of(token)
             if content is not None:
                 yield content
-
-
-def as_in_the_data(definition: bytes, where: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` as data preparation uses it.
-
-    Raises UserError if it is none.
-    """
-    # The library raises nothing more exact.
-    with explained(Exception, f"{where}: not a loadable tokenizer", COPY_IT):
-        tokenizer = Tokenizer.from_buffer(definition)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None) is not None:
-        tokenizer.model.dropout = None
-    return tokenizer

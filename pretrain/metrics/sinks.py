@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
-from data_prep.errors import UserError, one_line
+from data_prep.errors import UserError, install_advice, one_line
 from pretrain.metrics.metrics_file import steps_between
 from pretrain.metrics.step_record import AnyStep
 from pretrain.metrics.told import AboutRun, ToldStep, told
@@ -78,9 +78,8 @@ def check_packages(names: Iterable[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"log.sinks: {name}: the package {name} is not installed; "
-                f"pip install 'tablefree[{name}]' (in a checkout: pip install -e '.[{name}]'), or "
-                "leave the sink out"
+                f"log.sinks: {name}: the package {name} is not installed; {install_advice(name)}, "
+                "or leave the sink out"
             )
 
 

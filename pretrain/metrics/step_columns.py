@@ -16,7 +16,7 @@ import numpy.typing as npt
 from data_prep.errors import UserError, explained
 from pretrain.metrics.metrics_file import METRICS_NAME, stream_steps
 from pretrain.metrics.records import ADVICE
-from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
+from pretrain.metrics.step_record import AnyStep, Sample, SkippedStep, StepRecord
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -35,11 +35,50 @@ FIGURES = (
     "step_s",
     "peak_memory_bytes",
     "mfu",
+    "mfu_of_matmul",
     *PHASES,
 )
 NONE = float("nan")
+MOST_SAMPLED = 64  # steps whose samples are kept
 # what a line that holds something else in the place of a figure raises
 NO_FIGURE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledStep:
+    """What the model generated after a step."""
+
+    step: int  # from 0
+    samples: tuple[Sample, ...]
+
+
+class SampledSteps:
+    """Of all steps that have samples the first, the last, and some evenly between.
+
+    A run of many validations would hold megabytes of text.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._kept: list[SampledStep] = []
+        self._every = 1  # of those seen is kept
+        self._last: SampledStep | None = None
+
+    def add(self, record: AnyStep) -> None:
+        """Look at the next step that has samples."""
+        self._last = SampledStep(step=record.step, samples=record.samples)
+        if self.seen % self._every == 0:
+            self._kept.append(self._last)
+        self.seen += 1
+        if len(self._kept) == MOST_SAMPLED:  # which leaves room for the last one
+            self._kept = self._kept[::2]
+            self._every *= 2
+
+    def kept(self) -> tuple[SampledStep, ...]:
+        """At most MOST_SAMPLED, in order."""
+        if self._last is None or self._kept[-1] is self._last:
+            return tuple(self._kept)
+        return (*self._kept, self._last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +87,8 @@ class StepColumns:
 
     table: Floats  # (steps, figures)
     skipped: tuple[SkippedStep, ...] = ()
+    sampled: tuple[SampledStep, ...] = ()
+    all_sampled: int = 0  # how many steps had samples, also those that were thinned out
 
     def __len__(self) -> int:
         return len(self.table)
@@ -95,6 +136,7 @@ def row_of(record: AnyStep) -> tuple[float, ...]:
         record.step_s,
         record.peak_memory_bytes,
         NONE if record.mfu is None else record.mfu,
+        NONE if record.mfu_of_matmul is None else record.mfu_of_matmul,
         *map(record.seconds.__getitem__, PHASES),
     )
 
@@ -110,6 +152,7 @@ def columns_of(records: Iterable[AnyStep], path: Path) -> StepColumns:
     """The columns of steps. Raises UserError, naming `path`, where they are out of order."""
     figures = array("d")
     skipped: list[SkippedStep] = []
+    sampled = SampledSteps()
     before = -1
     for record in records:
         if record.step <= before:
@@ -121,8 +164,15 @@ def columns_of(records: Iterable[AnyStep], path: Path) -> StepColumns:
         figures.extend(row_of(record))
         if isinstance(record, SkippedStep):
             skipped.append(record)
+        if record.samples:
+            sampled.add(record)
     table = np.frombuffer(figures).reshape(-1, len(FIGURES))  # in place, so never held twice
-    return StepColumns(table=table, skipped=tuple(skipped))
+    return StepColumns(
+        table=table,
+        skipped=tuple(skipped),
+        sampled=sampled.kept(),
+        all_sampled=sampled.seen,
+    )
 
 
 def read_columns(run_dir: Path) -> StepColumns:

@@ -15,6 +15,15 @@ LARGEST_EXPONENT = 700.0  # e ** 709 is the largest that a float holds
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the model made of a prompt when a validation was due."""
+
+    prompt: str
+    text: str  # the continuation alone
+    bits_per_byte: float | None  # of the continuation; None where it has no byte
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankFigures:
     """What one rank's step took."""
 
@@ -34,6 +43,7 @@ class SkippedStep:
     tokens: int  # of all steps up to this one
     skipped: str  # why
     val_loss: float | None = None  # nats a token, where a validation was due
+    samples: tuple[Sample, ...] = ()  # where a validation was due, one for each of log.prompts
     is_new: bool = False  # found now, not replayed from the record; not in the file
 
     def to_line(self) -> Line:
@@ -46,7 +56,7 @@ class SkippedStep:
             "tokens": self.tokens,
             "skipped": self.skipped,
         }
-        return line | validation_of(self.val_loss)
+        return line | validation_of(self.val_loss) | samples_in_line(self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,7 @@ class StepRecord:
     mfu: float | None = None  # 0 to 1, where the device's peak is known
     # 0 to 1, where it is not: against what a matrix product reached on these devices
     mfu_of_matmul: float | None = None
+    samples: tuple[Sample, ...] = ()  # where a validation was due, one for each of log.prompts
 
     def to_line(self) -> Line:
         """The line of metrics.jsonl."""
@@ -89,7 +100,7 @@ class StepRecord:
             line["mfu"] = self.mfu
         if self.mfu_of_matmul is not None:
             line["mfu_of_matmul"] = self.mfu_of_matmul
-        return line
+        return line | samples_in_line(self.samples)
 
 
 AnyStep = StepRecord | SkippedStep
@@ -107,6 +118,30 @@ def validation_of(val_loss: float | None) -> Line:
     return {"val_loss": val_loss, "val_perplexity": perplexity_of(val_loss)}
 
 
+def samples_in_line(samples: tuple[Sample, ...]) -> Line:
+    """What a line says of its samples, if there are any."""
+    if not samples:
+        return {}
+    return {"samples": [asdict(sample) for sample in samples]}
+
+
+def samples_of_line(line: Line) -> tuple[Sample, ...]:
+    """The samples of a line; most have none. Raises KeyError or TypeError for what is no sample."""
+    if "samples" not in line:
+        return ()
+    samples = []
+    for own in line["samples"]:
+        sample = Sample(
+            prompt=own["prompt"], text=own["text"], bits_per_byte=own.get("bits_per_byte")
+        )
+        if not (isinstance(sample.prompt, str) and isinstance(sample.text, str)):
+            raise TypeError("a sample that is no text")
+        if not isinstance(sample.bits_per_byte, float | int | None):
+            raise TypeError("bits per byte of a sample that are no number")
+        samples.append(sample)
+    return tuple(samples)
+
+
 def step_of_line(line: Line) -> AnyStep:
     """The record behind a line; those of earlier versions may lack memory and slowest rank.
 
@@ -121,6 +156,7 @@ def step_of_line(line: Line) -> AnyStep:
             tokens=line["tokens"],
             skipped=line["skipped"],
             val_loss=line.get("val_loss"),
+            samples=samples_of_line(line),
         )
     slowest = line.get("slowest")
     return StepRecord(
@@ -138,6 +174,7 @@ def step_of_line(line: Line) -> AnyStep:
         val_loss=line.get("val_loss"),
         mfu=line.get("mfu"),
         mfu_of_matmul=line.get("mfu_of_matmul"),
+        samples=samples_of_line(line),
     )
 
 

@@ -66,8 +66,8 @@ class TensorBoardSink:
         summary = Summary()
         for name, figure in told.figures.items():
             summary.value.add(tag=name, simple_value=figure)
-        if told.note:
-            summary.MergeFrom(text_pb("marks/why_skipped", told.note))
+        for name, text in told.texts.items():
+            summary.MergeFrom(text_pb(name, verbatim(text)))
         if self.describes:
             summary.MergeFrom(text_pb("config", as_markdown(self.about)))
             summary.MergeFrom(hparams_pb(hyperparameters(self.about), trial_id=self.about.name))
@@ -86,9 +86,12 @@ class TensorBoardSink:
 
 def as_markdown(about: AboutRun) -> str:
     """The run's config as TensorBoard's page of texts shows it."""
-    # Indented by four, it is shown as it is.
-    lines = yaml.safe_dump(about.config, sort_keys=False).splitlines()
-    return "\n".join(f"    {line}" for line in lines)
+    return verbatim(yaml.safe_dump(about.config, sort_keys=False))
+
+
+def verbatim(text: str) -> str:
+    """A text that TensorBoard's page, which takes it for Markdown, shows as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())  # indented by four
 
 
 def hyperparameters(about: AboutRun) -> dict[str, str | float | bool]:

@@ -4,13 +4,14 @@ Names are grouped as TensorBoard, W&B and trackio group them, by what stands bef
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
+from pretrain.metrics.step_record import AnyStep, Sample, SkippedStep, StepRecord
 
 Figures = dict[str, float]
+Texts = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class ToldStep:
 
     step: int
     figures: Figures
-    note: str = ""  # why it was skipped
+    texts: Texts = field(default_factory=dict)  # why it was skipped, what its model wrote
 
 
 def told(record: AnyStep, about: AboutRun) -> ToldStep:
@@ -51,13 +52,21 @@ def told(record: AnyStep, about: AboutRun) -> ToldStep:
         figures |= speed_figures(record)
     if record.step in about.restarts:
         figures["marks/restart"] = 1
-    note = ""
+    texts: Texts = {}
     if isinstance(record, SkippedStep):
         figures["marks/skipped"] = 1
-        note = record.skipped
+        texts["marks/why_skipped"] = record.skipped
+    for number, sample in enumerate(record.samples):
+        texts[f"samples/{number}"] = as_text(sample)
+        figures[f"samples/{number}_bits_per_byte"] = sample.bits_per_byte
     known = {name: float(value) for name, value in figures.items() if value is not None}
     finite = {name: value for name, value in known.items() if math.isfinite(value)}
-    return ToldStep(step=record.step, figures=finite, note=note)
+    return ToldStep(step=record.step, figures=finite, texts=texts)
+
+
+def as_text(sample: Sample) -> str:
+    """A sample as sinks show it: the prompt, and how it goes on."""
+    return sample.prompt + sample.text
 
 
 def validation_figures(
@@ -77,6 +86,7 @@ def speed_figures(record: StepRecord) -> dict[str, float | None]:
     figures: dict[str, float | None] = {
         "speed/tokens_per_s": record.tokens_per_s,
         "speed/mfu": record.mfu,
+        "speed/mfu_of_matmul": record.mfu_of_matmul,
         "speed/step_s": record.step_s,
         "memory/peak_bytes": record.peak_memory_bytes,
     }

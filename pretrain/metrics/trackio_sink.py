@@ -6,12 +6,19 @@ Trackio takes no step back. Where it has only steps that the run goes on from, a
 the same run of trackio; else it begins a new one, whose config names the old one, and draws all
 steps there. Trackio itself meets what fails with warnings, and drops it: so what it has is counted,
 where that can be seen from here. What a server has cannot, so there each start begins a new run.
+
+Trackio greets on stdout, which would stand amid the log or the block on a terminal: it is silenced.
+Its warnings, on stderr, are let through.
 """
 
 import os
 import secrets
+import time
 
 import trackio
+import trackio.deploy
+import trackio.run
+import trackio.utils
 from trackio.sqlite_storage import SQLiteStorage
 
 from pretrain.metrics.run_note import RunNote, read_note, write_note
@@ -19,6 +26,9 @@ from pretrain.metrics.told import AboutRun, ToldStep
 
 PROJECT = "tablefree"
 NOTE_NAME = "trackio.json"
+# For what it is handed trackio opens its database anew, every half a second, which takes 4.5 ms of
+# CPU time: 0.9 % of a quick start's step, and a tenth of that so.
+HAND_ON_EVERY_S = 5.0
 ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # variables that have it sent to a server
 
 
@@ -28,6 +38,9 @@ class TrackioSink:
     def __init__(self, about: AboutRun) -> None:
         self.about = about
         self.note = about.run_dir / NOTE_NAME
+        self.waiting: list[ToldStep] = []
+        self.handed_on_at = 0.0  # seconds of the monotonic clock
+        keep_silent()
 
     def begin(self, step: int) -> int:
         """Go on in the run of the start before, or begin one. Raises what trackio does."""
@@ -54,17 +67,35 @@ class TrackioSink:
         )
 
     def write(self, told: ToldStep) -> None:
-        """Hand over a step, with the reason of a skipped one."""
-        row: dict[str, float | str] = {**told.figures}
-        if told.note:
-            row["marks/why_skipped"] = told.note
-        self.run.log(row, step=told.step)
+        """Hand over a step, some seconds later with those that follow it."""
+        self.waiting.append(told)
+        if time.monotonic() - self.handed_on_at >= HAND_ON_EVERY_S:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Hand over the steps that wait, with their texts."""
+        for told in self.waiting:
+            row: dict[str, float | str] = {**told.figures, **told.texts}
+            self.run.log(row, step=told.step)
+        self.waiting.clear()
+        self.handed_on_at = time.monotonic()
 
     def close(self) -> None:
         """Have trackio write what it holds back. Raises OSError where it did not write all."""
+        self._hand_on()
         self.run.finish()
         if is_kept_here() and steps_held(self.run.name) is None:
             raise OSError("some steps were not written; the next start draws them in a new run")
+
+
+def keep_silent() -> None:
+    """Have trackio print nothing from here on, and nobody else: sys.stdout is of all threads."""
+    for module in (trackio, trackio.deploy, trackio.run, trackio.utils):
+        vars(module)["print"] = print_nothing
+
+
+def print_nothing(*_what: object, **_how: object) -> None:
+    """In the place of Python's print, in the modules of trackio that a run is told through."""
 
 
 def is_kept_here() -> bool:

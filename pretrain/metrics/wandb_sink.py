@@ -53,10 +53,8 @@ class WandbSink:
         return 0
 
     def write(self, told: ToldStep) -> None:
-        """Hand over a step, with the reason of a skipped one."""
-        row: dict[str, float | str] = {**told.figures}
-        if told.note:
-            row["marks/why_skipped"] = told.note
+        """Hand over a step, with its texts."""
+        row: dict[str, float | str] = {**told.figures, **told.texts}
         self.run.log(row, step=told.step, commit=True)
 
     def close(self) -> None:

@@ -12,12 +12,13 @@ from pretrain.modeling_tablefree import (
     TableFreeForCausalLM,
     bits_needed,
     draw_affine_code,
+    draw_permuted_code,
     initialise_parameters,
 )
 
 
 def model_config(model: ModelRecipe) -> TableFreeConfig:
-    """The architecture as the modelling file wants it, the affine code drawn."""
+    """The architecture as the modelling file wants it, an affine or permuted code drawn."""
     architecture: dict[str, Any] = asdict(model)
     code_bits = model.code_bits or bits_needed(model.vocab_size)
     architecture["code_bits"] = code_bits
@@ -26,6 +27,10 @@ def model_config(model: ModelRecipe) -> TableFreeConfig:
         rows, offset = draw_affine_code(code_bits, seed)
         architecture["affine_rows"] = rows
         architecture["affine_offset"] = offset
+    elif model.input_embedding == "permuted_code":
+        keys, offset = draw_permuted_code(code_bits, seed)
+        architecture["permutation_keys"] = keys
+        architecture["permutation_offset"] = offset
     return TableFreeConfig(**architecture)
 
 

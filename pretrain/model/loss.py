@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, install_advice
 from pretrain.model.chunked_cross_entropy import ChunkedCrossEntropy, token_nats
 from pretrain.model.documents import hidden_states_by_document
 from pretrain.modeling_tablefree import TableFreeForCausalLM
@@ -53,10 +53,7 @@ def build_loss_head(name: str) -> LossHead:
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
-        advice = (
-            "install it with pip install -e '.[cuda]' in this project's folder, or set loss_head "
-            "to chunked"
-        )
+        advice = f"{install_advice('cuda')}, or set loss_head to chunked"
         raise UserError(f"loss_head liger: {error}; {advice}") from None
     return functools.partial(liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
 

@@ -6,9 +6,10 @@ the same to this decoder. It tells all other codes apart. Without a code of ones
 ** code_bits) nothing is lost. Where both codes stand for ids, these two are harmless if one of them
 is given by no text, as `<pad>` at the end of our tokenizers' vocabularies:
 
-    binary_code   ids 0 and V - 1, where V = 2 ** code_bits
-    affine_code   two random ids, so b is drawn such that one of them is no text's, if there is any
-                  such id
+    binary_code    ids 0 and V - 1, where V = 2 ** code_bits
+    affine_code    two random ids, so b is drawn such that one of them is no text's, if there is any
+                   such id
+    permuted_code  likewise, by what is xored to the permuted number
 
 A run goes on with the code that its checkpoints hold, also if they were made before codes were
 drawn so.
@@ -31,6 +32,12 @@ if TYPE_CHECKING:  # both import torch, which takes seconds
     from pretrain.modeling_tablefree import TableFreeConfig
 
 Pair = tuple[int, int]
+
+# What the architecture holds of a drawn code: its key, and what is xored to its result.
+DRAWN = {
+    "affine_code": ("affine_rows", "affine_offset"),
+    "permuted_code": ("permutation_keys", "permutation_offset"),
+}
 
 
 def affine_code(rows: list[int], offset: int, token_id: int) -> int:
@@ -65,6 +72,36 @@ def solve_gf2(rows: list[int], value: int) -> int:
     return solution
 
 
+def permuted_number(keys: list[int], code_bits: int, number: int, *, backwards: bool) -> int:
+    """A number below 2 ** code_bits as a permuted code permutes it, before the xor; or back."""
+    import torch
+
+    from pretrain.modeling_tablefree import permuted
+
+    image = permuted(torch.tensor(number, device="cpu"), code_bits, keys, backwards=backwards)
+    return int(image)
+
+
+def code_of_id(config: Mapping[str, Any], token_id: int) -> int:
+    """The code of an id, as an integer; `config` as for `aliased_ids`, of a drawn code."""
+    if config["input_embedding"] == "affine_code":
+        return affine_code(config["affine_rows"], config["affine_offset"], token_id)
+    keys = config["permutation_keys"]
+    number = permuted_number(keys, config["code_bits"], token_id, backwards=False)
+    return number ^ int(config["permutation_offset"])
+
+
+def id_of_code(config: Mapping[str, Any], code: int) -> int:
+    """The one id with a code; `config` as for `aliased_ids`."""
+    if config["input_embedding"] == "binary_code":
+        return code
+    if config["input_embedding"] == "affine_code":
+        return solve_gf2(config["affine_rows"], config["affine_offset"] ^ code)
+    keys = config["permutation_keys"]
+    image = code ^ config["permutation_offset"]
+    return permuted_number(keys, config["code_bits"], image, backwards=True)
+
+
 def bit(number: int, place: int) -> int:
     """A bit of a number, 0 or 1."""
     return number >> place & 1
@@ -73,20 +110,13 @@ def bit(number: int, place: int) -> int:
 def aliased_ids(config: Mapping[str, Any]) -> Pair | None:
     """The two ids of the vocabulary whose codes are constant, in order; None if there are no two.
 
-    `config` has the keys of TableFreeConfig: vocab_size, code_bits, input_embedding, affine_rows,
-    affine_offset.
+    `config` has the keys of TableFreeConfig: vocab_size, code_bits, input_embedding, and those of
+    DRAWN.
     """
     if config["input_embedding"] == "learned":
         return None
-    ones = all_ones(config["code_bits"])
-    # The ids whose codes are all zeros and all ones.
-    zeros_id = 0
-    ones_id = ones
-    if config["input_embedding"] == "affine_code":
-        rows = config["affine_rows"]
-        offset = config["affine_offset"]
-        zeros_id = solve_gf2(rows, offset)
-        ones_id = solve_gf2(rows, offset ^ ones)
+    zeros_id = id_of_code(config, 0)
+    ones_id = id_of_code(config, all_ones(config["code_bits"]))
     low = min(zeros_id, ones_id)
     high = max(zeros_id, ones_id)
     return (low, high) if high < config["vocab_size"] else None
@@ -114,49 +144,53 @@ def config_of_run(
 ) -> "TableFreeConfig":
     """The architecture of a run on a data set.
 
-    `saved` is that of the run's checkpoints, whose affine code it keeps.
+    `saved` is that of the run's checkpoints, whose drawn code it keeps.
     """
     from pretrain.model.build import model_config  # which imports torch
 
     config = model_config(model)
-    if model.input_embedding != "affine_code":
+    if model.input_embedding not in DRAWN:
         return config
     if saved:
-        config.affine_rows = saved["affine_rows"]
-        config.affine_offset = saved["affine_offset"]
+        for name in DRAWN[model.input_embedding]:
+            setattr(config, name, saved[name])
         return config
     pair = aliased_ids(config.to_dict())
     if pair is None or is_harmless(pair, manifest):
         return config
-    config.affine_offset = harmless_offset(config, manifest, model.code_seed)
+    _, offset_name = DRAWN[model.input_embedding]
+    setattr(config, offset_name, harmless_offset(config, manifest, model.code_seed))
     return config
 
 
 def harmless_offset(config: "TableFreeConfig", manifest: Manifest, seed: int) -> int:
-    """b drawn among all those that give an id of no text a constant code.
+    """An offset drawn among all those that give an id of no text a constant code.
 
-    If no id is such, it is the b that there is. This is what drawing A and b again and again until
-    they are harmless would end in, without the 30,000 attempts that one such id among 65,536 takes.
+    (b of an affine code.) If no id is such, it is the one that there is. This is what drawing the
+    code again and again until it is harmless would end in, without the 30,000 attempts that one
+    such id among 65,536 takes.
     """
     import torch
 
     from pretrain.modeling_tablefree import parameter_generator
 
+    _, offset_name = DRAWN[config.input_embedding]
+    present = int(getattr(config, offset_name))
     special = sorted(given_by_no_text(manifest))
     codes = 2**config.code_bits
     # Codes above the vocabulary stand for no id of the tokenizer.
     beyond = codes - manifest.vocab_size
     if not special and not beyond:
-        return int(config.affine_offset)
-    generator = parameter_generator(seed, "affine_offset")
+        return present
+    generator = parameter_generator(seed, offset_name)
     drawn, coin = torch.randint(0, 2**62, (2,), generator=generator).tolist()
     chosen = drawn % (len(special) + beyond)
     if chosen < len(special):
         token_id = special[chosen]
     else:
         token_id = manifest.vocab_size + chosen - len(special)
-    # With this b the id has the code of zeros; with its complement that of ones.
-    offset = affine_code(config.affine_rows, 0, token_id)
+    # With this offset the id has the code of zeros; with its complement that of ones.
+    offset = code_of_id(config.to_dict(), token_id) ^ present
     if coin % 2 == 1:
         offset ^= all_ones(config.code_bits)
     return offset
@@ -167,12 +201,12 @@ def saved_config(
 ) -> dict[str, Any] | None:
     """The architecture of a run's checkpoints, or of the one it branches off from, or None.
 
-    Only an affine code has to be looked up; any other follows from the recipe.
+    Only a drawn code has to be looked up; any other follows from the recipe.
     """
     from pretrain.checkpoint.layout import saved_steps
     from pretrain.checkpoint.reader import UNREADABLE, Checkpoint
 
-    if model.input_embedding != "affine_code":
+    if model.input_embedding not in DRAWN:
         return None
     for path in saved_steps(run_dir):
         with contextlib.suppress(*UNREADABLE):  # which is said when it is passed over
@@ -186,8 +220,8 @@ def check_same_code(config: "TableFreeConfig", checkpoint: "Checkpoint") -> None
     It does so where it could not read the checkpoints when it began.
     """
     saved = checkpoint.manifest.model_config
-    now = (config.affine_rows, config.affine_offset)
-    if now != (saved.get("affine_rows"), saved.get("affine_offset")):
+    names = DRAWN.get(config.input_embedding, ())
+    if any(getattr(config, name) != saved.get(name) for name in names):
         raise UserError(
             f"{checkpoint.path}: not readable when this rank began; start the same command again"
         )

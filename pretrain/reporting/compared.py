@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.errors import printable
 from pretrain.metrics.step_columns import Floats, StepColumns
+from pretrain.reporting.power_law import law_of
+from pretrain.reporting.reported_run import ReportedRun
 
 TENTH = 10
 FEWEST_STEPS = 20  # of which a tenth says nothing
@@ -103,3 +106,38 @@ def worst_steps(steps: StepColumns) -> list[StandsOut]:
             StandsOut(step=int(step), loss=float(losses[place]), above=float(above[place]))
         )
     return found
+
+
+def said_first(run: ReportedRun, *, is_alone: bool) -> list[str]:
+    """What the command prints of a run: what people look for first.
+
+    Of a run that is reported alone, each step that stands out has a line of its own.
+    """
+    lines = []
+    trend = trend_of(run.steps)
+    if trend:
+        lines.append(f"training loss of the last tenth of its steps {trend.words}")
+        law = law_of(run.steps, run.recipe.schedule.warmup(run.recipe.total_steps))
+        lines.append(f"that tenth against a power law of the tokens N: {law.words}")
+    slow = slowness_of(run.steps)
+    if slow and slow.steps:
+        lines.append(
+            f"steps of {SLOW_MEDIANS:g} medians or more: {slow.steps:,}, which took "
+            f"{slow.seconds:,.3g} s more"
+        )
+    worst = worst_steps(run.steps)
+    if worst and not is_alone:
+        steps = ", ".join(f"{found.step:,} ({found.loss:.4f})" for found in worst)
+        lines.append(f"steps of the highest loss: {steps}")
+    elif worst:
+        lines += [line_on(run, found) for found in worst]
+    return [printable(f"{run.name}: {line}") for line in lines]
+
+
+def line_on(run: ReportedRun, found: StandsOut) -> str:
+    """A step that stands out, with the document that had most of its batch."""
+    line = f"step {found.step:,}: loss {found.loss:.4f}, {found.above:.4f} above those before"
+    documents = run.documents.get(found.step)
+    if documents is None:
+        return line
+    return f"{line}; {documents.named[0]}"

@@ -1,7 +1,9 @@
 """The charts of a report as images for papers: one file for each, drawn by matplotlib."""
 
+import functools
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, install_advice
 from data_prep.files import write_durably
 from pretrain.metrics.step_columns import Groups
-from pretrain.reporting.charts import Curves, figures_drawn, group_size, last_step
+from pretrain.reporting.charts import (
+    Curves,
+    DrawnRun,
+    draw_bands,
+    draw_run,
+    figures_drawn,
+    group_size,
+    last_step,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +31,10 @@ if TYPE_CHECKING:
 INCHES = (5.5, 3.4)  # a column of a page, or half of a wide one
 DOTS_PER_INCH = 200
 MILLION = 1e6
+STYLE = "report.css"  # whose colours runs have on the page
+COLOUR = re.compile(r"--c\d: (#[0-9a-f]{6});")
+COLOURS = 8  # of light paper, which come first there
+DASHES = ("-", (0, (6, 4)), (0, (2, 3)))  # of runs that no colour is left for, as in report.js
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +56,28 @@ CHARTS = (
     Chart(name="seconds", figure="step_s", label="seconds a step"),
     Chart(name="memory", figure="memory", label="peak memory of rank 0 (GB)"),
     Chart(name="mfu", figure="mfu", label="model-FLOPs utilisation (%)"),
+    Chart(
+        name="mfu_of_matmul",
+        figure="mfu_of_matmul",
+        label="use of a measured matrix product (%)",
+    ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What stands on every chart."""
+
+    runs: Sequence[Curves]
+    bands: Sequence[DrawnRun]  # over runs of several seeds
+    size: int  # of a group of steps
+
+
+def drawing_of(runs: Sequence[Curves]) -> Drawing:
+    """Runs in groups of the same steps, and their bands."""
+    size = group_size(max(last_step(run.steps) for run in runs), len(runs))
+    drawn = [draw_run(run, size) for run in runs]
+    return Drawing(runs=runs, bands=draw_bands(runs, drawn), size=size)
 
 
 def new_figure() -> "Figure":
@@ -52,7 +87,7 @@ def new_figure() -> "Figure":
     except ModuleNotFoundError:
         raise UserError(
             "--png and --svg are drawn by matplotlib, which is missing; "
-            "pip install 'tablefree[report]' installs it"
+            f"{install_advice('report')} installs it"
         ) from None
     return Figure(figsize=INCHES, layout="constrained")
 
@@ -64,20 +99,36 @@ def nats_to(chart: Chart, bytes_per_token: float | None) -> float:
     return 1.0 / (math.log(2) * bytes_per_token)
 
 
-def draw_run(axes: "Axes", chart: Chart, run: Curves, size: int) -> None:
+@functools.cache
+def page_colours() -> list[str]:
+    """Colours of runs, as on the page."""
+    style = Path(__file__).with_name(STYLE).read_text(encoding="utf-8")
+    return COLOUR.findall(style)[:COLOURS]
+
+
+def colour_of(number: int) -> str:
+    """The colour of a run by its number, as report.js gives it."""
+    return page_colours()[number % COLOURS]
+
+
+def draw_line(axes: "Axes", chart: Chart, drawing: Drawing, number: int) -> None:
     """Draw one run: means of groups of steps, and a shade from the least to the greatest."""
+    run = drawing.runs[number]
     steps = run.steps
     values = figures_drawn(steps).get(chart.figure)
     if len(steps) == 0 or values is None:
         return
-    groups = Groups(steps=steps, size=size)
+    groups = Groups(steps=steps, size=drawing.size)
     tokens = groups.last(steps.column("tokens")) / MILLION
     scaled = values * nats_to(chart, run.bytes_per_token)
-    (line,) = axes.plot(tokens, groups.mean(scaled), linewidth=1.0, label=run.name)
-    if size > 1:
+    colour = colour_of(number)
+    dash = DASHES[number // COLOURS % len(DASHES)]
+    mean = groups.mean(scaled)
+    axes.plot(tokens, mean, linewidth=1.0, color=colour, linestyle=dash, label=run.name)
+    if drawing.size > 1:
         low = groups.least(scaled)
         high = groups.most(scaled)
-        axes.fill_between(tokens, low, high, alpha=0.2, linewidth=0, color=line.get_color())
+        axes.fill_between(tokens, low, high, alpha=0.2, linewidth=0, color=colour)
     if chart.figure != "loss":
         return
     validated = np.flatnonzero(~np.isnan(steps.column("val_loss")))
@@ -85,9 +136,26 @@ def draw_run(axes: "Axes", chart: Chart, run: Curves, size: int) -> None:
         factor = nats_to(chart, run.validation_bytes_per_token)
         at = steps.column("tokens")[validated] / MILLION
         of_validation = steps.column("val_loss")[validated] * factor
-        colour = line.get_color()
+        own = colour_of(1) if len(drawing.runs) == 1 else colour
         label = f"{run.name}, validation"
-        axes.plot(at, of_validation, "--", linewidth=1.0, color=colour, label=label)
+        axes.plot(at, of_validation, "--", linewidth=1.0, color=own, label=label)
+
+
+def draw_seeds(axes: "Axes", chart: Chart, drawing: Drawing) -> None:
+    """Draw the mean loss over runs that only the seed tells apart, and between which they lie."""
+    if chart.figure != "loss":
+        return
+    for place, band in enumerate(drawing.bands):
+        colour = colour_of(len(drawing.runs) + place)
+        factor = nats_to(chart, band.bytes_per_token)
+        loss = band.series["loss"]
+        tokens = np.array(band.places.tokens, np.float64) / MILLION
+        # None becomes NaN, which is a gap
+        mean = np.array(loss.mean, np.float64) * factor
+        low = np.array(loss.low, np.float64) * factor
+        high = np.array(loss.high, np.float64) * factor
+        axes.plot(tokens, mean, linewidth=1.4, color=colour, label=band.name)
+        axes.fill_between(tokens, low, high, alpha=0.25, linewidth=0, color=colour)
 
 
 def is_known(chart: Chart, runs: Sequence[Curves]) -> bool:
@@ -103,15 +171,16 @@ def draw_figures(runs: Sequence[Curves], folder: Path, suffix: str) -> list[Path
     `suffix` is that of a format of matplotlib's, `.png` or `.svg`. Raises UserError where it is not
     installed.
     """
-    size = group_size(max(last_step(run.steps) for run in runs), len(runs))
+    drawing = drawing_of(runs)
     written = []
     for chart in CHARTS:
         if not is_known(chart, runs):
             continue
         figure = new_figure()
         axes = figure.add_subplot()
-        for run in runs:
-            draw_run(axes, chart, run, size)
+        for number in range(len(runs)):
+            draw_line(axes, chart, drawing, number)
+        draw_seeds(axes, chart, drawing)
         axes.set_xlabel("tokens (millions)")
         axes.set_ylabel(chart.label)
         axes.grid(alpha=0.3)

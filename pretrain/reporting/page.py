@@ -14,12 +14,13 @@ from pathlib import Path
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, install_advice
 from pretrain.reporting.charts import draw_charts
+from pretrain.reporting.data_tables import data_section
 from pretrain.reporting.reported_run import ReportedRun, bytes_per_token, curves_of
+from pretrain.reporting.samples import samples_section
 from pretrain.reporting.tables import (
     compared,
-    data_section,
     environment,
     evaluation,
     happened,
@@ -39,7 +40,7 @@ def library_file(name: str) -> str:
     if found is None or found.origin is None:
         raise UserError(
             "a report is drawn by uPlot, whose package is missing; "
-            "pip install 'tablefree[report]' installs it"
+            f"{install_advice('report')} installs it"
         )
     path = Path(found.origin).parent / "static" / name
     return path.read_text(encoding="utf-8")
@@ -105,8 +106,10 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
     library = library_file("uPlot.iife.js")
     script = own_file("report.js")
+    of_sections = own_file("sections.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
     sections = [
+        samples_section(runs),
         compared(runs),
         happened(runs),
         evaluation(runs),
@@ -126,11 +129,12 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
         title=", ".join(run.name for run in runs),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         notes=notes,
-        policy=policy_of([library, script]),
+        policy=policy_of([library, script, of_sections]),
         style=Markup(style),
         library=Markup(library),
         script=Markup(script),
+        script_of_sections=Markup(of_sections),
         charts=figures,
         overview=overview(runs),
-        sections=[section for section in sections if section.tables or section.texts],
+        sections=[section for section in sections if not section.is_empty],
     )

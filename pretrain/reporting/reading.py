@@ -4,6 +4,7 @@ What is missing beside the record of its steps becomes a note, and the report sa
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_prep.errors import UserError, one_line, parse_yaml
@@ -13,7 +14,14 @@ from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import read_results
-from pretrain.metrics.step_columns import read_columns
+from pretrain.metrics.step_columns import StepColumns, read_columns
+from pretrain.reporting.compared import worst_steps
+from pretrain.reporting.data_set import (
+    SourceLengths,
+    StepDocuments,
+    documents_of_steps,
+    source_lengths,
+)
 from pretrain.reporting.reported_run import ReportedRun, StartFacts
 from pretrain.run.directory import RECIPE_NAME, SKIPS_NAME
 from pretrain.run.starts import Start, in_words, of_steps, read_starts
@@ -21,6 +29,16 @@ from pretrain.run.state import read_state
 
 # what reading a manifest of another form raises
 NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataAtHand:
+    """The data set of a run, where it is there to be read."""
+
+    data_dir: Path
+    manifest: Manifest
+    lengths: tuple[SourceLengths, ...] = ()
+    documents: dict[int, StepDocuments] = field(default_factory=dict)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -66,8 +84,8 @@ def data_of(
     fingerprint: str | None,
     manifest: CheckpointManifest | None,
     notes: list[str],
-) -> Manifest | None:
-    """The manifest of the run's data set, where that is at hand; else a note says what is missing.
+) -> DataAtHand | None:
+    """The run's data set, where that is at hand; else a note says what is missing.
 
     Raises UserError where --data-dir names what is no data set.
     """
@@ -75,7 +93,7 @@ def data_of(
     for data_dir in data_dirs:
         given = load_manifest(data_dir)
         if given.fingerprint == fingerprint:
-            return given
+            return DataAtHand(data_dir=data_dir, manifest=given)
     if manifest is None:
         notes.append(f"no checkpoint tells where its data set is: {lacks}")
         return None
@@ -91,21 +109,34 @@ def data_of(
     if found.fingerprint != fingerprint:
         notes.append(f"another data set is at {path} now: {lacks}")
         return None
-    return found
+    return DataAtHand(data_dir=path, manifest=found)
+
+
+def look_into(data: DataAtHand, recipe: Recipe, steps: StepColumns, notes: list[str]) -> DataAtHand:
+    """Also what its shards tell; what can't be read of them becomes a note."""
+    worst = [found.step for found in worst_steps(steps)]
+    lengths: tuple[SourceLengths, ...] = ()
+    documents: dict[int, StepDocuments] = {}
+    try:
+        lengths = source_lengths(data.data_dir, data.manifest.fingerprint)
+        documents = documents_of_steps(data.data_dir, recipe, worst)
+    except UserError as error:
+        notes.append(f"not all that its shards tell is shown ({one_line(error)})")
+    return replace(data, lengths=lengths, documents=documents)
 
 
 def start_facts(start: Start) -> StartFacts:
     """A start in words."""
-    versions = start.get("versions")
-    named = versions if isinstance(versions, dict) else {}
+    versions = start.versions or {}
     return StartFacts(
-        step=start["step"],
-        time=str(start.get("time", "")),
-        command=str(start.get("command", "")),
-        commit=in_words(start.get("commit")),
-        ranks=in_words(start.get("ranks")),
-        devices=in_words(start.get("devices")),
-        versions=", ".join(f"{name} {version}" for name, version in named.items()),
+        step=start.step,
+        time=start.time or "",
+        command=start.command or "",
+        commit=in_words(start.commit),
+        ranks=in_words(start.ranks),
+        hosts=len(start.hosts or ()),
+        devices=in_words(start.devices),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
 
 
@@ -135,7 +166,9 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
     if fingerprint is None and manifest is not None:
         fingerprint = manifest.fingerprint
     data = data_of(data_dirs, fingerprint, manifest, notes)
-    tokenizer = data.tokenizer_sha256 if data else None
+    if data is not None:
+        data = look_into(data, recipe, steps, notes)
+    tokenizer = data.manifest.tokenizer_sha256 if data else None
     if manifest and manifest.data.tokenizer_sha256:
         tokenizer = manifest.data.tokenizer_sha256
     end = recipe.total_steps + 1
@@ -154,7 +187,10 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
         has_stalled=(run_dir / LOGS_NAME).is_dir(),
         bad_texts=bad_texts(run_dir),
         evaluations=tuple(read_results(run_dir)),
-        data=data,
+        data=data.manifest if data else None,
+        data_dir=data.data_dir if data else None,
+        lengths=data.lengths if data else (),
+        documents=data.documents if data else {},
         tokenizer=tokenizer or None,
         notes=tuple(notes),
     )

@@ -17,6 +17,7 @@
     { id: "learning_rate", title: "Learning rate", keys: ["learning_rate"] },
     { id: "tokens_per_s", title: "Tokens a second, all ranks", keys: ["tokens_per_s"] },
     { id: "mfu", title: "Model-FLOPs utilisation, %", keys: ["mfu"] },
+    { id: "mfu_of_matmul", title: "Utilisation against a measured matrix product, %", keys: ["mfu_of_matmul"] },
     {
       id: "seconds",
       title: isAlone ? "Seconds a step, and of its parts" : "Seconds a step",

@@ -10,6 +10,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.metrics.step_columns import Floats, StepColumns
 from pretrain.reporting.charts import Curves, Mark, last_step
+from pretrain.reporting.data_set import SourceLengths, StepDocuments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class StartFacts:
     command: str
     commit: str
     ranks: str
+    hosts: int
     devices: str
     versions: str
 
@@ -43,6 +45,9 @@ class ReportedRun:
     bad_texts: dict[int, str]  # of the worst row of bad steps
     evaluations: tuple[EvaluationResult, ...]
     data: Manifest | None  # None where the data set is not at hand
+    data_dir: Path | None  # of that
+    lengths: tuple[SourceLengths, ...]
+    documents: dict[int, StepDocuments]  # of the steps that stand out
     tokenizer: str | None  # its identity
     notes: tuple[str, ...]  # what is missing, and what to do
 

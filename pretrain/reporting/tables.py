@@ -1,13 +1,13 @@
 """The tables of a report, in words."""
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_prep.errors import printable
-from data_prep.manifest import BLOCK_SAMPLES, Manifest
 from pretrain.config.load import recipe_to_dict, recipe_to_yaml
 from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
 from pretrain.evaluation.result import EvaluationResult, Score
@@ -15,18 +15,21 @@ from pretrain.metrics.step_columns import PHASES, StepColumns
 from pretrain.reporting.charts import GIGA, SECONDS_OF_AN_HOUR, last_step
 from pretrain.reporting.compared import (
     SLOW_MEDIANS,
+    Slowness,
     StandsOut,
     slowness_of,
     trend_of,
     worst_steps,
 )
+from pretrain.reporting.data_set import StepDocuments
+from pretrain.reporting.power_law import law_of
 from pretrain.reporting.reported_run import (
     ReportedRun,
+    StartFacts,
     best_step,
     bytes_per_token,
     known,
     marks_of,
-    ratio_of,
     tokens_of,
 )
 from pretrain.reporting.words import (
@@ -44,10 +47,19 @@ from pretrain.reporting.words import (
 )
 from pretrain.run.directory import RECIPE_NAME
 
+LOCAL_RANK = re.compile(r" --local[_-]rank(=| )\d+")  # which DeepSpeed's launcher adds
+SHORT_COMMIT = 12  # characters of a commit that tell it from all others
 MOST_TEXT = 400  # characters of a sample that are shown
 
 
 TREND = "training loss, the last tenth of the steps against the tenth before"
+LAW = "training loss of the last tenth against a power law of the tokens N"
+MFU = "MFU, median"
+MFU_OF_MATMUL = "use of a measured matrix product, median"  # on CPUs, whose peak is not known
+LAW_NOTE = (
+    "The law describes this run and foretells nothing: the schedule bends the curve, and a "
+    "learning rate that falls at the end takes it below its law."
+)
 COST_NOTE = (
     f"FLOPs are {FORMULA} for each token. Hours are those of the steps in the record: neither "
     "validations and saves, nor work that a kill lost, are counted."
@@ -57,12 +69,21 @@ COST_NOTE = (
 def overview(runs: Sequence[ReportedRun]) -> Section:
     """How the runs stand, what came out, and what it cost."""
     outcomes = [outcome(run) for run in runs]
-    costs = [cost(run) for run in runs]
+    costs = without_unknown([cost(run) for run in runs], (MFU, MFU_OF_MATMUL))
     tables = [
         by_run("Outcome", runs, outcomes, ""),
         by_run("Cost and speed", runs, costs, COST_NOTE),
     ]
     return Section(title="Overview", tables=tables)
+
+
+def without_unknown(of_runs: Sequence[Cells], names: Sequence[str]) -> list[Cells]:
+    """Cells of runs without those of some names that no run knows."""
+    unknown = {name for name in names if all(cells[name] == NOT_KNOWN for cells in of_runs)}
+    known_of_runs = []
+    for cells in of_runs:
+        known_of_runs.append({name: cells[name] for name in cells if name not in unknown})
+    return known_of_runs
 
 
 def outcome(run: ReportedRun) -> Cells:
@@ -101,7 +122,8 @@ def cost(run: ReportedRun) -> Cells:
         "FLOPs": f"{tokens_of(run) * per_token:.3g}",
         "GPU-hours (on CPUs: hours of ranks)": f"{gpu_hours:,.4g}",
         "tokens/s, median": median_of(run.steps, "tokens_per_s", ",.0f"),
-        "MFU, median": median_of(run.steps, "mfu", ".1%"),
+        MFU: median_of(run.steps, "mfu", ".1%"),
+        MFU_OF_MATMUL: median_of(run.steps, "mfu_of_matmul", ".1%"),
         "seconds a step, median": median_of(run.steps, "step_s", ".4g"),
     }
     whole = known(run.steps, "step_s").sum()
@@ -135,7 +157,7 @@ def median_of(steps: StepColumns, name: str, form: str) -> str:
 def compared(runs: Sequence[ReportedRun]) -> Section:
     """Each run against itself: its trend, its slow steps, and the steps that stand out."""
     of_runs = [against_itself(run) for run in runs]
-    tables = [by_run("Trend and slow steps", runs, of_runs, "")]
+    tables = [by_run("Trend and slow steps", runs, of_runs, LAW_NOTE)]
     for run in runs:
         worst = worst_steps(run.steps)
         if worst:
@@ -144,32 +166,60 @@ def compared(runs: Sequence[ReportedRun]) -> Section:
 
 
 def against_itself(run: ReportedRun) -> Cells:
-    """Whether a run still improves, and whether it was slow."""
+    """Whether a run still improves, how it lies to a power law, and whether it was slow."""
     trend = trend_of(run.steps)
-    slow = slowness_of(run.steps)
-    slow_words = NOT_KNOWN
-    if slow:
-        slow_words = f"{slow.steps:,}, which took {slow.seconds:,.3g} s more"
+    warmup = run.recipe.schedule.warmup(run.recipe.total_steps)
     return {
         TREND: NOT_KNOWN if trend is None else trend.words,
-        f"steps of {SLOW_MEDIANS:g} medians or more": slow_words,
+        LAW: law_of(run.steps, warmup).words,
+        f"steps of {SLOW_MEDIANS:g} medians or more": slow_words(slowness_of(run.steps)),
     }
 
 
+def slow_words(slow: Slowness | None) -> str:
+    """How often a run was slow, and what that cost."""
+    if slow is None:
+        return NOT_KNOWN
+    return f"{slow.steps:,}, which took {slow.seconds:,.3g} s more"
+
+
 def worst_table(run: ReportedRun, worst: Sequence[StandsOut]) -> Table:
-    """The steps whose loss stands out, and how to see their documents."""
+    """The steps whose loss stands out, and their documents, or how to see these."""
+    header = ["step", "loss", "above the mean of the 100 before"]
+    if run.documents:
+        header.append("documents of its batch")
     rows = []
     for step in worst:
         row = [f"{step.step:,}", f"{step.loss:.4f}", f"{step.above:.4f}"]
+        if run.documents:
+            row.append(documents_words(run.documents.get(step.step)))
         rows.append(row)
     place = shlex.quote(str(run.path))
-    trace = f"python -m pretrain.trace --run-dir {place} --data-dir DATASET --step STEP --row ROW"
+    data = "DATASET"
+    if run.data_dir is not None:
+        data = shlex.quote(str(run.data_dir))
+    trace = f"python -m pretrain.trace --run-dir {place} --data-dir {data} --step STEP --row ROW"
     return Table(
         title=f"{run.name}, steps of the highest loss",
-        header=["step", "loss", "above the mean of the 100 before"],
+        header=header,
         rows=rows,
         note=f"{printable(trace)} shows the documents of a row.",
     )
+
+
+def documents_words(documents: StepDocuments | None) -> str:
+    """The documents of a step, a line each."""
+    if documents is None:
+        return NOT_KNOWN
+    lines = [printable(name) for name in documents.named]
+    rest = []
+    if documents.others:
+        rest.append(f"and {documents.others:,} more")
+    if documents.rows < documents.of_rows:
+        rest.append(f"in the first {documents.rows} of its {documents.of_rows:,} rows")
+    if rest:
+        lines.append(" ".join(rest))
+    return "\n".join(lines)
 
 
 def happened(runs: Sequence[ReportedRun]) -> Section:
@@ -234,47 +284,11 @@ def score_row(name: str, score: Score) -> list[str]:
     return [
         name,
         figure(score.loss),
-        figure(score.perplexity),
+        figure(score.perplexity, ",.2f"),
         figure(score.bits_per_byte),
         f"{score.targets:,}",
         f"{score.text_bytes:,}",
     ]
-
-
-def data_section(runs: Sequence[ReportedRun]) -> Section:
-    """The data set under each run that has one at hand."""
-    tables = []
-    for run in runs:
-        if run.data is not None:
-            table = sources_table(run, run.data)
-            tables.append(table)
-    return Section(title="Data", tables=tables)
-
-
-def sources_table(run: ReportedRun, data: Manifest) -> Table:
-    """The sources of a data set, and how often a run goes through them."""
-    planned_tokens = run.recipe.total_steps * run.recipe.batch.global_batch_tokens
-    planned = data.epochs(planned_tokens)
-    seen = data.epochs(int(tokens_of(run)))
-    rows = []
-    for source in data.sources:
-        name = source.name
-        ratio = ratio_of(data, "train", name)
-        row = [
-            name,
-            share(source.share, BLOCK_SAMPLES),
-            f"{data.tokens('train', name):,}",
-            f"{data.tokens('validation', name):,}",
-            f"{seen[name]:.2f}",
-            f"{planned[name]:.2f}",
-            figure(ratio, ".3f"),
-            source.license or NOT_KNOWN,
-        ]
-        rows.append(row)
-    header = ["source", "share", "training tokens", "validation tokens"]
-    header += ["epochs seen", "epochs planned", "bytes a token", "license"]
-    note = f"Fingerprint {data.fingerprint}, {data.vocab_size:,} ids."
-    return Table(title=run.name, header=header, rows=rows, note=note)
 
 
 def dotted(content: dict[str, object], prefix: str = "") -> Cells:
@@ -336,7 +350,7 @@ def starts_table(run: ReportedRun) -> Table:
     rows = []
     for start in run.starts:
         row = [f"{start.step:,}", start.time, start.ranks]
-        row += [start.devices, start.commit, start.versions]
+        row += [start.devices, start.commit[:SHORT_COMMIT], start.versions]
         rows.append(row)
     return Table(
         title=run.name,
@@ -356,6 +370,14 @@ def reproduction(runs: Sequence[ReportedRun]) -> Section:
     return Section(title="To do it again", texts=texts)
 
 
+def launched(start: StartFacts) -> str:
+    """The command that starts all ranks, where they were on one host; else that of a rank."""
+    own = LOCAL_RANK.sub("", start.command)
+    if start.hosts == 1 and start.ranks.isdecimal():
+        return own.replace("python -m ", f"deepspeed --num_gpus {start.ranks} --module ", 1)
+    return own
+
+
 def command_lines(run: ReportedRun) -> list[str]:
     """What was called, in order, and on what it ran."""
     lines = [f"# data set: fingerprint {run.fingerprint or NOT_KNOWN}"]
@@ -364,8 +386,9 @@ def command_lines(run: ReportedRun) -> list[str]:
     recipe = run.path / RECIPE_NAME
     lines.append(f"# the recipe as it was resolved, which is on this page too: {recipe}")
     for start in run.starts[:MOST_ROWS]:
-        lines.append(f"# from step {start.step}, {start.time}, commit {start.commit}")
-        lines.append(start.command)
+        place = f"# from step {start.step}, {start.time}, commit {start.commit}"
+        lines.append(f"{place}, {start.ranks} ranks")
+        lines.append(launched(start))
     if run.evaluations:
         place = shlex.quote(str(run.path))
         lines.append(f"python -m pretrain.evaluate --run-dir {place}")

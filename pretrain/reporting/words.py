@@ -41,13 +41,65 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A row of a chart of bars."""
+
+    name: str
+    width: str  # in CSS
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A table whose rows are bars."""
+
+    title: str
+    bars: Sequence[Bar]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownSample:
+    """What a model made of a prompt."""
+
+    prompt: str
+    text: str
+    bits_per_byte: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownStep:
+    """The samples after a step."""
+
+    words: str
+    samples: Sequence[ShownSample]
+    is_printed: bool  # stands there on paper, and where no script runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRun:
+    """The samples of a run, of which one step is shown at a time."""
+
+    name: str
+    steps: Sequence[ShownStep]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of the page under a heading."""
 
     title: str
+    sampled: Sequence[SampledRun] = field(default=())
+    bars: Sequence[Bars] = field(default=())
     tables: Sequence[Table] = field(default=())
     images: Sequence[Image] = field(default=())
     texts: Sequence[Text] = field(default=())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing under the heading."""
+        return not (self.sampled or self.tables or self.bars or self.texts)
 
 
 def large(value: float) -> str:

@@ -6,17 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_prep.commands import CommandParser, large_number
+from data_prep.commands import large_number
+from pretrain.config.recipe_parser import RecipeParser
 
 ABOUT = "Train a recipe on a data set, or continue where the run stopped."
 
 
-def build_parser() -> CommandParser:
+def build_parser() -> RecipeParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     epilog = (
         "Any recipe key can be set with --dotted.key=value, such as --batch.micro_batch_size=8."
     )
-    parser = CommandParser(prog="python -m pretrain.train", description=ABOUT, epilog=epilog)
+    parser = RecipeParser(prog="python -m pretrain.train", description=ABOUT, epilog=epilog)
     parser.add_argument(
         "--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file"
     )

@@ -23,7 +23,7 @@ from data_prep.errors import (
     parse_json,
     parse_yaml,
 )
-from data_prep.shards import ShardReader
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.checkpoint.layout import saved_steps
 from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
 from pretrain.config.deepspeed import (
@@ -36,7 +36,9 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader
+from pretrain.data.tokenizer import open_tokenizer
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
+from pretrain.generation.prompts import Prompt, encode_prompts
 from pretrain.metrics.sinks import check_packages
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import ENGINE_CONFIG_NAME, RECIPE_NAME, refuse_what_is_no_run
@@ -61,6 +63,7 @@ class AskedOnData(Asked):
 
     reader: ShardReader
     loader: TrainingLoader
+    prompts: tuple[Prompt, ...]
 
 
 def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
@@ -76,7 +79,17 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
             f"than one batch of batch.global_batch_tokens {recipe.batch.global_batch_tokens:,}; "
             "add text or make the batch smaller"
         )
-    return AskedOnData(**vars(asked), reader=reader, loader=loader)
+    prompts = prompts_of(recipe, data_dir / TOKENIZER_NAME)
+    return AskedOnData(**vars(asked), reader=reader, loader=loader, prompts=prompts)
+
+
+def prompts_of(recipe: Recipe, tokenizer_dir: Path) -> tuple[Prompt, ...]:
+    """The recipe's prompts as the model gets them. Raises UserError for one that does not fit."""
+    texts = recipe.log.prompts
+    if not texts:
+        return ()
+    tokenizer = open_tokenizer(tokenizer_dir)
+    return encode_prompts(texts, tokenizer, recipe.model.seq_len, "log.prompts: prompt")
 
 
 def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
@@ -222,7 +235,8 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
         check_it_fits(recipe, asked.engine_config, ranks, available, device_type)
     except UserError as error:
         return f"warning: {start}, and that is refused: {error}"
-    return f"{start}: {accumulation_steps(recipe, ranks)} micro-batches each"
+    count = accumulation_steps(recipe, ranks)
+    return f"{start}: {count} micro-{'batch' if count == 1 else 'batches'} each"
 
 
 # Before the imports of the training command

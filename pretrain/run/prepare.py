@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardReader
+from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.data.staging import staged
+from pretrain.data.tokenizer import open_tokenizer
 from pretrain.distributed.agree import inform, say
 from pretrain.distributed.devices import check_kernels, memory_of_rank
 from pretrain.distributed.world import World
+from pretrain.generation.continuation import Speaker
+from pretrain.generation.prompts import Prompt
+from pretrain.generation.samples import SampleWriter
 from pretrain.model.compilation import check_compiler
 from pretrain.model.token_codes import config_of_run, saved_config
-from pretrain.modeling_tablefree import (
-    TableFreeConfig,
-)
+from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
 from pretrain.run.branch import open_origin
 from pretrain.run.continuing import check_same_run
 from pretrain.run.directory import Identity
@@ -37,6 +39,7 @@ class Run:
     reader: ShardReader
     loader: TrainingLoader
     validation: ValidationWindows
+    prompts: tuple[Prompt, ...]  # continued at each validation
     run_dir: Path
     stop_at_step: int
     branch_from: Checkpoint | None
@@ -87,6 +90,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         reader=reader,
         loader=loader,
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
+        prompts=asked.prompts,
         run_dir=flags.run_dir,
         stop_at_step=min(recipe.total_steps, flags.stop_at_step or recipe.total_steps),
         branch_from=branch_from,
@@ -94,6 +98,19 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         dry_run=flags.dry_run,
         command=[*arguments],
     )
+
+
+def sample_writer(run: Run, model: TableFreeForCausalLM, world: World) -> SampleWriter | None:
+    """What continues the recipe's prompts with the model as it is then; None where it has none."""
+    if not run.prompts:
+        return None
+    speaker = Speaker(
+        model=model,
+        tokenizer=open_tokenizer(run.data_dir / TOKENIZER_NAME),
+        end_ids=frozenset([run.reader.manifest.eos_id]),
+        seq_len=run.recipe.model.seq_len,
+    )
+    return SampleWriter(speaker, run.prompts, run.recipe.log.sample_tokens, world)
 
 
 def check_machine(

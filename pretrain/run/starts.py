@@ -18,8 +18,8 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,70 @@ GIT_S = 10.0  # a checkout on a slow disk is not worth waiting for
 # it.
 MATTERS = ("versions", "commit", "ranks", "devices", "cpu_kernels", "threads_per_rank")
 
-Start = dict[str, Any]  # a line of starts.jsonl
+Line = dict[str, Any]
+Counts = dict[str, int]  # of each name, how many
+Versions = dict[str, str]  # of each package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A line of starts.jsonl; None is what a line does not tell."""
+
+    step: int  # that it went on from
+    time: str | None  # UTC, as 2026-01-31T12:00:00Z
+    command: str | None  # without credentials
+    commit: str | None  # of this project, where it ran from a checkout
+    ranks: int | None
+    hosts: Counts | None  # how many ranks each had
+    devices: Counts | None
+    cpu_kernels: Counts | None
+    threads_per_rank: list[int] | None
+    versions: Versions | None  # of rank 0
+    versions_by_host: dict[str, Versions] | None = None  # where hosts differ
+
+    def to_line(self) -> Line:
+        """The line of starts.jsonl."""
+        line = asdict(self)
+        if self.versions_by_host is None:
+            del line["versions_by_host"]
+        return line
+
+    @classmethod
+    def from_line(cls, line: object) -> "Start":
+        """The record behind a line. Raises ValueError for what is no line of a start."""
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError("a line without a step")
+
+        def of_kind(name: str, kind: type) -> Any:
+            return line[name] if isinstance(line.get(name), kind) else None
+
+        return cls(
+            step=line["step"],
+            time=of_kind("time", str),
+            command=of_kind("command", str),
+            commit=of_kind("commit", str),
+            ranks=of_kind("ranks", int),
+            hosts=of_kind("hosts", dict),
+            devices=of_kind("devices", dict),
+            cpu_kernels=of_kind("cpu_kernels", dict),
+            threads_per_rank=of_kind("threads_per_rank", list),
+            versions=of_kind("versions", dict),
+            versions_by_host=of_kind("versions_by_host", dict),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOnCard:
+    """A start as a model card shows it, in words but for step and versions."""
+
+    step: int
+    time: str
+    ranks: str
+    devices: str
+    cpu_kernels: str
+    threads_per_rank: str
+    commit: str
+    versions: Versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +112,7 @@ class Surroundings:
     device: str  # a GPU's name, or cpu
     cpu_kernels: str  # which instructions torch's kernels use, as AVX2
     threads: int
-    versions: dict[str, str]
+    versions: Versions
 
 
 def version_of(package: str) -> str:
@@ -103,7 +166,7 @@ def commit() -> str | None:
     return f"{git('rev-parse', 'HEAD')}{', changed' if changed else ''}"
 
 
-def counted(values: Iterable[str]) -> dict[str, int]:
+def counted(values: Iterable[str]) -> Counts:
     """How often each value occurs, in order of name."""
     return dict(sorted(Counter(values).items()))
 
@@ -112,60 +175,66 @@ def describe_start(
     step: int, command: list[str], world: World, of_ranks: list[Surroundings]
 ) -> Start:
     """The line of a start that goes on from a step."""
-    start = {
-        "step": step,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": without_credentials(shlex.join(["python", "-m", "pretrain.train", *command])),
-        "commit": commit(),
-        "ranks": world.world_size,
-        "hosts": counted(each.host for each in of_ranks),
-        "devices": counted(each.device for each in of_ranks),
-        "cpu_kernels": counted(each.cpu_kernels for each in of_ranks),
-        "threads_per_rank": sorted({each.threads for each in of_ranks}),
-        "versions": of_ranks[0].versions,
-    }
     # One rank for each set of versions; hosts that have the same are not told apart.
     differing = {json.dumps(each.versions): each for each in of_ranks}
+    versions_by_host = None
     if len(differing) > 1:
-        start["versions_by_host"] = {each.host: each.versions for each in differing.values()}
-    return start
+        versions_by_host = {each.host: each.versions for each in differing.values()}
+    return Start(
+        step=step,
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        command=without_credentials(shlex.join(["python", "-m", "pretrain.train", *command])),
+        commit=commit(),
+        ranks=world.world_size,
+        hosts=counted(each.host for each in of_ranks),
+        devices=counted(each.device for each in of_ranks),
+        cpu_kernels=counted(each.cpu_kernels for each in of_ranks),
+        threads_per_rank=sorted({each.threads for each in of_ranks}),
+        versions=of_ranks[0].versions,
+        versions_by_host=versions_by_host,
+    )
 
 
-def read_starts(run_dir: Path) -> list[Start]:
-    """The starts of a run, oldest first. What is no such line is left out: a record is nothing
-    to end a run for.
+def read_lines(run_dir: Path) -> list[tuple[Start, bytes]]:
+    """The starts of a run, oldest first, each with its line. What is no such line is left out: a
+    record is nothing to end a run for.
     """
     path = run_dir / STARTS_NAME
     content = path.read_bytes() if path.is_file() else b""
-    starts = []
+    found = []
     for line in content.splitlines():
         try:
-            start = json.loads(line)
+            found.append((Start.from_line(json.loads(line)), line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(start, dict) and isinstance(start.get("step"), int):
-            starts.append(start)
-    return starts
+    return found
 
 
-def of_steps(starts: list[Start], steps: int) -> list[Start]:
+def read_starts(run_dir: Path) -> list[Start]:
+    """The starts of a run, oldest first."""
+    return [start for start, _ in read_lines(run_dir)]
+
+
+def of_steps(starts: Sequence[Start], steps: int) -> list[Start]:
     """The starts that the first so many steps of a run come from: none of a run that was begun
     anew.
     """
-    begun = 0
-    for number, start in enumerate(starts):
-        if start["step"] == 0:
-            begun = number
-    return [start for start in starts[begun:] if start["step"] < steps]
+    begun = last_beginning(starts)
+    return [start for start in starts[begun:] if start.step < steps]
+
+
+def last_beginning(starts: Sequence[Start]) -> int:
+    """The place of the last start that began with the first step; 0 where none did."""
+    return max((place for place, start in enumerate(starts) if start.step == 0), default=0)
 
 
 def changes(before: Start, now: Start) -> list[str]:
     """What may change the last bits of a step, in words."""
     found = []
     for key in MATTERS:
-        old = before.get(key)
-        new = now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and key == "versions":
+        old = getattr(before, key)
+        new = getattr(now, key)
+        if key == "versions" and old and new:
             for name in sorted({*old, *new}):
                 if old.get(name) != new.get(name):
                     found.append(f"{name} {old.get(name)} -> {new.get(name)}")
@@ -190,7 +259,7 @@ def append_start(run_dir: Path, start: Start) -> None:
         file.seek(max(0, size - 1))
         if size > 0 and file.read(1) != b"\n":
             file.write(b"\n")
-        file.write(json.dumps(start).encode() + b"\n")
+        file.write(json.dumps(start.to_line()).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -215,13 +284,13 @@ def record_start(
         warnings.append(
             f"warning: changed since the start before: {', '.join(changed)}; last digits may differ"
         )
-    if "versions_by_host" in start:
-        differing = words_on_hosts(start["versions_by_host"])
+    if start.versions_by_host:
+        differing = words_on_hosts(start.versions_by_host)
         warnings.append(f"warning: hosts differ: {differing}; install the same versions on all")
     return warnings
 
 
-def words_on_hosts(versions_by_host: dict[str, dict[str, str]]) -> str:
+def words_on_hosts(versions_by_host: dict[str, Versions]) -> str:
     """In which packages the first two of several hosts differ."""
     (host, own), (other, theirs), *_ = versions_by_host.items()
     unequal = [name for name in own if own[name] != theirs.get(name)]
@@ -231,21 +300,25 @@ def words_on_hosts(versions_by_host: dict[str, dict[str, str]]) -> str:
 
 
 def copy_starts(origin_run_dir: Path, run_dir: Path, steps: int) -> None:
-    """Make the starts that a branch's first steps come from the branch's own."""
-    lines = [json.dumps(start) + "\n" for start in of_steps(read_starts(origin_run_dir), steps)]
+    """Make the starts that a branch's first steps come from the branch's own: their lines, with
+    what other versions of this project may have told there.
+    """
+    found = read_lines(origin_run_dir)
+    begun = last_beginning([start for start, _ in found])
+    lines = [line + b"\n" for start, line in found[begun:] if start.step < steps]
     if lines:
-        write_durably(run_dir / STARTS_NAME, "".join(lines).encode())
+        write_durably(run_dir / STARTS_NAME, b"".join(lines))
 
 
-def for_sinks(start: Start) -> Start:
+def for_sinks(start: Start) -> Line:
     """What a start ran on as metric sinks show it, some of them to others: no hosts, no command
     line.
     """
     named = ("step", "time", "commit", "ranks", "devices", "cpu_kernels", "threads_per_rank")
-    return {name: start.get(name) for name in (*named, "versions")}
+    return {name: getattr(start, name) for name in (*named, "versions")}
 
 
-def for_card(starts: list[Start], steps: int) -> list[Start]:
+def for_card(starts: Sequence[Start], steps: int) -> list[StartOnCard]:
     """The starts behind a checkpoint as a model card shows them: those that differ from the one
     before. No hosts.
     """
@@ -253,9 +326,16 @@ def for_card(starts: list[Start], steps: int) -> list[Start]:
     for start in of_steps(starts, steps):
         if not shown or changes(shown[-1], start):
             shown.append(start)
-    named = ("time", "ranks", "devices", "cpu_kernels", "threads_per_rank", "commit")
     return [
-        {"step": start["step"], "versions": dict(start.get("versions") or {})}
-        | {name: in_words(start.get(name)) for name in named}
+        StartOnCard(
+            step=start.step,
+            time=in_words(start.time),
+            ranks=in_words(start.ranks),
+            devices=in_words(start.devices),
+            cpu_kernels=in_words(start.cpu_kernels),
+            threads_per_rank=in_words(start.threads_per_rank),
+            commit=in_words(start.commit),
+            versions=start.versions or {},
+        )
         for start in shown
     ]

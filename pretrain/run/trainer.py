@@ -18,14 +18,14 @@ from pretrain.engine.figures import StepFigures, finite
 from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.sinks import Sinks
-from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
+from pretrain.metrics.step_record import AnyStep, Sample, SkippedStep, StepRecord
 from pretrain.metrics.told import AboutRun
 from pretrain.metrics.utilisation import Utilisation
 from pretrain.model.compilation import compiled_graphs
 from pretrain.model.token_codes import check_same_code
 from pretrain.run.bad_steps import BadSteps, Decision, describe_rows
 from pretrain.run.continuing import refuse_another_run
-from pretrain.run.prepare import Run
+from pretrain.run.prepare import Run, sample_writer
 from pretrain.run.saving import save
 from pretrain.run.starts import for_sinks, of_steps, read_starts, record_start
 from pretrain.run.state import read_state
@@ -59,6 +59,7 @@ class Trainer:
         self.batches = StepBatches(run.loader, run.recipe, self.world, pinned=on_gpu)
         self.prefetch = Prefetch(self.batches.of_step, run.stop_at_step)
         self.utilisation = Utilisation(run.recipe, engine.device, engine.dtype, self.world)
+        self.samples = sample_writer(run, engine.module.model, self.world)
         self.metrics: MetricsFile | None = None  # on rank 0, while it trains
         self.graphs = 0  # that compiled blocks have so far
 
@@ -230,8 +231,16 @@ class Trainer:
         count, batches = validation_batches(run.validation, run.recipe, self.world)
         with progress.time_left.during("validation"):
             val_loss = self.engine.mean_nats(progress.validating(batches, count))
+            samples = self._write_samples()
         self.engine.clock.mark(PAUSE)
-        return replace(record, val_loss=val_loss)
+        return replace(record, val_loss=val_loss, samples=samples)
+
+    def _write_samples(self) -> tuple[Sample, ...]:
+        """What the model makes of the recipe's prompts by now; none where it has none."""
+        if self.samples is None:
+            return ()
+        # Each token is a sign of life for the watch, as each batch of a validation is.
+        return self.samples.write(lambda: self.engine.clock.mark(PAUSE))
 
     def _show(self, record: AnyStep, progress: Progress) -> None:
         progress.show(record)
@@ -335,7 +344,7 @@ class Trainer:
         return AboutRun(
             run_dir=run.run_dir,
             config=config,
-            restarts=frozenset(start["step"] for start in starts if start["step"] > 0),
+            restarts=frozenset(start.step for start in starts if start.step > 0),
             bytes_per_token=bytes_per_token(run.reader.manifest),
         )
 
@@ -362,6 +371,8 @@ def restore(run: Run, engine: Engine, bad_steps: BadSteps) -> int:
                 f"{run.run_dir}: step {saved_step} was saved, but no good checkpoint is left; "
                 "restore one, or start again with another --run-dir"
             )
+        if world.is_main and read_starts(run.run_dir):
+            inform(world, f"{run.run_dir}: no checkpoint yet: begins again from step 0")
         return 0
     refuse_another_run(run.run_dir, checkpoint, run.identity)
     if checkpoint.shapes != engine.parameter_shapes():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pretrain.evaluation.intervals import FEW_DOCUMENTS, Interval
 from pretrain.evaluation.result import EvaluationResult, Score
+from pretrain.evaluation.task_results import TaskResult
 from pretrain.view.templates import render
 
 WHOLE = "whole split"
@@ -75,3 +76,15 @@ def results_page(places: Sequence[str], results: Sequence[EvaluationResult]) -> 
     for place, result in zip(places, results, strict=True):
         scores[place] = result.whole_split
     return scores_page("side by side", scores, results[0])
+
+
+def tasks_page(place: str, results: Sequence[TaskResult]) -> str:
+    """What a checkpoint gave on tasks, a line for each metric."""
+    return render(
+        "tasks.txt.jinja",
+        place=place,
+        results=results,
+        task_width=max(len(result.task) for result in results),
+        metric_width=max(len(metric.name) for result in results for metric in result.metrics),
+        lm_eval=results[0].lm_eval,
+    )

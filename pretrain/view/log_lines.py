@@ -7,10 +7,11 @@ metrics.jsonl.
 import math
 import time
 
+from data_prep.errors import printable
 from pretrain.config.recipe import LogRecipe
 from pretrain.distributed.agree import inform
 from pretrain.distributed.world import World
-from pretrain.metrics.step_record import AnyStep, StepRecord
+from pretrain.metrics.step_record import AnyStep, Sample, StepRecord
 from pretrain.view.figures import duration, fitted, percent
 
 LONGEST = 120  # characters of a line
@@ -42,6 +43,19 @@ def step_line(record: StepRecord, total_steps: int, left_s: float | None) -> str
     return "  ".join(columns).rstrip()
 
 
+def sample_line(number: int, sample: Sample) -> str:
+    """The line of a sample, of at most LONGEST characters; line breaks are shown as such."""
+    bits = "" if sample.bits_per_byte is None else f" ({sample.bits_per_byte:.3f} bits/byte)"
+    beginning = f"sample {number}{bits}: "
+    text = f"{sample.prompt} -> {sample.text}".replace("\r", "␍").replace("\n", "⏎")
+    return beginning + shortened(printable(text), LONGEST - len(beginning))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; dots stand for what was cut off."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class LogLines:
     """Says the line of a step where one is due: at the first step, at a validation, at the end, and
     in between as the recipe has it.
@@ -60,6 +74,8 @@ class LogLines:
         if isinstance(record, StepRecord) and self._is_due(record):
             inform(self.world, step_line(record, self.total_steps, left_s))
             self._last_at = time.monotonic()
+        for number, sample in enumerate(record.samples):
+            inform(self.world, sample_line(number, sample))
 
     def _is_due(self, record: StepRecord) -> bool:
         steps = record.step + 1

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
+from data_prep.manifest import MANY_EPOCHS
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader
 from pretrain.distributed.agree import LOG, WARNING
@@ -20,8 +21,6 @@ from pretrain.view.terminal import Terminal, is_terminal
 from pretrain.view.time_left import TimeLeft
 
 T = TypeVar("T")
-# Beyond four, repeated text is worth little (Muennighoff et al. 2023, arXiv 2305.16264).
-MANY_EPOCHS = 4.0
 
 
 def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
@@ -35,7 +34,7 @@ def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
     for name, count in epochs.items():
         if count > MANY_EPOCHS:
             lines.append(
-                f"{WARNING}{name} is gone through {count:.1f} times; beyond {MANY_EPOCHS:g}, "
+                f"{WARNING}{name} is gone through {count:.1f} times; beyond {MANY_EPOCHS}, "
                 "repetition is worth little"
             )
     return lines

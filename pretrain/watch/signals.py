@@ -9,13 +9,12 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from data_prep.commands import signal_name
+from data_prep.commands import SAME_SIGNAL_S, signal_name
 from pretrain.distributed.world import World
 from pretrain.engine.engine import Engine
 from pretrain.view.terminal import WRITTEN_BELOW
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SIGNAL_S = 2.0  # launchers send a signal more than once
 
 
 def say_at_once(line: str) -> None:

@@ -116,6 +116,10 @@ def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
     )
     for key in ("hf_dir", "gpt_neox_dir"):
         assert Path(summary[key], "model.safetensors").is_file()
+    report = Path(summary["report"]).read_text(encoding="utf-8")
+    assert first.stdout.rstrip().endswith(summary["report"])
+    assert "320 of 320" in report
+    assert "went on from step 160" in report
     assert "continuing from" in first.stderr
 
     before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "run").rglob("*")}

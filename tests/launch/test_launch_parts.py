@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.commands import SAME_SIGNAL_S
 from launch.hosts import HERE, Slots
 from launch.launchers import Start, command_of
 from launch.outcome import Standing, describe_failure, newest_checkpoint, standing
-from launch.processes import SAME_SIGNAL_S, Signals
+from launch.processes import Signals
 from launch.supervise import Supervisor, parse
 from pretrain.run.state import RunState
 

@@ -26,12 +26,12 @@ from pretrain.export_hf import main
 from pretrain.hf.engines import engines_of
 from pretrain.hf.marker import MARKER_NAME
 from pretrain.modeling_tablefree import (
+    INPUT_EMBEDDINGS,
     TokenCode,
     name_in_model,
 )
 
 FORMS = ("tablefree", "gpt_neox")
-INPUTS = ("binary_code", "affine_code", "learned")
 
 # The project out of reach, as for somebody who has only the export.
 WITHOUT_PROJECT = """
@@ -48,9 +48,9 @@ sys.meta_path.insert(0, Hide())
 def runs(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of each input."""
     home = tmp_path_factory.mktemp("runs")
-    for name in INPUTS:
+    for name in INPUT_EMBEDDINGS:
         save_untrained_run(home / name, text_run / "tokenizer", name)
-    return {name: home / name for name in INPUTS}
+    return {name: home / name for name in INPUT_EMBEDDINGS}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def some_ids() -> Tensor:
     return torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("input_embedding", INPUTS)
+@pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_equal_the_training_class_with_the_same_masters(
     form: str, input_embedding: str, runs: dict[str, Path], tmp_path: Path

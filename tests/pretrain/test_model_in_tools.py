@@ -681,6 +681,27 @@ def change(export: Path, output: Path, **keys: Any) -> Path:
             {"input_embedding": "affine_code", "affine_rows": [1] * 16, "affine_offset": 0},
             "no invertible code",
         ),
+        (
+            {"input_embedding": "permuted_code"},
+            "permutation_keys and permutation_offset are no 8 numbers up to 2147483647 and one of "
+            "16 bits",
+        ),
+        (
+            {
+                "input_embedding": "permuted_code",
+                "permutation_keys": [1] * 7,
+                "permutation_offset": 0,
+            },
+            "are no 8 numbers",
+        ),
+        (
+            {
+                "input_embedding": "permuted_code",
+                "permutation_keys": [1] * 8,
+                "permutation_offset": 65536,
+            },
+            "and one of 16 bits",
+        ),
     ],
 )
 def test_a_config_that_means_another_model_is_refused_in_a_sentence(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.code_statistics import avalanche, linear_bias, some_masks
 from support.small_models import as_gpt_neox, greedy, small_config, small_model, some_ids
 from torch import Tensor
 
@@ -14,13 +15,18 @@ from pretrain.config.recipe import ModelRecipe
 from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import (
     INPUT_EMBEDDINGS,
+    PERMUTATION_ROUNDS,
+    ROUND_MASK,
     TableFreeForCausalLM,
     TokenCode,
+    agrees_with_an_affine_map,
     bits_needed,
     checkpoint_parameters,
     draw_affine_code,
+    draw_permuted_code,
     gf2_rank,
     initialise_parameters,
+    permuted,
 )
 
 ALL_IDS = torch.arange(65_536)[None]
@@ -71,8 +77,9 @@ def test_a_code_wider_than_needed_is_zero_above_and_still_injective() -> None:
     codes = token_code("binary_code", 48, 24).code(ALL_IDS)[0]
     np.testing.assert_array_equal(codes[:, :16], bits_of(np.arange(65_536), 16))
     assert not codes[:, 16:].any()
-    affine = token_code("affine_code", 48, 24).code(ALL_IDS)[0]
-    assert len(np.unique(np.packbits(affine, axis=1), axis=0)) == 65_536
+    for drawn in ("affine_code", "permuted_code"):
+        codes = token_code(drawn, 48, 24).code(ALL_IDS)[0]
+        assert len(np.unique(np.packbits(codes, axis=1), axis=0)) == 65_536
 
 
 @pytest.mark.parametrize("code_seed", [0, 1, 2])
@@ -98,6 +105,98 @@ def test_affine_code_is_drawn_from_its_seed_and_invertible(code_bits: int) -> No
         assert (rows, offset) != draw_affine_code(code_bits, 6)
 
 
+def feistel(number: int, code_bits: int, keys: list[int]) -> int:
+    """The permutation of a permuted code, written out from its description with Python's integers,
+    which have no width.
+    """
+    low_bits = code_bits // 2
+    high, low = divmod(number, 2**low_bits)
+    for index, key in enumerate(keys):
+        turned = (low if index % 2 else high) ^ key
+        product = turned * 0x4F1BBCDD % 2**31
+        word = (product ^ product // 2**15) * 0x3504F333 // 2**16
+        if index % 2:
+            high ^= word % 2 ** (code_bits - low_bits)
+        else:
+            low ^= word % 2**low_bits
+    return high * 2**low_bits + low
+
+
+@pytest.mark.parametrize("code_bits", range(1, 17))
+def test_permuted_code_is_a_bijection_of_all_ids_and_not_affine(code_bits: int) -> None:
+    ids = torch.arange(2**code_bits)
+    for seed in range(4):
+        keys, offset = draw_permuted_code(code_bits, seed)
+        images = permuted(ids, code_bits, keys)
+        assert torch.equal(images.sort().values, ids)
+        assert torch.equal(permuted(images, code_bits, keys, backwards=True), ids)
+        assert 0 <= offset < 2**code_bits
+        # Linearity, seen otherwise than where keys are drawn: each sum of four images whose ids sum
+        # to 0 would be 0.
+        sums = images ^ images[ids ^ 1] ^ images[ids ^ 2 % len(ids)] ^ images[ids ^ 3 % len(ids)]
+        looked_linear = agrees_with_an_affine_map(code_bits, keys)
+        assert looked_linear == (code_bits < 3)
+        if code_bits > 5:
+            assert (sums != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("code_seed", [0, 1, 2])
+def test_permuted_code_is_the_bits_of_the_permuted_id_xor_the_offset(code_seed: int) -> None:
+    codes = token_code("permuted_code", 32, 16, code_seed).code(ALL_IDS)[0]
+    keys, offset = draw_permuted_code(16, code_seed)
+    images = permuted(ALL_IDS[0], 16, keys) ^ offset
+    np.testing.assert_array_equal(codes, bits_of(images.numpy(), 16))
+
+
+@given(st.integers(1, 62), st.integers(0, 2**64), st.integers(0, 2**31), st.booleans())
+def test_permuted_codes_are_exact_in_64_bits(
+    code_bits: int, number: int, seed: int, largest: bool
+) -> None:
+    """No product overflows, where runtimes differ; also with the largest key and halves."""
+    keys, _ = draw_permuted_code(code_bits, seed)
+    if largest:
+        keys = [ROUND_MASK] * PERMUTATION_ROUNDS
+    number = 2**code_bits - 1 if largest else number % 2**code_bits
+    image = permuted(torch.tensor(number), code_bits, keys)
+    assert int(image) == feistel(number, code_bits, keys)
+    assert int(permuted(image, code_bits, keys, backwards=True)) == number
+
+
+@pytest.mark.parametrize(("code_bits", "most_bias", "least", "most"), [
+    (8, 0.38, 0.35, 0.65), (16, 0.024, 0.485, 0.515),
+])  # fmt: skip
+def test_permuted_code_is_as_far_from_linear_as_random_permutations(
+    code_bits: int, most_bias: float, least: float, most: float
+) -> None:
+    """The bounds are met by random permutations; an affine code has a bias of 1."""
+    numbers = np.arange(2**code_bits)
+    masks = some_masks(code_bits)
+    chance = np.random.default_rng(1).permutation(2**code_bits)
+    seeds = range(3)
+    drawn = [draw_permuted_code(code_bits, seed)[0] for seed in seeds]
+    permutations = [permuted(torch.from_numpy(numbers), code_bits, keys).numpy() for keys in drawn]
+    for images in (*permutations, chance):
+        assert linear_bias(images, masks) < most_bias
+        turned = avalanche(images)
+        assert least < turned.min()
+        assert turned.max() < most
+    rows, offset = draw_affine_code(code_bits, 0)
+    matrix = bits_of(np.array(rows), code_bits).astype(int)
+    affine = bits_of(numbers, code_bits) @ matrix.T % 2 @ (1 << np.arange(code_bits)) ^ offset
+    assert linear_bias(affine, masks) == 1
+
+
+@pytest.mark.parametrize("code_bits", [1, 3, 9, 16, 62])
+def test_permuted_code_is_drawn_from_its_seed(code_bits: int) -> None:
+    drawn = draw_permuted_code(code_bits, 5)
+    keys, offset = drawn
+    assert drawn == draw_permuted_code(code_bits, 5)
+    assert keys != draw_permuted_code(code_bits, 6)[0]
+    assert len(keys) == PERMUTATION_ROUNDS
+    assert all(0 <= key <= ROUND_MASK for key in keys)
+    assert 0 <= offset < 2**code_bits
+
+
 @given(st.lists(st.integers(0, 63), max_size=6))
 def test_gf2_rank_counts_the_sums_that_the_rows_span(rows: list[int]) -> None:
     span = {0}
@@ -111,7 +210,7 @@ def test_bits_needed_is_the_ceiling_of_the_binary_logarithm(vocab_size: int) -> 
     assert 2 ** (bits_needed(vocab_size) - 1) < vocab_size <= 2 ** bits_needed(vocab_size)
 
 
-@pytest.mark.parametrize("input_embedding", ["binary_code", "affine_code"])
+@pytest.mark.parametrize("input_embedding", ["binary_code", "affine_code", "permuted_code"])
 def test_a_fixed_code_has_neither_parameter_nor_buffer(input_embedding: str) -> None:
     model = TableFreeForCausalLM(small_config(input_embedding))
     assert (
@@ -146,6 +245,9 @@ def numpy_logits(model: TableFreeForCausalLM, ids: npt.NDArray[np.int64]) -> Flo
             code = code @ bits_of(np.array(c.affine_rows), c.code_bits).T % 2 ^ bits_of(
                 np.array([c.affine_offset]), c.code_bits
             )
+        if c.input_embedding == "permuted_code":
+            images = [feistel(int(i), c.code_bits, c.permutation_keys) for i in ids]
+            code = bits_of(np.array(images) ^ c.permutation_offset, c.code_bits).astype(int)
         x = np.tile(code, c.d_model // c.code_bits).astype(float)
     tokens, half = len(ids), c.d_model // c.num_heads // 2
     angle = np.arange(tokens)[:, None] / 10_000.0 ** (np.arange(half) / half)
@@ -293,12 +395,14 @@ def initialised(input_embedding: str, seed: int = 1) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in checkpoint_parameters(model)}
 
 
-def test_shared_weights_of_the_three_inputs_start_bitwise_equal() -> None:
-    binary, affine, learned = (initialised(input_embedding) for input_embedding in INPUT_EMBEDDINGS)
-    assert binary.keys() == affine.keys() == learned.keys() - {"input_embedding.weight"}
-    for name, value in binary.items():
-        assert torch.equal(value, affine[name]), name
-        assert torch.equal(value, learned[name]), name
+def test_shared_weights_of_all_inputs_start_bitwise_equal() -> None:
+    of_input = {name: initialised(name) for name in INPUT_EMBEDDINGS}
+    shared = of_input["binary_code"]
+    assert of_input["learned"].keys() - shared.keys() == {"input_embedding.weight"}
+    for input_embedding, weights in of_input.items():
+        assert weights.keys() - shared.keys() <= {"input_embedding.weight"}
+        for name, value in shared.items():
+            assert torch.equal(value, weights[name]), (input_embedding, name)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

@@ -8,13 +8,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from support.browser import chromium
-from support.runs import REPOSITORY, run_command
+from support.reports import EVIL, MEGABYTE, Words, figures_in, look_at, page_of, readout
+from support.runs import REPOSITORY, run_command, write_recipe
 from support.written_runs import (
     GLOBAL_TOKENS,
     falling_steps,
@@ -25,56 +25,12 @@ from support.written_runs import (
 
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
-from pretrain import report
 from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_record import StepRecord
 from pretrain.run.state import write_state
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-MEGABYTE = 10**6
-EVIL = "<script>document.title='obeyed'</script>"
-
-
-def page_of(output: Path, *runs: Path, flags: tuple[str, ...] = ()) -> str:
-    """The page of some runs, made in this process."""
-    report.main([*map(str, runs), "--output", str(output), *flags])
-    return output.read_text(encoding="utf-8")
-
-
-def figures_in(page: str) -> dict[str, Any]:
-    """What the page's script draws."""
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
-    assert found
-    figures: dict[str, Any] = json.loads(found[1])
-    return figures
-
-
-class Words(HTMLParser):
-    """The text of a page outside of its scripts and styles, and its tags."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.cells: list[str] = []
-        self.inside: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside.append(f"/{tag}")
-
-    def handle_data(self, data: str) -> None:
-        if self.inside and self.inside[-1] not in ("script", "style"):
-            self.cells.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.cells)
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +100,7 @@ def test_the_page_tells_what_is_known_of_a_run(real_run: Path, tmp_path: Path) -
         f"{manifest.epochs(20 * GLOBAL_TOKENS)['sotu']:.2f}",
         f"Fingerprint {manifest.fingerprint}",
         "peak_learning_rate: 0.01",
-        "python -m pretrain.train --recipe",
+        "deepspeed --num_gpus 1 --module pretrain.train --recipe",
         "checkpoint after step 20",
     ):
         assert words in text
@@ -320,6 +276,86 @@ def test_marks_stand_where_things_happened(eventful_run: Path, tmp_path: Path) -
     assert f"{hours:.4g}" in Words(page).cells
 
 
+def test_a_run_that_was_rewound_has_each_step_once(tiny_data: Path, tmp_path: Path) -> None:
+    """Of a real run, which went back to its checkpoint when a step was bad."""
+    from support.poisoned_ranks import poisoned_run
+
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=8 * GLOBAL_TOKENS)
+    run_dir = tmp_path / "run"
+    ended = poisoned_run(1, "5", recipe, tiny_data, run_dir, "--bad_steps.policy=rewind")
+    assert "rewinding from step 5" in ended.output
+    page = page_of(tmp_path / "report.html", run_dir)
+    (run,) = figures_in(page)["runs"]
+    assert run["places"]["steps"] == list(range(1, 9))
+    losses = run["series"]["loss"]["mean"]
+    assert [step for step, loss in enumerate(losses) if loss is None] == [5]
+    marks = run["marks"]
+    skips = [
+        step
+        for kind, step in zip(marks["kinds"], marks["places"]["steps"], strict=True)
+        if kind == "skip"
+    ]
+    assert skips == [6]
+    assert "8 of 8" in Words(page).cells
+
+
+def test_a_branch_names_its_origin_and_has_the_steps_before_it(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    from support.forked_ranks import train_on
+
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        train_tokens=6 * GLOBAL_TOKENS,
+        schedule={"kind": "constant", "warmup_steps": 1},
+    )
+    train_on(1, recipe, tiny_data, tmp_path / "trunk", "--checkpoints.every_steps=3")
+    origin = tmp_path / "trunk" / "checkpoints" / "step-00000003"
+    longer = f"--train_tokens={9 * GLOBAL_TOKENS}"
+    train_on(1, recipe, tiny_data, tmp_path / "branch", "--branch-from", str(origin), longer)
+    page = page_of(tmp_path / "report.html", tmp_path / "trunk", tmp_path / "branch")
+    trunk, branch = figures_in(page)["runs"]
+    assert trunk["places"]["steps"] == list(range(1, 7))
+    assert branch["places"]["steps"] == list(range(1, 10))
+    of_trunk = trunk["series"]["loss"]["mean"]
+    of_branch = branch["series"]["loss"]["mean"]
+    assert of_branch[:3] == of_trunk[:3]
+    text = Words(page).text
+    assert f"# branched from {origin}" in text
+    assert f"--branch-from {origin}" in text
+    section = page[page.index("What differs") : page.index("<details", page.index("What differs"))]
+    assert "train_tokens" in section
+
+
+def test_a_start_is_told_as_the_command_that_starts_all_its_ranks(tmp_path: Path) -> None:
+    of_rank = "python -m pretrain.train --local_rank=0 --recipe r.yaml"
+    one_host = {"step": 1, "command": of_rank, "ranks": 2, "hosts": {"a": 2}}
+    two_hosts = {"step": 2, "command": of_rank, "ranks": 4, "hosts": {"a": 2, "b": 2}}
+    run_dir = write_run(tmp_path / "run", falling_steps(4), recipe_of(4), one_host, two_hosts)
+    lines = Words(page_of(tmp_path / "report.html", run_dir)).text.splitlines()
+    assert "deepspeed --num_gpus 2 --module pretrain.train --recipe r.yaml" in lines
+    assert "python -m pretrain.train --recipe r.yaml" in lines
+    assert any(line.startswith("# from step 2, ") and "4 ranks" in line for line in lines)
+
+
+def test_on_cpus_utilisation_is_that_of_a_measured_matrix_product(tmp_path: Path) -> None:
+    steps = [replace(step, mfu_of_matmul=0.1 + step.step / 100) for step in falling_steps(5)]
+    on_cpus = write_run(tmp_path / "cpu", steps, recipe_of(5))
+    page = page_of(tmp_path / "report.html", on_cpus)
+    series = figures_in(page)["runs"][0]["series"]
+    assert series["mfu_of_matmul"]["mean"] == pytest.approx([10, 11, 12, 13, 14])
+    assert "mfu" not in series
+    cells = Words(page).cells
+    assert cells[cells.index("use of a measured matrix product, median") + 1] == "12.0%"
+    assert "MFU, median" not in cells
+    on_gpus = [replace(step, mfu=0.4) for step in falling_steps(5)]
+    write_run(tmp_path / "gpu", on_gpus, recipe_of(5))
+    page = page_of(tmp_path / "both.html", on_cpus, tmp_path / "gpu")
+    cells = Words(page).cells
+    assert "40.0%" in cells[cells.index("MFU, median") :][:8]
+    assert "mfu" in figures_in(page)["runs"][1]["series"]
+
+
 def test_a_run_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It fell to the middle, and is flat from there on; two steps were slow, one had a spike."""
     steps = []
@@ -335,6 +371,9 @@ def test_a_run_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "flat: training loss of the last tenth of its steps flat: 2.0" in printed
     assert "falls: training loss of the last tenth of its steps still falling: 2." in printed
+    assert "flat: steps of 2 medians or more: 2, which took 2 s more" in printed
+    assert "flat: steps of the highest loss: 250 (99.0000), " in printed
+    assert "flat: that tenth against a power law of the tokens N: " in printed
     assert "2, which took 2 s more" in words.cells
     worst = words.cells[words.cells.index("flat, steps of the highest loss") :]
     assert worst[worst.index("250") + 1] == "99.0000"
@@ -427,7 +466,7 @@ def test_what_a_run_brings_in_is_text_and_nothing_is_asked_for(
     assert EVIL in words.text  # of the sample, as it stands there
     assert "a<script>b" in words.text
     scripts = [attributes for tag, attributes in words.tags if tag == "script"]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     # a name ends in no script, nor leads one out of the page
     assert EVIL not in page
     addresses = [
@@ -443,23 +482,6 @@ def test_what_a_run_brings_in_is_text_and_nothing_is_asked_for(
 def browser() -> Iterator["Browser"]:
     with chromium() as found:
         yield found
-
-
-def look_at(browser: "Browser", path: Path, **options: Any) -> tuple["Page", list[str]]:
-    """A page as a browser shows it, and a list of all that it complains of or asks for."""
-    page = browser.new_context(**options).new_page()
-    seen: list[str] = []
-    page.on("console", lambda message: seen.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
-    page.on("request", lambda request: seen.append(f"request: {request.url}"))
-    page.goto(path.as_uri())  # until all is loaded, and drawn: the script runs before that
-    seen.remove(f"request: {path.as_uri()}")
-    return page, seen
-
-
-def readout(page: "Page", chart: str = "loss") -> str:
-    """What stands under a chart."""
-    return page.inner_text(f"#chart-{chart} .legend")
 
 
 def test_a_browser_draws_it_switches_it_and_asks_for_nothing(
@@ -579,3 +601,29 @@ def test_the_readme_s_commands_are_as_they_stand_there(real_run: Path, tmp_path:
     assert (tmp_path / "images" / "loss.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "images" / "bits_per_byte.svg").read_text()
     assert svg.startswith("<?xml")
+
+
+def test_images_have_the_page_s_colours_and_the_band_of_seeds(tmp_path: Path) -> None:
+    """As in the page's style and its script: runs in order, the band after them."""
+    runs = [
+        write_run(tmp_path / f"seed{seed}", falling_steps(60, seed), recipe_of(60, seed=seed))
+        for seed in (1, 2)
+    ]
+    page = page_of(tmp_path / "report.html", *runs, flags=("--svg", str(tmp_path / "images")))
+    colours = dict(re.findall(r"--(c\d): (#[0-9a-f]{6});", page[: page.index("dark)")]))
+    assert len(colours) == 8
+    loss = (tmp_path / "images" / "loss.svg").read_text()
+    drawn = [colour for colour in colours.values() if f"stroke: {colour}" in loss]
+    assert drawn == [colours["c0"], colours["c1"], colours["c2"]]
+    assert loss.count(f"fill: {colours['c2']}; fill-opacity: 0.25") == 1
+    norm = (tmp_path / "images" / "gradient_norm.svg").read_text()
+    assert colours["c2"] not in norm  # a band is of losses alone
+
+
+def test_the_benchmark_of_reports_runs() -> None:
+    script = "tests/benchmarks/report_speed.py"
+    few = ("--steps", "500", "--runs", "2", "--steps-of-each", "60", "--documents", "1000000")
+    result = run_command(sys.executable, script, *few)
+    assert result.returncode == 0, result.stderr
+    assert "| 1 run of 500 steps | " in result.stdout
+    assert "lengths of 1,000,000 of 1,000,000 documents" in result.stdout

@@ -218,7 +218,10 @@ def test_it_starts_without_torch(dataset: Path, run_dir: Path) -> None:
         (["--characters", "-1"], "--characters -1: expected a number from 0"),
         (["--seed=6"], "--seed=6: not a known flag; recipe keys can be set beside --recipe only"),
         (["--recipe", "quickstart"], "not allowed with argument --run-dir"),
-        (["--run-dir", "nowhere"], "nowhere/state.json: No such file or directory"),
+        (
+            ["--run-dir", "nowhere"],
+            "--run-dir nowhere: no run is there, since recipe.yaml is missing",
+        ),
         (["--data-dir", "nowhere"], "nowhere: no such directory"),
     ],
 )

@@ -21,6 +21,7 @@ class Drawn:
     config: str  # as text
     name: str = ""
     notes: list[tuple[int, str]] = field(default_factory=list)  # why steps were skipped
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # of each name, all
 
 
 def read_tensorboard(run_dir: Path) -> list[Drawn]:
@@ -45,7 +46,7 @@ def read_tensorboard(run_dir: Path) -> list[Drawn]:
         if not tag.startswith("_hparams_")
     }
     config = texts["config"][-1][1]
-    return [Drawn(figures, config, run_dir.name, texts.get("marks/why_skipped", []))]
+    return [Drawn(figures, config, run_dir.name, texts.get("marks/why_skipped", []), texts)]
 
 
 def read_trackio(run_dir: Path) -> list[Drawn]:
@@ -103,14 +104,14 @@ def without_own(row: dict[str, Any]) -> dict[str, Any]:
 def of_rows(rows: list[tuple[int, dict[str, Any]]], config: dict[str, Any], name: str) -> Drawn:
     """A run of a sink that has a row for each step."""
     figures: Steps = {}
-    notes = []
+    texts: dict[str, list[tuple[int, str]]] = {}
     for step, row in rows:
         for key, value in row.items():
             if isinstance(value, str):
-                notes.append((step, value))
+                texts.setdefault(key, []).append((step, value))
             else:
                 figures.setdefault(key, []).append((step, value))
-    return Drawn(figures, json.dumps(config), name, notes)
+    return Drawn(figures, json.dumps(config), name, texts.get("marks/why_skipped", []), texts)
 
 
 READERS = {"tensorboard": read_tensorboard, "trackio": read_trackio, "wandb": read_wandb}

@@ -12,7 +12,7 @@ from data_prep.files import write_durably
 from pretrain.config.load import build_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.metrics.step_record import AnyStep, SkippedStep, StepRecord
-from pretrain.run.starts import append_start
+from pretrain.run.starts import Start, append_start
 from pretrain.run.state import write_state
 from support.runs import tiny_recipe_content
 
@@ -91,6 +91,6 @@ def write_run(
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
     }
     for start in ({}, *starts):
-        append_start(run_dir, {**first, **start})
+        append_start(run_dir, Start.from_line({**first, **start}))
     write_state(run_dir, status="done", fingerprint="0" * 32)
     return run_dir

@@ -111,3 +111,17 @@ sys.exit(exit_code(lambda: together(world, lambda: world.rank and open("/nowhere
 """
     line = error_line(run_ranks(tmp_path, program))
     assert line == "error: /nowhere/at/all: No such file or directory; check the path"
+
+
+def test_a_launcher_without_mpi4py_is_told_what_to_install(tmp_path: Path) -> None:
+    program = """
+import sys
+sys.modules["mpi4py"] = None  # which is how Python marks a module as not to be had
+from data_prep.building.ranks import connect
+from data_prep.commands import exit_code
+sys.exit(exit_code(connect))
+"""
+    result = run_ranks(tmp_path, program)
+    assert result.returncode == 2
+    assert "mpi4py can't be used" in result.stderr
+    assert "pip install mpi4py mpich brings an MPI that works" in result.stderr

@@ -222,7 +222,8 @@ def test_a_missing_package_is_named(
     assert message.startswith(f"{protocol}:// needs a package (")
     assert package in message
     assert message.endswith(
-        "; pip install -e '.[remote]' in this project's folder, or what it says"
+        "; pip install 'tablefree[remote]' (in a checkout: pip install -e '.[remote]'), "
+        "or what it says"
     )
 
 

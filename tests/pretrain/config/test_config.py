@@ -93,6 +93,15 @@ def test_code_bits_default_to_those_the_vocabulary_needs() -> None:
     assert model_config(recipe.model).code_bits == 12
 
 
+def test_the_permuted_code_is_drawn_from_the_code_seed_into_the_model_config() -> None:
+    configs = [
+        model_config(tiny(model={"input_embedding": "permuted_code", "code_seed": seed}).model)
+        for seed in (0, 0, 1)
+    ]
+    codes = [(config.permutation_keys, config.permutation_offset) for config in configs]
+    assert codes[0] == codes[1] != codes[2]
+
+
 def test_the_affine_code_is_drawn_from_the_code_seed_into_the_model_config() -> None:
     configs = [
         model_config(tiny(model={"input_embedding": "affine_code", "code_seed": seed}).model)
@@ -401,6 +410,7 @@ CHANGEABLE = {
     "checkpoints.every_steps", "checkpoints.keep_last", "checkpoints.keep_every",
     "bad_steps.policy", "bad_steps.spike_deviations", "bad_steps.max_in_a_row",
     "stalls.after_medians", "stalls.after_s", "log.sinks", "log.every_s", "log.every_steps",
+    "log.prompts", "log.sample_tokens",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pretrain.model.build import model_config
 from pretrain.modeling_tablefree import TableFreeForCausalLM
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
-PAPER = ["paper_affine_code", "paper_binary_code", "paper_learned"]
+PAPER = ["paper_affine_code", "paper_binary_code", "paper_learned", "paper_permuted_code"]
 
 
 def load_shipped(name: str) -> Recipe:
@@ -48,6 +48,7 @@ def test_every_shipped_recipe_loads_and_builds(name: str) -> None:
     [
         ("paper_binary_code", 470_190_080, 0),
         ("paper_affine_code", 470_190_080, 0),
+        ("paper_permuted_code", 470_190_080, 0),
         ("paper_learned", 537_298_944, 67_108_864),  # 65,536 x 1,024 more
         ("compare_small", 1_841_920, 524_288),
         ("binary_code_1b3", 1_342_820_352, 0),
@@ -63,15 +64,16 @@ def test_models_have_the_number_of_parameters_that_their_recipe_says(
     assert count(model.model.input_embedding) == in_the_input
 
 
-def test_the_three_paper_recipes_differ_in_one_key() -> None:
+def test_the_four_paper_recipes_differ_in_one_key() -> None:
     flat = [flatten(recipe_to_dict(load_recipe(name))) for name in PAPER]
-    assert flat[0].keys() == flat[1].keys() == flat[2].keys()
+    assert all(recipe.keys() == flat[0].keys() for recipe in flat)
     differing = {key for key in flat[0] if len({str(recipe[key]) for recipe in flat}) > 1}
     assert differing == {"model.input_embedding"}
     assert [recipe["model.input_embedding"] for recipe in flat] == [
         "affine_code",
         "binary_code",
         "learned",
+        "permuted_code",
     ]
 
 

@@ -42,7 +42,7 @@ def test_parameters_of_every_recipe_are_those_of_its_model(name: str) -> None:
     heads=st.integers(1, 3),
     half_head=st.integers(1, 3),
     layers=st.integers(1, 3),
-    embedding=st.sampled_from(["binary_code", "affine_code", "learned"]),
+    embedding=st.sampled_from(["binary_code", "affine_code", "permuted_code", "learned"]),
 )
 def test_parameters_of_any_shape_are_those_of_its_model(
     vocab_size: int, heads: int, half_head: int, layers: int, embedding: str

@@ -27,6 +27,7 @@ from pretrain.hf.check import check_export
 from pretrain.hf.check_model import WRONG_WITH_A_CACHE, names_in, version_of
 from pretrain.hf.marker import MARKER_NAME
 from pretrain.hf.names import MODELING_FILE
+from pretrain.model.token_codes import DRAWN
 
 OF_BEFORE = REPOSITORY / "tests" / "data" / "exports" / "modeling_tablefree.3656bb5.txt"
 FORMS = ("tablefree", "gpt_neox", "gguf")
@@ -38,13 +39,15 @@ Change = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def exports(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The trained run in all forms, and one of an affine code."""
+    """The trained run in all forms, and one of each drawn code."""
     home = tmp_path_factory.mktemp("exports")
     for form in FORMS:
         main(["--run-dir", str(text_run), "--output-dir", str(home / form), "--architecture", form])
-    save_untrained_run(home / "run", text_run / "tokenizer", "affine_code")
-    main(["--run-dir", str(home / "run"), "--output-dir", str(home / "affine")])
-    return {name: home / name for name in (*FORMS, "affine")}
+    for name in DRAWN:
+        run_dir = home / f"{name}_run"
+        save_untrained_run(run_dir, text_run / "tokenizer", name)
+        main(["--run-dir", str(run_dir), "--output-dir", str(home / name)])
+    return {name: home / name for name in (*FORMS, *DRAWN)}
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def cut_marker(directory: Path) -> None:
     marker.write_bytes(marker.read_bytes()[:200])
 
 
-@pytest.mark.parametrize("form", [*FORMS, "affine"])
+@pytest.mark.parametrize("form", [*FORMS, *DRAWN])
 def test_an_export_made_now_is_whole_and_right(
     form: str, exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,8 +292,23 @@ def put_an_old_file_beside_a_new_config(directory: Path) -> None:
             "d_model 48 is no even number of channels for each of 5 heads",
         ),
         ("tablefree", put("config.json", code_bits="16"), "config.json: code_bits '16' is no"),
-        ("affine", put("config.json", affine_rows=[1] * 16), "are no invertible code of 16 bits"),
-        ("affine", put("config.json", affine_rows=None), "are no invertible code of 16 bits"),
+        (
+            "affine_code",
+            put("config.json", affine_rows=[1] * 16),
+            "are no invertible code of 16 bits",
+        ),
+        ("affine_code", put("config.json", affine_rows=None), "are no invertible code of 16 bits"),
+        ("permuted_code", put("config.json", permutation_keys=[1, 2]), "are no 8 numbers"),
+        (
+            "permuted_code",
+            put("config.json", permutation_offset=None),
+            "permutation_keys and permutation_offset are no 8 numbers",
+        ),
+        (
+            "permuted_code",
+            put_an_old_file_beside_a_new_config,
+            "version 1, older than config.json, which is of version ",
+        ),
         (
             "tablefree",
             put("config.json", vocab_size=511),

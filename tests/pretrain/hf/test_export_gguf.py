@@ -34,6 +34,7 @@ from pretrain.hf.marker import read_marker
 from pretrain.hf.names import gguf_name
 from pretrain.hf.tokenizer import as_exported
 from pretrain.modeling_tablefree import (
+    INPUT_EMBEDDINGS,
     TableFreeConfig,
     TableFreeForCausalLM,
     initialise_parameters,
@@ -115,7 +116,7 @@ def validation_ids(data: Path, number: int) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("input_embedding", ["binary_code", "affine_code", "learned"])
+@pytest.mark.parametrize("input_embedding", INPUT_EMBEDDINGS)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_an_engine_gives_the_logits_of_the_training_class(
     dtype: str, input_embedding: str, text_run: Path, tmp_path: Path
@@ -352,6 +353,6 @@ def test_without_the_package_it_says_what_to_install(
 ) -> None:
     # which is how Python marks a module as not to be had
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]' in this project's folder"):
+    with pytest.raises(UserError, match=r"pip install 'tablefree\[gguf\]' \(in a checkout: "):
         export(text_run, tmp_path / "e")
     assert not list(tmp_path.iterdir())

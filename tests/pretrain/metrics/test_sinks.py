@@ -10,12 +10,21 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks, train_on
+from support.forked_ranks import (
+    arguments_of,
+    be_a_rank,
+    end_of,
+    logs_of,
+    run_ranks,
+    start_ranks,
+    train_on,
+)
 from support.hand_made_runs import trained_step
 from support.poisoned_ranks import poisoned_run
 from support.runs import environment, free_port, losses, run_command, steps_of, write_recipe
@@ -68,6 +77,7 @@ def train_told(recipe: Path, data: Path, run_dir: Path, *more: str) -> str:
     ended = run_ranks(1, recipe, data, run_dir, ALL, *more, **variables())
     assert ended.exit_codes == [0], ended.output
     assert "warning: log.sinks" not in ended.output
+    assert "rackio" not in ended.output  # which would greet, on stdout
     return ended.output
 
 
@@ -82,8 +92,10 @@ def expect_drawn_as_recorded(drawn: Drawn, run_dir: Path) -> None:
         "train/tokens": "tokens",
         "validation/loss": "val_loss",
         "speed/tokens_per_s": "tokens_per_s",
+        "speed/mfu_of_matmul": "mfu_of_matmul",  # which a CPU has
         "memory/peak_bytes": "peak_memory_bytes",
     }
+    assert lines[-1].get("mfu_of_matmul")
     for name, key in of_lines.items():
         recorded = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         assert [step for step, _ in drawn.figures[name]] == [step for step, _ in recorded], name
@@ -399,6 +411,50 @@ def test_a_sink_that_hangs_is_not_waited_for(recorder: Recorder, tmp_path: Path)
     (warning,) = warnings
     assert "has 0 of 1 steps, 0.2 s after the last; not waited for any longer" in warning
     recorder.goes_on.set()
+
+
+# What waits for the device
+
+WAITS = "WAITS FOR THE DEVICE"
+
+
+def be_a_rank_that_counts_waits(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """Body of a forked rank that counts each value fetched from a device, and says how many."""
+    import torch
+
+    counts: Counter[str] = Counter()
+
+    def counting(owner: object, name: str) -> None:
+        known = getattr(owner, name)
+
+        def counted(*given: object, **named: object) -> object:
+            counts[name] += 1
+            return known(*given, **named)
+
+        setattr(owner, name, counted)
+
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        counting(torch.Tensor, name)
+    counting(torch.cuda, "synchronize")
+    try:
+        be_a_rank(arguments, variables, log)
+    finally:
+        print(WAITS, dict(sorted(counts.items())), flush=True)
+
+
+def test_who_observes_waits_for_the_device_no_more_often(tiny_data: Path, tmp_path: Path) -> None:
+    """A run that all sinks and its log are told of fetches as few values as one that is quiet."""
+    recipe = write_recipe(tmp_path / "r.yaml")
+    waits = []
+    for name, flags in {"observed": [ALL, "--log.every_steps=1"], "quiet": ["--quiet"]}.items():
+        run_dir = tmp_path / name
+        body = be_a_rank_that_counts_waits
+        ended = run_ranks(1, recipe, tiny_data, run_dir, *flags, body=body, **variables())
+        assert ended.exit_codes == [0], ended.output
+        waits += [line for line in ended.output.splitlines() if line.startswith(WAITS)]
+    observed, quiet = waits
+    assert observed == quiet
+    assert "'item': " in observed
 
 
 # What is told

@@ -103,6 +103,16 @@ def test_steps_that_trackio_drops_are_not_dropped_in_silence(
     monkeypatch.undo()
 
 
+def test_trackio_says_nothing_and_others_are_still_heard(
+    about: AboutRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(about, 0, 8, loss=1.0)
+    write(about, 8, 9, loss=1.0)
+    write(about, 5, 9, loss=1.0)
+    print("ours")
+    assert capfd.readouterr().out == "ours\n"
+
+
 def test_trackio_itself_shows_the_run(about: AboutRun, home: Path, tmp_path: Path) -> None:
     """The command of the README."""
     write(about, 0, 8, loss=1.0)

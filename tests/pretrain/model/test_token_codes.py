@@ -23,9 +23,11 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import ModelRecipe
 from pretrain.model.build import model_config
 from pretrain.model.token_codes import (
+    DRAWN,
     about_one_input,
     affine_code,
     aliased_ids,
+    code_of_id,
     config_of_run,
     remedy,
     saved_config,
@@ -74,6 +76,7 @@ def logits_of_every_id(config: TableFreeConfig) -> torch.Tensor:
     [
         recipe("binary_code"), recipe("affine_code"), recipe("affine_code", code_seed=5),
         recipe("binary_code", code_bits=12), recipe("affine_code", code_bits=18), recipe("learned"),
+        recipe("permuted_code"), recipe("permuted_code", code_bits=12),
     ],
 )  # fmt: skip
 def test_the_decoder_tells_all_ids_apart_but_the_two_of_constant_code(model: ModelRecipe) -> None:
@@ -89,15 +92,20 @@ def test_the_decoder_tells_all_ids_apart_but_the_two_of_constant_code(model: Mod
     assert apart.min() > 1e-3
 
 
+DRAWN_CODES = sorted(DRAWN)
+
+
+@pytest.mark.parametrize("input_embedding", DRAWN_CODES)
 @pytest.mark.parametrize("code_seed", range(5))
-def test_the_two_ids_of_an_affine_code_are_those_of_the_codes_of_zeros_and_of_ones(
-    code_seed: int,
+def test_the_two_ids_of_a_drawn_code_are_those_of_the_codes_of_zeros_and_of_ones(
+    code_seed: int, input_embedding: str
 ) -> None:
-    config = model_config(recipe(vocab_size=65_536, d_model=64, code_bits=16, code_seed=code_seed))
+    sizes = {"vocab_size": 65_536, "d_model": 64, "code_bits": 16}
+    config = model_config(recipe(input_embedding, code_seed=code_seed, **sizes))
     codes = TokenCode(config).code(torch.arange(65_536)[None])[0].sum(dim=1)
     constant = torch.nonzero((codes == 0) | (codes == 16)).flatten().tolist()
     assert aliased_ids(config.to_dict()) == tuple(constant)
-    assert affine_code(config.affine_rows, config.affine_offset, constant[0]) in (0, 0xFFFF)
+    assert {code_of_id(config.to_dict(), token_id) for token_id in constant} == {0, 0xFFFF}
 
 
 @given(st.integers(1, 62), st.integers(0, 1000), st.data())
@@ -110,26 +118,32 @@ def test_gf2_equations_are_solved(bits: int, seed: int, data: st.DataObject) -> 
 # What a run does about it
 
 
+@pytest.mark.parametrize("input_embedding", DRAWN_CODES)
 @pytest.mark.parametrize("code_seed", range(8))
 @pytest.mark.parametrize("special", [{"<s>": 3, "</s>": 0, "<pad>": 511}, {"</s>": 0, "<pad>": 1}])
-def test_a_new_affine_code_makes_an_id_of_no_text_one_of_the_two(
-    code_seed: int, special: dict[str, int], data: ShardReader
+def test_a_new_drawn_code_makes_an_id_of_no_text_one_of_the_two(
+    code_seed: int, special: dict[str, int], input_embedding: str, data: ShardReader
 ) -> None:
-    manifest, model = replace(data.manifest, special_tokens=special), recipe(code_seed=code_seed)
+    manifest = replace(data.manifest, special_tokens=special)
+    model = recipe(input_embedding, code_seed=code_seed)
     config = config_of_run(model, manifest)
     pair = aliased_ids(config.to_dict())
     assert pair
     assert {*pair} & {*special.values()} - {manifest.eos_id}
-    assert config.affine_rows == model_config(model).affine_rows
+    key, _ = DRAWN[input_embedding]
+    assert getattr(config, key) == getattr(model_config(model), key)
     assert config.to_dict() == config_of_run(model, manifest).to_dict()
 
 
-def test_codes_are_drawn_once_where_that_harms_nobody(data: ShardReader) -> None:
+@pytest.mark.parametrize("input_embedding", DRAWN_CODES)
+def test_codes_are_drawn_once_where_that_harms_nobody(
+    input_embedding: str, data: ShardReader
+) -> None:
     """No two ids share an input; or the first draw is good already; or no id is free, and both
     are named.
     """
     small = replace(data.manifest, vocab_size=300, special_tokens={"</s>": 0})
-    all_seeds = [recipe(code_seed=seed) for seed in range(20)]
+    all_seeds = [recipe(input_embedding, code_seed=seed) for seed in range(20)]
     kept = [
         config_of_run(model, small).to_dict() == model_config(model).to_dict()
         for model in all_seeds
@@ -137,28 +151,32 @@ def test_codes_are_drawn_once_where_that_harms_nobody(data: ShardReader) -> None
     harmless = [max(aliased_ids(model_config(model).to_dict()) or ()) >= 300 for model in all_seeds]
     assert kept == harmless
     assert {*kept} == {True, False}
-    for model in (recipe(code_bits=18), recipe("binary_code"), recipe("learned")):
+    for model in (recipe(input_embedding, code_bits=18), recipe("binary_code"), recipe("learned")):
         assert config_of_run(model, data.manifest).to_dict() == model_config(model).to_dict()
-    config = config_of_run(recipe(), data.manifest)
-    assert config.to_dict() == model_config(recipe()).to_dict()
+    config = config_of_run(recipe(input_embedding), data.manifest)
+    assert config.to_dict() == model_config(recipe(input_embedding)).to_dict()
     (line,) = warnings(config, data)
     assert all(f"id {i}" in line for i in aliased_ids(config.to_dict()) or ())
 
 
+@pytest.mark.parametrize("input_embedding", DRAWN_CODES)
 def test_a_run_goes_on_with_the_code_that_its_checkpoints_hold(
-    text_data: Path, tmp_path: Path
+    input_embedding: str, text_data: Path, tmp_path: Path
 ) -> None:
     """As a run that was begun before codes were drawn around the tokenizer's special ids."""
-    path = write_recipe(tmp_path / "r.yaml", model={**NINE_BITS, "input_embedding": "affine_code"})
-    run_dir, model = tmp_path / "run", recipe()
+    sizes = {**NINE_BITS, "input_embedding": input_embedding}
+    path = write_recipe(tmp_path / "r.yaml", model=sizes)
+    run_dir, model = tmp_path / "run", recipe(input_embedding)
+    key, offset = DRAWN[input_embedding]
     train_on(1, path, text_data, run_dir, "--stop-at-step", "2")
     step = run_dir / "checkpoints" / "step-00000002"
     manifest = json.loads((step / "manifest.json").read_bytes())
-    drawn = manifest["model_config"]["affine_offset"]
+    drawn = manifest["model_config"][offset]
     assert 511 in (aliased_ids(manifest["model_config"]) or ())  # <pad>
-    rows, before = draw_affine_code(9, model.code_seed)
-    assert (rows, before != drawn) == (manifest["model_config"]["affine_rows"], True)
-    manifest["model_config"]["affine_offset"] = before
+    first = model_config(model).to_dict()
+    assert first[key] == manifest["model_config"][key]
+    assert first[offset] != drawn
+    manifest["model_config"][offset] = first[offset]
     (step / "manifest.json").write_text(json.dumps(manifest))
     (step / "manifest.json.xxh3_128").write_bytes(sidecar_of(step))
     (step.parent / "latest").write_bytes(pointer_to(step))

@@ -360,6 +360,7 @@ def test_the_quick_start_s_summary_takes_a_run_that_skipped_steps(
     assert "█" * 32 + "\n" in page
     assert figures["sample"].startswith("The state of the Union")
     assert re.search(r"\n  whole job    1 min 4\d s\n", page)
+    assert page.endswith(f"\n  report       {run_dir / 'report.html'}\n")
 
 
 def test_a_run_that_diverges_stops_after_so_many_bad_steps(tiny_data: Path, tmp_path: Path) -> None:

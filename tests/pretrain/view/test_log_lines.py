@@ -11,6 +11,7 @@ from support.runs import REPOSITORY, train, write_recipe
 
 from pretrain.config.recipe import LogRecipe
 from pretrain.distributed.world import World
+from pretrain.metrics.step_record import Sample
 from pretrain.view.log_lines import LONGEST, LogLines, step_line
 
 ALONE = World(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -51,6 +52,23 @@ def test_figures_stand_below_one_another() -> None:
 def test_the_star_tells_a_measured_peak_from_a_data_sheet_s() -> None:
     assert "MFU 41.2%" in step_line(replace(trained_step(0), mfu=0.412), 20, None)
     assert "MFU* 41.2%" in step_line(replace(trained_step(0), mfu_of_matmul=0.412), 20, None)
+
+
+def test_a_sample_is_one_short_line_that_a_terminal_does_not_obey(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hostile = "a\r\nb \u2028 \x1b[31m " + "long " * 100
+    samples = (
+        Sample(prompt="We must", text=" go\n", bits_per_byte=1.23456),
+        Sample(prompt=hostile, text=hostile, bits_per_byte=None),
+    )
+    lines = LogLines(ALONE, LogRecipe(every_s=1e9), 20)
+    lines.show(replace(trained_step(4), val_loss=1.0, samples=samples), None)
+    _, first, second = capsys.readouterr().err.splitlines()
+    assert first == "sample 0 (1.235 bits/byte): We must ->  go⏎"
+    assert second.startswith("sample 1: a␍⏎b \\u2028 \\u001b[31m long")
+    assert len(second) == LONGEST
+    assert second.endswith("...")
 
 
 def test_lines_come_every_so_many_seconds(capsys: pytest.CaptureFixture[str]) -> None:
