@@ -364,11 +364,14 @@ def markdown_of(comparison: Comparison, figures: Sequence[str]) -> str:
     )
 
 
-def section_of(comparison: Comparison, images: Sequence[Image]) -> Section:
-    """The part of the page that a comparison adds to the report of its runs."""
+def sections_of(comparison: Comparison, images: Sequence[Image]) -> list[Section]:
+    """What a comparison adds to the report of its runs: sentences first, then figures."""
     texts = []
     for group in comparison.groups:
         found = findings_of(comparison, group)
         content = "\n".join(textwrap.fill(sentence) for sentence in found.sentences)
         texts.append(Text(title=found.title, content=content, is_open=True))
-    return Section(title="Comparison", tables=tables_of(comparison), images=images, texts=texts)
+    return [
+        Section(title="What the comparison shows", texts=texts),
+        Section(title="Compared figures", tables=tables_of(comparison), images=images),
+    ]

@@ -23,7 +23,7 @@ from pretrain.comparing.matrix import Asked, Matrix, build_matrix
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.results import data_url
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, section_of, tables_of
+from pretrain.comparing.words import findings_of, markdown_of, sections_of, tables_of
 from pretrain.costs.flops import count_parameters
 from pretrain.evaluation.documents import DocumentScores, documents_path, write_documents
 from pretrain.evaluation.result import Score
@@ -318,7 +318,7 @@ def test_a_browser_shows_gaps_and_tables_and_complains_of_nothing(tmp_path: Path
         for index, cell in enumerate(matrix.cells[:4])
     ]
     path = tmp_path / "comparison.html"
-    path.write_text(report_page(read_runs(runs, []), [section_of(comparison, images)]))
+    path.write_text(report_page(read_runs(runs, []), sections_of(comparison, images)))
     with chromium() as browser:
         page = browser.new_context(
             viewport={"width": 360, "height": 740}, bypass_csp=True
