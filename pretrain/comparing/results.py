@@ -26,7 +26,7 @@ from pretrain.comparing.matching import match_cells
 from pretrain.comparing.matrix import Matrix
 from pretrain.comparing.measured import measure_all
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, sections_of
+from pretrain.comparing.words import findings_of, markdown_of, reservations_of, sections_of
 from pretrain.reporting.page import report_page
 from pretrain.reporting.reading import read_runs
 from pretrain.reporting.words import Image
@@ -97,5 +97,7 @@ def write_results(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Co
         found = findings_of(comparison, group)
         for sentence in found.sentences:
             print(f"{found.title}: {sentence}")
+    for sentence in reservations_of(comparison):
+        print(sentence)
     print(output_dir / MARKDOWN_NAME)
     return comparison

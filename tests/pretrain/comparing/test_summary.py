@@ -23,7 +23,13 @@ from pretrain.comparing.matrix import Asked, Matrix, build_matrix
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.results import data_url
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, sections_of, tables_of
+from pretrain.comparing.words import (
+    findings_of,
+    markdown_of,
+    reservations_of,
+    sections_of,
+    tables_of,
+)
 from pretrain.costs.flops import count_parameters
 from pretrain.evaluation.documents import DocumentScores, documents_path, write_documents
 from pretrain.evaluation.result import Score
@@ -135,7 +141,11 @@ def test_sentences_say_what_was_seen_and_what_could_have_been(tmp_path: Path) ->
     assert "To see 1 % would take 3 seeds." in code
     (affine,) = (line for line in sentences if line.startswith("affine_code against learned"))
     assert "none was seen: +0.02 %" in affine
-    assert "A difference that was not seen may still be there" in sentences[-1]
+    (reservation,) = reservations_of(comparison)
+    assert reservation.startswith("A difference that was not seen may still be there")
+    assert reservation in markdown_of(comparison, [])
+    groups = matrix_of(THREE, "seed=1,2", "train_tokens=1e6,2e6")
+    assert "Each group is tested by itself" in reservations_of(comparison_of(groups, tmp_path))[1]
 
 
 def test_one_seed_has_figures_and_no_interval_and_that_is_said(tmp_path: Path) -> None:
