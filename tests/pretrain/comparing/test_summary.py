@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.browser import chromium
+from support.damage import damaged
 from support.written_runs import falling_steps, write_run
 
 from data_prep.errors import UserError
@@ -170,6 +173,23 @@ def test_the_file_reads_back_equal(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"loss"', '"los"'))
     with pytest.raises(UserError, match=r"comparison\.json: .*missing; move it away"):
         read_comparison(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "comparison.json"
+    if not (tmp_path / "whole").exists():
+        comparison = comparison_of(matrix_of(THREE, "seed=1,2"), tmp_path)
+        (tmp_path / "whole").write_bytes(comparison.to_json())
+    path.write_bytes(data.draw(damaged((tmp_path / "whole").read_bytes())))
+    said = str(path)
+    try:
+        read_comparison(tmp_path)
+    except UserError as error:
+        said = str(error)
+    assert str(path) in said
+    assert "\n" not in said
 
 
 def test_markdown_has_a_row_of_as_many_cells_as_its_header(tmp_path: Path) -> None:
