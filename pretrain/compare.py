@@ -1,8 +1,9 @@
 """Train a matrix of matched runs, and say what their differences show.
 
     python -m pretrain.compare --recipe R --data-dir DATASET --output-dir DIR \\
-        --vary model.input_embedding=binary_code,affine_code,learned --vary seed=1,2,3 \\
-        --baseline model.input_embedding=learned [--at-once N] [--dotted.key=value ...]
+        --vary model.input_embedding=binary_code,affine_code,permuted_code,learned \\
+        --vary seed=1,2,3 --baseline model.input_embedding=learned [--at-once N] \\
+        [--dotted.key=value ...]
 
 The same command goes on after any end, and adds cells where a --vary has grown. What is compared
 with what says pretrain/comparing/matrix.py, how sure it is pretrain/comparing/significance.py.

@@ -26,7 +26,7 @@ from pretrain.comparing.matching import match_cells
 from pretrain.comparing.matrix import Matrix
 from pretrain.comparing.measured import measure_all
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, section_of
+from pretrain.comparing.words import findings_of, markdown_of, reservations_of, sections_of
 from pretrain.reporting.page import report_page
 from pretrain.reporting.reading import read_runs
 from pretrain.reporting.words import Image
@@ -91,11 +91,13 @@ def write_results(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Co
     paths = [place.run_dir(cell) for cell in matrix.cells if cell.name in names]
     runs = read_runs(paths, [place.data_dir])
     images = [Image(title=gap.title, source=data_url(gap.png)) for gap in gaps]
-    page = report_page(runs, [section_of(comparison, images)])
+    page = report_page(runs, sections_of(comparison, images))
     write_durably(output_dir / PAGE_NAME, page.encode(errors="backslashreplace"))
     for group in comparison.groups:
         found = findings_of(comparison, group)
         for sentence in found.sentences:
             print(f"{found.title}: {sentence}")
+    for sentence in reservations_of(comparison):
+        print(sentence)
     print(output_dir / MARKDOWN_NAME)
     return comparison

@@ -22,6 +22,7 @@ from data_prep.locks import lock
 from pretrain.comparing.cells import Place, evaluation_of, is_evaluated, is_trained
 from pretrain.comparing.matrix import Cell
 from pretrain.run.state import read_state
+from pretrain.view.figures import duration
 
 LAUNCH = Path(__file__).parents[2] / "launch"  # beside pretrain, also where both are installed
 GUARDED = LAUNCH / "shell" / "guarded.sh"
@@ -82,8 +83,10 @@ class Runner:
     signals: list[int] = field(default_factory=list)  # that came
     failed: dict[str, str] = field(default_factory=dict)  # why, by the cell's name
     taken_since: dict[str, float] = field(default_factory=dict)  # by another process, by name
-    finished: int = 0
     cells: int = 0
+    found: int = 0  # of them, finished by an earlier command
+    finished: int = 0
+    began: float = 0.0  # s of the monotonic clock
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Train and evaluate what is not there yet. Raises StoppedBySignal.
@@ -101,9 +104,11 @@ class Runner:
         """As `run`, where signals are noted."""
         waiting = [cell for cell in cells if not self.is_complete(cell)]
         self.cells = len(cells)
-        self.finished = len(cells) - len(waiting)
-        if self.finished:
-            self.say(f"{self.finished} of {self.cells} cells are there already")
+        self.found = len(cells) - len(waiting)
+        self.finished = self.found
+        self.began = time.monotonic()
+        if self.found:
+            self.say(f"{self.found} of {self.cells} cells are there already")
         at_work: list[Work] = []
         while waiting or at_work:
             if self.signals:
@@ -186,10 +191,20 @@ class Runner:
         if not work.is_training and code == 0 and result is not None:
             self.finished += 1
             loss = f"loss {result.whole_split.loss:.4f}"
-            self.say(f"{cell.name}: {loss}; {self.finished} of {self.cells} cells")
+            self.say(f"{cell.name}: {loss}; {self.progress()}")
         else:
             self.fail(cell, self.describe_failure(work, code))
         return False
+
+    def progress(self) -> str:
+        """How far it is, and how long the rest takes if cells go on taking as long."""
+        words = f"{self.finished} of {self.cells} cells"
+        waiting = self.cells - self.finished - len(self.failed)
+        here = self.finished - self.found
+        if waiting == 0:
+            return words
+        seconds = (time.monotonic() - self.began) / here * waiting
+        return f"{words}, about {duration(seconds)} left"
 
     def fail(self, cell: Cell, why: str) -> None:
         """Note and say why a cell has no figures."""

@@ -15,10 +15,13 @@ from pretrain.reporting.words import NOT_KNOWN, Image, Section, Table, Text
 from pretrain.view.templates import render
 
 GIGA = 1e9
-GENERAL = (
+NOT_SEEN = (
     "A difference that was not seen may still be there, as long as it is smaller than what so many "
     "seeds can show. The spread itself is told by those seeds alone, and is as uncertain as they "
     "are few."
+)
+WITHIN_GROUPS = (
+    "Each group is tested by itself: of 20 in which nothing differs, one shows a difference."
 )
 ABOUT_SEEDS = (
     "Treatment less baseline: above 0 the treatment is worse. Over seeds: losses are subtracted "
@@ -303,10 +306,21 @@ def findings_of(comparison: Comparison, group: Group) -> Findings:
         sentences.append(
             "One seed tells no spread, so there is no interval over seeds: give --vary seed=1,2,3."
         )
-    if any(one.over_seeds for one in group.differences):
-        sentences.append(GENERAL)
     title = settings_words(group.settings) or "What the numbers support"
     return Findings(title=title, sentences=tuple(sentences))
+
+
+def reservations_of(comparison: Comparison) -> list[str]:
+    """What holds of all groups together."""
+    tested = [
+        group for group in comparison.groups if any(one.over_seeds for one in group.differences)
+    ]
+    sentences = []
+    if tested:
+        sentences.append(NOT_SEEN)
+    if len(tested) > 1:
+        sentences.append(WITHIN_GROUPS)
+    return sentences
 
 
 def sentence_of(comparison: Comparison, one: Difference) -> str:
@@ -358,17 +372,25 @@ def markdown_of(comparison: Comparison, figures: Sequence[str]) -> str:
         varied=", ".join(f"`{key}`" for key in comparison.keys),
         baseline=None if comparison.treatment is None else show_value(comparison.baseline),
         findings=[findings_of(comparison, group) for group in comparison.groups],
+        reservations=reservations_of(comparison),
         tables=tables_of(comparison),
         missing=[(cell.name, printable(cell.why)) for cell in comparison.missing],
         figures=figures,
     )
 
 
-def section_of(comparison: Comparison, images: Sequence[Image]) -> Section:
-    """The part of the page that a comparison adds to the report of its runs."""
+def sections_of(comparison: Comparison, images: Sequence[Image]) -> list[Section]:
+    """What a comparison adds to the report of its runs: sentences first, then figures."""
     texts = []
     for group in comparison.groups:
         found = findings_of(comparison, group)
         content = "\n".join(textwrap.fill(sentence) for sentence in found.sentences)
         texts.append(Text(title=found.title, content=content, is_open=True))
-    return Section(title="Comparison", tables=tables_of(comparison), images=images, texts=texts)
+    reservations = reservations_of(comparison)
+    if reservations:
+        content = "\n".join(textwrap.fill(sentence) for sentence in reservations)
+        texts.append(Text(title="And what not", content=content, is_open=True))
+    return [
+        Section(title="What the comparison shows", texts=texts),
+        Section(title="Compared figures", tables=tables_of(comparison), images=images),
+    ]

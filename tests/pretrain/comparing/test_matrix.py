@@ -189,10 +189,10 @@ def test_the_readme_s_commands_say_what_the_readme_says(
         _, _, _, *arguments = shlex.split(block.replace("\\\n", " "))
         compare.main([*arguments, "--dry-run"])
     small, paper = capsys.readouterr().out.split("paper_learned: ")
-    assert small.startswith("compare_small: 9 cells in 1 group")
-    assert paper.startswith("9 cells")
-    assert ", 397 GPU hours" in paper
-    assert "397 GPU hours" in section
+    assert small.startswith("compare_small: 12 cells in 1 group")
+    assert paper.startswith("12 cells")
+    assert ", 529 GPU hours" in paper
+    assert "529 GPU hours" in section
 
 
 def test_hours_are_those_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

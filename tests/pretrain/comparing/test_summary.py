@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.browser import chromium
+from support.damage import damaged
 from support.written_runs import falling_steps, write_run
 
 from data_prep.errors import UserError
@@ -23,7 +26,13 @@ from pretrain.comparing.matrix import Asked, Matrix, build_matrix
 from pretrain.comparing.measured import CellFigures
 from pretrain.comparing.results import data_url
 from pretrain.comparing.summary import summarise
-from pretrain.comparing.words import findings_of, markdown_of, section_of, tables_of
+from pretrain.comparing.words import (
+    findings_of,
+    markdown_of,
+    reservations_of,
+    sections_of,
+    tables_of,
+)
 from pretrain.costs.flops import count_parameters
 from pretrain.evaluation.documents import DocumentScores, documents_path, write_documents
 from pretrain.evaluation.result import Score
@@ -135,7 +144,11 @@ def test_sentences_say_what_was_seen_and_what_could_have_been(tmp_path: Path) ->
     assert "To see 1 % would take 3 seeds." in code
     (affine,) = (line for line in sentences if line.startswith("affine_code against learned"))
     assert "none was seen: +0.02 %" in affine
-    assert "A difference that was not seen may still be there" in sentences[-1]
+    (reservation,) = reservations_of(comparison)
+    assert reservation.startswith("A difference that was not seen may still be there")
+    assert reservation in markdown_of(comparison, [])
+    groups = matrix_of(THREE, "seed=1,2", "train_tokens=1e6,2e6")
+    assert "Each group is tested by itself" in reservations_of(comparison_of(groups, tmp_path))[1]
 
 
 def test_one_seed_has_figures_and_no_interval_and_that_is_said(tmp_path: Path) -> None:
@@ -160,6 +173,23 @@ def test_the_file_reads_back_equal(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"loss"', '"los"'))
     with pytest.raises(UserError, match=r"comparison\.json: .*missing; move it away"):
         read_comparison(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "comparison.json"
+    if not (tmp_path / "whole").exists():
+        comparison = comparison_of(matrix_of(THREE, "seed=1,2"), tmp_path)
+        (tmp_path / "whole").write_bytes(comparison.to_json())
+    path.write_bytes(data.draw(damaged((tmp_path / "whole").read_bytes())))
+    said = str(path)
+    try:
+        read_comparison(tmp_path)
+    except UserError as error:
+        said = str(error)
+    assert str(path) in said
+    assert "\n" not in said
 
 
 def test_markdown_has_a_row_of_as_many_cells_as_its_header(tmp_path: Path) -> None:
@@ -318,7 +348,7 @@ def test_a_browser_shows_gaps_and_tables_and_complains_of_nothing(tmp_path: Path
         for index, cell in enumerate(matrix.cells[:4])
     ]
     path = tmp_path / "comparison.html"
-    path.write_text(report_page(read_runs(runs, []), [section_of(comparison, images)]))
+    path.write_text(report_page(read_runs(runs, []), sections_of(comparison, images)))
     with chromium() as browser:
         page = browser.new_context(
             viewport={"width": 360, "height": 740}, bypass_csp=True
