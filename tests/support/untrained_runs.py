@@ -24,9 +24,9 @@ def save_untrained_run(
     run_dir: Path, tokenizer: Path, input_embedding: str, noise: float = 0.1, **model: int
 ) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
-    recipe = build_recipe(
-        tiny_recipe_content(model={"input_embedding": input_embedding, **model}), "test"
-    )
+    content = tiny_recipe_content(model={"input_embedding": input_embedding, **model})
+    content["batch"]["global_batch_tokens"] = 6 * content["model"]["seq_len"]
+    recipe = build_recipe(content, "test")
     untrained = TableFreeForCausalLM(model_config(recipe.model))
     initialise_parameters(untrained, 7)
     generator = torch.Generator().manual_seed(7)

@@ -1,10 +1,13 @@
 """Files written tensor by tensor are those that the library writes."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.runs import run_command
 from torch import Tensor
 
 from pretrain.checkpoint.find import load_for_reading
@@ -53,3 +56,13 @@ def test_a_master_read_in_blocks_is_the_whole_one(text_run: Path) -> None:
         assert list(stored.shape) == checkpoint.shapes[name]
         whole = torch.cat(list(stored.blocks())).view(stored.shape)
         assert torch.equal(whole, checkpoint.parameter(name))
+
+
+def test_an_export_takes_the_memory_of_its_largest_parameter_as_the_benchmark_measures() -> None:
+    result = run_command(sys.executable, "tests/benchmarks/export_speed.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    row = re.search(r"\| `tablefree` \| [\d.]+ \(.*?\) \| (\d+) MB \| (\d+) MB \|", result.stdout)
+    assert row, result.stdout
+    weights_mb = 92  # of which the largest parameter has 17
+    assert int(row[1]) < weights_mb * 2 / 3
+    assert int(row[2]) == 219  # what a large one may take
