@@ -9,9 +9,10 @@ DeepSpeed.
     gpt_neox    a stock GPTNeoXForCausalLM, with the codes written out as its embedding table
     gguf        the same as one file for llama.cpp and the engines built on it
 
-All give the same logits, those engines to 0.004. An export is a function of the checkpoint and its
-evaluation: made twice, its files are equal bit for bit. What it may replace is in
-pretrain/hf/marker.py.
+All give the same logits, those engines to 0.004. An export is a function of the checkpoint, its
+evaluation, and whether the data set is at hand: made twice on one machine, its files are equal bit
+for bit. Those that transformers loads end with a proof (pretrain/hf/certificate.py). What an export
+may replace is in pretrain/hf/marker.py.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def report(directory: Path) -> None:
     print(verdict.about)
     for note in verdict.notes:
         print(f"note: {note}")
+    if verdict.certificate is not None:
+        print(f"certificate: {verdict.certificate}")
     if len(verdict.problems) == 1:
         raise UserError(verdict.problems[0])
     for problem in verdict.problems:

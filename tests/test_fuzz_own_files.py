@@ -290,6 +290,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             one_input={},
             starts=[],
             engines=[],
+            proof=None,
             gguf_name="",
             end_token="",
         )

@@ -11,7 +11,9 @@ or names otherwise, makes the directory no checkpoint, and is not opened. So do 
 numbers. Nothing here is a pickle.
 """
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from data_prep.errors import UserError, naming
 from data_prep.files import digest_file
 from pretrain.checkpoint.layout import MANIFEST_NAME, SIDECAR_NAME, step_name
 from pretrain.checkpoint.manifest import CheckpointManifest, SavedFile, sidecar_of
+from pretrain.checkpoint.safetensors_file import BLOCK_NUMBERS, StoredTensor
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM, checkpoint_parameters
 
 BLOCK_BYTES = 4 << 20
@@ -112,9 +115,13 @@ class Checkpoint:
         if digest != file.xxh3_128:
             return f"{file.name} differs from its digest: {digest}, expected {file.xxh3_128}"
         opened = self._file(file.name)  # raises unless its header is one of safetensors
-        for key in opened.keys():  # noqa: SIM118 - a safetensors file, no dict
+        keys = list(opened.keys())  # a safetensors file, no dict
+        del opened
+        for key in keys:
             # Of the mapped file, which was read just now, so this costs no second reading.
-            if not is_finite(opened.get_slice(key)[:]):
+            finite = is_finite(self._file(file.name).get_slice(key)[:])
+            self.release()
+            if not finite:
                 return (
                     f"{key} holds what is no number: the weights were spoilt before they were saved"
                 )
@@ -146,6 +153,23 @@ class Checkpoint:
         shape = self.shapes[name]
         return self.read(name, state, 0, torch.Size(shape).numel()).view(shape)
 
+    def stored(self, name: str) -> StoredTensor:
+        """A parameter's fp32 master, which is read some millions of numbers at a time."""
+        shape = tuple(self.shapes[name])
+        return StoredTensor(shape=shape, blocks=lambda: self._blocks(name, math.prod(shape)))
+
+    def _blocks(self, name: str, count: int) -> Iterator[Tensor]:
+        for start in range(0, count, BLOCK_NUMBERS):
+            yield self.read(name, "master", start, min(BLOCK_NUMBERS, count - start))
+            self.release()
+
+    def release(self) -> None:
+        """Give back the memory of what was read: a mapped file's counts as this process's.
+
+        What was read and is still held stays.
+        """
+        self._open.clear()
+
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open:
             self._open[file_name] = safe_open(self.path / file_name, "pt")
@@ -167,4 +191,5 @@ def load_model(checkpoint: Checkpoint) -> TableFreeForCausalLM:
     with torch.no_grad():
         for name, parameter in checkpoint_parameters(model):
             parameter.copy_(checkpoint.parameter(name))
+            checkpoint.release()
     return model

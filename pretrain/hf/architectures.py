@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, PretrainedConfig
 
+from pretrain.checkpoint.safetensors_file import StoredTensor
 from pretrain.hf.names import GPT_NEOX, MODELING_FILE, TABLEFREE, TO_GPT_NEOX, renamed
 from pretrain.modeling_tablefree import (
     LAYER_NORM_EPS,
@@ -30,30 +31,42 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "TableFreeForCausalLM",
 }
 
-Weights = dict[str, Tensor]
+# Of parameters in memory, or where they are stored: most are renamed, and not looked at.
+Weight = TypeVar("Weight", bound=Tensor | StoredTensor)
 Config = TypeVar("Config", bound=PretrainedConfig, covariant=True)
 
 
-class Parts(NamedTuple, Generic[Config]):
+class Parts(NamedTuple, Generic[Weight, Config]):
     """What a form is made of."""
 
-    weights: Weights  # under the form's names
+    weights: dict[str, Weight]  # under the form's names
     config: Config
 
 
-def tablefree_parts(masters: Weights, config: TableFreeConfig) -> Parts[TableFreeConfig]:
+def tablefree_parts(
+    masters: dict[str, Weight], config: TableFreeConfig
+) -> Parts[Weight, TableFreeConfig]:
     """Weights and config of the model as trained; the config is the given one, completed."""
     config.architectures = [AUTO_CLASSES["AutoModelForCausalLM"]]
     config.modeling_version = MODELING_VERSION
-    module = MODELING_FILE.stem
-    config.auto_map = {auto: f"{module}.{own}" for auto, own in AUTO_CLASSES.items()}
+    config.auto_map = auto_map()
     weights = {name_in_model(name): parameter for name, parameter in masters.items()}
     return Parts(weights, config)
 
 
-def gpt_neox_parts(masters: Weights, config: TableFreeConfig) -> Parts[GPTNeoXConfig]:
+def auto_map() -> dict[str, str]:
+    """By which transformers finds the classes of the modelling file beside a configuration."""
+    module = MODELING_FILE.stem
+    return {auto: f"{module}.{own}" for auto, own in AUTO_CLASSES.items()}
+
+
+def gpt_neox_parts(
+    masters: dict[str, Weight], config: TableFreeConfig
+) -> Parts[Weight | Tensor, GPTNeoXConfig]:
     """Weights and config of a stock GPT-NeoX that computes the same."""
-    weights = {renamed(name, TO_GPT_NEOX): parameter for name, parameter in masters.items()}
+    weights: dict[str, Weight | Tensor] = {
+        renamed(name, TO_GPT_NEOX): parameter for name, parameter in masters.items()
+    }
     if config.input_embedding != "learned":
         weights["gpt_neox.embed_in.weight"] = code_table(config)
     stock = GPTNeoXConfig(
@@ -81,7 +94,10 @@ def code_table(config: TableFreeConfig) -> Tensor:
     return table
 
 
-ARCHITECTURES: dict[str, Callable[[Weights, TableFreeConfig], Parts[PretrainedConfig]]] = {
+AnyWeight = Tensor | StoredTensor
+ARCHITECTURES: dict[
+    str, Callable[[dict[str, AnyWeight], TableFreeConfig], Parts[AnyWeight, PretrainedConfig]]
+] = {
     TABLEFREE: tablefree_parts,
     GPT_NEOX: gpt_neox_parts,
 }

@@ -3,8 +3,10 @@
 This is `export_hf --check DIR`.
 
 Compared are its files with the digests in its marker; its modelling file, configuration and weights
-with each other (pretrain/hf/check_model.py); and its tokenizer with what an export is made to hold
-today (pretrain/hf/check_tokenizer.py). Nothing of the export is executed.
+with each other (pretrain/hf/check_model.py); its tokenizer with what an export is made to hold
+today (pretrain/hf/check_tokenizer.py); and, where nothing was wrong so far, what its weights
+compute with its certificate (pretrain/hf/proof/prove.py). Nothing of the export is executed:
+weights are run by transformers' own class or by this version's modelling file.
 """
 
 import json
@@ -16,6 +18,8 @@ from data_prep.errors import UserError
 from data_prep.files import digest_file
 from data_prep.shards import read_tokenizer
 from pretrain.data.tokenizer import CONFIG_NAME
+from pretrain.hf.architectures import ARCHITECTURES
+from pretrain.hf.certificate import CERTIFICATE_NAME, read_certificate
 from pretrain.hf.check_model import (
     WRONG_WITH_A_CACHE,
     is_of_an_export,
@@ -25,7 +29,8 @@ from pretrain.hf.check_model import (
 )
 from pretrain.hf.check_tokenizer import tokenizer_problems
 from pretrain.hf.marker import MARKER_NAME, Marker, read_marker
-from pretrain.hf.names import AGAIN, CARD_NAME, CONFIG_FILE, GPT_NEOX, MODELING_FILE
+from pretrain.hf.names import AGAIN, CARD_NAME, CONFIG_FILE, GPT_NEOX, MODELING_FILE, WEIGHTS_FILE
+from pretrain.hf.proof.prove import Repeated, repeat
 from pretrain.hf.tokenizer import as_exported
 
 
@@ -36,6 +41,7 @@ class Verdict:
     about: str
     notes: tuple[str, ...]  # what does no harm
     problems: tuple[str, ...]  # each a line: where, what, and what to do
+    certificate: str | None = None  # what came of repeating it; None where that was not done
 
 
 def check_export(directory: Path) -> Verdict:
@@ -58,13 +64,51 @@ def check_export(directory: Path) -> Verdict:
         # Those that come before a file that can't be read are kept.
         try:
             problems.extend(content_problems(directory, marker))
+            problems.extend(certificate_problems(directory, marker))
         except UserError as error:
             problems.append(str(error))
+    repeated = None
+    # What is known to be damaged is not loaded.
+    if has_config and not problems:
+        repeated = repeat_certificate(directory)
+        problems.extend(repeated.problems if repeated else ())
     return Verdict(
         about=describe(directory, marker),
         notes=tuple(notes(directory, marker)),
         problems=tuple(problems),
+        certificate=repeated.about if repeated else None,
     )
+
+
+def certificate_problems(directory: Path, marker: Marker | None) -> Iterator[str]:
+    """Where a certificate is of another export, or of other weights.
+
+    Raises UserError for one that is damaged. All other files are looked at by what they hold: a
+    tokenizer may have been saved again, a modelling file mended.
+    """
+    certificate = read_certificate(directory)
+    if certificate is None:
+        return
+    path = directory / CERTIFICATE_NAME
+    if marker is not None and certificate.identity != marker.identity:
+        yield f"{path}: of another export than {MARKER_NAME} tells; {AGAIN}"
+    weights = directory / WEIGHTS_FILE
+    digest = certificate.files.get(WEIGHTS_FILE)
+    # Of what is missing, and of what differs from the marker too, that was told.
+    is_told = marker is not None and differs(directory, WEIGHTS_FILE, marker)
+    if weights.is_file() and not is_told and digest_file(weights) != digest:
+        yield f"{weights}: differs from its digest in {CERTIFICATE_NAME}; {AGAIN}"
+
+
+def repeat_certificate(directory: Path) -> Repeated | None:
+    """What an export's weights compute, beside what its certificate tells; None without one."""
+    certificate = read_certificate(directory)
+    if certificate is None:
+        return None
+    try:
+        return repeat(directory, certificate)
+    except UserError as error:
+        return Repeated(about="could not be repeated", problems=(str(error),))
 
 
 def content_problems(directory: Path, marker: Marker | None) -> Iterator[str]:
@@ -90,6 +134,11 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
             "can't be told"
         )
         return
+    if marker.architecture in ARCHITECTURES and CERTIFICATE_NAME not in marker.files:
+        yield (
+            f"there is no {CERTIFICATE_NAME} (early versions made none): what the weights compute "
+            "was not looked at"
+        )
     for name in marker.files:
         if not differs(directory, name, marker):
             continue
@@ -107,7 +156,7 @@ def notes(directory: Path, marker: Marker | None) -> Iterator[str]:
 def differs(directory: Path, name: str, marker: Marker) -> bool:
     """Whether a file is there and not as it was exported."""
     path = directory / name
-    return path.is_file() and digest_file(path) != marker.files[name]
+    return path.is_file() and digest_file(path) != marker.files.get(name)
 
 
 def is_mended(directory: Path, name: str, marker: Marker) -> bool:

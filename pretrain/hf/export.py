@@ -1,28 +1,28 @@
 """Writes a checkpoint of a run as an export: weights, configuration, tokenizer, card, marker.
 
-An export is a function of the checkpoint and its evaluation: made twice, its files are equal bit
-for bit.
+An export is a function of the checkpoint, its evaluation, and whether the data set is at hand: made
+twice on one machine, its files are equal bit for bit.
 """
 
 import json
 import shutil
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data_prep.errors import UserError, one_line
-from data_prep.files import replace_directory
+from data_prep.files import digest_file, replace_directory
 from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain.checkpoint.find import load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.safetensors_file import write_safetensors
 from pretrain.data.tokenizer import refuse_another_tokenizer
 from pretrain.data.tokenizer_definition import DEFINITION_NAME
 from pretrain.evaluation.result import read_result
-from pretrain.hf.architectures import ARCHITECTURES, Weights, config_json, gpt_neox_parts
+from pretrain.hf.architectures import ARCHITECTURES, AnyWeight, config_json, gpt_neox_parts
+from pretrain.hf.certificate import Proof
 from pretrain.hf.engines import engines_of
 from pretrain.hf.gguf import Vocabulary, write_gguf
 from pretrain.hf.ids import check_ids, hard_texts, texts_of_every_source
@@ -38,6 +38,8 @@ from pretrain.hf.names import (
     WEIGHTS_FILE,
     gguf_name,
 )
+from pretrain.hf.proof.process import clean_process
+from pretrain.hf.proof.prove import Subject, prove, write_certificate
 from pretrain.hf.tokenizer import ExportedTokenizer, as_exported
 from pretrain.model.token_codes import aliased_ids
 from pretrain.modeling_tablefree import TableFreeConfig
@@ -81,29 +83,32 @@ def export(asked: Asked, output: Path, *, overwrite: bool) -> list[str]:
     about_tokenizer: list[str] = []
 
     def write(staged: Path) -> None:
-        tokenizer = write_export(asked, staged)
+        tokenizer = write_model_and_tokenizer(asked, staged)
         about_tokenizer.extend(tokenizer.left_out)
+        proof = None
         if asked.architecture in ARCHITECTURES:
             about_tokenizer.append(check_tokenizer(staged, tokenizer, asked.checkpoint, output))
+            proof = prove(staged, subject_of(asked, tokenizer), output)
+        write_about(asked, tokenizer, proof, staged)
         # Again, since writing took a while.
         refuse_to_replace(output, asked.checkpoint, overwrite=overwrite)
 
     refuse_to_replace(output, asked.checkpoint, overwrite=overwrite)
+    if asked.architecture in ARCHITECTURES:
+        clean_process()  # It imports what it needs while files are written.
     replace_directory(output, write)
     return about_tokenizer
 
 
-def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
-    """Write all files of an export into an empty directory; the marker, which names them, last."""
+def write_model_and_tokenizer(asked: Asked, directory: Path) -> ExportedTokenizer:
+    """Write into an empty directory what is loaded of an export."""
     checkpoint = asked.checkpoint
     config = TableFreeConfig.from_dict(checkpoint.manifest.model_config)
-    # All in memory at once, 4 bytes a parameter, as transformers will have them too.
-    masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
     tokenizer = exported_tokenizer(asked, config)
     special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest.data.eos_id)
-    card = card_of(asked, config, tokenizer, special_ids)
-    (directory / CARD_NAME).write_text(card + "\n", encoding="utf-8")
     if asked.architecture == GGUF:
+        # The package that writes the file wants all in memory at once.
+        masters = {name: checkpoint.parameter(name) for name in checkpoint.shapes}
         # The engines build a GPT-NeoX of their own from it.
         weights, stock = gpt_neox_parts(masters, config)
         vocabulary = Vocabulary(
@@ -114,17 +119,49 @@ def write_export(asked: Asked, directory: Path) -> ExportedTokenizer:
         )
         write_gguf(directory / gguf_name(asked.dtype), weights, stock, vocabulary, asked.dtype)
     else:
-        parts = ARCHITECTURES[asked.architecture](masters, config)
+        stored: dict[str, AnyWeight] = {name: checkpoint.stored(name) for name in checkpoint.shapes}
+        parts = ARCHITECTURES[asked.architecture](stored, config)
         config_text = config_json(parts.config, asked.architecture, asked.dtype, special_ids)
         tokenizer.write_to(directory)
-        write_model(directory, parts.weights, config_text, asked.dtype)
+        (directory / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+        dtype = getattr(torch, asked.dtype)
+        write_safetensors(directory / WEIGHTS_FILE, parts.weights, dtype)
         generation = json.dumps(special_ids, indent=2) + "\n"
         (directory / GENERATION_FILE).write_text(generation, encoding="utf-8")
     if asked.architecture == TABLEFREE:
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
-    # Last, for it holds the digests of all the others.
-    write_marker(directory, checkpoint, asked.architecture, asked.dtype)
     return tokenizer
+
+
+def write_about(
+    asked: Asked, tokenizer: ExportedTokenizer, proof: Proof | None, directory: Path
+) -> None:
+    """Write what is told of an export: card, certificate, marker.
+
+    In this order: the certificate has the card's digest, the marker those of both. A GGUF file is
+    not loaded, as that takes an engine, so there is no proof of it.
+    """
+    checkpoint = asked.checkpoint
+    config = TableFreeConfig.from_dict(checkpoint.manifest.model_config)
+    special_ids = special_token_ids(tokenizer.roles, checkpoint.manifest.data.eos_id)
+    card = card_of(asked, config, tokenizer, special_ids, proof)
+    (directory / CARD_NAME).write_text(card + "\n", encoding="utf-8")
+    # Of each file once: weights are large.
+    digests = {path.name: digest_file(path) for path in sorted(directory.iterdir())}
+    if proof is not None:
+        written = write_certificate(directory, subject_of(asked, tokenizer), proof, digests)
+        digests[written.name] = digest_file(written)
+    write_marker(directory, checkpoint, asked.architecture, asked.dtype, digests)
+
+
+def subject_of(asked: Asked, tokenizer: ExportedTokenizer) -> Subject:
+    """What is proved of an export."""
+    return Subject(
+        checkpoint=asked.checkpoint,
+        tokenizer=tokenizer.reference,
+        architecture=asked.architecture,
+        dtype=asked.dtype,
+    )
 
 
 def exported_tokenizer(asked: Asked, config: TableFreeConfig) -> ExportedTokenizer:
@@ -149,6 +186,7 @@ def card_of(
     config: TableFreeConfig,
     tokenizer: ExportedTokenizer,
     special_ids: dict[str, int],
+    proof: Proof | None,
 ) -> str:
     """The model card of an export."""
     checkpoint = asked.checkpoint
@@ -170,6 +208,7 @@ def card_of(
         end_token=reference.id_to_token(special_ids["eos_token_id"]),
         engines=engines_of(asked.architecture),
         imported_from=weights_of(asked),
+        proof=proof,
     )
 
 
@@ -186,21 +225,6 @@ def tokens_of(tokenizer: Tokenizer, ids: tuple[int, ...]) -> dict[int, str]:
         text = tokenizer.decode([token_id], skip_special_tokens=False)
         found[token_id] = repr(text)
     return found
-
-
-def write_model(directory: Path, weights: Weights, config_text: str, dtype: str) -> None:
-    """Write weights and configuration.
-
-    safetensors makes a file that nobody else may read: it gets the mode of the others.
-    """
-    config_path = directory / CONFIG_FILE
-    config_path.write_text(config_text, encoding="utf-8")
-    path = directory / WEIGHTS_FILE
-    torch_dtype = getattr(torch, dtype)
-    # safetensors refuses tensors that are views of others with gaps in between.
-    converted = {name: tensor.to(torch_dtype).contiguous() for name, tensor in weights.items()}
-    save_file(converted, path, metadata={"format": "pt"})
-    path.chmod(stat.S_IMODE(config_path.stat().st_mode))
 
 
 def check_tokenizer(

@@ -36,6 +36,11 @@ class Marker:
     files: dict[str, str]  # name -> xxh3-128
     format: str = FORMAT
 
+    @property
+    def identity(self) -> tuple[str, int, str, str]:
+        """What was exported, and how."""
+        return (self.fingerprint, self.step, self.architecture, self.dtype)
+
     def to_bytes(self) -> bytes:
         """The marker's file, byte for byte reproducible."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
@@ -55,15 +60,19 @@ def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     return kept
 
 
-def write_marker(directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str) -> None:
-    """Mark the files in a directory, all of them, as an export of this checkpoint."""
+def write_marker(
+    directory: Path, checkpoint: Checkpoint, architecture: str, dtype: str, digests: dict[str, str]
+) -> None:
+    """Mark the files in a directory, all of which have their digest here, as an export of this
+    checkpoint.
+    """
     marker = Marker(
         fingerprint=checkpoint.manifest.fingerprint,
         recipe=run_recipe(checkpoint),
         step=checkpoint.step,
         architecture=architecture,
         dtype=dtype,
-        files={path.name: digest_file(path) for path in sorted(directory.iterdir())},
+        files=digests,
     )
     (directory / MARKER_NAME).write_bytes(marker.to_bytes())
 

@@ -20,7 +20,9 @@ from support.hand_made_runs import manifest_of
 from support.runs import tiny_recipe_content
 
 
-def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **model: int) -> None:
+def save_untrained_run(
+    run_dir: Path, tokenizer: Path, input_embedding: str, noise: float = 0.1, **model: int
+) -> None:
     """A run's directory with one checkpoint of random weights, LayerNorms and biases included."""
     seq_len = model.get("seq_len", 32)
     content = tiny_recipe_content(
@@ -35,7 +37,7 @@ def save_untrained_run(run_dir: Path, tokenizer: Path, input_embedding: str, **m
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in untrained.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
     parameters = {name: p.detach() for name, p in checkpoint_parameters(untrained)}
     fragments = [
         Fragment(

@@ -323,6 +323,7 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         "one_input": {},
         "starts": [],
         "engines": [],
+        "proof": None,
         "gguf_name": "",
         "end_token": "",
     }
