@@ -12,6 +12,7 @@ are those of EleutherAI's lm-eval: pretrain/evaluation/run_tasks.py.
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -236,5 +237,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_text(flags)
 
 
+def command() -> None:
+    """The command as a process of its own, whose log is to hold no progress bars.
+
+    lm-eval and `datasets` draw theirs into logs too, unless told so before tqdm is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    main()
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(exit_code(command))

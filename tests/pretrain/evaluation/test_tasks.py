@@ -227,6 +227,11 @@ def test_what_cannot_be_put_to_the_model_is_one_clear_line(run: Path, tmp_path: 
         main([*flags, "first_letter", "--stride", "3"])
     with pytest.raises(UserError, match=r"--include-path .*nowhere: no such directory"):
         main([*flags, "first_letter", "--include-path", str(tmp_path / "nowhere")])
+    # As a process, whose standard error holds that line and no progress of lm-eval's.
+    result = run_command(sys.executable, "-m", "pretrain.evaluate", *flags, "long", *here)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: task long: a prompt of ")
     assert not (copy / "evaluations").exists()
 
 
