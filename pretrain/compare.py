@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.commands import CommandParser, exit_code, large_number
+from data_prep.commands import exit_code, large_number
 from data_prep.errors import UserError
+from pretrain.config.recipe_parser import RecipeParser
 
 if TYPE_CHECKING:
     from pretrain.comparing.matrix import Matrix
@@ -28,10 +29,10 @@ ABOUT = (
 SIGNALLED = 128  # beside the number of a signal: an exit code, as shells have it
 
 
-def build_parser() -> CommandParser:
+def build_parser() -> RecipeParser:
     """The command line; what it doesn't know must be a dotted recipe key."""
     more = "Any recipe key can be set for all cells with --dotted.key=value."
-    parser = CommandParser(prog="python -m pretrain.compare", description=ABOUT, epilog=more)
+    parser = RecipeParser(prog="python -m pretrain.compare", description=ABOUT, epilog=more)
     parser.add_argument(
         "--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe or a YAML file"
     )
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags, overrides = build_parser().parse_known_args(arguments)
     check_flags(flags)
-    # These bring numpy and pydantic: nobody waits for them to see --help.
+    # These bring numpy: nobody waits for them to see --help.
     from pretrain.comparing.cost import dry_run_page, find_machine
     from pretrain.comparing.matrix import Asked, build_matrix
 

@@ -49,6 +49,21 @@ TRAIN = ["--recipe", "small", "--data-dir", "d", "--run-dir", "r"]
             "--devcie: unknown; did you mean --device?",
         ),
         (
+            "pretrain.compare",
+            "--recipe small --data-dir d --output-dir o --vray seed=1,2",
+            "--vray: unknown; did you mean --vary?",
+        ),
+        (
+            "pretrain.import_hf",
+            "--form d --run-dir r",
+            "--form: unknown; did you mean --from?",
+        ),
+        (
+            "pretrain.generate",
+            "--run-dir r --promt x",
+            "--promt: unknown; did you mean --prompt?",
+        ),
+        (
             "pretrain.trace",
             "--run-dirr r --data-dir d --step 0 --row 0",
             "--run-dirr: unknown; did you mean --run-dir?",
