@@ -222,7 +222,7 @@ def read_documents(unit: WorkUnit, tokenizer: LoadedTokenizer | None = None) -> 
 
 def refusal(unit: WorkUnit, row: int, reason: str) -> UserError:
     """The error of a bad document, which names its file and row."""
-    advice = "mend or remove it, or have build_shards skip it (on_bad_document: skip)"
+    advice = "mend or remove it, or leave it out: on_bad_document: skip, in a mixture file"
     return UserError(f"{place(unit, row)}: {reason}; {advice}")
 
 

@@ -23,10 +23,10 @@ from data_prep.building.validation_split import hash_texts, validation_threshold
 from data_prep.building.work_units import SourceInputs, cut_units
 from data_prep.errors import UserError
 from data_prep.formats.documents import Documents
-from data_prep.formats.known import format_of, place, read_documents, text_field_of
+from data_prep.formats.known import find_files, format_of, place, read_documents, text_field_of
 from data_prep.formats.pretokenized.documents import ID_FORMATS
 from data_prep.formats.work_unit import WorkUnit
-from data_prep.inputs.sources import InputFile, find_inputs
+from data_prep.inputs.sources import InputFile
 
 
 @dataclass(kw_only=True)
@@ -166,7 +166,9 @@ def texts_of_files(
     patterns: Sequence[str], format: str | None, text_field: str, max_characters: int
 ) -> TrainingTexts:
     """All documents of the files named. Raises UserError for a file named twice."""
-    files = [file for pattern in patterns for file in find_inputs(Path(), pattern, "--source")]
+    files: list[InputFile] = []
+    for pattern in patterns:
+        files += find_files(format, Path(), pattern, "--source")
     refuse_repeated([NamedFile(file, text_field, "--source") for file in files])
     units: list[WorkUnit] = []
     for file in files:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,11 @@ def test_the_same_bytes_from_every_format(tmp_path: Path, tokenizer_dir: Path) -
         digests_of(train(tmp_path / f"{i}", VOCAB_SIZE, source)) for i, source in enumerate(sources)
     }
     assert digests == {digests_of(tokenizer_dir)}
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": speeches(10)}).save_to_disk(str(saved))
+    flags = ["--vocab-size", str(VOCAB_SIZE), "--format", "save_to_disk", "--source", str(saved)]
+    train_tokenizer.main([*flags, "--output-dir", str(tmp_path / "of_saved")])
+    assert digests_of(tmp_path / "of_saved") == digests_of(tokenizer_dir)
 
 
 def digests_of(directory: Path) -> tuple[tuple[str, str], ...]:

@@ -294,7 +294,7 @@ def test_a_dry_run_says_what_would_be_trained_and_touches_nothing(
     assert f"{2 * (12 * 48 * 48 + 13 * 48) + 2 * 48 + 512 * 48:,}" in parameters
     assert "step          0   5.0000e-03" in rates
     assert "step         19   1.0000e-03" in rates
-    assert "20 steps of 192 tokens: 1 ranks x 6 micro-batches x 1 windows of 32" in data
+    assert "20 steps of 192 tokens: 1 rank x 6 micro-batches x 1 window of 32" in data
     assert "epochs: up 0.45, more 0.39" in data
     assert not (tmp_path / "run").exists()
     assert not torch.distributed.is_initialized()

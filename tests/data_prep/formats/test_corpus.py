@@ -298,8 +298,8 @@ def test_bad_rows_of_columns(
     path = WRITERS[format](tmp_path / f"a.{format}", invalid_utf8(*values))
     message = read_error(path, format, unit_bytes)
     assert (
-        "row 8: 'text' is null, expected text; mend or remove it, or have build_shards skip it"
-        in message
+        "row 8: 'text' is null, expected text; mend or remove it, or leave it out: "
+        "on_bad_document: skip, in a mixture file" in message
     )
     units = units_of(path, format=format, unit_bytes=unit_bytes, skip_bad=True)
     texts, rows, found = read(units)
@@ -361,7 +361,7 @@ def test_left_out_documents_are_counted_and_listed(
     sources = [source(format, path, format=format) for format, path in
                (("jsonl", "a.jsonl"), ("parquet", "b.parquet"), ("txt", "*.txt"))]  # fmt: skip
     message = build_error(write_mixture(tmp_path, tokenizer_dir, sources), tmp_path / "error")
-    assert "; mend or remove it, or have build_shards skip it" in message
+    assert "; mend or remove it, or leave it out: on_bad_document: skip, in a " in message
     mixture = write_mixture(
         tmp_path, tokenizer_dir, sources, on_bad_document="skip", max_bad_fraction=1
     )

@@ -226,7 +226,7 @@ def test_a_dry_run_says_what_the_script_would_start_and_what_it_would_refuse(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "steps of 192 tokens: 1 ranks x 6 micro-batches" in result.stdout
+    assert "steps of 192 tokens: 1 rank x 6 micro-batches" in result.stdout
     assert (
         f"launch/pretrain.sh would start 2 ranks here {fp32}: 3 micro-batches each" in result.stdout
     )
