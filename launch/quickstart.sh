@@ -82,7 +82,8 @@ step_tokens=$((windows_of_rank * ranks * 128)) # 128: the recipe's model.seq_len
 train() {
   ./launch/pretrain.sh --recipe quickstart --data-dir "$run_dir/dataset" --run-dir "$run_dir" \
     --ranks "$ranks" --batch.micro_batch_size=$windows_of_rank \
-    --batch.global_batch_tokens=$step_tokens --train_tokens=$((steps * step_tokens)) "$@"
+    --batch.global_batch_tokens=$step_tokens --train_tokens=$((steps * step_tokens)) \
+    --log.prompts="The state of the Union" "$@"
 }
 stage "4/8  training: ZeRO-2, $ranks ranks, stopped after $half of $steps steps"
 [ -f "$run_dir/checkpoints/latest" ] || train --stop-at-step $half

@@ -36,11 +36,16 @@ FORMS = ("tablefree", "gpt_neox")
 # The project out of reach, as for somebody who has only the export.
 WITHOUT_PROJECT = """
 import sys
-class Hide:
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("pretrain", "data_prep", "deepspeed"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hide())
+            return None
+        return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 """
 
 
