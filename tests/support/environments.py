@@ -132,7 +132,7 @@ def remove_those_without_base(cache: Path) -> None:
     """Remove environments whose base is gone: their torch is too."""
     for old in cache.iterdir():
         if (old / BASE_NAME).is_symlink() and not (old / BASE_NAME).exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # several may be at it at once
 
 
 def python_of(environment: Path) -> Path:
