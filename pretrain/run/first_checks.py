@@ -48,6 +48,7 @@ from pretrain.run.directory import (
     refuse_what_is_no_run,
 )
 from pretrain.run.state import read_state
+from pretrain.view.figures import counted
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -233,7 +234,9 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     ranks = ranks_by_default(recipe, gpus)
     engine_flags = engine_flags_by_default(arguments, gpus)
-    start = " ".join([f"launch/pretrain.sh would start {ranks} ranks here", *engine_flags])
+    start = " ".join(
+        [f"launch/pretrain.sh would start {counted(ranks, 'rank')} here", *engine_flags]
+    )
     device_type = "cuda"
     available = bytes_of_rank
     if not gpus:  # the ranks share the machine

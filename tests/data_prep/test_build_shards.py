@@ -677,7 +677,7 @@ def test_numbers_of_training_tokens_that_are_none(
     tmp_path: Path, mixture: Path, number: str
 ) -> None:
     with pytest.raises(
-        UserError, match=f"--train-tokens: {number}: expected a number of 1 or more"
+        UserError, match=f"--train-tokens: {number}: expected a whole number of 1 or more"
     ):
         build(mixture, tmp_path / "out", "--train-tokens", number)
     assert not (tmp_path / "out").exists()
