@@ -39,7 +39,7 @@ from pretrain.data.loader import TrainingLoader
 from pretrain.data.tokenizer import open_tokenizer
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
 from pretrain.generation.prompts import Prompt, encode_prompts
-from pretrain.metrics.sinks import check_packages
+from pretrain.metrics.sinks import check_sinks
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import (
     ENGINE_CONFIG_NAME,
@@ -108,7 +108,7 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
-    check_packages(recipe.log.sinks)
+    check_sinks(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
     return Asked(
