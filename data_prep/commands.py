@@ -125,12 +125,14 @@ def first_sentence(module_text: str) -> str:
 
 
 def large_number(text: str) -> int:
-    """A number of 1 or more on a command line; 17e9 is one too."""
+    """A whole number of 1 or more on a command line; 17e9 is one too."""
     with contextlib.suppress(ValueError):
         number = float(text)
-        if 1 <= number < LARGEST_NUMBER:
+        if 1 <= number < LARGEST_NUMBER and number.is_integer():
             return int(number)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of 1 or more, such as 8 or 17e9")
+    raise argparse.ArgumentTypeError(
+        f"{text}: expected a whole number of 1 or more, such as 8 or 17e9"
+    )
 
 
 def signal_name(number: int) -> str:

@@ -50,6 +50,29 @@ CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# What pydantic's kinds of errors are called here; in braces, what it knows of the bound.
+OWN_WORDS = {
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of {ge} or more",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of {le} at most",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "literal_error": "{expected}",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "dataclass_type": "keys and values",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
+
 
 class UserError(Exception):
     """Input that can't be used.
@@ -191,7 +214,16 @@ def first_problem(error: "pydantic.ValidationError", suggest: Callable[[str], st
         return f"{place} is missing"
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}"
-    return f"{place}: got {first['input']!r}; {first['msg']}"
+    expected = OWN_WORDS.get(first["type"])
+    if expected is None:
+        return f"{place}: got {first['input']!r}; {first['msg']}"
+    bounds = {name: plain_number(bound) for name, bound in first.get("ctx", {}).items()}
+    return f"{place}: got {first['input']!r}; expected {expected.format(**bounds)}"
+
+
+def plain_number(bound: Any) -> Any:
+    """A bound as whoever reads it writes it: 1 for 1.0."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def os_error_line(error: UserError | OSError) -> str:

@@ -3,12 +3,13 @@
 Nothing here writes through a symbolic link that somebody left in the place of a temporary file.
 """
 
+import contextlib
 import hashlib
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -25,6 +26,34 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def naming_the_target(target: Path, beside: str) -> Iterator[None]:
+    """An OSError inside about what is written beside, at a path that begins so, names the target:
+    the user knows of no other.
+    """
+    try:
+        with naming(target):
+            yield
+    except OSError as error:
+        if isinstance(error.filename, str) and error.filename.startswith(beside):
+            error.filename = str(target)
+        raise
+
+
+def try_place(path: Path) -> None:
+    """Whether a file can be written at a path, before what is to be in it is worked for.
+
+    Writes a file without a name into the nearest directory that is there, and leaves nothing.
+    Raises OSError naming the path.
+    """
+    home = path.parent
+    while not home.exists():
+        home = home.parent
+    with naming_the_target(path, str(home)), tempfile.TemporaryFile(dir=home) as file:
+        file.write(b"x")
+        file.flush()
+
+
 def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp") -> None:
     """Write beside, fsync, rename: a reader sees the old file or the whole new one, never a part.
 
@@ -33,7 +62,7 @@ def write_durably(path: Path, content: bytes | memoryview, suffix: str = ".tmp")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + suffix)
-    with naming(path):
+    with naming_the_target(path, str(staged)):
         # What a kill left there; or a link, which opening would follow.
         staged.unlink(missing_ok=True)
         with staged.open("xb") as file:
@@ -54,7 +83,10 @@ def replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
     home = directory.resolve()
     home.parent.mkdir(parents=True, exist_ok=True)
     old = home.with_name(f".{home.name}.old.{secrets.token_hex(4)}")
-    with tempfile.TemporaryDirectory(prefix=f".{home.name}.", dir=home.parent) as scratch:
+    with (
+        naming_the_target(directory, str(home.with_name(f".{home.name}."))),
+        tempfile.TemporaryDirectory(prefix=f".{home.name}.", dir=home.parent) as scratch,
+    ):
         staged = Path(scratch, "new")
         staged.mkdir()
         write(staged)

@@ -7,7 +7,7 @@
 # there was room again before 6, the database holds 0, 1, 2, 6, 7, 8 after finish().
 #
 # Here: pretrain/metrics/trackio_sink.py counts the steps that a run of trackio holds when it closes, warns of a hole, and
-# draws them all in a new run at the next start; tests/pretrain/metrics/test_trackio_sink.py holds it
+# has them all drawn in a new run later; tests/pretrain/metrics/test_trackio_sink.py holds it
 # (::test_steps_that_trackio_drops_are_not_dropped_in_silence).
 set -euo pipefail
 

@@ -56,7 +56,13 @@ half=$((steps / 2)) # here the run is stopped, and resumed from its checkpoint
 install_project demo
 cd "$REPOSITORY"
 
-stage() { printf '\n\033[1m%s\033[0m\n' "$*"; } # in bold
+stage() {
+  if [ -t 1 ]; then
+    printf '\n\033[1m%s\033[0m\n' "$*" # in bold
+  else
+    printf '\n%s\n' "$*"
+  fi
+}
 
 took=() # how long the whole job took is known if nothing of it was there before
 [ -d "$corpus" ] || took=("$(date +%s)")

@@ -8,7 +8,6 @@ the prompt and its number, and the flags, --seed among them; on nothing else. It
 document, after --max-new-tokens, or where the model's context does.
 """
 
-import json
 import math
 import sys
 import time
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.commands import CommandParser, exit_code, large_number
 from data_prep.errors import UserError, explained, one_line, printable
-from data_prep.files import write_durably
+from pretrain.view.figures import counted
 
 if TYPE_CHECKING:
     from pretrain.generation.continuation import Continuation, Speaker
     from pretrain.generation.opening import Opened
     from pretrain.generation.prompts import Prompt
     from pretrain.generation.sampling import Sampling
+    from pretrain.generation.texts_file import WrittenText
 
 ABOUT = (
     "Continue texts with the newest good checkpoint of a run, or that of --step, or with an "
@@ -35,6 +35,10 @@ WORDS = {
     "end_of_document": "end of document",
     "max_new_tokens": "--max-new-tokens",
     "context": "the model's context is full",
+}
+WHOSE = {
+    "--run-dir": "that of a run of python -m pretrain.train",
+    "--model": "one of python -m pretrain.export_hf",
 }
 LARGEST_SEED = 2**63 - 1
 STDIN = Path("-")
@@ -82,7 +86,7 @@ def build_parser() -> CommandParser:
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help=file_help)
     output_help = (
         "write JSON lines there once all is generated, an object for each prompt, and stream "
-        "nothing"
+        "nothing; what an earlier call wrote there is replaced, no other file"
     )
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=output_help)
     add_sampling_flags(parser)
@@ -115,14 +119,15 @@ def check_flags(flags: Namespace) -> None:
         raise UserError("--step goes with --run-dir: an export is of one step")
     for flag, path in (("--run-dir", flags.run_dir), ("--model", flags.model)):
         if path is not None and not path.is_dir():
-            raise UserError(f"{flag} {path}: no such directory")
+            raise UserError(f"{flag} {path}: no such directory; give {WHOSE[flag]}")
     output: Path | None = flags.output
     if output is None:
         return
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a directory; give the name of a file")
     if flags.prompts is not None and output.resolve() == flags.prompts.resolve():
         raise UserError(f"--output {output}: is the file of prompts; give another name")
+    from pretrain.generation.texts_file import check_output
+
+    check_output(output)
 
 
 def texts_of(flags: Namespace) -> list[str] | None:
@@ -168,10 +173,11 @@ def lines_of_stdin() -> Iterator[str]:
 def prompts_of_stdin(opened: "Opened") -> Iterator["Prompt"]:
     """The prompts of stdin. One that can't be used is told to whoever types, who goes on.
 
-    Raises UserError for one in a pipe.
+    Raises UserError for one in a pipe, and for a pipe without any.
     """
     from pretrain.generation.prompts import encode_prompt
 
+    number = 0
     for number, text in enumerate(lines_of_stdin(), start=1):
         try:
             prompt = encode_prompt(text, opened.tokenizer, opened.seq_len, f"line {number}")
@@ -181,6 +187,8 @@ def prompts_of_stdin(opened: "Opened") -> Iterator["Prompt"]:
             print(printable(one_line(error)), file=sys.stderr)
             continue
         yield prompt
+    if number == 0 and not sys.stdin.isatty():
+        raise UserError("stdin: holds no prompt; write one a line, or give --prompt or --prompts")
 
 
 def stream(continuation: "Continuation") -> None:
@@ -196,7 +204,7 @@ def stream(continuation: "Continuation") -> None:
     tokens = len(continuation.ids)
     bits = continuation.bits_per_byte
     parts = [
-        f"{tokens} tokens",
+        counted(tokens, "token"),
         f"{tokens / seconds:.1f} tokens/s",
         *([] if bits is None else [f"{bits:.3f} bits per byte"]),
         f"ended: {WORDS[continuation.ended]}",
@@ -204,16 +212,17 @@ def stream(continuation: "Continuation") -> None:
     print(", ".join(parts), file=sys.stderr, flush=True)
 
 
-def line_of(continuation: "Continuation") -> bytes:
-    """The line of --output."""
-    content = {
-        "prompt": continuation.prompt.text,
-        "text": continuation.text,
-        "ids": continuation.ids,
-        "bits_per_byte": continuation.bits_per_byte,
-        "ended": continuation.ended,
-    }
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+def written(continuation: "Continuation") -> "WrittenText":
+    """What --output has of a continuation."""
+    from pretrain.generation.texts_file import WrittenText
+
+    return WrittenText(
+        prompt=continuation.prompt.text,
+        text=continuation.text,
+        ids=continuation.ids,
+        bits_per_byte=continuation.bits_per_byte,
+        ended=continuation.ended,
+    )
 
 
 def sampling_of(flags: Namespace, number: int) -> "Sampling":
@@ -228,23 +237,42 @@ def sampling_of(flags: Namespace, number: int) -> "Sampling":
     )
 
 
-def generate(flags: Namespace, speaker: "Speaker", prompts: Iterable["Prompt"]) -> None:
-    """Continue prompts, onto stdout or into the file of --output."""
+def continuations(
+    flags: Namespace, speaker: "Speaker", prompts: Iterable["Prompt"]
+) -> Iterator["Continuation"]:
+    """How each prompt goes on, still to be generated."""
     from pretrain.generation.continuation import Continuation
 
-    lines: list[bytes] = []
     for number, prompt in enumerate(prompts):
-        sampling = sampling_of(flags, number)
-        continuation = Continuation(speaker, prompt, flags.max_new_tokens, sampling)
-        if flags.output is not None:
-            lines.append(line_of(continuation.complete()))
-            continue
+        yield Continuation(speaker, prompt, flags.max_new_tokens, sampling_of(flags, number))
+
+
+def stream_all(all_of_them: Iterable["Continuation"]) -> None:
+    """Print continuations one after the other."""
+    for number, continuation in enumerate(all_of_them):
         if number and not sys.stdin.isatty():
             print()  # between two texts
         stream(continuation)
-    if flags.output is not None:
-        write_durably(flags.output, b"".join(lines))
-        print(f"{flags.output}: {len(lines)} continuations")
+
+
+def write_all(output: Path, all_of_them: Iterable["Continuation"]) -> None:
+    """Write continuations into the file of --output.
+
+    What is whole is written also where the rest fails, or Ctrl-C ends it.
+    """
+    from pretrain.generation.texts_file import WrittenText, write_texts
+
+    texts: list[WrittenText] = []
+    is_whole = False
+    try:
+        for continuation in all_of_them:
+            texts.append(written(continuation.complete()))
+        is_whole = True
+    finally:
+        if texts:
+            write_texts(output, texts)
+            rest = "" if is_whole else "; the rest is missing"
+            print(printable(f"{output}: {counted(len(texts), 'continuation')}{rest}"), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,7 +290,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = encode_prompts(texts, opened.tokenizer, opened.seq_len, where)
     speaker = opened.load()
     print(printable(f"{opened.where}, on {speaker.model.device}"), file=sys.stderr)
-    generate(flags, speaker, prompts)
+    all_of_them = continuations(flags, speaker, prompts)
+    if flags.output is None:
+        stream_all(all_of_them)
+    else:
+        write_all(flags.output, all_of_them)
 
 
 if __name__ == "__main__":

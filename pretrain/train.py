@@ -43,7 +43,7 @@ from pretrain.engine.process_group import leave_process_group, start_process_gro
 from pretrain.model.token_codes import warnings
 from pretrain.run.command_line import build_parser
 from pretrain.run.first_checks import describe_default_start
-from pretrain.run.lifecycle import run_training
+from pretrain.run.lifecycle import close_finished, run_training
 from pretrain.run.prepare import Run, prepare
 from pretrain.run.state import read_state
 from pretrain.view.dry_run import describe
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         if run.dry_run:
             show_dry_run(run, world)
         elif gather(together(lambda: read_state(run.run_dir)).status)[0] == "done":
-            say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
+            close_finished(run, world)
         else:
             run_training(run, world)
         leave_process_group()

@@ -69,6 +69,11 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
                 f"{argument}: not a known flag; a recipe key is set as {form_of(dotted)}, with the "
                 "sign ="
             )
+        if not text:
+            raise UserError(
+                f"{argument}: has no value behind the sign =; give one, as null for none or [] for "
+                "an empty list"
+            )
         *sections, key = dotted.split(".")
         target = content
         for section in sections:

@@ -34,8 +34,15 @@ def encode_prompt(text: str, tokenizer: Tokenizer, seq_len: int, where: str) -> 
     Raises UserError for one that has none, or more than `seq_len`, which a model sees at once.
     """
     try:
+        text.encode()
+    except UnicodeEncodeError:  # as JSON may spell it, or a command line has a byte that is none
+        raise UserError(
+            f"{where}: {quoted(text)} is no text in UTF-8 (it holds half of a surrogate pair); "
+            "give other text"
+        ) from None
+    try:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-    # Half of a surrogate pair, as JSON may spell it; or what its tokenizer has no id for.
+    # What its tokenizer has no id for.
     except Exception as error:
         raise UserError(
             f"{where}: {quoted(text)} can't be encoded ({one_line(error)}); give other text"

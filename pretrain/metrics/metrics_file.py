@@ -30,7 +30,7 @@ def stream_steps(run_dir: Path) -> Iterator[AnyStep]:
     for number, line in enumerate(stream_lines(path), start=1):
         try:
             step = step_of_line(line)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{path}: line {number}: damaged ({what_it_says(error)}); {ADVICE}"
             ) from None

@@ -20,7 +20,10 @@ from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 
 Line = dict[str, Any]
-ADVICE = "mend or remove it, and the same command continues"
+ADVICE = (
+    "mend that line, or delete it alone and keep the file, which is the run's record; then the "
+    "same command goes on"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

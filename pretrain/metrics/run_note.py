@@ -17,6 +17,7 @@ class RunNote:
 
     project: str
     run: str  # its name or id there
+    steps: int = 0  # from the first on, that it had when it was closed; none while it is drawn
 
 
 def read_note(path: Path) -> RunNote | None:
@@ -27,7 +28,11 @@ def read_note(path: Path) -> RunNote | None:
         return None
     with explained((ValueError, KeyError, TypeError), f"{path}: damaged", "remove it"):
         content = json.loads(path.read_bytes())
-        return RunNote(project=str(content["project"]), run=str(content["run"]))
+        return RunNote(
+            project=str(content["project"]),
+            run=str(content["run"]),
+            steps=int(content.get("steps", 0)),
+        )
 
 
 def write_note(path: Path, note: RunNote) -> None:

@@ -8,29 +8,36 @@ it has from there on, and is told what it lacks before, out of the file: what a 
 before a branch. Where the queue is full, records are left out of it, and read from the file later.
 
 So no step is drawn twice and none is missing, and nothing that a sink does can hold up a step: one
-that fails is warned of once, and told no more until the next start brings it up to date.
+that fails is warned of once, and told no more until the next start brings it up to date; or the
+same command once the run is finished, which has nothing else to do.
 """
 
 import importlib.util
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
-from data_prep.errors import UserError, install_advice, one_line
+from data_prep.errors import UserError, install_advice, nearest, one_line
 from pretrain.metrics.metrics_file import steps_between
 from pretrain.metrics.step_record import AnyStep
 from pretrain.metrics.told import AboutRun, ToldStep, told
 
 QUEUED = 1000  # records that wait for a sink; more are read from metrics.jsonl
+# What W&B takes, which would say so only when the run has begun.
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 Warn = Callable[[str], None]
 
 
 class Sink(Protocol):
     """What draws a run. All is called by one thread; whatever is raised, the run does not see."""
+
+    def holds(self, steps: int) -> bool:
+        """Whether it is known to have so many steps, the first ones, from starts before this."""
 
     def begin(self, step: int) -> int:
         """Take back whatever is there from a step on, or begin anew; returns the first step, at
@@ -73,8 +80,15 @@ OPENERS: dict[str, Callable[[AboutRun], Sink]] = {
 }
 
 
-def check_packages(names: Iterable[str]) -> None:
-    """Raise UserError for the first sink whose package is not installed. Imports none."""
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise UserError for the first sink whose package is not installed, or that a variable tells
+    what it does not know. Imports none.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if "wandb" in names and mode and mode not in WANDB_MODES:
+        raise UserError(
+            f"log.sinks: wandb: the variable WANDB_MODE is {mode!r}; {nearest(mode, WANDB_MODES)}"
+        )
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -99,6 +113,8 @@ class Close:
 
 class Feed(threading.Thread):
     """The thread that tells one sink of a run, from a step on."""
+
+    after_failure = "it is told no more of this start, training goes on"
 
     def __init__(self, name: str, about: AboutRun, step: int, warn: Warn) -> None:
         # A daemon, so that a sink that hangs keeps no process alive.
@@ -125,7 +141,7 @@ class Feed(threading.Thread):
         except Exception as error:
             self.warn(
                 f"warning: log.sinks: {self.sink_name}: {type(error).__name__}: {one_line(error)}; "
-                "it is told no more of this start, training goes on"
+                f"{self.after_failure}; the same command brings it up to date later"
             )
 
     def _feed(self, sink: Sink) -> None:
@@ -157,6 +173,21 @@ class Feed(threading.Thread):
         self.next_step = record.step + 1
 
 
+class LateFeed(Feed):
+    """The thread that has one sink draw what it lacks of a run that is finished, if anything."""
+
+    after_failure = "it lacks steps of this run"
+    drew = False
+
+    def _feed(self, sink: Sink) -> None:
+        self.next_step = self.start_step
+        if sink.holds(self.start_step):
+            return
+        self._begin(sink, self.start_step)
+        sink.close()
+        self.drew = True
+
+
 class Sinks:
     """The sinks of a run, on rank 0; none on other ranks."""
 
@@ -184,5 +215,20 @@ class Sinks:
             if feed.is_alive():
                 self.warn(
                     f"warning: log.sinks: {feed.sink_name}: has {feed.next_step:,} of {steps:,} "
-                    f"steps, {patience_s:g} s after the last; not waited for any longer"
+                    f"steps, {patience_s:g} s after the last; not waited for any longer; "
+                    "the same command brings it up to date later"
                 )
+
+
+def bring_up_to_date(
+    names: Iterable[str], about: AboutRun, steps: int, warn: Warn, patience_s: float
+) -> list[str]:
+    """Have sinks draw what they lack of a finished run of so many steps, out of metrics.jsonl.
+
+    Returns the names of those that lacked some and have all now; waits no longer than so.
+    """
+    late = Sinks((), None, steps, warn)
+    feeds = [LateFeed(name, about, steps, warn) for name in names]
+    late.feeds.extend(feeds)
+    late.close(steps, patience_s)
+    return [feed.sink_name for feed in feeds if feed.drew]

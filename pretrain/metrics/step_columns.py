@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import UserError, explained
+from data_prep.errors import UserError, what_it_says
 from pretrain.metrics.metrics_file import METRICS_NAME, stream_steps
 from pretrain.metrics.records import ADVICE
 from pretrain.metrics.step_record import AnyStep, Sample, SkippedStep, StepRecord
@@ -149,19 +149,27 @@ def ranks_of(record: StepRecord) -> float:
 
 
 def columns_of(records: Iterable[AnyStep], path: Path) -> StepColumns:
-    """The columns of steps. Raises UserError, naming `path`, where they are out of order."""
+    """The columns of steps, a line of `path` each.
+
+    Raises UserError, naming the line, where they are out of order or lack a figure.
+    """
     figures = array("d")
     skipped: list[SkippedStep] = []
     sampled = SampledSteps()
     before = -1
-    for record in records:
+    for number, record in enumerate(records, start=1):
         if record.step <= before:
             raise UserError(
-                f"{path}: step {record.step} comes after step {before}, and each stands there "
-                f"once, in order; {ADVICE}"
+                f"{path}: line {number}: is of step {record.step}, and the line before it of step "
+                f"{before}, where steps only rise; delete the lines that stand there twice, then "
+                "the same command goes on"
             )
         before = record.step
-        figures.extend(row_of(record))
+        try:
+            figures.extend(row_of(record))
+        except NO_FIGURE as error:
+            why = f"a figure is missing or no number: {what_it_says(error)}"
+            raise UserError(f"{path}: line {number}: damaged ({why}); {ADVICE}") from None
         if isinstance(record, SkippedStep):
             skipped.append(record)
         if record.samples:
@@ -180,9 +188,7 @@ def read_columns(run_dir: Path) -> StepColumns:
 
     Raises UserError for a damaged line, a figure that is missing, and steps out of order.
     """
-    path = run_dir / METRICS_NAME
-    with explained(NO_FIGURE, f"{path}: a step's figure is missing or no number", ADVICE):
-        return columns_of(stream_steps(run_dir), path)
+    return columns_of(stream_steps(run_dir), run_dir / METRICS_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)

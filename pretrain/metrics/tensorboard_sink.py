@@ -43,6 +43,10 @@ class TensorBoardSink:
         self.about = about
         self.directory = about.run_dir / DIRECTORY_NAME
 
+    def holds(self, steps: int) -> bool:
+        """Whether the files have so many steps."""
+        return first_missing(event_files(self.directory), steps) == steps
+
     def begin(self, step: int) -> int:
         """Open the file of a start that goes on from a step. Raises OSError."""
         self.directory.mkdir(exist_ok=True)

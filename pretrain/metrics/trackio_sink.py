@@ -8,12 +8,14 @@ steps there. Trackio itself meets what fails with warnings, and drops it: so wha
 where that can be seen from here. What a server has cannot, so there each start begins a new run.
 
 Trackio greets on stdout, which would stand amid the log or the block on a terminal: it is silenced.
-Its warnings, on stderr, are let through.
+What it warns of is said when the sink is closed, in one line of ours, if steps are lost by it.
 """
 
 import os
 import secrets
 import time
+import warnings
+from types import SimpleNamespace
 
 import trackio
 import trackio.deploy
@@ -40,7 +42,15 @@ class TrackioSink:
         self.note = about.run_dir / NOTE_NAME
         self.waiting: list[ToldStep] = []
         self.handed_on_at = 0.0  # seconds of the monotonic clock
-        keep_silent()
+        self.heard: list[str] = []  # what trackio warned of
+        keep_silent(self.heard)
+
+    def holds(self, steps: int) -> bool:
+        """Whether the run of the start before has so many; by its note where it can't be seen."""
+        before = read_note(self.note)
+        if before is None:
+            return False
+        return (steps_held(before.run) if is_kept_here() else before.steps) == steps
 
     def begin(self, step: int) -> int:
         """Go on in the run of the start before, or begin one. Raises what trackio does."""
@@ -48,8 +58,10 @@ class TrackioSink:
         held = steps_held(before.run) if before else None
         if before and held is not None and 0 < held <= step:
             self._init(before.run, "must", {})
+            self.steps = held
             return held
         name = f"{self.about.name}-{secrets.token_hex(3)}"
+        self.steps = 0
         write_note(self.note, RunNote(project=PROJECT, run=name))
         self._init(name, "never", {"continues": before.run} if before and step else {})
         return 0
@@ -69,6 +81,7 @@ class TrackioSink:
     def write(self, told: ToldStep) -> None:
         """Hand over a step, some seconds later with those that follow it."""
         self.waiting.append(told)
+        self.steps = told.step + 1
         if time.monotonic() - self.handed_on_at >= HAND_ON_EVERY_S:
             self._hand_on()
 
@@ -84,12 +97,22 @@ class TrackioSink:
         """Have trackio write what it holds back. Raises OSError where it did not write all."""
         self._hand_on()
         self.run.finish()
-        if is_kept_here() and steps_held(self.run.name) is None:
-            raise OSError("some steps were not written; the next start draws them in a new run")
+        is_whole = steps_held(self.run.name) is not None if is_kept_here() else not self.heard
+        if not is_whole:
+            why = f" ({self.heard[0]})" if self.heard else ""
+            raise OSError(f"some steps were not written{why}; a new run of it is to have all")
+        write_note(self.note, RunNote(project=PROJECT, run=self.run.name, steps=self.steps))
 
 
-def keep_silent() -> None:
-    """Have trackio print nothing from here on, and nobody else: sys.stdout is of all threads."""
+def keep_silent(heard: list[str]) -> None:
+    """Have trackio print nothing from here on, and nobody else: sys.stdout is of all threads. What
+    it warns of is kept.
+    """
+
+    def hear(message: str, *_more: object, **_options: object) -> None:
+        heard.append(str(message))
+
+    vars(trackio.utils)["warnings"] = SimpleNamespace(**{**vars(warnings), "warn": hear})
     for module in (trackio, trackio.deploy, trackio.run, trackio.utils):
         vars(module)["print"] = print_nothing
 

@@ -10,6 +10,7 @@ W&B's own affair (`WANDB_API_KEY`, `wandb login`): it is never asked for here, n
 
 import os
 import secrets
+from dataclasses import replace
 
 import wandb
 
@@ -29,6 +30,11 @@ class WandbSink:
         # Silent, it asks nobody for a key, which a terminal would have it do amid training.
         wandb.setup(settings=wandb.Settings(silent=True))
 
+    def holds(self, steps: int) -> bool:
+        """Whether the run of the start before was closed with so many."""
+        before = read_note(self.note)
+        return before is not None and before.steps == steps
+
     def begin(self, step: int) -> int:
         """Begin a run, whose first step is the run's first. Raises what W&B does."""
         project = os.environ.get("WANDB_PROJECT", PROJECT)
@@ -37,9 +43,12 @@ class WandbSink:
         name = self.about.name
         config = self.about.config
         if before:
-            name = f"{name} from step {step}"
+            # It has all steps: those before are drawn anew.
+            name = f"{name}, drawn anew at step {step}"
             config = config | {"continues": before.run}
-        write_note(self.note, RunNote(project=project, run=run_id))
+        self.begun = RunNote(project=project, run=run_id)
+        self.steps = 0
+        write_note(self.note, self.begun)
         self.run = wandb.init(
             project=project,
             dir=self.about.run_dir,
@@ -56,10 +65,12 @@ class WandbSink:
         """Hand over a step, with its texts."""
         row: dict[str, float | str] = {**told.figures, **told.texts}
         self.run.log(row, step=told.step, commit=True)
+        self.steps = told.step + 1
 
     def close(self) -> None:
         """Have W&B write or send what it holds back."""
         self.run.finish()
+        write_note(self.note, replace(self.begun, steps=self.steps))
 
 
 def quiet_settings() -> wandb.Settings:

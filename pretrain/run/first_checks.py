@@ -39,7 +39,7 @@ from pretrain.data.loader import TrainingLoader
 from pretrain.data.tokenizer import open_tokenizer
 from pretrain.distributed.world import LET_RANK_0_SPEAK_S, world_from_environment
 from pretrain.generation.prompts import Prompt, encode_prompts
-from pretrain.metrics.sinks import check_packages
+from pretrain.metrics.sinks import check_sinks
 from pretrain.run.command_line import build_parser
 from pretrain.run.directory import (
     ENGINE_CONFIG_NAME,
@@ -48,6 +48,7 @@ from pretrain.run.directory import (
     refuse_what_is_no_run,
 )
 from pretrain.run.state import read_state
+from pretrain.view.figures import counted
 
 CPU_RANKS = 2  # of launch/pretrain.sh where there is no GPU, if they divide a step
 CPU_ENGINE = "zero2_fp32"  # in the place of bf16, which CPUs are slow at
@@ -107,7 +108,7 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     """
     flags, overrides = build_parser().parse_known_args(arguments)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
-    check_packages(recipe.log.sinks)
+    check_sinks(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
     return Asked(
@@ -233,7 +234,9 @@ def describe_default_start(arguments: Sequence[str], gpus: int, bytes_of_rank: f
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     ranks = ranks_by_default(recipe, gpus)
     engine_flags = engine_flags_by_default(arguments, gpus)
-    start = " ".join([f"launch/pretrain.sh would start {ranks} ranks here", *engine_flags])
+    start = " ".join(
+        [f"launch/pretrain.sh would start {counted(ranks, 'rank')} here", *engine_flags]
+    )
     device_type = "cuda"
     available = bytes_of_rank
     if not gpus:  # the ranks share the machine

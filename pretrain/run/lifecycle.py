@@ -20,18 +20,22 @@ from pretrain.distributed.agree import inform, say, together
 from pretrain.distributed.world import World
 from pretrain.engine.engine import SAVE_FAILED, Engine
 from pretrain.engine.process_group import start_process_group
+from pretrain.metrics.sinks import bring_up_to_date
 from pretrain.model.build import build_model
 from pretrain.model.token_codes import warnings
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.branch import copy_branch
 from pretrain.run.directory import describe_run
-from pretrain.run.prepare import Run
+from pretrain.run.prepare import Run, about_run
 from pretrain.run.saving import around_saves, save
 from pretrain.run.state import note_failure, write_state
 from pretrain.run.trainer import Trainer, restore
 from pretrain.view.progress import epochs_lines
 from pretrain.watch.signals import end_on_signals
 from pretrain.watch.watch import Watch
+
+# What sinks lack of a finished run is waited for so long: 200,000 steps take less than a minute.
+LATE_SINKS_S = 300.0
 
 
 def run_training(run: Run, world: World) -> None:
@@ -151,6 +155,26 @@ def branch_off(run: Run, world: World) -> None:
         return
     together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
     inform(world, f"branching from {origin.path}")
+
+
+def close_finished(run: Run, world: World) -> None:
+    """Say that a run is finished, once its sinks have what they lack of it."""
+    names = run.recipe.log.sinks
+    drew = together(lambda: draw_finished(run, world) if names and world.is_main else [])
+    if drew:
+        say(world, f"{run.run_dir}: drawn to its end now: {', '.join(drew)}")
+    say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
+
+
+def draw_finished(run: Run, world: World) -> list[str]:
+    """Have the sinks of a finished run draw what they lack; the names of those that did."""
+
+    def warn(text: str) -> None:
+        say(world, text)
+
+    steps = run.recipe.total_steps
+    with lock(run.run_dir, "drawing it", "--run-dir"):
+        return bring_up_to_date(run.recipe.log.sinks, about_run(run), steps, warn, LATE_SINKS_S)
 
 
 def finish(run: Run, step: int, world: World, why: str) -> None:

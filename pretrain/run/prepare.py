@@ -8,10 +8,12 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.load import recipe_to_dict
 from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
 from pretrain.data.staging import staged
+from pretrain.data.text_size import bytes_per_token
 from pretrain.data.tokenizer import open_tokenizer
 from pretrain.distributed.agree import inform, say
 from pretrain.distributed.devices import check_kernels, memory_of_rank
@@ -19,6 +21,7 @@ from pretrain.distributed.world import World
 from pretrain.generation.continuation import Speaker
 from pretrain.generation.prompts import Prompt
 from pretrain.generation.samples import SampleWriter
+from pretrain.metrics.told import AboutRun
 from pretrain.model.compilation import check_compiler
 from pretrain.model.token_codes import config_of_run, saved_config
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
@@ -26,6 +29,8 @@ from pretrain.run.branch import open_origin
 from pretrain.run.continuing import check_same_run
 from pretrain.run.directory import Identity
 from pretrain.run.first_checks import check_arguments
+from pretrain.run.starts import for_sinks, of_steps, read_starts
+from pretrain.run.state import read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,23 @@ def sample_writer(run: Run, model: TableFreeForCausalLM, world: World) -> Sample
         seq_len=run.recipe.model.seq_len,
     )
     return SampleWriter(speaker, run.prompts, run.recipe.log.sample_tokens, world)
+
+
+def about_run(run: Run) -> AboutRun:
+    """The run as sinks know it, with the start that is the newest now."""
+    starts = of_steps(read_starts(run.run_dir), run.recipe.total_steps)
+    config = {
+        "recipe": recipe_to_dict(run.recipe),
+        "fingerprint": run.reader.manifest.fingerprint,
+        "branched_from": read_state(run.run_dir).branched_from,
+        "start": for_sinks(starts[-1]) if starts else None,
+    }
+    return AboutRun(
+        run_dir=run.run_dir,
+        config=config,
+        restarts=frozenset(start.step for start in starts if start.step > 0),
+        bytes_per_token=bytes_per_token(run.reader.manifest),
+    )
 
 
 def check_machine(

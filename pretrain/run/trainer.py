@@ -7,7 +7,6 @@ from data_prep.errors import UserError
 from pretrain.checkpoint.find import newest_good
 from pretrain.checkpoint.layout import checkpoints_dir, naming_the_disk
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config.load import recipe_to_dict
 from pretrain.config.schedule import rate_of
 from pretrain.data.batches import Prefetch, StepBatches, validation_batches, windows_to_validate
 from pretrain.data.text_size import bytes_per_token
@@ -19,15 +18,14 @@ from pretrain.engine.profiler import StepProfiler
 from pretrain.metrics.metrics_file import MetricsFile
 from pretrain.metrics.sinks import Sinks
 from pretrain.metrics.step_record import AnyStep, Sample, SkippedStep, StepRecord
-from pretrain.metrics.told import AboutRun
 from pretrain.metrics.utilisation import Utilisation
 from pretrain.model.compilation import compiled_graphs
 from pretrain.model.token_codes import check_same_code
 from pretrain.run.bad_steps import BadSteps, Decision, describe_rows
 from pretrain.run.continuing import refuse_another_run
-from pretrain.run.prepare import Run, sample_writer
+from pretrain.run.prepare import Run, about_run, sample_writer
 from pretrain.run.saving import save
-from pretrain.run.starts import for_sinks, of_steps, read_starts, record_start
+from pretrain.run.starts import read_starts, record_start
 from pretrain.run.state import read_state
 from pretrain.view.block import About
 from pretrain.view.progress import Progress
@@ -329,24 +327,8 @@ class Trainer:
         """The sinks that the recipe names, which are told all from rank 0; none elsewhere."""
         run = self.run
         names = run.recipe.log.sinks if self.world.is_main else ()
-        about = self._about_run() if names else None
+        about = about_run(run) if names else None
         return Sinks(names, about, self.start_step, lambda text: say(self.world, text))
-
-    def _about_run(self) -> AboutRun:
-        run = self.run
-        starts = of_steps(read_starts(run.run_dir), run.recipe.total_steps)
-        config = {
-            "recipe": recipe_to_dict(run.recipe),
-            "fingerprint": run.reader.manifest.fingerprint,
-            "branched_from": read_state(run.run_dir).branched_from,
-            "start": for_sinks(starts[-1]) if starts else None,
-        }
-        return AboutRun(
-            run_dir=run.run_dir,
-            config=config,
-            restarts=frozenset(start.step for start in starts if start.step > 0),
-            bytes_per_token=bytes_per_token(run.reader.manifest),
-        )
 
     def _close_sinks(self, steps: int) -> None:
         ends_by_signal = bool(self.engine.ends)

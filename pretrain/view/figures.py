@@ -39,9 +39,16 @@ def duration(seconds: float) -> str:
     return f"{days}d{hours:02d}h"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something whose plural ends in s, "1 rank" or "2 ranks"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def percent(share: float | None) -> str:
-    """A share as "12.3%"; of none, nothing."""
-    return "" if share is None else f"{share:.1%}"
+    """A share as "12.3%", of at most five characters below 10,000 %; of none, nothing."""
+    if share is None:
+        return ""
+    return f"{share:.1%}" if share < 0.9995 else f"{share:.0%}"
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:

@@ -558,28 +558,28 @@ def test_a_source_without_documents(
         ),
         (
             {"on_bad_document": "warn"},
-            "on_bad_document: got 'warn'; Input should be 'error' or 'skip'",
+            "on_bad_document: got 'warn'; expected 'error' or 'skip'",
         ),
         ({"sources": []}, "sources: got []; Tuple should have at least 1 item"),
         (
             {"sources": ["a.parquet"]},
-            "sources.0: got 'a.parquet'; Input should be a valid dictionary",
+            "sources.0: got 'a.parquet'; expected keys and values",
         ),
         ({"sources": [A_SOURCE, A_SOURCE]}, "two sources are named 'a'"),
         (
             {"sources": [{**A_SOURCE, "name": "../a"}]},
             "sources.0.name: got '../a'; String should match pattern",
         ),
-        ({"sources": [{**A_SOURCE, "weight": 0}]}, "weight: got 0; Input should be greater than 0"),
+        ({"sources": [{**A_SOURCE, "weight": 0}]}, "weight: got 0; expected a number above 0"),
         (
             {"sources": [{**A_SOURCE, "weight": -1}]},
-            "weight: got -1; Input should be greater than 0",
+            "weight: got -1; expected a number above 0",
         ),
         (
             {"sources": [{**A_SOURCE, "weight": True}]},
-            "weight: got True; Input should be a valid number",
+            "weight: got True; expected a number",
         ),
-        ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight: got nan; Input should be "),
+        ({"sources": [{**A_SOURCE, "weight": float("nan")}]}, "weight: got nan; expected a "),
         (
             {"sources": [A_SOURCE, {**A_SOURCE, "name": "b", "weight": 1e-6}]},
             "mixture.yaml: source 'b': weight 1e-06 is below 1/4096 of the whole; raise it, or "
@@ -587,7 +587,7 @@ def test_a_source_without_documents(
         ),
         (
             {"sources": [{**A_SOURCE, "weight": 1e300}]},
-            "weight: got 1e+300; Input should be less than or equal to 1",
+            "weight: got 1e+300; expected a number of 1",
         ),
         (
             {"sources": [{**A_SOURCE, "format": "xml"}]},
@@ -599,7 +599,7 @@ def test_a_source_without_documents(
         ),
         ({"sources": [{**A_SOURCE, "path": "b.parquet"}]}, "source 'a': no file matches b.parquet"),
         ({"sources": [{**A_SOURCE, "text_field": "body"}]}, "no column 'body', it has: id, text"),
-        ({"validation_fraction": 0}, "validation_fraction: got 0; Input should be greater than 0"),
+        ({"validation_fraction": 0}, "validation_fraction: got 0; expected a number above 0"),
         (
             {"validation_fraction": "much"},
             "validation_fraction: could not convert string to float: 'much'",
@@ -677,7 +677,7 @@ def test_numbers_of_training_tokens_that_are_none(
     tmp_path: Path, mixture: Path, number: str
 ) -> None:
     with pytest.raises(
-        UserError, match=f"--train-tokens: {number}: expected a number of 1 or more"
+        UserError, match=f"--train-tokens: {number}: expected a whole number of 1 or more"
     ):
         build(mixture, tmp_path / "out", "--train-tokens", number)
     assert not (tmp_path / "out").exists()

@@ -249,7 +249,7 @@ def test_epochs_and_a_warning_of_many(dataset: Path, capsys: pytest.CaptureFixtu
     assert "epochs" not in shown(capsys, str(dataset))
     for bad in ("nan", "inf", "0", "-5", "1e400", "many"):
         with pytest.raises(
-            UserError, match=f"--train-tokens: {bad}: expected a number of 1 or more"
+            UserError, match=f"--train-tokens: {bad}: expected a whole number of 1 or more"
         ):
             show.main([str(dataset), f"--train-tokens={bad}"])
 

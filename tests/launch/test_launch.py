@@ -144,7 +144,7 @@ def test_the_benchmark_of_training_runs() -> None:
         (
             [*PRETRAIN, "--ranks", "0"],
             {},
-            "error: argument --ranks: 0: expected a number of 1 or more, such as",
+            "error: argument --ranks: 0: expected a whole number of 1 or more, such as",
         ),
         ([*PRETRAIN, "--max-restarts", "-1"], {}, "error: --max-restarts -1: expected a number, 0"),
         (

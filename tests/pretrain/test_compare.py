@@ -289,7 +289,12 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_data: Path, tmp_path: Pat
     cases = {
         (recipe, output_dir, "--vary=seed=1,x"): "seed: got 'x'",
         (recipe, output_dir, "--vary=sead=1"): "did you mean seed?",
-        (recipe, output_dir, "--vary=seed=1", "--at-once=0"): "expected a number of 1 or more",
+        (
+            recipe,
+            output_dir,
+            "--vary=seed=1",
+            "--at-once=0",
+        ): "expected a whole number of 1 or more",
         (recipe, output_dir, "--vary=seed=1", "--max-restarts=-1"): "--max-restarts -1",
         (recipe, output_dir, "--vary=seed=1", "--device=h200"): "belongs to --dry-run",
         (recipe, tmp_path / "file", "--vary=seed=1"): "file: is a file; give a directory",

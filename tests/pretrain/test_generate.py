@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,12 @@ def test_on_a_terminal_it_asks_goes_on_after_a_long_prompt_and_ends_with_ctrl_c(
         (["--run-dir", "RUN", "--temperature", "-1"], "-1: expected a number of 0 or more"),
         (["--run-dir", "RUN", "--temperature", "nan"], "nan: expected a number of 0 or more"),
         (["--run-dir", "RUN", "--top-p", "0"], "0: expected a number above 0, and 1 at most"),
-        (["--run-dir", "RUN", "--top-k", "0"], "0: expected a number of 1 or more"),
+        (["--run-dir", "RUN", "--top-k", "0"], "0: expected a whole number of 1 or more"),
         (["--run-dir", "RUN", "--seed", "-1"], "-1: expected a whole number from 0"),
-        (["--run-dir", "RUN", "--max-new-tokens", "0"], "0: expected a number of 1 or more"),
-        (["--run-dir", "none"], "--run-dir none: no such directory"),
-        (["--model", "none"], "--model none: no such directory"),
+        (["--run-dir", "RUN", "--max-new-tokens", "1.5"], "1.5: expected a whole number of 1 or"),
+        (["--run-dir", "RUN", "--max-new-tokens", "0"], "0: expected a whole number of 1 or more"),
+        (["--run-dir", "none"], "--run-dir none: no such directory; give that of a run of python"),
+        (["--model", "none"], "--model none: no such directory; give one of python -m pretrain."),
         (["--model", "RUN", "--prompt", "a"], "no config.json is there"),
         (["--model", "RUN", "--step", "5"], "--step goes with --run-dir"),
         (
@@ -188,6 +190,11 @@ def test_on_a_terminal_it_asks_goes_on_after_a_long_prompt_and_ends_with_ctrl_c(
         (["--run-dir", "RUN", "--prompts", "none"], "none: No such file or directory"),
         (["--run-dir", "RUN", "--prompts", "RUN"], "is a directory"),
         (["--run-dir", "RUN", "--output", "RUN"], "is a directory; give the name of a file"),
+        (["--run-dir", "RUN", "--output", "texts.txt"], "give a name that ends in .jsonl"),
+        (
+            ["--run-dir", "RUN", "--prompt", "a", "--output", "/proc/x.jsonl"],
+            "error: /proc/x.jsonl: No such file or directory; check the path",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -206,6 +213,51 @@ def test_an_output_that_is_the_file_of_prompts_is_refused(text_run: Path, tmp_pa
     with pytest.raises(UserError, match="is the file of prompts"):
         main(["--run-dir", str(text_run), "--prompts", str(path), "--output", str(path)])
     assert path.read_text() == '{"prompt": "a"}\n'
+
+
+def test_only_what_an_earlier_call_wrote_is_replaced(text_run: Path, tmp_path: Path) -> None:
+    """Not even a file of JSON lines, such as a run's own record."""
+    flags = ["--prompt", "a", "--max-new-tokens", "1", "--output"]
+    for content in ['{"step": 0, "loss": 1.0}\n', "my notes\n", '{"prompt": "a", "text": "b"}\n']:
+        path = tmp_path / "mine.jsonl"
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"is there, and was not written by this command"):
+            main(["--run-dir", str(text_run), *flags, str(path)])
+        assert path.read_text() == content
+    for earlier in range(2):
+        main(["--run-dir", str(text_run), *flags, str(tmp_path / "ours.jsonl")])
+        assert len(said(tmp_path / "ours.jsonl")) == 1, earlier
+
+
+def test_ctrl_c_keeps_what_is_whole(text_run: Path, tmp_path: Path) -> None:
+    """Of many prompts, once some seconds' worth of them is there to be ended."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("We must\n" * 5000)
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "pretrain.generate", "--run-dir", str(text_run)]
+    command += ["--prompts", str(prompts), "--output", str(tmp_path / "texts.jsonl")]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
+    try:
+        wait_until(lambda: ", on cpu" in log.read_text(), "a loaded model", job=process, log=log)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    lines = said(tmp_path / "texts.jsonl")
+    assert 0 < len(lines) < 5000
+    assert all(line["ids"] and line["ended"] for line in lines)
+    assert f"{len(lines):,} continuation" in log.read_text()
+    assert log.read_text().endswith("; the rest is missing\nstopped by Ctrl-C\n")
+
+
+def test_a_pipe_without_a_prompt_is_refused(
+    text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    with pytest.raises(UserError, match="stdin: holds no prompt; write one a line"):
+        main(["--run-dir", str(text_run)])
 
 
 def test_another_tokenizer_in_the_run_is_refused(text_run: Path, tmp_path: Path) -> None:

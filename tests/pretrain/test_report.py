@@ -393,15 +393,20 @@ def test_bad_input_gets_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
     lacking = write_run(tmp_path / "lacking", falling_steps(4), recipe_of(4))
     content = (lacking / "metrics.jsonl").read_text()
     (lacking / "metrics.jsonl").write_text(content.replace('"forward"', '"onward"'))
+    worded = write_run(tmp_path / "worded", falling_steps(4), recipe_of(4))
+    lines = (worded / "metrics.jsonl").read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "loss": "x"})
+    (worded / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     page = tmp_path / "report.html"
     page.write_text("before")
     cases = {
         (tmp_path / "none",): "none: no such directory",
         (tmp_path / "empty",): "empty: no run of pretrain.train is there",
         (good, good): "good: the same run as",
-        (twice,): "metrics.jsonl: step 0 comes after step 3",
+        (twice,): "metrics.jsonl: line 5: is of step 0, and the line before it of step 3",
         (damaged,): "metrics.jsonl: line 3: damaged",
-        (lacking,): "metrics.jsonl: a step's figure is missing or no number ('forward')",
+        (worded,): "metrics.jsonl: line 3: damaged (a figure is missing or no number: must be real",
+        (lacking,): "metrics.jsonl: line 1: damaged (a figure is missing or no number: 'forward')",
     }
     for runs, expected in cases.items():
         with pytest.raises(UserError, match=re.escape(expected)):

@@ -266,7 +266,9 @@ def test_bad_arguments(tmp_path: Path, source: Path) -> None:
         UserError, match="--vocab-size 32000: expected 65536, the one size of char_ngram"
     ):
         train(tmp_path / "t", "--source", str(source), "--vocab-size", "32000")
-    with pytest.raises(UserError, match="--max-characters: 0: expected a number of 1 or more"):
+    with pytest.raises(
+        UserError, match="--max-characters: 0: expected a whole number of 1 or more"
+    ):
         train(tmp_path / "t", "--source", str(source), "--max-characters", "0")
     assert not (tmp_path / "t").exists()
 

@@ -99,7 +99,7 @@ def test_numbers_are_the_recipe_s_however_they_are_written() -> None:
         (["seed=1", "seed=2"], None, "", "--vary seed: given twice"),
         (["seed=1"], None, "--seed=2", "--vary seed: also set with --seed="),
         (["train_tokens=1e5,100000"], None, "", "1e5 and 100000 are the same value"),
-        (["seed=1,one"], None, "", "seed: got 'one'; Input should be a valid integer"),
+        (["seed=1,one"], None, "", "seed: got 'one'; expected a whole number"),
         ([INPUTS.replace("learned", "table")], None, "", "model.input_embedding: got 'table'"),
         (
             [INPUTS, "model.d_model=128,120"],

@@ -223,7 +223,7 @@ def test_what_contradicts_itself_or_is_not_known_is_named_and_refused(
     [
         ("[]", "no table of names"),
         ("{names: {}, layuot: {}}", "unknown key layuot; did you mean layout?"),
-        ("{names: {}, layout: {lift: tile}}", "layout.lift: got 'tile'; Input should be 'repeat'"),
+        ("{names: {}, layout: {lift: tile}}", "layout.lift: got 'tile'; expected 'repeat'"),
         ("{names: {}, layout: {order: x}}", "unknown key layout.order"),
         ("{names: {final_norm.weight: 3}}", "names.final_norm.weight"),
         ("{names: {final_nrm.bias: x}}", "no parameter; did you mean final_norm.bias?"),

@@ -59,7 +59,8 @@ def test_damage_among_the_steps_of_a_checkpoint_is_refused_and_left(
     content = lines(0, 1, 2) + damage + lines(4, 5)
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl: damaged \(line 4: .*\); mend or remove it"
+        UserError,
+        match=r"metrics\.jsonl: damaged \(line 4: .*\); mend that line, or delete it alone",
     ):
         MetricsFile(tmp_path, 4)
     assert path.read_bytes() == content

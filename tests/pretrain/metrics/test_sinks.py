@@ -77,7 +77,7 @@ def train_told(recipe: Path, data: Path, run_dir: Path, *more: str) -> str:
     ended = run_ranks(1, recipe, data, run_dir, ALL, *more, **variables())
     assert ended.exit_codes == [0], ended.output
     assert "warning: log.sinks" not in ended.output
-    assert "rackio" not in ended.output  # which would greet, on stdout
+    assert "Trackio" not in ended.output  # which would greet, on stdout
     return ended.output
 
 
@@ -238,6 +238,18 @@ def test_what_is_no_sink_is_refused_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_is_written(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    flags = (recipe, tiny_data, tmp_path / "run", "--log.sinks=wandb")
+    ended = run_ranks(1, *flags, **{**variables(), "WANDB_MODE": "ofline"})
+    assert ended.exit_codes == [2]
+    (line,) = ended.output.splitlines()
+    says = "log.sinks: wandb: the variable WANDB_MODE is 'ofline'; did you mean offline?"
+    assert line == f"error: {says}"
+    assert not (tmp_path / "run").exists()
+
+
 @each_sink
 def test_a_sink_whose_package_is_missing_is_refused_before_anything_is_written(
     sink: str, recipe: Path, tiny_data: Path, tmp_path: Path
@@ -310,6 +322,37 @@ def test_a_sink_that_cannot_write_is_warned_of_once_and_the_next_start_fills_it(
     expect_drawn_as_recorded(newest("tensorboard", run_dir), run_dir)
 
 
+def test_what_failed_in_a_run_s_last_start_is_drawn_by_the_same_command(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """Without training, and once: then nothing is lacking any more."""
+    recipe = write_recipe(tmp_path / "r.yaml")
+    run_dir = tmp_path / "run"
+    in_the_way = run_dir / "tensorboard"
+    run_dir.mkdir()
+    in_the_way.touch()
+    flags = (recipe, tiny_data, run_dir, "--log.sinks=tensorboard")
+    advice = "the same command brings it up to date later"
+    for says in ("finished after 20 steps", "this run is finished"):
+        ended = run_ranks(1, *flags)
+        assert ended.exit_codes == [0], ended.output
+        assert says in ended.output
+        (warning,) = [line for line in ended.output.splitlines() if "log.sinks" in line]
+        assert warning.endswith(advice)
+    in_the_way.unlink()
+    recorded = (run_dir / "metrics.jsonl").read_bytes()
+    # and those that are named only now
+    output = train_told(recipe, tiny_data, run_dir)
+    assert "run: drawn to its end now: tensorboard, trackio, wandb\n" in output
+    assert "this run is finished" in output
+    for sink in SINKS:
+        expect_drawn_as_recorded(newest(sink, run_dir), run_dir)
+    assert (run_dir / "metrics.jsonl").read_bytes() == recorded
+    kept = sorted(path for path in run_dir.rglob("*") if path.is_file())
+    assert "drawn" not in train_told(recipe, tiny_data, run_dir)
+    assert sorted(path for path in run_dir.rglob("*") if path.is_file()) == kept
+
+
 class Recorder:
     """A sink that keeps what it is told, and waits where it is to."""
 
@@ -318,6 +361,9 @@ class Recorder:
         self.begun: list[int] = []
         self.goes_on = threading.Event()
         self.fails_at = -1
+
+    def holds(self, steps: int) -> bool:
+        return len(self.told) == steps
 
     def begin(self, step: int) -> int:
         self.goes_on.wait()

@@ -52,6 +52,9 @@ def test_figures_stand_below_one_another() -> None:
 def test_the_star_tells_a_measured_peak_from_a_data_sheet_s() -> None:
     assert "MFU 41.2%" in step_line(replace(trained_step(0), mfu=0.412), 20, None)
     assert "MFU* 41.2%" in step_line(replace(trained_step(0), mfu_of_matmul=0.412), 20, None)
+    # no wider above 100 %, which a yardstick that was measured amid others' work allows
+    assert "MFU*  112%  " in step_line(replace(trained_step(0), mfu_of_matmul=1.123), 20, None)
+    assert "MFU*  100%  " in step_line(replace(trained_step(0), mfu_of_matmul=0.9996), 20, None)
 
 
 def test_a_sample_is_one_short_line_that_a_terminal_does_not_obey(
