@@ -185,6 +185,15 @@ def worst_texts(run_dir: Path) -> dict[int, str]:
     return texts
 
 
+def rewound_steps(run_dir: Path) -> frozenset[int]:
+    """The bad steps at which a run went back to a checkpoint.
+
+    Raises UserError for a damaged line.
+    """
+    records = read_lines(run_dir / SKIPS_NAME)
+    return frozenset(record["step"] for record in records if record.get("policy") == "rewind")
+
+
 def describe_rows(
     loader: TrainingLoader, reader: ShardReader, samples: range, row_nats: list[float]
 ) -> Json:
