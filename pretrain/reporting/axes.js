@@ -6,7 +6,7 @@ const reportAxes = (() => {
   function short(value) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e+", "e");
+    if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace(/\.?0*e\+?/, "e");
     for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
       if (size >= unit) return `${Number((value / unit).toPrecision(4))} ${name}`;
     }

@@ -298,16 +298,26 @@ def environment(runs: Sequence[ReportedRun]) -> Section:
 
 def starts_table(run: ReportedRun) -> Table:
     """The starts of a run."""
+    versions = {start.versions for start in run.starts}
+    is_one = len(versions) == 1
     rows = []
     for start in run.starts:
         row = [f"{start.step:,}", start.time, start.ranks]
-        row += [start.devices, start.threads, start.commit[:SHORT_COMMIT], start.versions]
+        row += [start.devices, start.threads, start.commit[:SHORT_COMMIT]]
+        if not is_one:
+            row.append(start.versions)
         rows.append(row)
+    header = ["after step", "time", "ranks", "devices", "threads a rank", "commit"]
+    notes = [newest_of(rows)]
+    if is_one:
+        notes.append(f"Versions: {versions.pop()}.")
+    else:
+        header.append("versions")
     return Table(
         title=run.name,
-        header=["after step", "time", "ranks", "devices", "threads a rank", "commit", "versions"],
+        header=header,
         rows=rows[-MOST_ROWS:],
-        note=newest_of(rows),
+        note=" ".join(notes).strip(),
     )
 
 
@@ -346,7 +356,8 @@ def command_lines(run: ReportedRun) -> list[str]:
     for start in run.starts[:MOST_ROWS]:
         place = f"# after step {start.step}, {start.time}, commit {start.commit}"
         ranks = "1 rank" if start.ranks == "1" else f"{start.ranks} ranks"
-        lines.append(f"{place}, {ranks} of {start.threads} threads (OMP_NUM_THREADS)")
+        threads = f"OMP_NUM_THREADS {start.threads} a rank"
+        lines.append(f"{place}, {ranks}, {threads}")
         lines.append(launched(start))
     if run.evaluations:
         place = shlex.quote(str(run.path))

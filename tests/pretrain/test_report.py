@@ -390,7 +390,7 @@ def test_a_start_is_told_as_the_command_that_starts_all_its_ranks(tmp_path: Path
     assert "deepspeed --num_gpus 2 --module pretrain.train --recipe r.yaml" in lines
     assert "python -m pretrain.train --recipe r.yaml" in lines
     of_step_2 = [line for line in lines if line.startswith("# after step 2, ")]
-    assert "4 ranks of 8 threads (OMP_NUM_THREADS)" in of_step_2[0]
+    assert "4 ranks, OMP_NUM_THREADS 8 a rank" in of_step_2[0]
     # --run-dir says how the run was called, so that it tells from where
     given = {"step": 3, "command": "python -m pretrain.train --run-dir runs/one", "ranks": 1}
     own = write_run(tmp_path / "runs" / "one", falling_steps(4), recipe_of(4), given)
@@ -609,6 +609,37 @@ def test_the_figure_under_the_cursor_is_that_of_the_record(
     assert losses[7] is not None
     assert f"run {float(f'{losses[7]:.5g}'):g}" in readout(page)
     assert f"at {8 * GLOBAL_TOKENS / 1000:.4g} k tokens" in readout(page)
+    assert seen == []
+    page.context.close()
+
+
+def test_axes_have_labels_and_no_point_or_dash_is_lost(browser: "Browser", tmp_path: Path) -> None:
+    steps = [*falling_steps(80)]
+    refused = [*steps[:78], skipped_step(78, "loss nan"), steps[79]]
+    run_dir = write_run(tmp_path / "run", refused, recipe_of(80))
+    path = tmp_path / "report.html"
+    page_of(path, run_dir)
+    page, seen = look_at(browser, path)
+    # a step between a skip and the end of the run is a point of its own
+    (run,) = figures_in(path.read_text())["runs"]
+    losses = run["series"]["loss"]["mean"]
+    assert page.evaluate("values => reportAxes.lonePlaces(values)", losses) == [79]
+    gaps = "reportAxes.lonePlaces([1, null, 2, undefined, 3, null, undefined, 4, null, 5, 6])"
+    assert page.evaluate(gaps) == [0, 7]
+    for least, most in ((5.2, 7.1), (2_051.8, 23_000), (0.29, 0.71), (1e-5, 0.2), (3.0, 3.0001)):
+        labels = page.evaluate(
+            "([least, most]) => reportAxes.logSplits(least, most).map(reportAxes.short)",
+            [least, most],
+        )
+        assert 3 <= len(labels) <= 9
+        assert max(map(len, labels)) <= 7
+    least, most = page.evaluate("reportAxes.logRange(2000, 24000)")
+    assert 1500 < least < 2000
+    assert 24000 < most < 30000
+    keys = page.locator("#chart-loss .legend .key")
+    assert "gradient" not in str(keys.nth(0).get_attribute("style"))
+    assert "repeating-linear-gradient" in str(keys.nth(1).get_attribute("style"))
+    assert page.locator(".mark").all_inner_texts() == ["skip"]  # and no kind that never occurred
     assert seen == []
     page.context.close()
 
