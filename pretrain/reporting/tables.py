@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import printable
+from data_prep.inputs.urls import without_credentials
 from pretrain.config.load import recipe_to_dict, recipe_to_yaml
 from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
 from pretrain.metrics.step_columns import PHASES, StepColumns
@@ -371,7 +372,8 @@ def data_lines(run: ReportedRun) -> list[str]:
         return []
     lines = ["# built by python -m data_prep.build_shards, whose command is not on record, from"]
     for source in run.data.sources:
-        lines.append(f"#   {source.name}: {source.origin}, weight {source.weight}")
+        origin = without_credentials(source.origin)
+        lines.append(f"#   {source.name}: {origin}, weight {source.weight}")
     lines.append(f"# and found at {run.data_dir}")
     return lines
 

@@ -100,6 +100,9 @@ def test_the_page_tells_what_is_known_of_a_run(real_run: Path, tmp_path: Path) -
         " to ".join(f"{bound:.4f}" for bound in result["bits_per_byte_interval"]),
         f"{manifest.epochs(20 * GLOBAL_TOKENS)['sotu']:.2f}",
         f"Fingerprint {manifest.fingerprint}",
+        "# built by python -m data_prep.build_shards, whose command is not on record, from",
+        f"#   sotu: {manifest.sources[0].origin}, weight ",
+        "Steps count from 1 here",
         "peak_learning_rate: 0.01",
         "python -m pretrain.train --recipe",
         "checkpoint after step 20",
@@ -179,7 +182,7 @@ def test_of_several_runs_only_what_differs_is_told_and_seeds_are_a_band(tmp_path
     assert drawn["high"] == pytest.approx([values[2] for values in of_step], rel=1e-6)
     assert drawn["mean"] == pytest.approx([sum(values) / 3 for values in of_step], rel=1e-6)
     section = page[page.index("What differs") : page.index("<details", page.index("What differs"))]
-    keys = re.findall(r'<th scope="row">(.*?)</th>', section)
+    keys = re.findall(r'<th scope="row"[^>]*>(.*?)</th>', section)
     expected = ["log.sinks", "optimizer.peak_learning_rate", "seed", "validation.every_steps"]
     assert sorted(keys) == expected
     assert "<td>trackio</td><td>none</td>" in section
