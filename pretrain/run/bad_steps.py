@@ -190,8 +190,12 @@ def rewound_steps(run_dir: Path) -> frozenset[int]:
 
     Raises UserError for a damaged line.
     """
-    records = read_lines(run_dir / SKIPS_NAME)
-    return frozenset(record["step"] for record in records if record.get("policy") == "rewind")
+    found = set()
+    for record in read_lines(run_dir / SKIPS_NAME):
+        step = record.get("step")
+        if record.get("policy") == "rewind" and isinstance(step, int):
+            found.add(step)
+    return frozenset(found)
 
 
 def describe_rows(
