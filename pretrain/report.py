@@ -42,17 +42,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def check_output(output: Path) -> None:
+    """Raise UserError where no page may be written, or something else is."""
+    from pretrain.reporting.page import is_report
+
+    if output.suffix.lower() not in PAGE_SUFFIXES:
+        raise UserError(f"--output {output}: not the name of a page; give one that ends in .html")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a directory; give the name of a file")
+    if output.is_file() and not is_report(output):
+        raise UserError(
+            f"--output {output}: is there already and no report; give another name, or move it away"
+        )
+
+
 def check_flags(flags: Namespace) -> None:
     """Raise UserError for what can't be written or read, before a long file is read for it."""
     from pretrain.run.directory import is_run
 
-    output: Path = flags.output
-    if output.suffix not in PAGE_SUFFIXES:
-        raise UserError(f"--output {output}: a page of HTML; give a name that ends in .html")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a directory; give the name of a file")
+    check_output(flags.output)
+    for name, folder in (("--png", flags.png), ("--svg", flags.svg)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UserError(f"{name} {folder}: is a file; give a directory for the images")
     seen: dict[Path, Path] = {}
     for path in flags.runs:
+        if path.is_file():
+            raise UserError(f"{path}: is a file; give the directory of a run of pretrain.train")
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; give one of a run of pretrain.train")
         if not is_run(path):
@@ -63,7 +78,12 @@ def check_flags(flags: Namespace) -> None:
 
 
 def write_figures(runs: Sequence["ReportedRun"], folders: dict[str, Path | None]) -> None:
-    """Write each chart as an image into the folders that were asked for, by suffix."""
+    """Write each chart as an image into the folders that were asked for, by suffix; say which are
+    left out.
+    """
+    from pretrain.reporting.page import one_axis_of_loss
+
+    bits_only = one_axis_of_loss(runs)
     for suffix, folder in folders.items():
         if folder is None:
             continue
@@ -71,8 +91,14 @@ def write_figures(runs: Sequence["ReportedRun"], folders: dict[str, Path | None]
         from pretrain.reporting.images import draw_figures
         from pretrain.reporting.reported_run import curves_of
 
-        for path in draw_figures([curves_of(run) for run in runs], folder, suffix):
+        curves = [curves_of(run) for run in runs]
+        paths = draw_figures(curves, folder, suffix, is_bits_only=bits_only is not None)
+        for path in paths:
             print(path)
+        if not paths:
+            print(f"note: {folder}: no image, since no step is on record", file=sys.stderr)
+        elif bits_only is not None:
+            print(f"note: {folder}: {bits_only}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from data_prep.files import write_durably
     from pretrain.reporting.compared import said_first
     from pretrain.reporting.page import report_page
-    from pretrain.reporting.reading import read_runs
+    from pretrain.reporting.reading import read_runs, strangers
 
     check_flags(flags)
     runs = read_runs(flags.runs, flags.data_dir)
@@ -91,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs:
         for note in run.notes:
             print(f"note: {run.path}: {note}", file=sys.stderr)
+    for path in strangers(runs, flags.data_dir):
+        print(f"note: --data-dir {path}: the data set of none of these runs", file=sys.stderr)
     # A path may hold bytes that are no text; they are spelled out.
     write_durably(flags.output, page.encode(errors="backslashreplace"))
     for run in runs:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pretrain.config.changes import MAY_CHANGE_ON_RESUME, flatten
+from pretrain.config.load import recipe_to_dict
 from pretrain.config.recipe import Recipe
 from pretrain.costs.flops import flops_per_token
 from pretrain.metrics.step_columns import (
@@ -33,6 +35,9 @@ DIGITS = 7
 GIGA = 1e9
 PERCENT = 100
 SECONDS_OF_AN_HOUR = 3600
+# Keys and sections of a recipe that change nothing of what is learned. The engine's file may: it
+# tells the precision.
+LEARNS_THE_SAME = (MAY_CHANGE_ON_RESUME | {"seed"}) - {"engine"}
 
 Numbers = list[float | None]  # None: no number
 
@@ -62,7 +67,16 @@ class Curves:
         """Whether nothing but the seed tells two runs apart."""
         if self.fingerprint != other.fingerprint:
             return False
-        return replace(self.recipe, seed=0) == replace(other.recipe, seed=0)
+        return what_is_learned(self.recipe) == what_is_learned(other.recipe)
+
+
+def what_is_learned(recipe: Recipe) -> dict[str, object]:
+    """By dotted key, all of a recipe that a run's losses follow from, but for the seed."""
+    kept = {}
+    for key, value in flatten(recipe_to_dict(recipe)).items():
+        if key not in LEARNS_THE_SAME and key.partition(".")[0] not in LEARNS_THE_SAME:
+            kept[key] = value
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

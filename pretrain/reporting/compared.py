@@ -7,13 +7,23 @@ import numpy as np
 from data_prep.errors import printable
 from pretrain.metrics.step_columns import Floats, StepColumns
 from pretrain.reporting.power_law import law_of
-from pretrain.reporting.reported_run import ReportedRun
+from pretrain.reporting.reported_run import ReportedRun, StandsOut, WorstSteps
+from pretrain.reporting.words import NOT_KNOWN
 
 TENTH = 10
-FEWEST_STEPS = 20  # of which a tenth says nothing
-STEPS_BEFORE = 100  # with whose mean a step's loss is compared
+FEWEST_STEPS = 100  # of which a tenth, 10 steps, says something
+STEPS_BEFORE = 100  # with whose median a step's loss is compared at most
+FEWEST_BEFORE = 5
+WINDOWS = 10  # that a short run has, of the steps with whose median each is compared
+WINDOWS_AT_ONCE = 10_000
+DEVIATIONS = 5.0  # of the noise from step to step, above which a step stands out
+DEVIATIONS_OF_MEDIAN = 1.4826  # normal standard deviations in a median of absolute values
+LEAST_SHARE = 0.01  # of the median loss: less is nothing to look at, however calm the run
 SLOW_MEDIANS = 2.0  # a step is slow from so many medians on
 MOST_STEPS = 10  # that are named
+TREND = "training loss, last tenth of the steps against the tenth before"
+SLOW = "slow steps, of twice the median time or more"
+WORST = "steps whose loss stands out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +38,12 @@ class Trend:
     def words(self) -> str:
         """Whether the run still improves."""
         fall = self.before - self.last
+        means = f"{self.last:.4f} after {self.before:.4f}"
         if abs(fall) <= 2 * self.error:
-            return f"flat: {self.last:.4f}, within its noise of {self.before:.4f}"
+            return f"flat ({means}, a difference within the noise)"
         if fall > 0:
-            return f"still falling: {self.last:.4f}, {fall:.4f} less than before"
-        return f"rising: {self.last:.4f}, {-fall:.4f} more than before"
+            return f"still falling ({means}, {fall:.4f} less)"
+        return f"rising ({means}, {-fall:.4f} more)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +52,6 @@ class Slowness:
 
     steps: int
     seconds: float  # that they took beyond the median
-
-
-@dataclass(frozen=True, kw_only=True)
-class StandsOut:
-    """A step whose loss is far above that of the steps before it."""
-
-    step: int
-    loss: float
-    above: float  # the mean of the steps before
 
 
 def trend_of(steps: StepColumns) -> Trend | None:
@@ -69,6 +71,14 @@ def trend_of(steps: StepColumns) -> Trend | None:
     )
 
 
+def trend_words(steps: StepColumns) -> str:
+    """How the loss goes, or why that is not told."""
+    trend = trend_of(steps)
+    if trend is None:
+        return f"not told of fewer than {FEWEST_STEPS} steps"
+    return trend.words
+
+
 def slowness_of(steps: StepColumns) -> Slowness | None:
     """How often and how long a run was slow; None where it never trained."""
     column = steps.column("step_s")
@@ -80,32 +90,71 @@ def slowness_of(steps: StepColumns) -> Slowness | None:
     return Slowness(steps=len(slow), seconds=float((slow - median).sum()))
 
 
-def means_before(losses: Floats) -> Floats:
-    """Of each loss, the mean of those before it, at most STEPS_BEFORE; NaN of the first."""
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    ends = np.arange(len(losses))
-    begins = np.maximum(ends - STEPS_BEFORE, 0)
-    with np.errstate(invalid="ignore"):
-        means: Floats = (sums[ends] - sums[begins]) / (ends - begins)
-    return means
+def worst_steps(steps: StepColumns) -> WorstSteps | None:
+    """The steps whose loss lies highest above the median of the steps before them, the highest
+    first; None where too few were trained.
 
-
-def worst_steps(steps: StepColumns) -> list[StandsOut]:
-    """The steps whose loss lies highest above the steps before them, the highest first."""
+    That median leaves a spike as high as it is, and follows a loss that falls, since of a short run
+    it is one of few steps. What lies within the noise from step to step is no step that stands out.
+    """
     column = steps.column("loss")
     rows = np.flatnonzero(np.isfinite(column))
     losses = column[rows]
-    above = np.nan_to_num(losses - means_before(losses))
-    highest = np.argsort(-above, kind="stable")[:MOST_STEPS]
+    before = min(STEPS_BEFORE, max(FEWEST_BEFORE, len(losses) // WINDOWS))
+    if len(losses) <= before:
+        return None
+    above = losses[before:] - medians_before(losses, before)
+    # of second differences: a steady fall is none, and their variance is 1 + 4 + 1 times
+    # that of a step
+    bends = np.abs(np.diff(losses, 2))
+    noise = DEVIATIONS_OF_MEDIAN * np.median(bends) / np.sqrt(6)
+    least = float(max(DEVIATIONS * noise, LEAST_SHARE * np.median(losses)))
     found = []
-    for place in highest.tolist():
-        if above[place] <= 0:
+    for place in np.argsort(-above, kind="stable")[:MOST_STEPS].tolist():
+        if above[place] <= least:
             break
-        step = steps.column("step")[rows[place]]
-        found.append(
-            StandsOut(step=int(step), loss=float(losses[place]), above=float(above[place]))
+        row = rows[before + place]
+        own = StandsOut(
+            done=int(steps.column("step")[row]) + 1,
+            loss=float(column[row]),
+            above=float(above[place]),
         )
+        found.append(own)
+    return WorstSteps(steps=tuple(found), before=before, least=least)
+
+
+def medians_before(losses: Floats, before: int) -> Floats:
+    """Of each loss but the first `before` the median of so many before it, (losses - before,)."""
+    windows = np.lib.stride_tricks.sliding_window_view(losses, before)[:-1]
+    # a median copies its windows: some of them at a time
+    parts = range(0, len(windows), WINDOWS_AT_ONCE)
+    medians = [np.median(windows[part : part + WINDOWS_AT_ONCE], axis=1) for part in parts]
+    found: Floats = np.concatenate(medians)
     return found
+
+
+def slow_words(slow: Slowness | None) -> str:
+    """How often a run was slow, and what that cost."""
+    if slow is None:
+        return NOT_KNOWN
+    if slow.steps == 0:
+        return "none"
+    return f"{slow.steps:,}, which cost {duration(slow.seconds)} beyond the median"
+
+
+def duration(seconds: float) -> str:
+    """So long, as people say it."""
+    for name, size in (("h", 3_600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.3g} s"
+
+
+def none_words(worst: WorstSteps | None) -> str:
+    """That no step stands out, and what would have."""
+    if worst is None:
+        return "not looked for: the run is too short"
+    return f"none lies more than {worst.least:.4f} above the median of the {worst.before} before it"
 
 
 def said_first(run: ReportedRun, *, is_alone: bool) -> list[str]:
@@ -114,30 +163,29 @@ def said_first(run: ReportedRun, *, is_alone: bool) -> list[str]:
     Of a run that is reported alone, each step that stands out has a line of its own.
     """
     lines = []
-    trend = trend_of(run.steps)
-    if trend:
-        lines.append(f"training loss of the last tenth of its steps {trend.words}")
+    if len(run.steps):
+        lines.append(f"{TREND}: {trend_words(run.steps)}")
+    if trend_of(run.steps):
         law = law_of(run.steps, run.recipe.schedule.warmup(run.recipe.total_steps))
         lines.append(f"that tenth against a power law of the tokens N: {law.words}")
     slow = slowness_of(run.steps)
     if slow and slow.steps:
-        lines.append(
-            f"steps of {SLOW_MEDIANS:g} medians or more: {slow.steps:,}, which took "
-            f"{slow.seconds:,.3g} s more"
-        )
-    worst = worst_steps(run.steps)
-    if worst and not is_alone:
-        steps = ", ".join(f"{found.step:,} ({found.loss:.4f})" for found in worst)
-        lines.append(f"steps of the highest loss: {steps}")
-    elif worst:
-        lines += [line_on(run, found) for found in worst]
+        lines.append(f"{SLOW}: {slow_words(slow)}")
+    if run.worst is None or not run.worst.steps:
+        if len(run.steps):
+            lines.append(f"{WORST}: {none_words(run.worst)}")
+    elif is_alone:
+        lines += [line_on(run, found) for found in run.worst.steps]
+    else:
+        steps = ", ".join(f"{found.done:,} ({found.loss:.4f})" for found in run.worst.steps)
+        lines.append(f"{WORST}: {steps}")
     return [printable(f"{run.name}: {line}") for line in lines]
 
 
 def line_on(run: ReportedRun, found: StandsOut) -> str:
     """A step that stands out, with the document that had most of its batch."""
-    line = f"step {found.step:,}: loss {found.loss:.4f}, {found.above:.4f} above those before"
-    documents = run.documents.get(found.step)
+    line = f"step {found.done:,}: loss {found.loss:.4f}, {found.above:.4f} above those before"
+    documents = run.documents.get(found.done - 1)
     if documents is None:
         return line
     return f"{line}; {documents.named[0]}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.errors import UserError, install_advice
 from data_prep.files import write_durably
-from pretrain.metrics.step_columns import Groups
+from pretrain.metrics.step_columns import Floats, Groups, Integers
 from pretrain.reporting.charts import (
     Curves,
     DrawnRun,
@@ -59,7 +59,7 @@ CHARTS = (
     Chart(
         name="mfu_of_matmul",
         figure="mfu_of_matmul",
-        label="use of a measured matrix product (%)",
+        label="speed against a measured matrix product (%)",
     ),
 )
 
@@ -111,6 +111,13 @@ def colour_of(number: int) -> str:
     return page_colours()[number % COLOURS]
 
 
+def lone_places(values: Floats) -> Integers:
+    """Places of the values with none on either side, which a line through them does not show."""
+    is_there = np.pad(np.isfinite(values), 1)
+    is_lone = is_there[1:-1] & ~is_there[:-2] & ~is_there[2:]
+    return np.flatnonzero(is_lone)
+
+
 def draw_line(axes: "Axes", chart: Chart, drawing: Drawing, number: int) -> None:
     """Draw one run: means of groups of steps, and a shade from the least to the greatest."""
     run = drawing.runs[number]
@@ -125,6 +132,8 @@ def draw_line(axes: "Axes", chart: Chart, drawing: Drawing, number: int) -> None
     dash = DASHES[number // COLOURS % len(DASHES)]
     mean = groups.mean(scaled)
     axes.plot(tokens, mean, linewidth=1.0, color=colour, linestyle=dash, label=run.name)
+    lone = lone_places(mean)
+    axes.plot(tokens[lone], mean[lone], "o", markersize=2.5, color=colour)
     if drawing.size > 1:
         low = groups.least(scaled)
         high = groups.most(scaled)
@@ -159,14 +168,23 @@ def draw_seeds(axes: "Axes", chart: Chart, drawing: Drawing) -> None:
 
 
 def is_known(chart: Chart, runs: Sequence[Curves]) -> bool:
-    """Whether any run has what a chart shows; of bits per byte, whether all have."""
+    """Whether any run has what a chart shows; of bits per byte, whether all have its bytes."""
     if chart.is_bits:
-        return all(run.bytes_per_token and run.validation_bytes_per_token for run in runs)
-    return any(chart.figure in figures_drawn(run.steps) for run in runs)
+        for run in runs:
+            if not (run.bytes_per_token and run.validation_bytes_per_token):
+                return False
+    for run in runs:
+        values = figures_drawn(run.steps).get(chart.figure)
+        if values is not None and np.isfinite(values).any():
+            return True
+    return False
 
 
-def draw_figures(runs: Sequence[Curves], folder: Path, suffix: str) -> list[Path]:
-    """Write each chart of some runs into a folder; the files, in order.
+def draw_figures(
+    runs: Sequence[Curves], folder: Path, suffix: str, *, is_bits_only: bool
+) -> list[Path]:
+    """Write each chart of some runs into a folder; the files, in order. A chart of which no run
+    has a figure is left out, and so are nats a token of runs whose tokens are not the same.
 
     `suffix` is that of a format of matplotlib's, `.png` or `.svg`. Raises UserError where it is not
     installed.
@@ -174,7 +192,8 @@ def draw_figures(runs: Sequence[Curves], folder: Path, suffix: str) -> list[Path
     drawing = drawing_of(runs)
     written = []
     for chart in CHARTS:
-        if not is_known(chart, runs):
+        is_nats = chart.figure == "loss" and not chart.is_bits
+        if (is_nats and is_bits_only) or not is_known(chart, runs):
             continue
         figure = new_figure()
         axes = figure.add_subplot()

@@ -28,8 +28,12 @@ from pretrain.reporting.tables import (
     reproduction,
 )
 from pretrain.reporting.words import Section
+from pretrain.run.starts import version_of
 from pretrain.view.templates import render
 
+# By which a page is known for one of ours, near its beginning.
+MADE_BY = b'<meta name="generator" content="tablefree '
+BEGINNING = 4_096  # bytes of a file in which that is looked for
 LIBRARY = "uplot"  # the package that holds the chart library's script and style
 
 
@@ -43,6 +47,12 @@ def library_file(name: str) -> str:
         )
     path = Path(found.origin).parent / "static" / name
     return path.read_text(encoding="utf-8")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that this module made."""
+    with path.open("rb") as file:
+        return MADE_BY in file.read(BEGINNING)
 
 
 def own_file(name: str) -> str:
@@ -104,6 +114,7 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
     curves = [curves_of(run) for run in runs]
     charts = draw_charts(curves, is_bits_only=bits_only is not None)
     library = library_file("uPlot.iife.js")
+    axes = own_file("axes.js")
     script = own_file("report.js")
     of_sections = own_file("sections.js")
     style = library_file("uPlot.min.css") + own_file("report.css")
@@ -118,6 +129,7 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
         reproduction(runs),
     ]
     sections[:0] = first
+    kinds = {mark.kind for run in curves for mark in run.marks}
     notes = notes_of(runs)
     if bits_only is not None:
         notes.insert(0, bits_only)
@@ -127,10 +139,13 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
         "report.html.jinja",
         title=", ".join(run.name for run in runs),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version_of("tablefree"),
         notes=notes,
-        policy=policy_of([library, script, of_sections]),
+        kinds=sorted(kinds),
+        policy=policy_of([library, axes, script, of_sections]),
         style=Markup(style),
         library=Markup(library),
+        axes=Markup(axes),
         script=Markup(script),
         script_of_sections=Markup(of_sections),
         charts=figures,

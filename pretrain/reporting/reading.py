@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.errors import UserError, one_line, parse_yaml
 from data_prep.manifest import Manifest, load_manifest
 from pretrain.checkpoint.layout import LOGS_NAME, MANIFEST_NAME, saved_steps, step_of
@@ -14,7 +16,9 @@ from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import read_results
+from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.metrics.step_columns import StepColumns, read_columns
+from pretrain.reporting.charts import last_step
 from pretrain.reporting.compared import worst_steps
 from pretrain.reporting.data_set import (
     SourceLengths,
@@ -22,10 +26,10 @@ from pretrain.reporting.data_set import (
     documents_of_steps,
     source_lengths,
 )
-from pretrain.reporting.reported_run import ReportedRun, StartFacts
-from pretrain.run.directory import RECIPE_NAME, SKIPS_NAME
-from pretrain.run.starts import Start, in_words, of_steps, read_starts
-from pretrain.run.state import read_state
+from pretrain.reporting.reported_run import ReportedRun, StartFacts, WorstSteps
+from pretrain.run.directory import RECIPE_NAME, SKIPS_NAME, STARTS_NAME
+from pretrain.run.starts import Start, in_words, of_steps, read_starts, unread_lines
+from pretrain.run.state import RunState, read_state
 
 # what reading a manifest of another form raises
 NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -112,17 +116,74 @@ def data_of(
     return DataAtHand(data_dir=path, manifest=found)
 
 
-def look_into(data: DataAtHand, recipe: Recipe, steps: StepColumns, notes: list[str]) -> DataAtHand:
+def look_into(
+    data: DataAtHand, recipe: Recipe, worst: WorstSteps | None, notes: list[str]
+) -> DataAtHand:
     """Also what its shards tell; what can't be read of them becomes a note."""
-    worst = [found.step for found in worst_steps(steps)]
+    looked_at = [found.done - 1 for found in worst.steps] if worst else []
     lengths: tuple[SourceLengths, ...] = ()
     documents: dict[int, StepDocuments] = {}
     try:
         lengths = source_lengths(data.data_dir, data.manifest.fingerprint)
-        documents = documents_of_steps(data.data_dir, recipe, worst)
+        documents = documents_of_steps(data.data_dir, recipe, looked_at)
     except UserError as error:
         notes.append(f"not all that its shards tell is shown ({one_line(error)})")
     return replace(data, lengths=lengths, documents=documents)
+
+
+def steps_done(
+    recipe: Recipe, state: RunState, steps: StepColumns, checkpoints: Sequence[int]
+) -> int:
+    """How many steps a run has behind it, by the record, the checkpoints or the status: the most
+    of them.
+    """
+    done = max([last_step(steps), state.saved_step or 0, *checkpoints])
+    return recipe.total_steps if state.status == "done" else done
+
+
+def notes_on_steps(steps: StepColumns, done: int) -> list[str]:
+    """What is to be said of the record of a run that has so many steps behind it."""
+    if done == 0:
+        return ["it has not finished a step yet, so there are no curves"]
+    if len(steps) == 0:
+        return [
+            f"its record is missing: {METRICS_NAME} has no line of the {done:,} steps it has "
+            "behind it, so there are no curves; restore that file"
+        ]
+    notes = []
+    if steps.missing:
+        notes.append(f"{counted(steps.missing)} no line in {METRICS_NAME}; curves leave them out")
+    at_the_end = done - last_step(steps)
+    if at_the_end > 0:
+        notes.append(
+            f"{counted(at_the_end)} no line at the end of {METRICS_NAME}, though the run has "
+            f"{done:,} steps behind it; figures are those of the step before"
+        )
+    strange = ~np.isfinite(steps.column("loss"))
+    strange[np.isin(steps.column("step"), [step.step for step in steps.skipped])] = False
+    if strange.any():
+        first = int(steps.column("step")[strange][0]) + 1
+        notes.append(
+            f"{counted(int(strange.sum()))} a loss that is no finite number, and none was "
+            f"skipped for it; the first is step {first:,}"
+        )
+    return notes
+
+
+def counted(steps: int) -> str:
+    """So many steps have."""
+    return "1 step has" if steps == 1 else f"{steps:,} steps have"
+
+
+def notes_on_starts(run_dir: Path) -> list[str]:
+    """What of the starts can't be told."""
+    unread = unread_lines(run_dir)
+    if unread == 0:
+        return []
+    return [
+        f"{unread:,} of the lines of {STARTS_NAME} can't be read; the starts that they tell of "
+        "are not shown"
+    ]
 
 
 def start_facts(start: Start) -> StartFacts:
@@ -136,17 +197,27 @@ def start_facts(start: Start) -> StartFacts:
         ranks=in_words(start.ranks),
         hosts=len(start.hosts or ()),
         devices=in_words(start.devices),
+        threads=in_words(start.threads_per_rank),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
 
 
-def bad_texts(run_dir: Path) -> dict[int, str]:
-    """The text of the worst row of each bad step."""
-    if not (run_dir / SKIPS_NAME).is_file():
-        return {}
-    from pretrain.run.bad_steps import worst_texts  # with torch, for which few runs need wait
+@dataclass(frozen=True, kw_only=True)
+class Skips:
+    """What the record of bad steps tells, which count from 0."""
 
-    return worst_texts(run_dir)
+    texts: dict[int, str] = field(default_factory=dict)  # of the worst row of each
+    rewound: frozenset[int] = frozenset()
+
+
+def read_skips(run_dir: Path) -> Skips:
+    """What the record of bad steps tells, where there is one."""
+    if not (run_dir / SKIPS_NAME).is_file():
+        return Skips()
+    # with torch, for which few runs need wait
+    from pretrain.run.bad_steps import rewound_steps, worst_texts
+
+    return Skips(texts=worst_texts(run_dir), rewound=rewound_steps(run_dir))
 
 
 def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun:
@@ -156,36 +227,38 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
     manifest = newest_manifest(run_dir, notes)
     recipe = recipe_of(run_dir, manifest, notes)
     steps = read_columns(run_dir)
-    if len(steps) == 0:
-        notes.append("it has not finished a step yet, so there are no curves")
-    if steps.missing:
-        notes.append(
-            f"{steps.missing:,} steps have no line in metrics.jsonl; curves leave them out"
-        )
+    saved = [step_of(path.name) for path in reversed(saved_steps(run_dir))]
+    checkpoints = [step for step in saved if step is not None]
+    done = steps_done(recipe, state, steps, checkpoints)
+    notes += notes_on_steps(steps, done) + notes_on_starts(run_dir)
+    worst = worst_steps(steps)
     fingerprint = state.fingerprint
     if fingerprint is None and manifest is not None:
         fingerprint = manifest.fingerprint
     data = data_of(data_dirs, fingerprint, manifest, notes)
     if data is not None:
-        data = look_into(data, recipe, steps, notes)
+        data = look_into(data, recipe, worst, notes)
     tokenizer = data.manifest.tokenizer_sha256 if data else None
     if manifest and manifest.data.tokenizer_sha256:
         tokenizer = manifest.data.tokenizer_sha256
     end = recipe.total_steps + 1
-    checkpoints = [step_of(path.name) for path in reversed(saved_steps(run_dir))]
+    skips = read_skips(run_dir)
     return ReportedRun(
         name=name,
         path=run_dir,
         recipe=recipe,
         steps=steps,
+        done=done,
+        worst=worst,
         status=state.status or "not begun",
         reason=state.reason,
         fingerprint=fingerprint,
         branched_from=state.branched_from,
         starts=tuple(start_facts(start) for start in of_steps(read_starts(run_dir), end)),
-        checkpoints=tuple(step for step in checkpoints if step is not None),
+        checkpoints=tuple(checkpoints),
         has_stalled=(run_dir / LOGS_NAME).is_dir(),
-        bad_texts=bad_texts(run_dir),
+        bad_texts=skips.texts,
+        rewound=skips.rewound,
         evaluations=tuple(read_results(run_dir)),
         data=data.manifest if data else None,
         data_dir=data.data_dir if data else None,
@@ -200,3 +273,11 @@ def read_runs(paths: Sequence[Path], data_dirs: Sequence[Path]) -> list[Reported
     """All that is known of some runs. Raises UserError where a file of one is damaged."""
     names = names_of(paths)
     return [read_run(path, name, data_dirs) for path, name in zip(paths, names, strict=True)]
+
+
+def strangers(runs: Sequence[ReportedRun], data_dirs: Sequence[Path]) -> list[Path]:
+    """The data sets of a command line that are those of no run. Raises UserError for what is no
+    data set.
+    """
+    of_runs = {run.fingerprint for run in runs}
+    return [path for path in data_dirs if load_manifest(path).fingerprint not in of_runs]

@@ -2,6 +2,7 @@
 "use strict";
 
 (() => {
+  const { short, calmRange, logRange, logSplits, lonePlaces, fillOf } = reportAxes;
   const byId = (id) => document.getElementById(id);
   const figures = JSON.parse(byId("figures").textContent);
   const runs = [...figures.runs, ...figures.bands];
@@ -17,7 +18,7 @@
     { id: "learning_rate", title: "Learning rate", keys: ["learning_rate"] },
     { id: "tokens_per_s", title: "Tokens a second, all ranks", keys: ["tokens_per_s"] },
     { id: "mfu", title: "Model-FLOPs utilisation, %", keys: ["mfu"] },
-    { id: "mfu_of_matmul", title: "Utilisation against a measured matrix product, %", keys: ["mfu_of_matmul"] },
+    { id: "mfu_of_matmul", title: "Speed against a measured matrix product, %", keys: ["mfu_of_matmul"] },
     {
       id: "seconds",
       title: isAlone ? "Seconds a step, and of its parts" : "Seconds a step",
@@ -136,18 +137,6 @@
     return lines;
   }
 
-  // Numbers as people read them
-
-  function short(value) {
-    if (value === null || value === undefined) return "–";
-    const size = Math.abs(value);
-    if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e+", "e");
-    for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-      if (size >= unit) return `${Number((value / unit).toPrecision(4))} ${name}`;
-    }
-    return String(Number(value.toPrecision(5)));
-  }
-
   // Charts
 
   function optionsOf(chart, lines, now, width) {
@@ -165,8 +154,8 @@
       }
       if (line.raw) series.push({ stroke: `${stroke}59`, width: 1, points: { show: false } });
       line.index = series.length;
-      const isShort = line.x.length < 2;
-      const points = { show: Boolean(line.hasPoints) || isShort, size: 5, fill: stroke };
+      const filter = line.hasPoints ? undefined : (plot, index) => lonePlaces(plot.data[index]);
+      const points = { show: true, size: 5, fill: stroke, ...(filter ? { filter } : {}) };
       series.push({ stroke, width: line.width, dash: line.dash, points });
     }
     const axis = { stroke: ink, grid, ticks: grid, values: (_, splits) => splits.map(axisWords) };
@@ -177,11 +166,14 @@
       cursor: { y: false, sync: { key: "report", scales: ["x", null] }, points: { size: 6 } },
       scales: {
         x: { time: false, range: (_, least, most) => (least === most ? [least * 0.9, most * 1.1 + 1e-9] : [least, most]) },
-        y: { ...(now.isLog ? { distr: 3 } : {}), ...(now.isCalm ? { range: calmRange(lines) } : {}) },
+        y: {
+          ...(now.isLog ? { distr: 3, range: (_, least, most) => logRange(least, most) } : {}),
+          ...(now.isCalm ? { range: calmRange(lines) } : {}),
+        },
       },
       axes: [
         { ...axis, label: units[now.axis], labelSize: 20, size: 34 },
-        { ...axis, size: 62 },
+        { ...axis, size: 62, ...(now.isLog ? logAxis : {}) },
       ],
       series,
       bands,
@@ -189,16 +181,10 @@
     };
   }
 
-  // Where all but one in a hundred of the values lie; the spikes beyond are cut by the frame.
-  function calmRange(lines) {
-    const values = lines.flatMap((line) => line.y.filter((value) => value !== null));
-    values.sort((a, b) => a - b);
-    if (values.length === 0) return [0, 1];
-    const at = (share) => values[Math.round(share * (values.length - 1))];
-    const margin = 0.05 * (at(0.995) - at(0.005)) || Math.abs(at(0.5)) * 0.1 || 1;
-    const low = at(0.005) - margin;
-    return [low <= 0 && values[0] > 0 ? values[0] / 2 : low, at(0.995) + margin];
-  }
+  const logAxis = {
+    splits: (_plot, _axis, least, most) => logSplits(least, most),
+    filter: (_plot, splits) => splits,
+  };
 
   // uPlot leaves out labels of a log axis by giving null.
   function axisWords(value) {
@@ -265,7 +251,7 @@
       const item = document.createElement("li");
       const key = document.createElement("span");
       key.className = "key";
-      key.style.background = colour(line.hue);
+      key.style.background = fillOf(colour(line.hue), line.dash);
       line.cell = document.createElement("b");
       item.append(key, `${line.name} `, line.cell);
       list.append(item);

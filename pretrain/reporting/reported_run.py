@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.manifest import BLOCK_SAMPLES, Manifest
+from pretrain.checkpoint.layout import step_of
 from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.metrics.step_columns import Floats, StepColumns
@@ -24,7 +25,26 @@ class StartFacts:
     ranks: str
     hosts: int
     devices: str
+    threads: str  # of a rank
     versions: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandsOut:
+    """A step whose loss is far above that of the steps before it."""
+
+    done: int  # steps with it, so that the first is 1
+    loss: float
+    above: float  # the median of the steps before
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstSteps:
+    """The steps of a run that stand out, and how they were looked for."""
+
+    steps: tuple[StandsOut, ...] = ()  # the farthest above first
+    before: int  # steps with whose median a step is compared
+    least: float  # what counts, in nats above that median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +55,8 @@ class ReportedRun:
     path: Path
     recipe: Recipe
     steps: StepColumns
+    done: int  # steps, by the record, the checkpoints or the status: the most of them
+    worst: WorstSteps | None  # None where too few steps were trained
     status: str
     reason: str | None
     fingerprint: str | None  # of the data set
@@ -42,7 +64,8 @@ class ReportedRun:
     starts: tuple[StartFacts, ...]
     checkpoints: tuple[int, ...]  # steps, in order
     has_stalled: bool
-    bad_texts: dict[int, str]  # of the worst row of bad steps
+    bad_texts: dict[int, str]  # of the worst row of bad steps, which count from 0 here
+    rewound: frozenset[int]  # bad steps that the run went back before, from 0
     evaluations: tuple[EvaluationResult, ...]
     data: Manifest | None  # None where the data set is not at hand
     data_dir: Path | None  # of that
@@ -50,6 +73,11 @@ class ReportedRun:
     documents: dict[int, StepDocuments]  # of the steps that stand out
     tokenizer: str | None  # its identity
     notes: tuple[str, ...]  # what is missing, and what to do
+
+    @property
+    def lacks_record(self) -> bool:
+        """Whether it has trained, and nothing tells of its steps."""
+        return self.done > 0 and len(self.steps) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +162,34 @@ def marks_of(run: ReportedRun) -> list[Mark]:
         Mark(kind="checkpoint", step=step, words=f"checkpoint after step {step:,}")
         for step in run.checkpoints
     ]
+    begins_at = branched_at(run)
     for start in run.starts:
-        if start.step > 0:
-            words = f"went on from step {start.step:,}, {start.time}"
-            marks.append(Mark(kind="restart", step=start.step, words=words))
+        if start.step == 0:
+            continue
+        words = f"went on after step {start.step:,}, {start.time}"
+        if start.step == begins_at:
+            words = f"branched from {run.branched_from}, {start.time}"
+            begins_at = None  # a later start from there is one of its own
+        marks.append(Mark(kind="restart", step=start.step, words=words))
     for step in run.steps.skipped:
-        words = f"step {step.step:,} skipped: {step.skipped}"
-        marks.append(Mark(kind="skip", step=step.step + 1, words=words))
+        done = step.step + 1
+        words = f"step {done:,} skipped: {step.skipped}"
+        if step.step in run.rewound:
+            words += "; the run went back to the checkpoint before it"
+        marks.append(Mark(kind="skip", step=done, words=words))
     if run.has_stalled:
         words = "stalled: logs/ has the stack of every rank"
         if run.reason and "stalled" in run.reason:
             words = run.reason
         marks.append(Mark(kind="stall", step=last_step(run.steps), words=words))
     return marks
+
+
+def branched_at(run: ReportedRun) -> int | None:
+    """The step of another run's checkpoint that a branch began from."""
+    if run.branched_from is None:
+        return None
+    return step_of(Path(run.branched_from).name)
 
 
 def tokens_of(run: ReportedRun) -> float:

@@ -4,27 +4,31 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data_prep.errors import printable
+from data_prep.inputs.urls import without_credentials
 from pretrain.config.load import recipe_to_dict, recipe_to_yaml
 from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
 from pretrain.metrics.step_columns import PHASES, StepColumns
 from pretrain.reporting.charts import GIGA, SECONDS_OF_AN_HOUR, last_step
 from pretrain.reporting.compared import (
-    SLOW_MEDIANS,
-    Slowness,
-    StandsOut,
+    SLOW,
+    TREND,
+    WORST,
+    none_words,
+    slow_words,
     slowness_of,
-    trend_of,
-    worst_steps,
+    trend_words,
 )
 from pretrain.reporting.data_set import StepDocuments
 from pretrain.reporting.power_law import law_of
 from pretrain.reporting.reported_run import (
     ReportedRun,
     StartFacts,
+    WorstSteps,
     best_step,
     bytes_per_token,
     known,
@@ -39,22 +43,24 @@ from pretrain.reporting.words import (
     Table,
     Text,
     by_run,
+    dotted,
     figure,
     large,
     newest_of,
     share,
+    shortened,
 )
 from pretrain.run.directory import RECIPE_NAME
 
 LOCAL_RANK = re.compile(r" --local[_-]rank(=| )\d+")  # which DeepSpeed's launcher adds
+RUN_DIR = re.compile(r"--run-dir[= ]('[^']*'|\S+)")
 SHORT_COMMIT = 12  # characters of a commit that tell it from all others
-MOST_TEXT = 400  # characters of a sample that are shown
 
 
-TREND = "training loss, the last tenth of the steps against the tenth before"
 LAW = "training loss of the last tenth against a power law of the tokens N"
 MFU = "MFU, median"
-MFU_OF_MATMUL = "use of a measured matrix product, median"  # on CPUs, whose peak is not known
+# on CPUs, whose peak is not known
+MFU_OF_MATMUL = "speed against a measured matrix product, median"
 LAW_NOTE = (
     "The law describes this run and foretells nothing: the schedule bends the curve, and a "
     "learning rate that falls at the end takes it below its law."
@@ -98,15 +104,19 @@ def outcome(run: ReportedRun) -> Cells:
         best_loss = f"{best.loss:.4f} after step {best.done:,}"
     if best and of_validation:
         bits_per_byte = best.loss / math.log(2) / of_validation
+    done = f"{run.done:,} of {run.recipe.total_steps:,}"
+    of_record = last_step(run.steps)
+    if of_record < run.done:
+        done = f"{done}, {of_record:,} in the record"
     return {
         "status": status,
-        "steps": f"{last_step(run.steps):,} of {run.recipe.total_steps:,}",
-        "tokens": large(tokens_of(run)),
+        "steps": done,
+        "tokens": NOT_KNOWN if run.lacks_record else large(tokens_of(run)),
         "loss of the last step": last_figure(run.steps, "loss"),
         "last validation loss": last_figure(run.steps, "val_loss"),
         "best validation loss": best_loss,
         "its bits per byte": figure(bits_per_byte),
-        "skipped steps": f"{len(run.steps.skipped):,}",
+        "skipped steps": NOT_KNOWN if run.lacks_record else f"{len(run.steps.skipped):,}",
     }
 
 
@@ -115,11 +125,16 @@ def cost(run: ReportedRun) -> Cells:
     parameters = count_parameters(run.recipe.model)
     per_token = flops_per_token(run.recipe.model)
     gpu_hours = run.steps.gpu_seconds() / SECONDS_OF_AN_HOUR
+    flops = f"{tokens_of(run) * per_token:.3g}"
+    hours = f"{gpu_hours:,.4g}"
+    if run.lacks_record:
+        flops = NOT_KNOWN
+        hours = NOT_KNOWN
     cells = {
         "parameters": large(sum(parameters.values())),
         "FLOPs a token": large(per_token),
-        "FLOPs": f"{tokens_of(run) * per_token:.3g}",
-        "GPU-hours (on CPUs: hours of ranks)": f"{gpu_hours:,.4g}",
+        "FLOPs": flops,
+        "GPU-hours (on CPUs: hours of ranks)": hours,
         "tokens/s, median": median_of(run.steps, "tokens_per_s", ",.0f"),
         MFU: median_of(run.steps, "mfu", ".1%"),
         MFU_OF_MATMUL: median_of(run.steps, "mfu_of_matmul", ".1%"),
@@ -158,40 +173,35 @@ def compared(runs: Sequence[ReportedRun]) -> Section:
     of_runs = [against_itself(run) for run in runs]
     tables = [by_run("Trend and slow steps", runs, of_runs, LAW_NOTE)]
     for run in runs:
-        worst = worst_steps(run.steps)
-        if worst:
-            tables.append(worst_table(run, worst))
+        if run.worst is not None and run.worst.steps:
+            tables.append(worst_table(run, run.worst))
     return Section(title="Compared with itself", tables=tables)
 
 
 def against_itself(run: ReportedRun) -> Cells:
     """Whether a run still improves, how it lies to a power law, and whether it was slow."""
-    trend = trend_of(run.steps)
     warmup = run.recipe.schedule.warmup(run.recipe.total_steps)
+    worst = none_words(run.worst)
+    if run.worst is not None and run.worst.steps:
+        worst = ", ".join(f"{step.done:,}" for step in run.worst.steps)
     return {
-        TREND: NOT_KNOWN if trend is None else trend.words,
+        TREND: trend_words(run.steps),
         LAW: law_of(run.steps, warmup).words,
-        f"steps of {SLOW_MEDIANS:g} medians or more": slow_words(slowness_of(run.steps)),
+        SLOW: slow_words(slowness_of(run.steps)),
+        WORST: worst,
     }
 
 
-def slow_words(slow: Slowness | None) -> str:
-    """How often a run was slow, and what that cost."""
-    if slow is None:
-        return NOT_KNOWN
-    return f"{slow.steps:,}, which took {slow.seconds:,.3g} s more"
-
-
-def worst_table(run: ReportedRun, worst: Sequence[StandsOut]) -> Table:
+def worst_table(run: ReportedRun, worst: WorstSteps) -> Table:
     """The steps whose loss stands out, and their documents, or how to see these."""
-    header = ["step", "loss", "above the mean of the 100 before"]
+    header = ["step", "loss", f"above the median of the {worst.before} before"]
     if run.documents:
         header.append("documents of its batch")
     rows = []
-    for step in worst:
-        row = [f"{step.step:,}", f"{step.loss:.4f}", f"{step.above:.4f}"]
+    for step in worst.steps:
+        row = [f"{step.done:,}", f"{step.loss:.4f}", f"{step.above:.4f}"]
         if run.documents:
-            row.append(documents_words(run.documents.get(step.step)))
+            row.append(documents_words(run.documents.get(step.done - 1)))
         rows.append(row)
     place = shlex.quote(str(run.path))
     data = "DATASET"
@@ -199,10 +209,11 @@ def worst_table(run: ReportedRun, worst: Sequence[StandsOut]) -> Table:
         data = shlex.quote(str(run.data_dir))
     trace = f"python -m pretrain.trace --run-dir {place} --data-dir {data} --step STEP --row ROW"
     return Table(
-        title=f"{run.name}, steps of the highest loss",
+        title=f"{run.name}, {WORST}",
         header=header,
         rows=rows,
-        note=f"{printable(trace)} shows the documents of a row.",
+        note=f"{printable(trace)} shows the documents of a row; STEP and ROW count from 0, so that "
+        "STEP is one less than here.",
     )
 
 
@@ -222,14 +233,14 @@ def documents_words(documents: StepDocuments | None) -> str:
 
 
 def happened(runs: Sequence[ReportedRun]) -> Section:
-    """Checkpoints, restarts, skips and stalls, newest first."""
+    """Checkpoints, restarts, skips and stalls, in order."""
     tables = [marks_table(run) for run in runs]
     return Section(title="What happened", tables=[table for table in tables if table.rows])
 
 
 def marks_table(run: ReportedRun) -> Table:
     """What happened to a run; beside a bad step, the text of its worst row."""
-    marks = sorted(marks_of(run), key=lambda mark: mark.step, reverse=True)
+    marks = sorted(marks_of(run), key=lambda mark: mark.step)
     rows = []
     for mark in marks:
         row = [mark.kind, f"{mark.step:,}", mark.words]
@@ -241,27 +252,7 @@ def marks_table(run: ReportedRun) -> Table:
     header = ["what", "after steps", "which"]
     if run.bad_texts:
         header.append("text of its worst row")
-    return Table(title=run.name, header=header, rows=rows[:MOST_ROWS], note=newest_of(rows))
-
-
-def shortened(text: str) -> str:
-    """The beginning of a sample's text."""
-    shown = printable(text[:MOST_TEXT])
-    if len(text) > MOST_TEXT:
-        shown += "…"
-    return shown
-
-
-def dotted(content: dict[str, object], prefix: str = "") -> Cells:
-    """A recipe's values by dotted key."""
-    values: Cells = {}
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            values |= dotted(value, f"{key}.")
-        else:
-            values[key] = str(value)
-    return values
+    return Table(title=run.name, header=header, rows=rows[-MOST_ROWS:], note=newest_of(rows))
 
 
 def recipes(runs: Sequence[ReportedRun]) -> Section:
@@ -308,16 +299,26 @@ def environment(runs: Sequence[ReportedRun]) -> Section:
 
 def starts_table(run: ReportedRun) -> Table:
     """The starts of a run."""
+    versions = {start.versions for start in run.starts}
+    is_one = len(versions) == 1
     rows = []
     for start in run.starts:
         row = [f"{start.step:,}", start.time, start.ranks]
-        row += [start.devices, start.commit[:SHORT_COMMIT], start.versions]
+        row += [start.devices, start.threads, start.commit[:SHORT_COMMIT]]
+        if not is_one:
+            row.append(start.versions)
         rows.append(row)
+    header = ["after step", "time", "ranks", "devices", "threads a rank", "commit"]
+    notes = [newest_of(rows)]
+    if is_one:
+        notes.append(f"Versions: {versions.pop()}.")
+    else:
+        header.append("versions")
     return Table(
         title=run.name,
-        header=["from step", "time", "ranks", "devices", "commit", "versions"],
+        header=header,
         rows=rows[-MOST_ROWS:],
-        note=newest_of(rows),
+        note=" ".join(notes).strip(),
     )
 
 
@@ -332,8 +333,13 @@ def reproduction(runs: Sequence[ReportedRun]) -> Section:
 
 
 def launched(start: StartFacts) -> str:
-    """The command that starts all ranks, where they were on one host; else that of a rank."""
+    """The command that starts all ranks, where they were on one host; else that of a rank.
+
+    A single rank without DeepSpeed's flag was started by itself, with no launcher.
+    """
     own = LOCAL_RANK.sub("", start.command)
+    if start.ranks == "1" and own == start.command:
+        return own
     if start.hosts == 1 and start.ranks.isdecimal():
         return own.replace("python -m ", f"deepspeed --num_gpus {start.ranks} --module ", 1)
     return own
@@ -342,15 +348,46 @@ def launched(start: StartFacts) -> str:
 def command_lines(run: ReportedRun) -> list[str]:
     """What was called, in order, and on what it ran."""
     lines = [f"# data set: fingerprint {run.fingerprint or NOT_KNOWN}"]
+    lines += data_lines(run)
     if run.branched_from:
         lines.append(f"# branched from {run.branched_from}")
     recipe = run.path / RECIPE_NAME
     lines.append(f"# the recipe as it was resolved, which is on this page too: {recipe}")
+    lines.append(f"# relative paths: {called_from(run)}")
     for start in run.starts[:MOST_ROWS]:
-        place = f"# from step {start.step}, {start.time}, commit {start.commit}"
-        lines.append(f"{place}, {start.ranks} ranks")
+        place = f"# after step {start.step}, {start.time}, commit {start.commit}"
+        ranks = "1 rank" if start.ranks == "1" else f"{start.ranks} ranks"
+        threads = f"OMP_NUM_THREADS {start.threads} a rank"
+        lines.append(f"{place}, {ranks}, {threads}")
         lines.append(launched(start))
     if run.evaluations:
         place = shlex.quote(str(run.path))
         lines.append(f"python -m pretrain.evaluate --run-dir {place}")
     return lines
+
+
+def data_lines(run: ReportedRun) -> list[str]:
+    """What the data set was built from: its command is nowhere on record."""
+    if run.data is None or run.data_dir is None:
+        return []
+    lines = ["# built by python -m data_prep.build_shards, whose command is not on record, from"]
+    for source in run.data.sources:
+        origin = without_credentials(source.origin)
+        lines.append(f"#   {source.name}: {origin}, weight {source.weight}")
+    lines.append(f"# and found at {run.data_dir}")
+    return lines
+
+
+def called_from(run: ReportedRun) -> str:
+    """Where relative paths of a run's commands lead from, as far as its own place tells."""
+    place = run.path.resolve()
+    for start in reversed(run.starts):
+        given = RUN_DIR.search(start.command)
+        if given is None:
+            continue
+        own = Path(given[1].strip("'\""))
+        parts = own.parts
+        if own.is_absolute() or ".." in parts or place.parts[-len(parts) :] != parts:
+            continue
+        return f"from {Path(*place.parts[: -len(parts)])}, unless the run was moved"
+    return "from where the command was called, which is not on record"

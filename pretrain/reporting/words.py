@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from data_prep.errors import printable
 from pretrain.reporting.reported_run import ReportedRun
 
 MOST_ROWS = 100  # of a table of what happened
+MOST_TEXT = 400  # characters of a sample that are shown
 NOT_KNOWN = "–"  # noqa: RUF001  # an empty cell, as tables are set
 UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
@@ -141,3 +143,32 @@ def by_run(title: str, runs: Sequence[ReportedRun], of_runs: Sequence[Cells], no
         row += [cells[name] for cells in of_runs]
         rows.append(row)
     return Table(title=title, header=header, rows=rows, note=note)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a sample's text."""
+    shown = printable(text[:MOST_TEXT])
+    if len(text) > MOST_TEXT:
+        shown += "…"
+    return shown
+
+
+def dotted(content: dict[str, object], prefix: str = "") -> Cells:
+    """A recipe's values by dotted key."""
+    values: Cells = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            values |= dotted(value, f"{key}.")
+        else:
+            values[key] = value_words(value)
+    return values
+
+
+def value_words(value: object) -> str:
+    """A value of a recipe as people write it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "none" if value is None else str(value)

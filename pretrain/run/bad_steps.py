@@ -185,6 +185,19 @@ def worst_texts(run_dir: Path) -> dict[int, str]:
     return texts
 
 
+def rewound_steps(run_dir: Path) -> frozenset[int]:
+    """The bad steps at which a run went back to a checkpoint.
+
+    Raises UserError for a damaged line.
+    """
+    found = set()
+    for record in read_lines(run_dir / SKIPS_NAME):
+        step = record.get("step")
+        if record.get("policy") == "rewind" and isinstance(step, int):
+            found.add(step)
+    return frozenset(found)
+
+
 def describe_rows(
     loader: TrainingLoader, reader: ShardReader, samples: range, row_nats: list[float]
 ) -> Json:

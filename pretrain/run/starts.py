@@ -215,6 +215,13 @@ def read_starts(run_dir: Path) -> list[Start]:
     return [start for start, _ in read_lines(run_dir)]
 
 
+def unread_lines(run_dir: Path) -> int:
+    """How many lines of the record of starts can't be read."""
+    path = run_dir / STARTS_NAME
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return len(lines) - len(read_lines(run_dir))
+
+
 def of_steps(starts: Sequence[Start], steps: int) -> list[Start]:
     """The starts that the first so many steps of a run come from: none of a run that was begun
     anew.

@@ -100,8 +100,11 @@ def test_the_page_tells_what_is_known_of_a_run(real_run: Path, tmp_path: Path) -
         " to ".join(f"{bound:.4f}" for bound in result["bits_per_byte_interval"]),
         f"{manifest.epochs(20 * GLOBAL_TOKENS)['sotu']:.2f}",
         f"Fingerprint {manifest.fingerprint}",
+        "# built by python -m data_prep.build_shards, whose command is not on record, from",
+        f"#   sotu: {manifest.sources[0].origin}, weight ",
+        "Steps count from 1 here",
         "peak_learning_rate: 0.01",
-        "deepspeed --num_gpus 1 --module pretrain.train --recipe",
+        "python -m pretrain.train --recipe",
         "checkpoint after step 20",
     ):
         assert words in text
@@ -160,8 +163,11 @@ def test_twenty_runs_are_one_page_of_moderate_size(tmp_path: Path) -> None:
 def test_of_several_runs_only_what_differs_is_told_and_seeds_are_a_band(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / f"seed{seed}", falling_steps(60, seed), recipe_of(60, seed=seed))
-        for seed in (1, 2, 3)
+        for seed in (2, 3)
     ]
+    # What is logged, and how often it is validated, changes nothing of what is learned.
+    watched = recipe_of(60, seed=1, log={"sinks": ["trackio"]}, validation={"every_steps": 7})
+    runs.insert(0, write_run(tmp_path / "seed1", falling_steps(60, 1), watched))
     wilder = recipe_of(60, optimizer={"peak_learning_rate": 0.02})
     runs.append(write_run(tmp_path / "wilder", falling_steps(40, 4), wilder))
     page = page_of(tmp_path / "report.html", *runs)
@@ -176,8 +182,10 @@ def test_of_several_runs_only_what_differs_is_told_and_seeds_are_a_band(tmp_path
     assert drawn["high"] == pytest.approx([values[2] for values in of_step], rel=1e-6)
     assert drawn["mean"] == pytest.approx([sum(values) / 3 for values in of_step], rel=1e-6)
     section = page[page.index("What differs") : page.index("<details", page.index("What differs"))]
-    keys = re.findall(r'<th scope="row">(.*?)</th>', section)
-    assert sorted(keys) == ["optimizer.peak_learning_rate", "seed"]
+    keys = re.findall(r'<th scope="row"[^>]*>(.*?)</th>', section)
+    expected = ["log.sinks", "optimizer.peak_learning_rate", "seed", "validation.every_steps"]
+    assert sorted(keys) == expected
+    assert "<td>trackio</td><td>none</td>" in section
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_they_lie_in(tmp_path: Path) -> None:
@@ -196,8 +204,11 @@ def test_runs_of_other_vocabularies_share_no_axis_of_nats(real_run: Path, tmp_pa
     assert not (tmp_path / "both.html").exists()
     evaluated = json.loads((real_run / "evaluation.json").read_text())
     (other / "evaluation.json").write_text(json.dumps(evaluated))
-    page = page_of(tmp_path / "both.html", real_run, other)
+    images = tmp_path / "images"
+    page = page_of(tmp_path / "both.html", real_run, other, flags=("--svg", str(images)))
     assert figures_in(page)["is_bits_only"] is True
+    assert (images / "bits_per_byte.svg").is_file()
+    assert not (images / "loss.svg").exists()
     assert "drawn as bits per byte" in Words(page).text
 
 
@@ -217,6 +228,7 @@ def test_a_run_that_is_still_going_is_reported_up_to_its_last_whole_line(tmp_pat
 def test_a_run_that_never_trained_gives_a_page_that_says_so(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", [], recipe_of(50))
     (run_dir / "metrics.jsonl").unlink()
+    write_state(run_dir, status="running")
     words = Words(page_of(tmp_path / "report.html", run_dir))
     assert "0 of 50" in words.cells
     assert "it has not finished a step yet" in words.text
@@ -240,6 +252,11 @@ def test_a_run_whose_data_set_is_gone_says_what_is_missing_and_takes_it_from_els
     page = page_of(tmp_path / "report.html", run_dir, flags=flags)
     assert "--data-dir says where it is" not in Words(page).text
     assert "Fingerprint" in Words(page).text
+    assert "none of these runs" not in capsys.readouterr().err
+    other = write_run(tmp_path / "other", falling_steps(3), recipe_of(3))
+    page_of(tmp_path / "report.html", other, flags=flags)
+    said = f"note: --data-dir {text_data}: the data set of none of these runs"
+    assert said in capsys.readouterr().err
 
 
 def test_missing_lines_and_endless_figures_are_gaps(tmp_path: Path) -> None:
@@ -257,7 +274,42 @@ def test_missing_lines_and_endless_figures_are_gaps(tmp_path: Path) -> None:
     assert run["places"]["steps"] == [1, 2, 3, 6, 7, 8, 9, 10]
     assert run["series"]["loss"]["mean"][2] is None
     assert None not in run["series"]["loss"]["mean"][3:]
-    assert "2 steps have no line" in Words(page).text
+    words = Words(page)
+    assert "2 steps have no line" in words.text
+    assert "1 step has a loss that is no finite number" in words.text
+    assert "the first is step 3" in words.text
+
+
+def test_a_run_whose_record_is_missing_says_so_and_draws_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has trained: that it has not finished a step yet would be untrue."""
+    run_dir = write_run(tmp_path / "run", [], recipe_of(120))
+    images = tmp_path / "images"
+    for is_there in (True, False):
+        if not is_there:
+            (run_dir / "metrics.jsonl").unlink()
+        flags = ("--png", str(images))
+        words = Words(page_of(tmp_path / "report.html", run_dir, flags=flags))
+        noted = capsys.readouterr().err
+        assert "its record is missing: metrics.jsonl has no line of the 120 steps" in noted
+        assert f"note: {images}: no image, since no step is on record" in noted
+        assert "120 of 120, 0 in the record" in words.cells
+        assert "not finished a step" not in words.text
+        assert not images.exists()
+
+
+def test_what_a_done_run_s_record_lacks_at_its_end_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = write_run(tmp_path / "run", falling_steps(9), recipe_of(10))
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write("{\n")
+    words = Words(page_of(tmp_path / "report.html", run_dir))
+    noted = capsys.readouterr().err
+    assert "1 step has no line at the end of metrics.jsonl" in noted
+    assert "1 of the lines of starts.jsonl can't be read" in noted
+    assert "10 of 10, 9 in the record" in words.cells
 
 
 def test_marks_stand_where_things_happened(eventful_run: Path, tmp_path: Path) -> None:
@@ -297,7 +349,9 @@ def test_a_run_that_was_rewound_has_each_step_once(tiny_data: Path, tmp_path: Pa
         if kind == "skip"
     ]
     assert skips == [6]
-    assert "8 of 8" in Words(page).cells
+    words = Words(page)
+    assert "8 of 8" in words.cells
+    assert re.search(r"step 6 skipped: .*; the run went back to the checkpoint before", words.text)
 
 
 def test_a_branch_names_its_origin_and_has_the_steps_before_it(
@@ -323,6 +377,8 @@ def test_a_branch_names_its_origin_and_has_the_steps_before_it(
     assert of_branch[:3] == of_trunk[:3]
     text = Words(page).text
     assert f"# branched from {origin}" in text
+    assert f"branched from {origin}, 2" in text  # and when
+    assert "went on after step" not in text
     assert f"--branch-from {origin}" in text
     section = page[page.index("What differs") : page.index("<details", page.index("What differs"))]
     assert "train_tokens" in section
@@ -336,7 +392,14 @@ def test_a_start_is_told_as_the_command_that_starts_all_its_ranks(tmp_path: Path
     lines = Words(page_of(tmp_path / "report.html", run_dir)).text.splitlines()
     assert "deepspeed --num_gpus 2 --module pretrain.train --recipe r.yaml" in lines
     assert "python -m pretrain.train --recipe r.yaml" in lines
-    assert any(line.startswith("# from step 2, ") and "4 ranks" in line for line in lines)
+    of_step_2 = [line for line in lines if line.startswith("# after step 2, ")]
+    assert "4 ranks, OMP_NUM_THREADS 8 a rank" in of_step_2[0]
+    # --run-dir says how the run was called, so that it tells from where
+    given = {"step": 3, "command": "python -m pretrain.train --run-dir runs/one", "ranks": 1}
+    own = write_run(tmp_path / "runs" / "one", falling_steps(4), recipe_of(4), given)
+    lines = Words(page_of(tmp_path / "report.html", own)).text.splitlines()
+    assert given["command"] in lines  # as it was typed: no launcher started it
+    assert f"# relative paths: from {tmp_path}, unless the run was moved" in lines
 
 
 def test_on_cpus_utilisation_is_that_of_a_measured_matrix_product(tmp_path: Path) -> None:
@@ -347,7 +410,7 @@ def test_on_cpus_utilisation_is_that_of_a_measured_matrix_product(tmp_path: Path
     assert series["mfu_of_matmul"]["mean"] == pytest.approx([10, 11, 12, 13, 14])
     assert "mfu" not in series
     cells = Words(page).cells
-    assert cells[cells.index("use of a measured matrix product, median") + 1] == "12.0%"
+    assert cells[cells.index("speed against a measured matrix product, median") + 1] == "12.0%"
     assert "MFU, median" not in cells
     on_gpus = [replace(step, mfu=0.4) for step in falling_steps(5)]
     write_run(tmp_path / "gpu", on_gpus, recipe_of(5))
@@ -370,14 +433,17 @@ def test_a_run_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFix
     falls = write_run(tmp_path / "falls", steps[:200], recipe_of(400))
     words = Words(page_of(tmp_path / "report.html", flat, falls))
     printed = capsys.readouterr().out
-    assert "flat: training loss of the last tenth of its steps flat: 2.0" in printed
-    assert "falls: training loss of the last tenth of its steps still falling: 2." in printed
-    assert "flat: steps of 2 medians or more: 2, which took 2 s more" in printed
-    assert "flat: steps of the highest loss: 250 (99.0000), " in printed
+    trend = "training loss, last tenth of the steps against the tenth before"
+    assert f"flat: {trend}: flat (2.0" in printed
+    assert f"falls: {trend}: still falling (2." in printed
+    slow = "slow steps, of twice the median time or more: 2, which cost 2 s beyond the median"
+    assert f"flat: {slow}" in printed
+    assert "flat: steps whose loss stands out: 251 (99.0000)" in printed
+    assert "falls: steps whose loss stands out: none lies more than 0." in printed
     assert "flat: that tenth against a power law of the tokens N: " in printed
-    assert "2, which took 2 s more" in words.cells
-    worst = words.cells[words.cells.index("flat, steps of the highest loss") :]
-    assert worst[worst.index("250") + 1] == "99.0000"
+    assert "2, which cost 2 s beyond the median" in words.cells
+    worst = words.cells[words.cells.index("flat, steps whose loss stands out") :]
+    assert worst[worst.index("251") + 1] == "99.0000"
 
 
 # Bad input
@@ -398,8 +464,12 @@ def test_bad_input_gets_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
     lines[2] = json.dumps({**json.loads(lines[2]), "loss": "x"})
     (worded / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     page = tmp_path / "report.html"
-    page.write_text("before")
+    page_of(page, good)
+    before = page.read_text()
+    own_page = tmp_path / "mine.HTML"
+    own_page.write_text("<html>mine</html>")
     cases = {
+        (own_page,): "mine.HTML: is a file; give the directory of a run",
         (tmp_path / "none",): "none: no such directory",
         (tmp_path / "empty",): "empty: no run of pretrain.train is there",
         (good, good): "good: the same run as",
@@ -412,12 +482,21 @@ def test_bad_input_gets_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
         with pytest.raises(UserError, match=re.escape(expected)):
             page_of(page, *runs)
     for output, expected in (
-        (tmp_path / "report.txt", "give a name that ends in .html"),
-        (good / "recipe.yaml", "give a name that ends in .html"),
+        (tmp_path / "report.txt", "give one that ends in .html"),
+        (tmp_path / "page", "page: not the name of a page; give one that ends in .html"),
+        (good / "recipe.yaml", "not the name of a page"),
+        (own_page, "is there already and no report; give another name"),
     ):
         with pytest.raises(UserError, match=expected):
             page_of(output, good)
-    assert page.read_text() == "before"
+    with pytest.raises(UserError, match=r"--svg .*mine\.HTML: is a file; give a directory"):
+        page_of(page, good, flags=("--svg", str(own_page)))
+    assert page.read_text() == before
+    assert own_page.read_text() == "<html>mine</html>"
+    other = write_run(tmp_path / "other", falling_steps(4), recipe_of(4))
+    assert "<h1>other</h1>" in page_of(page, other)  # an earlier report gives way
+    page_of(tmp_path / "new.HTM", good)
+    assert (tmp_path / "new.HTM").is_file()
 
 
 def test_an_output_that_can_t_be_written_is_one_line(tmp_path: Path) -> None:
@@ -472,7 +551,7 @@ def test_what_a_run_brings_in_is_text_and_nothing_is_asked_for(
     assert EVIL in words.text  # of the sample, as it stands there
     assert "a<script>b" in words.text
     scripts = [attributes for tag, attributes in words.tags if tag == "script"]
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     # a name ends in no script, nor leads one out of the page
     assert EVIL not in page
     addresses = [
@@ -538,6 +617,37 @@ def test_the_figure_under_the_cursor_is_that_of_the_record(
     assert losses[7] is not None
     assert f"run {float(f'{losses[7]:.5g}'):g}" in readout(page)
     assert f"at {8 * GLOBAL_TOKENS / 1000:.4g} k tokens" in readout(page)
+    assert seen == []
+    page.context.close()
+
+
+def test_axes_have_labels_and_no_point_or_dash_is_lost(browser: "Browser", tmp_path: Path) -> None:
+    steps = [*falling_steps(80)]
+    refused = [*steps[:78], skipped_step(78, "loss nan"), steps[79]]
+    run_dir = write_run(tmp_path / "run", refused, recipe_of(80))
+    path = tmp_path / "report.html"
+    page_of(path, run_dir)
+    page, seen = look_at(browser, path)
+    # a step between a skip and the end of the run is a point of its own
+    (run,) = figures_in(path.read_text())["runs"]
+    losses = run["series"]["loss"]["mean"]
+    assert page.evaluate("values => reportAxes.lonePlaces(values)", losses) == [79]
+    gaps = "reportAxes.lonePlaces([1, null, 2, undefined, 3, null, undefined, 4, null, 5, 6])"
+    assert page.evaluate(gaps) == [0, 7]
+    for least, most in ((5.2, 7.1), (2_051.8, 23_000), (0.29, 0.71), (1e-5, 0.2), (3.0, 3.0001)):
+        labels = page.evaluate(
+            "([least, most]) => reportAxes.logSplits(least, most).map(reportAxes.short)",
+            [least, most],
+        )
+        assert 3 <= len(labels) <= 9
+        assert max(map(len, labels)) <= 7
+    least, most = page.evaluate("reportAxes.logRange(2000, 24000)")
+    assert 1500 < least < 2000
+    assert 24000 < most < 30000
+    keys = page.locator("#chart-loss .legend .key")
+    assert "gradient" not in str(keys.nth(0).get_attribute("style"))
+    assert "repeating-linear-gradient" in str(keys.nth(1).get_attribute("style"))
+    assert page.locator(".mark").all_inner_texts() == ["skip"]  # and no kind that never occurred
     assert seen == []
     page.context.close()
 

@@ -6,12 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pretrain import report
+from pretrain.metrics.step_columns import FIGURES, Floats, StepColumns
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 MEGABYTE = 10**6
+TOKENS = 1_000  # of a step of columns_of
 EVIL = "<script>document.title='obeyed'</script>"
 
 
@@ -19,6 +23,15 @@ def page_of(output: Path, *runs: Path, flags: tuple[str, ...] = ()) -> str:
     """The page of some runs, made in this process."""
     report.main([*map(str, runs), "--output", str(output), *flags])
     return output.read_text(encoding="utf-8")
+
+
+def columns_of(losses: Floats) -> StepColumns:
+    """A run of these losses, as it is read back."""
+    table = np.full((len(losses), len(FIGURES)), np.nan)
+    table[:, FIGURES.index("step")] = np.arange(len(losses))
+    table[:, FIGURES.index("tokens")] = (np.arange(len(losses)) + 1) * TOKENS
+    table[:, FIGURES.index("loss")] = losses
+    return StepColumns(table=table)
 
 
 def figures_in(page: str) -> dict[str, Any]:

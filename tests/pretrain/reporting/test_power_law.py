@@ -4,20 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from support.reports import TOKENS, columns_of
 
-from pretrain.metrics.step_columns import FIGURES, Floats, StepColumns
+from pretrain.metrics.step_columns import Floats
 from pretrain.reporting.power_law import NoLaw, PowerLaw, law_of
-
-TOKENS = 1_000  # of a step
-
-
-def columns(losses: Floats) -> StepColumns:
-    """A run of these losses."""
-    table = np.full((len(losses), len(FIGURES)), np.nan)
-    table[:, FIGURES.index("step")] = np.arange(len(losses))
-    table[:, FIGURES.index("tokens")] = (np.arange(len(losses)) + 1) * TOKENS
-    table[:, FIGURES.index("loss")] = losses
-    return StepColumns(table=table)
 
 
 def falling(steps: int) -> Floats:
@@ -33,7 +23,7 @@ def test_a_law_is_found_through_noise_and_spikes(spikes: int) -> None:
     losses = falling(6_000)
     losses[np.random.default_rng(2).integers(60, 6_000, spikes)] = 50.0
     losses[4_000] = np.nan
-    law = law_of(columns(losses), 60)
+    law = law_of(columns_of(losses), 60)
     assert isinstance(law, PowerLaw)
     assert law.floor == pytest.approx(2.0, abs=0.02)
     assert law.exponent == pytest.approx(0.4, abs=0.01)
@@ -46,7 +36,7 @@ def test_a_law_is_found_through_noise_and_spikes(spikes: int) -> None:
 def test_the_last_tenth_is_held_against_the_law_of_the_steps_before_it() -> None:
     losses = falling(4_000)
     losses[-400:] -= 0.25
-    law = law_of(columns(losses), 0)
+    law = law_of(columns_of(losses), 0)
     assert isinstance(law, PowerLaw)
     assert law.distance == pytest.approx(-0.25, abs=0.01)
     law_itself = r"2\.0\d* \+ \d+ × N\^-0\.\d{3}"  # noqa: RUF001
@@ -56,7 +46,7 @@ def test_the_last_tenth_is_held_against_the_law_of_the_steps_before_it() -> None
 def test_the_warm_up_is_no_part_of_it() -> None:
     losses = falling(4_000)
     losses[:400] = 11.0
-    law = law_of(columns(losses), 400)
+    law = law_of(columns_of(losses), 400)
     assert isinstance(law, PowerLaw)
     assert law.exponent == pytest.approx(0.4, abs=0.05)
 
@@ -74,6 +64,6 @@ def test_the_warm_up_is_no_part_of_it() -> None:
     ],
 )
 def test_where_there_is_no_law_it_says_why(losses: Floats, warmup: int, words: str) -> None:
-    law = law_of(columns(losses), warmup)
+    law = law_of(columns_of(losses), warmup)
     assert isinstance(law, NoLaw)
     assert law.words.startswith(f"not fitted: {words}")
