@@ -6,7 +6,7 @@
 #   STEPS=20 ./launch/quickstart.sh [RUN_DIR]     a shorter look, a worse model (default: 320 steps,
 #                                                 or as begun)
 #
-# Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in under 8 minutes on 2
+# Every GPU it finds trains in bf16; without one, 2 CPU ranks train in fp32, in about 10 minutes on 2
 # cores. A second call finds what is done. Each stage is a command of its own; this script only
 # calls them in order.
 set -euo pipefail
