@@ -119,7 +119,7 @@ def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
     report = Path(summary["report"]).read_text(encoding="utf-8")
     assert first.stdout.rstrip().endswith(summary["report"])
     assert "320 of 320" in report
-    assert "went on from step 160" in report
+    assert "went on after step 160" in report
     assert "continuing from" in first.stderr
 
     before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -140,7 +140,7 @@ def test_the_benchmark_of_training_runs() -> None:
 @pytest.mark.parametrize(
     ("command", "variables", "line"),
     [
-        ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: abc: expected a number"),
+        ([*PRETRAIN, "--ranks", "abc"], {}, "error: argument --ranks: abc: expected a whole"),
         (
             [*PRETRAIN, "--ranks", "0"],
             {},
@@ -183,7 +183,7 @@ def test_the_benchmark_of_training_runs() -> None:
             "error: argument --ranks: not allowed with",
         ),
         ([*PRETRAIN, "--ranks"], {}, "error: argument --ranks: expected one argument"),
-        ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: : expected a number"),
+        ([*PRETRAIN, "--ranks="], {}, "error: argument --ranks: : expected a whole"),
         ([*PRETRAIN, "--hostfile="], {}, "error: --hostfile .: no such file"),
         *(
             (
