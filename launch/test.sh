@@ -12,15 +12,26 @@ cd "$REPOSITORY"
 
 ruff check .
 ruff format --check .
-mypy
 if command -v shellcheck > /dev/null; then
   shellcheck --external-sources launch/*.sh launch/*.slurm launch/shell/*.sh .ci/run
 else
   echo "skipped: shellcheck is not installed (Debian package shellcheck)"
 fi
 
-# Side by side, one more than there are cores, up to 8: many tests wait for processes to start and
-# to end.
+# Types are checked beside the tests, which wait for processes much of the time; what mypy finds is
+# told last.
+types=$(mktemp)
+mypy > "$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2> /dev/null || true; rm -f "$types"' EXIT
+
+# Side by side, twice as many as there are cores, up to 8: many tests wait for processes to start
+# and to end.
 cores=$(nproc)
-workers=$((cores < 8 ? cores + 1 : 8))
-exec python -m pytest -rs -n "$workers" --dist loadfile "$@"
+workers=$((cores < 4 ? 2 * cores : 8))
+status=0
+python -m pytest -rs -n "$workers" --dist loadfile "$@" || status=$?
+
+wait "$mypy" || status=$((status > 0 ? status : 1))
+cat "$types"
+exit "$status"
