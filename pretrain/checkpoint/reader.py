@@ -15,16 +15,17 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import UserError, naming
-from data_prep.files import digest_file
 from pretrain.checkpoint.layout import MANIFEST_NAME, SIDECAR_NAME, step_name
 from pretrain.checkpoint.manifest import CheckpointManifest, SavedFile, sidecar_of
 from pretrain.checkpoint.safetensors_file import BLOCK_NUMBERS, StoredTensor
@@ -111,14 +112,15 @@ class Checkpoint:
             return f"{file.name} is missing"
         if path.stat().st_size != file.bytes:
             return f"{file.name} has {path.stat().st_size:,} bytes, expected {file.bytes:,}"
-        digest = digest_file(path)
-        if digest != file.xxh3_128:
-            return f"{file.name} differs from its digest: {digest}, expected {file.xxh3_128}"
+        seen = read_through(path)
+        if seen.xxh3_128 != file.xxh3_128:
+            return f"{file.name} differs from its digest: {seen.xxh3_128}, expected {file.xxh3_128}"
         opened = self._file(file.name)  # raises unless its header is one of safetensors
         keys = list(opened.keys())  # a safetensors file, no dict
         del opened
-        for key in keys:
-            # Of the mapped file, which was read just now, so this costs no second reading.
+        self.release()
+        # Only a file that is spoilt is read once more, to tell where.
+        for key in [] if seen.is_finite else keys:
             finite = is_finite(self._file(file.name).get_slice(key)[:])
             self.release()
             if not finite:
@@ -174,6 +176,45 @@ class Checkpoint:
         if file_name not in self._open:
             self._open[file_name] = safe_open(self.path / file_name, "pt")
         return self._open[file_name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one reading of a file of fragments shows."""
+
+    xxh3_128: str
+    is_finite: bool  # all numbers behind its header, taken for fp32, are numbers
+
+
+def read_through(path: Path) -> Seen:
+    """Read a safetensors file of fp32 once, for its digest and its numbers: a large one that is not
+    in the cache comes from the disk each time that it is read. Raises OSError.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    position = 0  # of the block in the file
+    data_begin = 0
+    finite = True
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead further
+        while count := read_whole(file, buffer):
+            block = buffer[:count]
+            digest.update(block)
+            if position == 0:  # the header's length, 8 bytes, then the header, then numbers
+                data_begin = 8 + int.from_bytes(block[:8], "little")
+            numbers = block[min(count, max(0, data_begin - position)) :]
+            whole = len(numbers) - len(numbers) % 4
+            finite &= bool(np.isfinite(np.frombuffer(numbers[:whole], np.float32)).all())
+            position += count
+    return Seen(xxh3_128=digest.hexdigest(), is_finite=finite)
+
+
+def read_whole(file: FileIO, buffer: memoryview) -> int:
+    """Fill a buffer, as far as the file goes: one read may give less. Returns the bytes in it."""
+    count = 0
+    while count < len(buffer) and (got := file.readinto(buffer[count:])):
+        count += got
+    return count
 
 
 def is_finite(values: Tensor) -> bool:

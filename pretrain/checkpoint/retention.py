@@ -116,13 +116,18 @@ def make_way(final: Path) -> None:
 
 
 def prune(
-    saved: Path, keep_last: int, keep_every: int | None = None, passed_over: Collection[str] = ()
+    saved: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    passed_over: Collection[str] = (),
+    in_use: Collection[str] = (),
 ) -> None:
     """Remove all but the newest checkpoints and those of every `keep_every`-th step; one that can't
     be is said.
 
     Counts from the one just saved, and without those of the names in `passed_over`, which stay:
-    what is damaged must not crowd out what is good.
+    what is damaged must not crowd out what is good. Those of the names in `in_use` are counted, and
+    stay until they are read.
     """
     try:
         steps = [step_of(path.name) or 0 for path in steps_in(saved.parent)]
@@ -135,7 +140,8 @@ def prune(
     newest = step_of(saved.name) or 0
     so_far = [step for step in steps if step <= newest and step_name(step) not in passed_over]
     for step in so_far[keep_last:]:
-        if keep_every is None or step % keep_every:
+        is_to_stay = keep_every is not None and step % keep_every == 0
+        if not is_to_stay and step_name(step) not in in_use:
             prune_one(saved.with_name(step_name(step)))
 
 

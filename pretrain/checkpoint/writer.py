@@ -7,7 +7,7 @@ of training. What they write, and how, is in pretrain/checkpoint/saving.py.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,8 @@ class AroundSaves:
     saved: Callable[[int], None] | None = None
     wrote_block: Callback = None  # on every rank, as writing moves on
     failed: Callback = None  # on every rank
+    # On rank 0: names of checkpoints that something reads, so that they are not dropped yet.
+    in_use: Callable[[], Collection[str]] = frozenset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._passed_over: set[str] = set()
+        self._counted_from: Path | None = None  # the checkpoint that the last ones were dropped for
 
     def pass_over_newer(self, step: int) -> list[str]:
         """Leave the checkpoints after a step, which was gone on from because they are damaged, out
@@ -174,7 +177,24 @@ class CheckpointWriter:
         self.newest = Saved(step=step, at=time.time())
         self._passed_over.discard(saved.name)  # a good one has taken its place
         if prunes:
-            prune(saved, self.recipe.keep_last, self.recipe.keep_every, self._passed_over)
+            self._counted_from = saved
+            self.prune_again()
+
+    def prune_again(self) -> None:
+        """Drop what was in use when the oldest checkpoints were dropped, and is no more.
+
+        No save may be under way.
+        """
+        if self._counted_from:
+            recipe = self.recipe
+            in_use = self.around.in_use()
+            prune(
+                self._counted_from,
+                recipe.keep_last,
+                recipe.keep_every,
+                self._passed_over,
+                in_use,
+            )
 
 
 def host_memory(elements: int) -> Tensor:

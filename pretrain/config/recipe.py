@@ -115,6 +115,11 @@ class CheckpointsRecipe:
     every_steps: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=1)  # the newest ones
     keep_every: int | None = Field(default=None, ge=1)  # those of each multiple of so many steps
+    # Exports of these checkpoints, in RUN_DIR/exports; see pretrain/run/exports/exporter.py.
+    export_every_steps: int | None = Field(default=None, ge=1)  # a multiple of every_steps
+    export_architecture: Literal["tablefree", "gpt_neox"] = "tablefree"
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    export_keep_last: int = Field(default=2, ge=1)  # the newest, and those of keep_every
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,7 +1,7 @@
 """Rules that tie several keys of a recipe together."""
 
 from data_prep.errors import UserError
-from pretrain.config.recipe import MAX_CODE_BITS, ModelRecipe, Recipe
+from pretrain.config.recipe import MAX_CODE_BITS, CheckpointsRecipe, ModelRecipe, Recipe
 
 
 def check_recipe(recipe: Recipe, origin: str) -> None:
@@ -16,6 +16,7 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
     if model.input_embedding != "learned":
         check_code_bits(model, origin)
     check_schedule(recipe, origin)
+    check_exports(recipe.checkpoints, origin)
     if recipe.batch.global_batch_tokens % model.seq_len:
         below = recipe.global_batch_size * model.seq_len
         above = below + model.seq_len
@@ -44,6 +45,21 @@ def check_schedule(recipe: Recipe, origin: str) -> None:
             f"{origin}: schedule: {parts} are longer than the run of {total:,} steps; make them "
             "shorter or train_tokens larger"
         )
+
+
+def check_exports(checkpoints: CheckpointsRecipe, origin: str) -> None:
+    """An export is made of a checkpoint, so there must be one."""
+    interval = checkpoints.export_every_steps
+    if interval is None or interval % checkpoints.every_steps == 0:
+        return
+    below = interval - interval % checkpoints.every_steps
+    above = below + checkpoints.every_steps
+    near = f"{below} and {above}" if below else f"{above}"
+    raise UserError(
+        f"{origin}: checkpoints.export_every_steps {interval} is no multiple of "
+        f"checkpoints.every_steps {checkpoints.every_steps}, and an export is made of a "
+        f"checkpoint; the nearest are {near}"
+    )
 
 
 def check_code_bits(model: ModelRecipe, origin: str) -> None:

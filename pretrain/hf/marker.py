@@ -137,15 +137,22 @@ def refuse_a_home_of_others(output: Path, place: str, checkpoint: Checkpoint) ->
 
 def refuse_more_than_an_export(output: Path, place: str, marker: Marker) -> None:
     """Raise UserError for a directory that holds anything but the files of its export."""
+    for name in strangers_in(output, marker):
+        raise UserError(
+            f"{place}: {name} is no part of the export there; move it away, or give another "
+            "directory"
+        )
+
+
+def strangers_in(output: Path, marker: Marker) -> list[str]:
+    """What the directory of an export holds that is none of its files, nor its marker."""
     own = {*marker.files, MARKER_NAME}
-    for name in sorted(os.listdir(output)):
-        path = output / name
-        is_own_file = name in own and path.is_file() and not path.is_symlink()
-        if not is_own_file:
-            raise UserError(
-                f"{place}: {name} is no part of the export there; move it away, or give another "
-                "directory"
-            )
+    paths = [output / name for name in sorted(os.listdir(output))]
+    return [
+        path.name
+        for path in paths
+        if path.name not in own or not path.is_file() or path.is_symlink()
+    ]
 
 
 def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | None:

@@ -8,6 +8,7 @@
     starts.jsonl     what each start ran on: pretrain/run/starts.py
     skips.jsonl      bad steps and what was decided: pretrain/run/bad_steps.py
     checkpoints/     pretrain/checkpoint/layout.py
+    exports/         of checkpoints.export_every_steps: pretrain/run/exports/places.py
     checked_data/    which files of data were found good: pretrain/data/data_check.py
     logs/            stacks of ranks that stalled: pretrain/watch/watch.py
     evaluation.json  and evaluations/, by pretrain.evaluate: pretrain/evaluation/result.py

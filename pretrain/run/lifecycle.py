@@ -26,6 +26,7 @@ from pretrain.model.token_codes import warnings
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.branch import copy_branch
 from pretrain.run.directory import describe_run
+from pretrain.run.exports.exporter import Exporter
 from pretrain.run.prepare import Run, about_run
 from pretrain.run.saving import around_saves, save
 from pretrain.run.state import note_failure, write_state
@@ -90,15 +91,13 @@ def begin(run: Run) -> None:
 def train_from_last_checkpoint(
     run: Run, watch: Watch, device: torch.device, check: DataCheck
 ) -> None:
-    """Load what was saved, train the rest once the data are known to be good."""
+    """Load what was saved, train the rest once the data are known to be good; wait for exports that
+    are made beside it.
+    """
     world = watch.world
     bad_steps = BadSteps(run.run_dir, run.recipe.bad_steps, world)
-    # Every rank draws all initial weights, from the seed alone: so they are the same on any number
-    # of ranks.
-    model = build_model(run.recipe, run.model_config)
-    engine = Engine(model, run.recipe, run.engine_config, world, device)
+    engine = build_engine(run, world, device)
     engine.judge = bad_steps.judge
-    engine.mask_documents(run.reader.manifest.eos_id)
     watch.clock = engine.clock
     watch.find_damage = lambda: lengths_that_differ(run.reader.data_dir)
     check.on_file = engine.clock.note_progress
@@ -112,25 +111,42 @@ def train_from_last_checkpoint(
     def end_run() -> None:
         engine.wants_end = SAVE_FAILED
 
-    around = around_saves(run.run_dir, end_run, engine.clock.note_progress)
-    with CheckpointWriter(run.run_dir, run.recipe.checkpoints, world, around) as writer:
-        if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
-            save(run, engine, bad_steps, writer, 0)  # what there is to go back to
-        trainer = Trainer(
-            run=run,
-            engine=engine,
-            bad_steps=bad_steps,
-            watch=watch,
-            writer=writer,
-            start_step=start_step,
-        )
-        steps_done = trainer.fit()
-    # All is on the disk by now: leaving the writer waits for its last save, and raises its error.
-    skipped = bad_steps.skipped_steps()
-    if skipped:
-        say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
-    is_signal = 0 < engine.ends < SAVE_FAILED
-    finish(run, steps_done, world, signal_name(engine.ends) if is_signal else "--stop-at-step")
+    checkpoints = run.recipe.checkpoints
+    with Exporter(run.run_dir, checkpoints, run.recipe.total_steps, world) as exporter:
+        exporter.make_up(start_step)
+        around = around_saves(run.run_dir, end_run, engine.clock.note_progress, exporter)
+        with CheckpointWriter(run.run_dir, checkpoints, world, around) as writer:
+            if run.recipe.bad_steps.policy == "rewind" and not saved_steps(run.run_dir):
+                save(run, engine, bad_steps, writer, 0)  # what there is to go back to
+            trainer = Trainer(
+                run=run,
+                engine=engine,
+                bad_steps=bad_steps,
+                watch=watch,
+                writer=writer,
+                start_step=start_step,
+            )
+            steps_done = trainer.fit()
+        # All is on the disk by now: leaving the writer waits for its last save, and raises its
+        # error.
+        finish(run, steps_done, engine, bad_steps)
+        # Who sent a signal waits for no export.
+        if not engine.ends and exporter.wait(
+            lambda: bool(engine.wants_end), engine.clock.note_progress
+        ):
+            writer.prune_again()
+
+
+def build_engine(run: Run, world: World, device: torch.device) -> Engine:
+    """The engine around the model as it is before the first step.
+
+    Every rank draws all initial weights, from the seed alone: so they are the same on any number of
+    ranks.
+    """
+    model = build_model(run.recipe, run.model_config)
+    engine = Engine(model, run.recipe, run.engine_config, world, device)
+    engine.mask_documents(run.reader.manifest.eos_id)
+    return engine
 
 
 def announce(run: Run, engine: Engine, world: World) -> None:
@@ -158,11 +174,12 @@ def branch_off(run: Run, world: World) -> None:
 
 
 def close_finished(run: Run, world: World) -> None:
-    """Say that a run is finished, once its sinks have what they lack of it."""
+    """Say that a run is finished, once its sinks and its exports have what they lack of it."""
     names = run.recipe.log.sinks
     drew = together(lambda: draw_finished(run, world) if names and world.is_main else [])
     if drew:
         say(world, f"{run.run_dir}: drawn to its end now: {', '.join(drew)}")
+    make_up_exports(run, world)
     say(world, f"{run.run_dir}: this run is finished; evaluate or export it")
 
 
@@ -177,8 +194,31 @@ def draw_finished(run: Run, world: World) -> list[str]:
         return bring_up_to_date(run.recipe.log.sinks, about_run(run), steps, warn, LATE_SINKS_S)
 
 
-def finish(run: Run, step: int, world: World, why: str) -> None:
-    """Note and say how the run stands after its last step here; `why` is what stopped it."""
+def make_up_exports(run: Run, world: World) -> None:
+    """Have a finished run make the exports that it lacks."""
+    recipe = run.recipe
+    if recipe.checkpoints.export_every_steps is None:
+        return
+    held = together(
+        lambda: lock(run.run_dir, "exporting it", "--run-dir") if world.is_main else None
+    )
+    try:
+        with Exporter(run.run_dir, recipe.checkpoints, recipe.total_steps, world) as exporter:
+            exporter.make_up(recipe.total_steps)
+            exporter.wait(is_told_to_end=lambda: False, note_progress=lambda: None)
+    finally:
+        if held:
+            held.close()
+
+
+def finish(run: Run, step: int, engine: Engine, bad_steps: BadSteps) -> None:
+    """Note and say how the run stands after its last step here."""
+    world = engine.world
+    skipped = bad_steps.skipped_steps()
+    if skipped:
+        say(world, f"steps skipped: {skipped}; {bad_steps.path} tells why")
+    is_signal = 0 < engine.ends < SAVE_FAILED
+    why = signal_name(engine.ends) if is_signal else "--stop-at-step"
     if step >= run.recipe.total_steps:
         status = "done"
         reason = None

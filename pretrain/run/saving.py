@@ -13,6 +13,7 @@ from pretrain.config.load import recipe_to_dict
 from pretrain.engine.engine import Engine
 from pretrain.metrics.metrics_file import flush_metrics
 from pretrain.run.bad_steps import BadSteps
+from pretrain.run.exports.exporter import Exporter
 from pretrain.run.prepare import Run
 from pretrain.run.state import write_state
 
@@ -63,10 +64,13 @@ def of_source(source: Source) -> dict[str, object]:
 
 
 def around_saves(
-    run_dir: Path, failed: Callback = None, wrote_block: Callback = None
+    run_dir: Path,
+    failed: Callback = None,
+    wrote_block: Callback = None,
+    exporter: Exporter | None = None,
 ) -> AroundSaves:
     """What a run does around a save: its lines of metrics are made durable before, and state.json
-    tells of it after. `failed` and `wrote_block` are passed on.
+    and the exporter, if there is one, hear of it after. `failed` and `wrote_block` are passed on.
     """
 
     def before() -> None:
@@ -74,5 +78,13 @@ def around_saves(
 
     def saved(step: int) -> None:
         write_state(run_dir, saved_step=step)
+        if exporter:
+            exporter.saved(step)
 
-    return AroundSaves(before=before, saved=saved, wrote_block=wrote_block, failed=failed)
+    return AroundSaves(
+        before=before,
+        saved=saved,
+        wrote_block=wrote_block,
+        failed=failed,
+        in_use=exporter.in_use if exporter else frozenset,
+    )

@@ -1,14 +1,15 @@
 """What an export takes: time beside plain reading and writing of the same bytes, and memory.
 
-    python tests/benchmarks/export_speed.py [--rounds 4] [--layers 32] [--directory DIR] [--proof]
-        [--quick]
+    python tests/benchmarks/export_speed.py [--rounds 4] [--layers 32] [--directory DIR] [--cold]
+        [--proof] [--quick]
 
 The checkpoint is one of the paper's size (470 M parameters at 32 layers, 5.6 GB with moments), of
 random weights, saved as training saves them, in DIR (which disk matters). Export and plain copy
 take turns: the plain one reads each file of the checkpoint once and writes as many bytes as the
 export's weights have, to the disk. The export is what `pretrain.export_hf` does up to the proof: it
 finds the checkpoint good (digests, numbers) and writes model and tokenizer. Memory is how far the
-resident set of a process of its own grows above what it was after its imports. With --proof the
+resident set of a process of its own grows above what it was after its imports. With --cold the
+checkpoint is dropped from the cache before each of the two. With --proof the
 last round of each form goes on to its proof, which needs the model in memory, here and in the clean
 process.
 """
@@ -67,12 +68,22 @@ def plain(run_dir: Path, copy: Path, written: int) -> None:
         os.fsync(file.fileno())
 
 
-def export_as_child(run_dir: Path, form: str, output: Path, *, proves: bool) -> None:
+def drop_from_cache(run_dir: Path) -> None:
+    """Have the disk give a run's checkpoint anew."""
+    os.sync()  # what is not on the disk yet stays in the cache
+    for path in run_dir.glob("checkpoints/*/*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def export_as_child(run_dir: Path, form: str, output: Path, *, proves: bool, cold: bool) -> None:
     """In a process of its own: write model and tokenizer, prove them if asked; print figures."""
     from pretrain.hf.export import open_asked, subject_of, write_model_and_tokenizer
     from pretrain.hf.proof.prove import prove
 
     output.mkdir()
+    if cold:
+        drop_from_cache(run_dir)
     base = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest starts anew
     began = time.perf_counter()
@@ -90,11 +101,12 @@ def export_as_child(run_dir: Path, form: str, output: Path, *, proves: bool) -> 
     print(json.dumps(figures))
 
 
-def measure(run_dir: Path, form: str, home: Path, *, proves: bool) -> dict[str, float]:
+def measure(run_dir: Path, form: str, home: Path, *, proves: bool, cold: bool) -> dict[str, float]:
     """The figures of one export, which is removed."""
     output = home / form
     command = [sys.executable, __file__, "--as-child", str(run_dir), form, str(output)]
     command += ["--proves"] if proves else []
+    command += ["--cold"] if cold else []
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     figures["weights"] = (output / "model.safetensors").stat().st_size
@@ -120,7 +132,7 @@ def row(form: str, rounds: list[tuple[float, dict[str, float]]], largest: int) -
     )
 
 
-def report(run_dir: Path, rounds: int, home: Path, *, proves: bool) -> str:
+def report(run_dir: Path, rounds: int, home: Path, *, proves: bool, cold: bool) -> str:
     """The table as Markdown."""
     import torch
 
@@ -136,8 +148,11 @@ def report(run_dir: Path, rounds: int, home: Path, *, proves: bool) -> str:
     for form in FORMS if rounds > 1 else FORMS[:1]:
         found = []
         for number in range(rounds):
-            figures = measure(run_dir, form, home, proves=proves and number == rounds - 1)
+            is_last = number == rounds - 1
+            figures = measure(run_dir, form, home, proves=proves and is_last, cold=cold)
             copy = home / "plain"
+            if cold:
+                drop_from_cache(run_dir)
             began = time.perf_counter()
             plain(run_dir, copy, int(figures["weights"]))
             plain_s = time.perf_counter() - began
@@ -148,7 +163,8 @@ def report(run_dir: Path, rounds: int, home: Path, *, proves: bool) -> str:
         lines.append(row(form, found, 4 * max(sizes)))
     about = f"{sum(sizes):,} parameters, the largest of {4 * max(sizes) / 1e6:,.0f} MB"
     cores = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    return "\n".join([*lines, "", f"{about}; {cores}; medians of {len(found)}, files in the cache"])
+    where = "from the disk" if cold else "files in the cache"
+    return "\n".join([*lines, "", f"{about}; {cores}; medians of {len(found)}, {where}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--directory", type=Path, help="where; default: that of temporary files")
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not its cache")
     parser.add_argument("--proof", action="store_true", help="measure the proof too")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test: a small model, one form, once"
@@ -168,13 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     if flags.as_child:
         run_dir, form, output = flags.as_child
-        export_as_child(Path(run_dir), form, Path(output), proves=flags.proves)
+        export_as_child(Path(run_dir), form, Path(output), proves=flags.proves, cold=flags.cold)
         return
     rounds = 1 if flags.quick else flags.rounds
     layers = QUICK_LAYERS if flags.quick else flags.layers
     with tempfile.TemporaryDirectory(prefix="export_speed.", dir=flags.directory) as name:
         run_dir = save_run(Path(name) / "run", layers, quick=flags.quick)
-        print(report(run_dir, rounds, Path(name), proves=flags.proof))
+        print(report(run_dir, rounds, Path(name), proves=flags.proof, cold=flags.cold))
 
 
 if __name__ == "__main__":

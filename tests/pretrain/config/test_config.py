@@ -399,6 +399,13 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_nearest(tmp_path: Path) 
         load_recipe(str(tmp_path / "absent.yaml"))
 
 
+@pytest.mark.parametrize(("interval", "near"), [(12, "10 and 15"), (3, "5")])
+def test_exports_of_steps_without_a_checkpoint_are_refused(interval: int, near: str) -> None:
+    said = refusal(checkpoints={"every_steps": 5, "export_every_steps": interval})
+    assert f"checkpoints.export_every_steps {interval} is no multiple of" in said
+    assert said.endswith(f"the nearest are {near}")
+
+
 # Resuming
 
 
@@ -408,6 +415,8 @@ CHANGEABLE = {
     "activation_checkpointing.mode", "activation_checkpointing.every_n_layers",
     "validation.every_steps", "validation.eval_tokens",
     "checkpoints.every_steps", "checkpoints.keep_last", "checkpoints.keep_every",
+    "checkpoints.export_every_steps", "checkpoints.export_architecture",
+    "checkpoints.export_dtype", "checkpoints.export_keep_last",
     "bad_steps.policy", "bad_steps.spike_deviations", "bad_steps.max_in_a_row",
     "stalls.after_medians", "stalls.after_s", "log.sinks", "log.every_s", "log.every_steps",
     "log.prompts", "log.sample_tokens",

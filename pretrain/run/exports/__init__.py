@@ -1,0 +1,1 @@
+"""Exports that a run has made of its checkpoints while it trains."""
