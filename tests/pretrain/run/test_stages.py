@@ -1,0 +1,227 @@
+"""Branches onto other data: what they train on, how they go on, what is said of their stages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.forked_ranks import run_ranks, train_on
+from support.prep_helpers import build, source, speeches, write_jsonl, write_mixture
+from support.runs import losses, write_recipe
+
+from data_prep.errors import UserError
+from data_prep.manifest import load_manifest
+from data_prep.shards import ShardReader
+from pretrain.checkpoint.find import load_for_reading
+from pretrain.checkpoint.manifest import CheckpointManifest
+from pretrain.checkpoint.reader import load_model
+from pretrain.data.loader import TrainingLoader
+from pretrain.run.state import read_state
+
+ROWS = 6
+STEP = ROWS * 32  # tokens
+STEPS = 15
+BRANCHED = 5
+
+
+def later_speeches(text_data: Path, home: Path, first: int, last: int, **more: object) -> Path:
+    """A data set of other addresses, with the tokenizer of `text_data`."""
+    texts = [text[-5000:] for text in speeches(last, 10_000)[first:]]
+    write_jsonl(home / "later.jsonl", texts)
+    told = source("later", "later.jsonl", format="jsonl", text_field="text", license="CC0-1.0")
+    mixture = write_mixture(home, text_data.parent / "tokenizer", [told], **more)
+    build(mixture, home / "dataset")
+    return home / "dataset"
+
+
+@pytest.fixture(scope="module")
+def other_data(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return later_speeches(text_data, tmp_path_factory.mktemp("other"), 40, 60)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """15 steps at one rate, a checkpoint every five."""
+    return write_recipe(
+        tmp_path_factory.mktemp("recipe") / "r.yaml",
+        schedule={"kind": "constant", "warmup_steps": 2, "warmup_fraction": 0.0},
+        checkpoints={"keep_last": 4},
+        train_tokens=STEPS * STEP,
+    )
+
+
+@pytest.fixture(scope="module")
+def trunk(recipe: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trunk") / "run"
+    train_on(1, recipe, text_data, run_dir, "--stop-at-step", "5")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def branched(
+    recipe: Path, trunk: Path, other_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The trunk's fifth step, and ten on the other data."""
+    run_dir = tmp_path_factory.mktemp("branch") / "run"
+    output = train_on(1, recipe, other_data, run_dir, *from_step(trunk, BRANCHED))
+    other = load_manifest(other_data).fingerprint
+    assert f"data set {other} from step 5 on: {other_data}" in output
+    return run_dir
+
+
+def from_step(run_dir: Path, step: int) -> list[str]:
+    return ["--branch-from", str(run_dir / "checkpoints" / f"step-{step:08d}")]
+
+
+def refusal(recipe: Path, data: Path, run_dir: Path, *more: str) -> str:
+    """The one line of a start that is refused."""
+    ended = run_ranks(1, recipe, data, run_dir, *more)
+    assert ended.exit_codes == [2], ended.output
+    assert "Traceback" not in ended.output
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
+    return line
+
+
+def loss_on(run_dir: Path, step: int, data: Path, samples: range) -> float:
+    """What the weights after some steps make of samples of a data set."""
+    model = load_model(load_for_reading(run_dir, step)).eval()
+    loader = TrainingLoader(ShardReader(data), seq_len=32, seed=1)
+    ids = torch.from_numpy(loader.samples(np.array(samples)).astype("int64"))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_a_branch_trains_on_the_other_data_from_its_first_sample_on(
+    branched: Path, trunk: Path, text_data: Path, other_data: Path
+) -> None:
+    found = losses(branched)
+    assert found[:BRANCHED] == losses(trunk)
+    assert len(found) == STEPS
+    first = loss_on(branched, 5, other_data, range(ROWS))
+    assert found[5] == pytest.approx(first, rel=1e-6)
+    sixth_of_stage = loss_on(branched, 10, other_data, range(5 * ROWS, 6 * ROWS))
+    assert found[10] == pytest.approx(sixth_of_stage, rel=1e-6)
+    # which other rows would not give
+    for data, samples in ((text_data, range(5 * ROWS, 6 * ROWS)), (other_data, range(ROWS, 12))):
+        assert loss_on(branched, 5, data, samples) != pytest.approx(first, rel=1e-4)
+
+
+def test_state_and_checkpoints_record_the_stages(
+    branched: Path, trunk: Path, text_data: Path, other_data: Path
+) -> None:
+    saved = load_for_reading(branched).manifest
+    assert saved.fingerprint == load_manifest(other_data).fingerprint
+    places = [(own.fingerprint, own.first_step, own.samples_before) for own in saved.stages]
+    assert places == [
+        (load_manifest(text_data).fingerprint, 0, 0),
+        (saved.fingerprint, BRANCHED, BRANCHED * ROWS),
+    ]
+    assert [stage.data_dir for stage in saved.stages] == [str(text_data), str(other_data)]
+    assert [stage.sources[0]["name"] for stage in saved.stages] == ["sotu", "later"]
+    assert read_state(branched).stages == saved.stages == read_state(branched).data_stages
+    # of one data set, nothing is written that earlier code did not write
+    assert "stages" not in json.loads((trunk / "state.json").read_bytes())
+    of_trunk = load_for_reading(trunk)
+    assert "stages" not in json.loads((of_trunk.path / "manifest.json").read_bytes())
+    (only,) = of_trunk.manifest.data_stages
+    assert (only.fingerprint, only.first_step) == (of_trunk.manifest.fingerprint, 0)
+    assert CheckpointManifest.from_json(saved.to_json()) == saved
+
+
+def test_a_branch_stopped_goes_on_bit_for_bit_on_other_numbers_of_ranks(
+    branched: Path, recipe: Path, trunk: Path, other_data: Path, tmp_path: Path
+) -> None:
+    flags = from_step(trunk, BRANCHED)
+    train_on(1, recipe, other_data, tmp_path / "run", *flags, "--stop-at-step", "7")
+    output = train_on(1, recipe, other_data, tmp_path / "run", *flags, "--stop-at-step", "12")
+    assert "continuing from" in output
+    assert losses(tmp_path / "run") == losses(branched)[:12]
+    # what it was branched with need not be said again
+    train_on(2, recipe, other_data, tmp_path / "run")
+    assert losses(tmp_path / "run")[:12] == losses(branched)[:12]
+    assert losses(tmp_path / "run") == pytest.approx(losses(branched), rel=1e-5)
+    assert len(load_for_reading(tmp_path / "run").manifest.stages) == 2
+
+
+def test_a_branch_whose_own_checkpoints_are_gone_goes_back_to_its_trunk_s_and_on(
+    branched: Path, recipe: Path, trunk: Path, other_data: Path, text_data: Path, tmp_path: Path
+) -> None:
+    """As one killed before its first save: its only checkpoint tells of the trunk alone."""
+    run_dir = tmp_path / "run"
+    flags = from_step(trunk, BRANCHED)
+    train_on(1, recipe, other_data, run_dir, *flags, "--stop-at-step", "6")
+    own = run_dir / "checkpoints" / "step-00000006"
+    own.rename(tmp_path / "gone")
+    state = json.loads((run_dir / "state.json").read_bytes())
+    (run_dir / "state.json").write_text(json.dumps(state | {"saved_step": 5}))
+    said = refusal(recipe, text_data, run_dir)
+    first, second = (load_manifest(data).fingerprint for data in (text_data, other_data))
+    assert (
+        f"step-00000005: from step 5 on this run has the data set {second}, got {first}, its data "
+        f"set from step 0 to 4; give --data-dir {other_data}, or where that data set is now"
+    ) in said
+    train_on(1, recipe, other_data, run_dir, "--stop-at-step", "10")
+    assert losses(run_dir) == losses(branched)[:10]
+    # without its state, checkpoints of its own tell of both
+    (run_dir / "state.json").unlink()
+    assert f"has the data set {second}, got {first}" in refusal(recipe, text_data, run_dir)
+    train_on(1, recipe, other_data, run_dir, "--stop-at-step", "11")
+    assert losses(run_dir) == losses(branched)[:11]
+
+
+def test_a_branch_of_a_branch_has_three_stages(
+    branched: Path, recipe: Path, text_data: Path, tmp_path: Path
+) -> None:
+    third = later_speeches(text_data, tmp_path, 60, 80)
+    flags = from_step(branched, 10)
+    train_on(1, recipe, third, tmp_path / "run", *flags, "--stop-at-step", "12")
+    train_on(1, recipe, third, tmp_path / "run", *flags)
+    train_on(1, recipe, third, tmp_path / "whole", *flags)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run")[:10] == losses(branched)[:10]
+    stages = load_for_reading(tmp_path / "run").manifest.stages
+    assert [stage.first_step for stage in stages] == [0, 5, 10]
+    assert len({stage.fingerprint for stage in stages}) == 3
+    assert losses(tmp_path / "run")[10] == pytest.approx(
+        loss_on(tmp_path / "run", 10, third, range(ROWS)), rel=1e-6
+    )
+
+
+def test_a_branch_of_a_branch_on_the_same_data_goes_on_where_that_was(
+    branched: Path, recipe: Path, other_data: Path, tmp_path: Path
+) -> None:
+    train_on(1, recipe, other_data, tmp_path / "run", *from_step(branched, 10))
+    assert losses(tmp_path / "run") == losses(branched)
+    assert read_state(tmp_path / "run").stages == read_state(branched).stages
+
+
+def test_a_dry_run_shows_the_stages_and_counts_epochs_of_the_new_data(
+    recipe: Path, trunk: Path, text_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    said = train_on(
+        1, recipe, other_data, tmp_path / "run", *from_step(trunk, BRANCHED), "--dry-run"
+    )
+    first, second = (load_manifest(data) for data in (text_data, other_data))
+    assert f"  data set {first.fingerprint} from step 0 to 4: {text_data}\n" in said
+    assert f"  data set {second.fingerprint} from step 5 on: {other_data}\n" in said
+    epochs = second.epochs((STEPS - BRANCHED) * STEP)
+    assert f"epochs: later {epochs['later']:.2f};" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_or_end_of_documents_is_refused_before_anything_is_written(
+    recipe: Path, trunk: Path, tiny_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    said = refusal(recipe, tiny_data, tmp_path / "run", *from_step(trunk, BRANCHED))
+    assert f"{tiny_data}: its tokenizer (sha256 ) is not that of --branch-from {trunk}" in said
+    assert f"build the data set with --tokenizer {trunk / 'tokenizer'}" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stages", ["[]", "[1]", '[{"fingerprint": "a"}]', "5", '{"a": 1}'])
+def test_stages_that_are_none_are_refused_by_their_file(stages: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(f'{{"status": "done", "stages": {stages}}}')
+    with pytest.raises(UserError, match=r"state.json: damaged \(.*stages of data"):
+        read_state(tmp_path)
