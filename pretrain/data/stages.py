@@ -7,7 +7,11 @@ trained before it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest, load_manifest
 
 Json = dict[str, Any]  # an object of JSON that another record knows the fields of
 
@@ -45,6 +49,15 @@ def stage_of_json(entry: Json) -> DataStage:
         samples_before=int(entry["samples_before"]),
         sources=tuple(entry["sources"]),
     )
+
+
+def manifest_of_stage(stage: DataStage) -> Manifest | None:
+    """The manifest of a stage's data set; None where that is no longer where it lay."""
+    try:
+        manifest = load_manifest(Path(stage.data_dir))
+    except UserError:
+        return None
+    return manifest if manifest.fingerprint == stage.fingerprint else None
 
 
 def stage_at(stages: Sequence[DataStage], step: int) -> DataStage:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pretrain.config.load import recipe_to_dict
 from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
-from pretrain.data.stages import DataStage
+from pretrain.data.stages import DataStage, manifest_of_stage
 from pretrain.data.staging import staged
 from pretrain.data.text_size import bytes_per_token
 from pretrain.data.tokenizer import open_tokenizer
@@ -24,7 +25,7 @@ from pretrain.distributed.world import World
 from pretrain.generation.continuation import Speaker
 from pretrain.generation.prompts import Prompt
 from pretrain.generation.samples import SampleWriter
-from pretrain.metrics.told import AboutRun
+from pretrain.metrics.told import AboutRun, EarlierText
 from pretrain.model.compilation import check_compiler
 from pretrain.model.token_codes import config_of_run, saved_config
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
@@ -153,18 +154,34 @@ def sample_writer(run: Run, model: TableFreeForCausalLM, world: World) -> Sample
 def about_run(run: Run) -> AboutRun:
     """The run as sinks know it, with the start that is the newest now."""
     starts = of_steps(read_starts(run.run_dir), run.recipe.total_steps)
-    config = {
+    config: dict[str, Any] = {
         "recipe": recipe_to_dict(run.recipe),
         "fingerprint": run.reader.manifest.fingerprint,
         "branched_from": read_state(run.run_dir).branched_from,
         "start": for_sinks(starts[-1]) if starts else None,
     }
+    if len(run.stages) > 1:
+        config["data_stages"] = [
+            {"fingerprint": stage.fingerprint, "first_step": stage.first_step}
+            for stage in run.stages
+        ]
     return AboutRun(
         run_dir=run.run_dir,
         config=config,
         restarts=frozenset(start.step for start in starts if start.step > 0),
         bytes_per_token=bytes_per_token(run.reader.manifest),
+        earlier_texts=earlier_texts(run.stages),
     )
+
+
+def earlier_texts(stages: Sequence[DataStage]) -> tuple[EarlierText, ...]:
+    """What is known of the validation texts of all stages but the newest."""
+    texts = []
+    for stage, after in pairwise(stages):
+        manifest = manifest_of_stage(stage)
+        ratio = bytes_per_token(manifest) if manifest else None
+        texts.append(EarlierText(end=after.first_step, bytes_per_token=ratio))
+    return tuple(texts)
 
 
 def check_machine(

@@ -1,6 +1,11 @@
 """Branches onto other data: what they train on, how they go on, what is said of their stages."""
 
+import contextlib
+import io
 import json
+import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +13,26 @@ import pytest
 import torch
 from support.forked_ranks import run_ranks, train_on
 from support.prep_helpers import build, source, speeches, write_jsonl, write_mixture
+from support.reports import Words, figures_in, page_of
 from support.runs import losses, write_recipe
 
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 from data_prep.shards import ShardReader
+from pretrain import export_hf, trace
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.reader import load_model
 from pretrain.data.loader import TrainingLoader
+from pretrain.data.text_size import bytes_per_token
+from pretrain.hf.marker import read_marker, why_precious
+from pretrain.metrics.metrics_file import steps_between
+from pretrain.metrics.told import AboutRun, told
+from pretrain.reporting.data_set import documents_of_steps
+from pretrain.reporting.reading import data_of_stages
+from pretrain.reporting.reading import recipe_of as recipe_of_run
+from pretrain.reporting.reported_run import StandsOut, WorstSteps, ratio_of
+from pretrain.run.prepare import earlier_texts
 from pretrain.run.state import read_state
 
 ROWS = 6
@@ -25,12 +41,12 @@ STEPS = 15
 BRANCHED = 5
 
 
-def later_speeches(text_data: Path, home: Path, first: int, last: int, **more: object) -> Path:
+def later_speeches(text_data: Path, home: Path, first: int, last: int) -> Path:
     """A data set of other addresses, with the tokenizer of `text_data`."""
     texts = [text[-5000:] for text in speeches(last, 10_000)[first:]]
     write_jsonl(home / "later.jsonl", texts)
-    told = source("later", "later.jsonl", format="jsonl", text_field="text", license="CC0-1.0")
-    mixture = write_mixture(home, text_data.parent / "tokenizer", [told], **more)
+    own = source("later", "later.jsonl", format="jsonl", text_field="text", license="CC0-1.0")
+    mixture = write_mixture(home, text_data.parent / "tokenizer", [own])
     build(mixture, home / "dataset")
     return home / "dataset"
 
@@ -42,10 +58,10 @@ def other_data(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """15 steps at one rate, a checkpoint every five."""
+    """15 steps, whose rate decays after the fifth; a checkpoint every five."""
     return write_recipe(
         tmp_path_factory.mktemp("recipe") / "r.yaml",
-        schedule={"kind": "constant", "warmup_steps": 2, "warmup_fraction": 0.0},
+        schedule={"kind": "wsd", "warmup_steps": 2, "decay_steps": 10, "warmup_fraction": 0.0},
         checkpoints={"keep_last": 4},
         train_tokens=STEPS * STEP,
     )
@@ -53,8 +69,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunk(recipe: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A longer run, still at its peak rate after five steps."""
     run_dir = tmp_path_factory.mktemp("trunk") / "run"
-    train_on(1, recipe, text_data, run_dir, "--stop-at-step", "5")
+    longer = f"--train_tokens={2 * STEPS * STEP}"
+    train_on(1, recipe, text_data, run_dir, longer, "--stop-at-step", "5")
     return run_dir
 
 
@@ -225,3 +243,147 @@ def test_stages_that_are_none_are_refused_by_their_file(stages: str, tmp_path: P
     (tmp_path / "state.json").write_text(f'{{"status": "done", "stages": {stages}}}')
     with pytest.raises(UserError, match=r"state.json: damaged \(.*stages of data"):
         read_state(tmp_path)
+
+
+# What is said of a run of several data sets
+
+
+def test_trace_knows_which_data_set_a_step_is_of(
+    branched: Path, text_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    """By whichever of the two it is given; of one that is gone it says so."""
+    first, second = (load_manifest(data).fingerprint for data in (text_data, other_data))
+    for given in (text_data, other_data):
+        said = traced(branched, given, 4, 5)
+        assert said.startswith(f"data set   {first}, from step 0 to 4\n           {text_data}\n")
+        assert "\nsample     29: row 5 of step 4, which has 6 rows\nsource     sotu, " in said
+        said = traced(branched, given, 5, 0)
+        assert said.startswith(f"data set   {second}, from step 5 on\n           {other_data}\n")
+        assert "\nsample     0: row 0 of step 5, which has 6 rows\nsource     later, " in said
+    moved = shutil.copytree(branched, tmp_path / "run")
+    state = json.loads((moved / "state.json").read_bytes())
+    state["stages"][0]["data_dir"] = str(tmp_path / "gone")
+    (moved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError) as refused:
+        traced(moved, other_data, 4, 5)
+    assert str(refused.value) == (
+        f"step 4: from step 0 to 4 {moved} was trained on the data set {first}, which is not whole "
+        f"({tmp_path}/gone: no such directory; build a data set with python -m "
+        "data_prep.build_shards); give --data-dir with where it is now"
+    )
+    assert "source     sotu, " in traced(moved, text_data, 4, 5)
+
+
+def test_an_export_names_both_data_sets_and_their_sources(
+    branched: Path, text_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    first, second = (load_manifest(data).fingerprint for data in (text_data, other_data))
+    flags = ["--run-dir", str(branched), "--architecture", "tablefree"]
+    export_hf.main([*flags, "--output-dir", str(tmp_path / "export")])
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert (
+        f"Data sets, one after the other (fingerprints): `{first}` from step 0 to 4, `{second}` "
+        "from step 5 on.\n"
+    ) in card
+    assert "\n| from step 0 to 4 | sotu | " in card
+    assert "\n| from step 5 on | later | later.jsonl | 1 | CC0-1.0 |\n" in card
+    marker = json.loads((tmp_path / "export" / "tablefree_export.json").read_bytes())
+    assert marker["fingerprint"] == second
+    assert marker["data_stages"] == [
+        {"fingerprint": first, "first_step": 0},
+        {"fingerprint": second, "first_step": 5},
+    ]
+    # it may be made again in its place, but not by a run that had the newer data set alone
+    checkpoint = load_for_reading(branched)
+    written = read_marker(tmp_path / "export")
+    assert written is not None
+    assert why_precious(tmp_path / "export", written, checkpoint) is None
+    newer_alone = replace(written, data_stages=None)
+    why = why_precious(tmp_path / "export", newer_alone, checkpoint)
+    assert why is not None
+    assert why.startswith("holds an export of another run (data_stages None, here [")
+
+
+def test_sinks_draw_bits_per_byte_of_each_validation_set_and_mark_the_change(
+    branched: Path, text_data: Path, other_data: Path
+) -> None:
+    stages = read_state(branched).data_stages
+    ratios = [bytes_per_token(load_manifest(data)) for data in (text_data, other_data)]
+    assert ratios[0] != ratios[1]
+    about = AboutRun(
+        run_dir=branched,
+        config={},
+        restarts=frozenset(),
+        bytes_per_token=ratios[1],
+        earlier_texts=earlier_texts(stages),
+    )
+    drawn = [told(record, about).figures for record in steps_between(branched, 0, STEPS)]
+    for step, ratio in ((4, ratios[0]), (9, ratios[1]), (14, ratios[1])):
+        assert ratio is not None
+        bits = drawn[step]["validation/loss"] / math.log(2) / ratio
+        assert drawn[step]["validation/bits_per_byte"] == pytest.approx(bits)
+    assert [step for step, figures in enumerate(drawn) if "marks/other_data" in figures] == [5]
+    gone = (replace(stages[0], data_dir=str(branched)), *stages[1:])
+    about = replace(about, earlier_texts=earlier_texts(gone))
+    before = told(next(steps_between(branched, 4, 5)), about).figures
+    assert "validation/loss" in before
+    assert "validation/bits_per_byte" not in before
+
+
+def test_the_report_tells_of_each_data_set(
+    branched: Path, text_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    first, second = (load_manifest(data) for data in (text_data, other_data))
+    page = page_of(tmp_path / "report.html", branched, flags=("--png", str(tmp_path / "images")))
+    text = Words(page).text
+    assert f"other data from step 6 on: {second.fingerprint}" in text
+    assert f"# data set of steps 1 to 5: fingerprint {first.fingerprint}" in text
+    assert f"# data set of steps 6 to 15: fingerprint {second.fingerprint}" in text
+    assert f"# and found at {text_data}" in text
+    assert f"Fingerprint {first.fingerprint}, 512 ids." in text
+    epochs = second.epochs(10 * STEP)["later"]
+    assert f"{epochs:.2f}" in text
+    (run,) = figures_in(page)["runs"]
+    assert "data" in run["marks"]["kinds"]
+    of_data = run["marks"]["kinds"].index("data")
+    assert run["marks"]["places"]["steps"][of_data] == BRANCHED
+    ratios = [ratio_of(data, "validation") for data in (first, second)]
+    assert run["validation_bytes_per_token"] == pytest.approx([ratios[0], ratios[1], ratios[1]])
+    assert len(run["bytes_per_token"]) == len(run["series"]["loss"]["mean"]) == STEPS
+    assert len(set(run["bytes_per_token"][:5])) == len(set(run["bytes_per_token"][5:])) == 1
+    # the best is of the newest validation set alone
+    validations = [record.val_loss for record in steps_between(branched, 5, STEPS)]
+    best = min(loss for loss in validations if loss is not None)
+    assert ratios[1] is not None
+    assert f"{best / math.log(2) / ratios[1]:.4f}" in text
+    assert (tmp_path / "images" / "bits_per_byte.png").is_file()
+
+
+def test_the_report_names_documents_of_each_data_set(branched: Path, text_data: Path) -> None:
+    recipe = recipe_of_run(branched, None, [])
+    notes: list[str] = []
+    worst = WorstSteps(
+        steps=tuple(StandsOut(done=done, loss=9.0, above=1.0) for done in (5, 6)),
+        before=5,
+        least=0.1,
+    )
+    stages = read_state(branched).data_stages
+    found = data_of_stages(stages, [], recipe, worst, notes)
+    assert notes == []
+    assert found.documents[4] == documents_of_steps(text_data, recipe, [4])[4]
+    assert all(name.startswith("addresses.jsonl, row ") for name in found.documents[4].named)
+    assert all(name.startswith("later.jsonl, row ") for name in found.documents[5].named)
+    gone = (replace(stages[0], data_dir="/gone"), *stages[1:])
+    found = data_of_stages(gone, [], recipe, worst, notes)
+    assert list(found.documents) == [5]
+    (note,) = notes
+    assert note.startswith(f"the data set {stages[0].fingerprint} of its steps 1 to 5 is not at ")
+
+
+def traced(run_dir: Path, data: Path, step: int, row: int) -> str:
+    """What pretrain.trace prints of a row."""
+    said = io.StringIO()
+    flags = ["--run-dir", str(run_dir), "--data-dir", str(data), "--row", str(row)]
+    with contextlib.redirect_stdout(said):
+        trace.main([*flags, "--step", str(step)])
+    return said.getvalue()
