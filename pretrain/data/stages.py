@@ -31,7 +31,7 @@ def stages_of_json(told: Any) -> tuple[DataStage, ...]:
     """The stages of a file. Raises ValueError for what is none of ours."""
     try:
         stages = [stage_of_json(entry) for entry in told]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"no stages of data ({type(error).__name__}: {error})") from None
     first_steps = [stage.first_step for stage in stages]
     # each has a step at least, so the steps are told apart

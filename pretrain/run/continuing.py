@@ -85,16 +85,17 @@ def stages_with(
     run_dir: Path, branch_from: Checkpoint | None, now: DataStage, rows: int
 ) -> tuple[DataStage, ...]:
     """The stages of data of a run that begins, branches off or goes on with the data set `now`,
-    which it was found to go on with. A step has `rows` samples.
+    which `check_same_run` and `open_origin` allow. A step has `rows` samples.
     """
     before: tuple[DataStage, ...] = ()
     if branch_from is not None:
         # a stage that the checkpoint has no step of is none of the branch's
         before = seen_by(branch_from.manifest.data_stages, branch_from.step)
     else:
-        newest = newest_readable(run_dir)
-        if newest is not None and newest.manifest.imported_from is None:
-            before = stages_so_far(run_dir, newest.manifest)
+        before = stages_on_record(run_dir)
+        # of a run none of whose checkpoints can be read, which is said later
+        if before and before[-1].fingerprint != now.fingerprint:
+            before = ()
     if not before:
         return (now,)
     if before[-1].fingerprint == now.fingerprint:
@@ -102,6 +103,18 @@ def stages_with(
     assert branch_from is not None  # all else was refused
     step = branch_from.step
     return (*before, replace(now, first_step=step, samples_before=step * rows))
+
+
+def stages_on_record(run_dir: Path) -> tuple[DataStage, ...]:
+    """The data sets that a run has steps of, by its newest checkpoint and its state; none of one
+    that has saved nothing, or has imported weights alone.
+    """
+    newest = newest_readable(run_dir)
+    if newest is None:
+        return read_state(run_dir).data_stages if saved_steps(run_dir) else ()
+    if newest.manifest.imported_from is not None:
+        return ()
+    return stages_so_far(run_dir, newest.manifest)
 
 
 def newest_readable(run_dir: Path) -> Checkpoint | None:

