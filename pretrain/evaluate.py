@@ -190,7 +190,9 @@ def measure_text(flags: argparse.Namespace) -> None:
     results = []
     for run in runs:
         measured = measure(run)
-        print(result_page(str(run.opened.checkpoint.path), measured.result), flush=True)
+        checkpoint = run.opened.checkpoint
+        stages = checkpoint.manifest.data_stages
+        print(result_page(str(checkpoint.path), measured.result, stages), flush=True)
         keep(run.opened, partial(write_measured, measured, run.opened))
         results.append(measured.result)
     if len(results) > 1:

@@ -9,6 +9,7 @@ Python.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from pretrain.config.recipe_parser import RecipeParser
 from pretrain.data.digests import check_shards
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.provenance import Part, parts_of
+from pretrain.data.stages import DataStage, stage_at, steps_of_stage
 from pretrain.run.directory import RECIPE_NAME
-from pretrain.run.state import STATE_NAME, fingerprint_of
+from pretrain.run.state import STATE_NAME, stages_of_run
 
 
 def describe_sample(loader: TrainingLoader, sample: int) -> str:
@@ -102,20 +104,66 @@ def build_parser() -> RecipeParser:
     return parser
 
 
-def recipe_of(run_dir: Path, fingerprint: str) -> Recipe:
-    """The recipe of a run. Raises UserError if there is none, or it saw another data set."""
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What is asked about: a run, or one to come, and its data set at a step."""
+
+    recipe: Recipe
+    reader: ShardReader
+    stage: DataStage
+    steps_of_stage: str  # in words; empty where all steps are of one data set
+
+
+def of_run(run_dir: Path, given: ShardReader, step: int) -> Traced:
+    """A run and the data set of a step: the one given or, where a run has several and it is another
+    one of them, the one that the run's record finds.
+
+    Raises UserError if there is no run, or the step's data set is not at hand.
+    """
     for name in (RECIPE_NAME, STATE_NAME):
         if not (run_dir / name).is_file():
             raise UserError(
                 f"--run-dir {run_dir}: no run is there, since {name} is missing; give the "
                 "directory of a run, or its recipe with --recipe"
             )
-    trained_on = fingerprint_of(run_dir)
-    if trained_on != fingerprint:
+    stages = stages_of_run(run_dir)
+    fingerprints = [stage.fingerprint for stage in stages]
+    fingerprint = given.manifest.fingerprint
+    if fingerprint not in fingerprints:
         raise UserError(
-            f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on {trained_on}"
+            f"--data-dir: fingerprint {fingerprint}, but {run_dir} was trained on "
+            f"{' and then '.join(fingerprints)}"
         )
-    return load_recipe(str(run_dir / RECIPE_NAME))
+    recipe = load_recipe(str(run_dir / RECIPE_NAME))
+    check_range("step", step, recipe.total_steps)
+    stage = stage_at(stages, step)
+    steps = steps_of_stage(stages, stage) if len(stages) > 1 else ""
+    reader = given
+    if stage.fingerprint != fingerprint:
+        reader = reader_of(stage, f"step {step}: {steps} {run_dir} was trained on")
+    return Traced(recipe=recipe, reader=reader, stage=stage, steps_of_stage=steps)
+
+
+def reader_of(stage: DataStage, what: str) -> ShardReader:
+    """The data set of a stage, where it lay. Raises UserError if it is no longer there."""
+    where = f"{what} the data set {stage.fingerprint}"
+    advice = "give --data-dir with where it is now"
+    try:
+        reader = ShardReader(Path(stage.data_dir))
+        reader.check_files()
+    except UserError as error:
+        raise UserError(f"{where}, which is not whole ({one_line(error)}); {advice}") from None
+    if reader.manifest.fingerprint != stage.fingerprint:
+        raise UserError(f"{where}, and another one is at {stage.data_dir} by now; {advice}")
+    return reader
+
+
+def of_recipe(name: str, overrides: Sequence[str], reader: ShardReader, step: int) -> Traced:
+    """A run to come. Raises UserError for what is no recipe, or has no such step."""
+    recipe = load_recipe(name, overrides, reader.data_dir)
+    check_range("step", step, recipe.total_steps)
+    only = DataStage(fingerprint=reader.manifest.fingerprint)
+    return Traced(recipe=recipe, reader=reader, stage=only, steps_of_stage="")
 
 
 def check_range(flag: str, number: int, end: int) -> None:
@@ -134,17 +182,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{overrides[0]}: not a known flag; recipe keys can be set beside --recipe only"
         )
     if flags.run_dir:
-        recipe = recipe_of(flags.run_dir, reader.manifest.fingerprint)
+        traced = of_run(flags.run_dir, reader, flags.step)
     else:
-        recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
+        traced = of_recipe(flags.recipe, overrides, reader, flags.step)
+    recipe = traced.recipe
+    reader = traced.reader
     rows = recipe.global_batch_size
-    check_range("step", flags.step, recipe.total_steps)
     check_range("row", flags.row, rows)
     check_range("characters", flags.characters, 2**31)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
-    tokenizer_file = flags.data_dir / TOKENIZER_NAME / "tokenizer.json"
+    tokenizer_file = reader.data_dir / TOKENIZER_NAME / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    sample = flags.step * rows + flags.row
+    sample = flags.step * rows + flags.row - traced.stage.samples_before
+    if traced.steps_of_stage:
+        print(f"data set   {traced.stage.fingerprint}, {traced.steps_of_stage}")
+        print(f"           {printable(str(reader.data_dir))}")
     print(f"sample     {sample}: row {flags.row} of step {flags.step}, which has {rows} rows")
     print(describe_sample(loader, sample))
     for part in parts_of(loader, sample):

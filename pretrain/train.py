@@ -46,7 +46,7 @@ from pretrain.run.first_checks import describe_default_start
 from pretrain.run.lifecycle import close_finished, run_training
 from pretrain.run.prepare import Run, prepare
 from pretrain.run.state import read_state
-from pretrain.view.dry_run import describe
+from pretrain.view.dry_run import DataOfRun, describe
 
 if __name__ == "__main__":
     gc.freeze()
@@ -60,7 +60,8 @@ def show_dry_run(run: Run, world: World) -> None:
     if not world.is_main:
         return
     start = default_start(run.command)
-    print(describe(run.recipe, run.engine_config, run.loader, world.world_size, start))
+    data = DataOfRun(loader=run.loader, stages=run.stages)
+    print(describe(run.recipe, run.engine_config, data, world.world_size, start))
     for line in warnings(run.model_config, run.reader):
         say(world, line)
 

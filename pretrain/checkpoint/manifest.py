@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from data_prep.files import digest_file
 from pretrain.checkpoint.layout import MANIFEST_NAME, OWN_FILE
+from pretrain.data.stages import DataStage, stages_of_json
 
 FORMAT = "tablefree-checkpoint"
 FORMAT_VERSION = 1
@@ -56,7 +57,7 @@ class CheckpointManifest:
     step: int
     optimizer_step: int
     seed: int
-    fingerprint: str  # of the data set
+    fingerprint: str  # of the data set; of several, that of the newest stage
     data_dir: str
     data: AboutData
     skips: tuple[Json, ...] = ()  # the decisions on bad steps so far: run/bad_steps.py
@@ -69,6 +70,20 @@ class CheckpointManifest:
     # Where the weights are from that no step of this project made; such a checkpoint is of step 0,
     # of no data set yet, and its engine is empty.
     imported_from: str | None = None
+    # The data sets of a run that had several, oldest first; empty of one: see `data_stages`.
+    stages: tuple[DataStage, ...] = ()
+
+    @property
+    def data_stages(self) -> tuple[DataStage, ...]:
+        """The data sets that its steps were trained on, oldest first; none of imported weights."""
+        if self.stages or not self.fingerprint:
+            return self.stages
+        only = DataStage(
+            fingerprint=self.fingerprint,
+            data_dir=self.data_dir,
+            sources=tuple(self.data.sources),
+        )
+        return (only,)
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -80,6 +95,8 @@ class CheckpointManifest:
         }
         if self.imported_from is None:
             del content["imported_from"]
+        if not self.stages:
+            del content["stages"]
         return json.dumps(content, indent=1).encode()
 
     @classmethod
@@ -110,6 +127,7 @@ class CheckpointManifest:
             parameters=told["parameters"],
             files=files,
             imported_from=told.get("imported_from"),
+            stages=stages_of_json(told["stages"]) if "stages" in told else (),
         )
 
 

@@ -37,12 +37,23 @@ def rows_of(micro_step: int, micro_batch_size: int, world: World) -> slice:
 
 
 class StepBatches:
-    """This rank's micro-batches of every step."""
+    """This rank's micro-batches of every step.
+
+    `samples_before` are those that the run drew from other data sets: the loader begins behind
+    them, with its own sample 0.
+    """
 
     def __init__(
-        self, loader: TrainingLoader, recipe: Recipe, world: World, *, pinned: bool
+        self,
+        loader: TrainingLoader,
+        recipe: Recipe,
+        world: World,
+        *,
+        pinned: bool,
+        samples_before: int = 0,
     ) -> None:
         self.loader = loader
+        self.samples_before = samples_before
         self.rows = recipe.global_batch_size  # of a step, over all ranks
         self.micro_batch_size = recipe.batch.micro_batch_size
         self.world = world
@@ -50,8 +61,9 @@ class StepBatches:
         self.micro_steps = self.rows // (self.micro_batch_size * world.world_size)
 
     def samples_of(self, step: int) -> range:
-        """The numbers of a step's samples, those of all ranks, in the run's order."""
-        return range(step * self.rows, (step + 1) * self.rows)
+        """The loader's numbers of a step's samples, those of all ranks, in the run's order."""
+        first = step * self.rows - self.samples_before
+        return range(first, first + self.rows)
 
     def of_step(self, step: int) -> list[Tensor]:
         """A tensor for each micro-step, int64, (micro_batch_size, seq_len + 1).

@@ -6,6 +6,7 @@ twice on one machine, its files are equal bit for bit.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer
 from pretrain.checkpoint.find import load_for_reading, run_of
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.safetensors_file import write_safetensors
+from pretrain.data.stages import DataStage, Json, steps_of_stage
 from pretrain.data.tokenizer import refuse_another_tokenizer
 from pretrain.data.tokenizer_definition import DEFINITION_NAME
 from pretrain.evaluation.result import read_result
@@ -208,8 +210,30 @@ def card_of(
         end_token=reference.id_to_token(special_ids["eos_token_id"]),
         engines=engines_of(asked.architecture),
         imported_from=weights_of(asked),
+        stages=stages_on_card(checkpoint.manifest.stages),
         proof=proof,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOnCard:
+    """A data set of a run that had several."""
+
+    fingerprint: str
+    steps: str  # in words
+    sources: tuple[Json, ...]
+
+
+def stages_on_card(stages: Sequence[DataStage]) -> list[StageOnCard]:
+    """The data sets of a run that had several, oldest first; none of one."""
+    return [
+        StageOnCard(
+            fingerprint=stage.fingerprint,
+            steps=steps_of_stage(stages, stage),
+            sources=stage.sources,
+        )
+        for stage in stages
+    ]
 
 
 def weights_of(asked: Asked) -> str | None:

@@ -1,6 +1,6 @@
 """What an export says of itself, so that the next one replaces exports of ours and nothing else.
 
-`tablefree_export.json` names the run that was exported (its data set's fingerprint and what its
+`tablefree_export.json` names the run that was exported (its data sets' fingerprints and what its
 steps depend on in the recipe), the step, the form, and the digest of every other file. transformers
 does not look at it.
 """
@@ -15,6 +15,7 @@ from data_prep.errors import UserError
 from data_prep.files import digest_file
 from data_prep.layout import UNITS_NAME
 from data_prep.manifest import MANIFEST_NAME
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.changes import MAY_CHANGE_ON_BRANCH, flatten
 from pretrain.config.load import build_recipe, recipe_to_dict
@@ -27,7 +28,7 @@ FORMAT = "tablefree-export"
 class Marker:
     """The content of an export's marker."""
 
-    fingerprint: str  # of the data set
+    fingerprint: str  # of the data set; of several, of the newest
     # Dotted keys, but for those that may differ between parts or lengths of a run.
     recipe: dict[str, Any]
     step: int
@@ -35,6 +36,8 @@ class Marker:
     dtype: str
     files: dict[str, str]  # name -> xxh3-128
     format: str = FORMAT
+    # Of a run that had several data sets: the fingerprint of each, and the first step on it.
+    data_stages: list[dict[str, str | int]] | None = None
 
     @property
     def identity(self) -> tuple[str, int, str, str]:
@@ -43,7 +46,20 @@ class Marker:
 
     def to_bytes(self) -> bytes:
         """The marker's file, byte for byte reproducible."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        content = asdict(self)
+        if self.data_stages is None:
+            del content["data_stages"]
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def stages_marked(manifest: CheckpointManifest) -> list[dict[str, str | int]] | None:
+    """The data sets of a run that had several, as its export names them; None of one."""
+    if not manifest.stages:
+        return None
+    return [
+        {"fingerprint": stage.fingerprint, "first_step": stage.first_step}
+        for stage in manifest.stages
+    ]
 
 
 def run_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -73,6 +89,7 @@ def write_marker(
         architecture=architecture,
         dtype=dtype,
         files=digests,
+        data_stages=stages_marked(checkpoint.manifest),
     )
     (directory / MARKER_NAME).write_bytes(marker.to_bytes())
 
@@ -165,8 +182,17 @@ def why_precious(output: Path, marker: Marker, checkpoint: Checkpoint) -> str | 
             return f"{name} of the export there is missing"
         if digest_file(output / name) != digest:
             return f"{name} was changed since it was exported"
-    here = {"fingerprint": checkpoint.manifest.fingerprint, **run_recipe(checkpoint)}
-    there = {"fingerprint": marker.fingerprint, **marker.recipe}
+    manifest = checkpoint.manifest
+    here = {
+        "fingerprint": manifest.fingerprint,
+        "data_stages": stages_marked(manifest),
+        **run_recipe(checkpoint),
+    }
+    there = {
+        "fingerprint": marker.fingerprint,
+        "data_stages": marker.data_stages,
+        **marker.recipe,
+    }
     # Keys that only one of the two has are of another version of this project: they tell nothing.
     for key, value in there.items():
         if key in here and here[key] != value:

@@ -15,6 +15,14 @@ Texts = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlierText:
+    """The validation text of a data set that a run had before."""
+
+    end: int  # the first step of the next one
+    bytes_per_token: float | None  # None also where that data set is no longer at hand
+
+
+@dataclass(frozen=True, kw_only=True)
 class AboutRun:
     """A run as its sinks know it."""
 
@@ -23,6 +31,15 @@ class AboutRun:
     restarts: frozenset[int]  # steps that starts of the run went on from
     # Of the validation text, end-of-document ids included; None where its bytes are not known.
     bytes_per_token: float | None
+    # Of the data sets before the newest one, oldest first.
+    earlier_texts: tuple[EarlierText, ...] = ()
+
+    def bytes_per_token_at(self, step: int) -> float | None:
+        """Of the validation text of the data set that a step was trained on."""
+        for text in self.earlier_texts:
+            if step < text.end:
+                return text.bytes_per_token
+        return self.bytes_per_token
 
     @property
     def name(self) -> str:
@@ -47,11 +64,13 @@ def told(record: AnyStep, about: AboutRun) -> ToldStep:
         "train/learning_rate": record.learning_rate,
         "train/tokens": record.tokens,
     }
-    figures |= validation_figures(record.val_loss, about.bytes_per_token)
+    figures |= validation_figures(record.val_loss, about.bytes_per_token_at(record.step))
     if isinstance(record, StepRecord):
         figures |= speed_figures(record)
     if record.step in about.restarts:
         figures["marks/restart"] = 1
+    if any(record.step == text.end for text in about.earlier_texts):
+        figures["marks/other_data"] = 1
     texts: Texts = {}
     if isinstance(record, SkippedStep):
         figures["marks/skipped"] = 1

@@ -46,9 +46,18 @@ Numbers = list[float | None]  # None: no number
 class Mark:
     """Something that happened to a run after so many steps."""
 
-    kind: str  # checkpoint, restart, skip or stall
+    kind: str  # checkpoint, restart, data, skip or stall
     step: int
     words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierRatios:
+    """Bytes a token of a data set that a run had before its newest; None where not known."""
+
+    end: int  # the first step of the next data set, from 0
+    training: float | None
+    validation: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +71,27 @@ class Curves:
     bytes_per_token: float | None  # of the text that it trains on; None where that isn't known
     validation_bytes_per_token: float | None
     marks: tuple[Mark, ...] = field(default=())
+    earlier: tuple[EarlierRatios, ...] = ()  # oldest first
+
+    def ratios_at(self, rows: Integers, *, is_validation: bool) -> Floats:
+        """Bytes a token of the data set of some rows of its steps; NaN where that isn't known."""
+        newest = self.validation_bytes_per_token if is_validation else self.bytes_per_token
+        steps = self.steps.column("step")[rows]
+        ratios = np.full(len(steps), np.nan if newest is None else newest)
+        for stage in reversed(self.earlier):
+            own = stage.validation if is_validation else stage.training
+            ratios[steps < stage.end] = np.nan if own is None else own
+        return ratios
+
+    def ratios_drawn(self, rows: Integers, *, is_validation: bool) -> float | Numbers | None:
+        """The one ratio of a run of one data set; of several, that of each row."""
+        if self.earlier:
+            return numbers(self.ratios_at(rows, is_validation=is_validation))
+        return self.validation_bytes_per_token if is_validation else self.bytes_per_token
 
     def differs_by_seed(self, other: "Curves") -> bool:
         """Whether nothing but the seed tells two runs apart."""
-        if self.fingerprint != other.fingerprint:
+        if (self.fingerprint, self.earlier) != (other.fingerprint, other.earlier):
             return False
         return what_is_learned(self.recipe) == what_is_learned(other.recipe)
 
@@ -111,8 +137,9 @@ class DrawnRun:
 
     name: str
     flops_per_token: float
-    bytes_per_token: float | None
-    validation_bytes_per_token: float | None
+    # a number or, where the run had several data sets, one for each point
+    bytes_per_token: float | Numbers | None
+    validation_bytes_per_token: float | Numbers | None
     places: Places
     series: dict[str, Series]
     validations: Places
@@ -218,8 +245,8 @@ def draw_run(run: Curves, size: int) -> DrawnRun:
     return DrawnRun(
         name=run.name,
         flops_per_token=flops_per_token(run.recipe.model),
-        bytes_per_token=run.bytes_per_token,
-        validation_bytes_per_token=run.validation_bytes_per_token,
+        bytes_per_token=run.ratios_drawn(groups.ends, is_validation=False),
+        validation_bytes_per_token=run.ratios_drawn(validated, is_validation=True),
         places=places(steps, groups.ends),
         series=series,
         validations=places(steps, validated),

@@ -120,9 +120,10 @@ def length_pieces(data_dir: Path, shards: Sequence[Shard], every: int) -> Iterat
 
 
 def documents_of_steps(
-    data_dir: Path, recipe: Recipe, steps: Sequence[int]
+    data_dir: Path, recipe: Recipe, steps: Sequence[int], samples_before: int = 0
 ) -> dict[int, StepDocuments]:
-    """The documents of some steps. Steps whose shards are too large to search have none.
+    """The documents of some steps, before whose data set the run drew so many samples from others.
+    Steps whose shards are too large to search have none.
 
     Raises UserError where a file of the data set is missing or damaged.
     """
@@ -141,7 +142,7 @@ def documents_of_steps(
     for step in steps:
         parts: list[Part] = []
         for row in range(looked_at):
-            parts += parts_of(loader, step * rows + row)
+            parts += parts_of(loader, step * rows + row - samples_before)
         parts.sort(key=lambda part: len(part.offsets), reverse=True)
         named = [words_on(part, reader, tokenizer) for part in parts[:MOST_NAMED]]
         found[step] = StepDocuments(

@@ -4,10 +4,11 @@ scores.
 
 from collections.abc import Sequence
 
+from data_prep.inputs.urls import without_credentials
 from data_prep.manifest import BLOCK_SAMPLES, Manifest
 from pretrain.evaluation.result import EvaluationResult, Score
 from pretrain.reporting.data_set import SourceLengths
-from pretrain.reporting.reported_run import ReportedRun, ratio_of, tokens_of
+from pretrain.reporting.reported_run import ReportedRun, StageData, ratio_of, tokens_on
 from pretrain.reporting.words import (
     NOT_KNOWN,
     Bar,
@@ -22,20 +23,56 @@ MOST_SOURCES = 12  # whose lengths are drawn
 
 
 def data_section(runs: Sequence[ReportedRun]) -> Section:
-    """The data set under each run that has one at hand; its lengths once for all its runs."""
+    """The data sets under each run that are at hand; their lengths once for all runs."""
     tables = []
     bars: list[Bars] = []
     drawn: set[str] = set()
     for run in runs:
-        if run.data is None:
-            continue
-        table = sources_table(run, run.data)
-        tables.append(table)
-        if run.data.fingerprint not in drawn:
-            largest = sorted(run.lengths, key=lambda own: own.documents, reverse=True)
-            bars += [length_bars(own) for own in largest[:MOST_SOURCES]]
-        drawn.add(run.data.fingerprint)
+        for stage in all_data(run):
+            if stage.data is None:
+                continue
+            table = sources_table(run, stage.data, stage.steps)
+            tables.append(table)
+            if stage.fingerprint not in drawn:
+                largest = sorted(stage.lengths, key=lambda own: own.documents, reverse=True)
+                bars += [length_bars(own) for own in largest[:MOST_SOURCES]]
+            drawn.add(stage.fingerprint)
     return Section(title="Data", tables=tables, bars=bars)
+
+
+def all_data(run: ReportedRun) -> list[StageData]:
+    """The data sets of a run, oldest first."""
+    newest = StageData(
+        fingerprint=run.fingerprint or NOT_KNOWN,
+        steps=range(run.first_step, run.recipe.total_steps),
+        data=run.data,
+        data_dir=run.data_dir,
+        lengths=run.lengths,
+    )
+    return [*run.earlier, newest]
+
+
+def data_lines(run: ReportedRun) -> list[str]:
+    """Each data set of a run, and what it was built from: the command is nowhere on record."""
+    lines = []
+    for stage in all_data(run):
+        of_steps = f" {steps_words(stage.steps)}" if run.earlier else ""
+        lines.append(f"# data set{of_steps}: fingerprint {stage.fingerprint}")
+        if stage.data is None or stage.data_dir is None:
+            continue
+        lines.append(
+            "# built by python -m data_prep.build_shards, whose command is not on record, from"
+        )
+        for source in stage.data.sources:
+            origin = without_credentials(source.origin)
+            lines.append(f"#   {source.name}: {origin}, weight {source.weight}")
+        lines.append(f"# and found at {stage.data_dir}")
+    return lines
+
+
+def steps_words(steps: range) -> str:
+    """Steps from 0 as the page counts them, from 1."""
+    return f"of steps {steps.start + 1:,} to {steps.stop:,}"
 
 
 def length_bars(lengths: SourceLengths) -> Bars:
@@ -63,11 +100,11 @@ def length_bars(lengths: SourceLengths) -> Bars:
     )
 
 
-def sources_table(run: ReportedRun, data: Manifest) -> Table:
-    """The sources of a data set, and how often a run goes through them."""
-    planned_tokens = run.recipe.total_steps * run.recipe.batch.global_batch_tokens
+def sources_table(run: ReportedRun, data: Manifest, steps: range) -> Table:
+    """The sources of a data set, and how often a run goes through them in its steps on it."""
+    planned_tokens = len(steps) * run.recipe.batch.global_batch_tokens
     planned = data.epochs(planned_tokens)
-    seen = data.epochs(int(tokens_of(run)))
+    seen = data.epochs(tokens_on(run, steps))
     rows = []
     for source in data.sources:
         name = source.name
@@ -86,7 +123,8 @@ def sources_table(run: ReportedRun, data: Manifest) -> Table:
     header = ["source", "share", "training tokens", "validation tokens"]
     header += ["epochs seen", "epochs planned", "bytes a token", "license"]
     note = f"Fingerprint {data.fingerprint}, {data.vocab_size:,} ids."
-    return Table(title=run.name, header=header, rows=rows, note=note)
+    title = f"{run.name}, {steps_words(steps)}" if run.earlier else run.name
+    return Table(title=title, header=header, rows=rows, note=note)
 
 
 def evaluation(runs: Sequence[ReportedRun]) -> Section:

@@ -92,10 +92,10 @@ def new_figure() -> "Figure":
     return Figure(figsize=INCHES, layout="constrained")
 
 
-def nats_to(chart: Chart, bytes_per_token: float | None) -> float:
-    """By what a loss is multiplied to stand on a chart's axis."""
-    if not chart.is_bits or bytes_per_token is None:
-        return 1.0
+def nats_to(chart: Chart, bytes_per_token: Floats) -> Floats:
+    """By what losses are multiplied to stand on a chart's axis."""
+    if not chart.is_bits:
+        return np.ones_like(bytes_per_token)
     return 1.0 / (math.log(2) * bytes_per_token)
 
 
@@ -127,7 +127,8 @@ def draw_line(axes: "Axes", chart: Chart, drawing: Drawing, number: int) -> None
         return
     groups = Groups(steps=steps, size=drawing.size)
     tokens = groups.last(steps.column("tokens")) / MILLION
-    scaled = values * nats_to(chart, run.bytes_per_token)
+    ratios = run.ratios_at(np.arange(len(steps)), is_validation=False)
+    scaled = values * nats_to(chart, ratios)
     colour = colour_of(number)
     dash = DASHES[number // COLOURS % len(DASHES)]
     mean = groups.mean(scaled)
@@ -142,7 +143,7 @@ def draw_line(axes: "Axes", chart: Chart, drawing: Drawing, number: int) -> None
         return
     validated = np.flatnonzero(~np.isnan(steps.column("val_loss")))
     if len(validated):
-        factor = nats_to(chart, run.validation_bytes_per_token)
+        factor = nats_to(chart, run.ratios_at(validated, is_validation=True))
         at = steps.column("tokens")[validated] / MILLION
         of_validation = steps.column("val_loss")[validated] * factor
         own = colour_of(1) if len(drawing.runs) == 1 else colour
@@ -156,7 +157,8 @@ def draw_seeds(axes: "Axes", chart: Chart, drawing: Drawing) -> None:
         return
     for place, band in enumerate(drawing.bands):
         colour = colour_of(len(drawing.runs) + place)
-        factor = nats_to(chart, band.bytes_per_token)
+        # one ratio, or one for each point; None becomes NaN
+        factor = nats_to(chart, np.array(band.bytes_per_token, np.float64))
         loss = band.series["loss"]
         tokens = np.array(band.places.tokens, np.float64) / MILLION
         # None becomes NaN, which is a gap

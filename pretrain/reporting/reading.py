@@ -15,6 +15,7 @@ from pretrain.checkpoint.layout import LOGS_NAME, MANIFEST_NAME, saved_steps, st
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.data.stages import DataStage
 from pretrain.evaluation.result import read_results
 from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.metrics.step_columns import StepColumns, read_columns
@@ -26,7 +27,7 @@ from pretrain.reporting.data_set import (
     documents_of_steps,
     source_lengths,
 )
-from pretrain.reporting.reported_run import ReportedRun, StartFacts, WorstSteps
+from pretrain.reporting.reported_run import ReportedRun, StageData, StartFacts, WorstSteps
 from pretrain.run.directory import RECIPE_NAME, SKIPS_NAME, STARTS_NAME
 from pretrain.run.starts import Start, in_words, of_steps, read_starts, unread_lines
 from pretrain.run.state import RunState, read_state
@@ -83,49 +84,111 @@ def recipe_of(run_dir: Path, manifest: CheckpointManifest | None, notes: list[st
     return build_recipe(manifest.recipe, f"{run_dir}: step {manifest.step}")
 
 
-def data_of(
+def stages_known(state: RunState, manifest: CheckpointManifest | None) -> tuple[DataStage, ...]:
+    """The data sets of a run, oldest first; none where neither state nor checkpoint tells them."""
+    saved = manifest.data_stages if manifest else ()
+    told = state.data_stages or saved
+    if told and not told[-1].data_dir and saved:
+        # of one data set, checkpoints alone tell where it lay
+        return (*told[:-1], replace(told[-1], data_dir=saved[-1].data_dir))
+    return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOfStages:
+    """The data sets of a run, as far as they are at hand."""
+
+    newest: DataAtHand | None
+    earlier: tuple[StageData, ...]
+    documents: dict[int, StepDocuments]  # of steps of any of them
+
+
+def data_of_stages(
+    stages: Sequence[DataStage],
     data_dirs: Sequence[Path],
-    fingerprint: str | None,
-    manifest: CheckpointManifest | None,
+    recipe: Recipe,
+    worst: WorstSteps | None,
     notes: list[str],
-) -> DataAtHand | None:
-    """The run's data set, where that is at hand; else a note says what is missing.
+) -> DataOfStages:
+    """The data sets of a run, and the documents of its worst steps; notes say what is missing.
 
     Raises UserError where --data-dir names what is no data set.
     """
+    if not stages:
+        data_of(data_dirs, None, "its data set", notes)
+        return DataOfStages(newest=None, earlier=(), documents={})
+    looked_at = [found.done - 1 for found in worst.steps] if worst else []
+    ends = [stage.first_step for stage in stages[1:]] + [recipe.total_steps]
+    at_hand: list[DataAtHand | None] = []
+    earlier = []
+    documents: dict[int, StepDocuments] = {}
+    for stage, end in zip(stages, ends, strict=True):
+        steps = range(stage.first_step, end)
+        whose = "its data set"
+        if len(stages) > 1:
+            whose = f"the data set {stage.fingerprint} of its steps {steps.start + 1:,} to {end:,}"
+        data = data_of(data_dirs, stage, whose, notes)
+        if data is not None:
+            of_stage = [step for step in looked_at if step in steps]
+            data = look_into(data, recipe, of_stage, stage.samples_before, notes)
+            documents |= data.documents
+        at_hand.append(data)
+        one = StageData(
+            fingerprint=stage.fingerprint,
+            steps=steps,
+            data=data.manifest if data else None,
+            data_dir=data.data_dir if data else None,
+            lengths=data.lengths if data else (),
+        )
+        earlier.append(one)
+    return DataOfStages(newest=at_hand[-1], earlier=tuple(earlier[:-1]), documents=documents)
+
+
+def data_of(
+    data_dirs: Sequence[Path], stage: DataStage | None, whose: str, notes: list[str]
+) -> DataAtHand | None:
+    """A data set of the run, where that is at hand; else a note says what is missing.
+
+    Raises UserError where --data-dir names what is no data set.
+    """
+    fingerprint = stage.fingerprint if stage else None
     lacks = "bytes a token, epochs and sources are not shown; --data-dir says where it is"
     for data_dir in data_dirs:
         given = load_manifest(data_dir)
         if given.fingerprint == fingerprint:
             return DataAtHand(data_dir=data_dir, manifest=given)
-    if manifest is None:
-        notes.append(f"no checkpoint tells where its data set is: {lacks}")
+    if stage is None or not stage.data_dir:
+        notes.append(f"no checkpoint tells where {whose} is: {lacks}")
         return None
-    path = Path(manifest.data_dir)
+    path = Path(stage.data_dir)
     if not path.is_dir():
-        notes.append(f"its data set is not at {path}: {lacks}")
+        notes.append(f"{whose} is not at {path}: {lacks}")
         return None
     try:
         found = load_manifest(path)
     except UserError as error:
-        notes.append(f"its data set can't be read ({one_line(error)}): {lacks}")
+        notes.append(f"{whose} can't be read ({one_line(error)}): {lacks}")
         return None
     if found.fingerprint != fingerprint:
-        notes.append(f"another data set is at {path} now: {lacks}")
+        of_which = "" if whose == "its data set" else f", not {whose}"
+        notes.append(f"another data set is at {path} now{of_which}: {lacks}")
         return None
     return DataAtHand(data_dir=path, manifest=found)
 
 
 def look_into(
-    data: DataAtHand, recipe: Recipe, worst: WorstSteps | None, notes: list[str]
+    data: DataAtHand,
+    recipe: Recipe,
+    looked_at: Sequence[int],
+    samples_before: int,
+    notes: list[str],
 ) -> DataAtHand:
-    """Also what its shards tell; what can't be read of them becomes a note."""
-    looked_at = [found.done - 1 for found in worst.steps] if worst else []
+    """Also what its shards tell, of some steps too; what can't be read of them becomes a note."""
     lengths: tuple[SourceLengths, ...] = ()
     documents: dict[int, StepDocuments] = {}
     try:
         lengths = source_lengths(data.data_dir, data.manifest.fingerprint)
-        documents = documents_of_steps(data.data_dir, recipe, looked_at)
+        documents = documents_of_steps(data.data_dir, recipe, looked_at, samples_before)
     except UserError as error:
         notes.append(f"not all that its shards tell is shown ({one_line(error)})")
     return replace(data, lengths=lengths, documents=documents)
@@ -232,12 +295,9 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
     done = steps_done(recipe, state, steps, checkpoints)
     notes += notes_on_steps(steps, done) + notes_on_starts(run_dir)
     worst = worst_steps(steps)
-    fingerprint = state.fingerprint
-    if fingerprint is None and manifest is not None:
-        fingerprint = manifest.fingerprint
-    data = data_of(data_dirs, fingerprint, manifest, notes)
-    if data is not None:
-        data = look_into(data, recipe, worst, notes)
+    stages = stages_known(state, manifest)
+    of_stages = data_of_stages(stages, data_dirs, recipe, worst, notes)
+    data = of_stages.newest
     tokenizer = data.manifest.tokenizer_sha256 if data else None
     if manifest and manifest.data.tokenizer_sha256:
         tokenizer = manifest.data.tokenizer_sha256
@@ -252,7 +312,9 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
         worst=worst,
         status=state.status or "not begun",
         reason=state.reason,
-        fingerprint=fingerprint,
+        fingerprint=stages[-1].fingerprint if stages else None,
+        first_step=stages[-1].first_step if stages else 0,
+        earlier=of_stages.earlier,
         branched_from=state.branched_from,
         starts=tuple(start_facts(start) for start in of_steps(read_starts(run_dir), end)),
         checkpoints=tuple(checkpoints),
@@ -263,7 +325,7 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
         data=data.manifest if data else None,
         data_dir=data.data_dir if data else None,
         lengths=data.lengths if data else (),
-        documents=data.documents if data else {},
+        documents=of_stages.documents,
         tokenizer=tokenizer or None,
         notes=tuple(notes),
     )
@@ -280,4 +342,5 @@ def strangers(runs: Sequence[ReportedRun], data_dirs: Sequence[Path]) -> list[Pa
     data set.
     """
     of_runs = {run.fingerprint for run in runs}
+    of_runs |= {stage.fingerprint for run in runs for stage in run.earlier}
     return [path for path in data_dirs if load_manifest(path).fingerprint not in of_runs]

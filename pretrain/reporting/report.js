@@ -69,9 +69,10 @@
   }
 
   function scaled(values, factor, isLog) {
-    return values.map((value) => {
-      if (value === null || (isLog && value <= 0)) return null;
-      return value * factor;
+    return values.map((value, i) => {
+      const own = Array.isArray(factor) ? factor[i] : factor;
+      if (value === null || own === null || (isLog && value <= 0)) return null;
+      return value * own;
     });
   }
 
@@ -94,7 +95,11 @@
     });
   }
 
+  // Of a run of several data sets, the factor of each point; null where its bytes aren't known.
   function perUnit(bytesPerToken, isBits) {
+    if (isBits && Array.isArray(bytesPerToken)) {
+      return bytesPerToken.map((ratio) => (ratio ? 1 / (Math.LN2 * ratio) : null));
+    }
     return isBits && bytesPerToken ? 1 / (Math.LN2 * bytesPerToken) : 1;
   }
 

@@ -10,7 +10,7 @@ from pretrain.checkpoint.layout import step_of
 from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.metrics.step_columns import Floats, StepColumns
-from pretrain.reporting.charts import Curves, Mark, last_step
+from pretrain.reporting.charts import Curves, EarlierRatios, Mark, last_step
 from pretrain.reporting.data_set import SourceLengths, StepDocuments
 
 
@@ -48,6 +48,17 @@ class WorstSteps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageData:
+    """A data set of a run, and its steps on it."""
+
+    fingerprint: str
+    steps: range  # from 0
+    data: Manifest | None  # None where the data set is not at hand
+    data_dir: Path | None
+    lengths: tuple[SourceLengths, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportedRun:
     """All that a report says of a run."""
 
@@ -59,7 +70,9 @@ class ReportedRun:
     worst: WorstSteps | None  # None where too few steps were trained
     status: str
     reason: str | None
-    fingerprint: str | None  # of the data set
+    fingerprint: str | None  # of the data set; of several, of the newest
+    first_step: int  # of that data set, from 0
+    earlier: tuple[StageData, ...]  # data sets before it, oldest first
     branched_from: str | None
     starts: tuple[StartFacts, ...]
     checkpoints: tuple[int, ...]  # steps, in order
@@ -95,7 +108,7 @@ class BytesPerToken:
 
 @dataclass(frozen=True, kw_only=True)
 class BestValidation:
-    """The lowest validation loss."""
+    """The lowest validation loss on the newest data set."""
 
     loss: float
     done: int  # steps before it
@@ -112,11 +125,21 @@ def curves_of(run: ReportedRun) -> Curves:
         bytes_per_token=ratios.training,
         validation_bytes_per_token=ratios.validation,
         marks=tuple(marks_of(run)),
+        earlier=tuple(ratios_before(stage) for stage in run.earlier),
+    )
+
+
+def ratios_before(stage: StageData) -> EarlierRatios:
+    """Bytes a token of a data set before the newest."""
+    return EarlierRatios(
+        end=stage.steps.stop,
+        training=drawn_ratio(stage.data) if stage.data else None,
+        validation=ratio_of(stage.data, "validation") if stage.data else None,
     )
 
 
 def bytes_per_token(run: ReportedRun) -> BytesPerToken:
-    """Of the text that a run trains on, and of the validation split.
+    """Of the text that a run trains on, and of the validation split, both of its newest data.
 
     From the data set or, where that is gone, from an evaluation on it: of the validation split for
     both.
@@ -162,6 +185,12 @@ def marks_of(run: ReportedRun) -> list[Mark]:
         Mark(kind="checkpoint", step=step, words=f"checkpoint after step {step:,}")
         for step in run.checkpoints
     ]
+    newer = [(stage.steps.start, stage.fingerprint) for stage in run.earlier[1:]]
+    if run.earlier:
+        newer.append((run.first_step, str(run.fingerprint)))
+    for first, fingerprint in newer:
+        words = f"other data from step {first + 1:,} on: {fingerprint}"
+        marks.append(Mark(kind="data", step=first, words=words))
     begins_at = branched_at(run)
     for start in run.starts:
         if start.step == 0:
@@ -192,6 +221,13 @@ def branched_at(run: ReportedRun) -> int | None:
     return step_of(Path(run.branched_from).name)
 
 
+def tokens_on(run: ReportedRun, steps: range) -> int:
+    """How many tokens a run has seen in some of its steps."""
+    of_step = run.recipe.batch.global_batch_tokens
+    seen = int(tokens_of(run)) - steps.start * of_step
+    return max(0, min(seen, len(steps) * of_step))
+
+
 def tokens_of(run: ReportedRun) -> float:
     """How many tokens a run has seen."""
     if len(run.steps) == 0:
@@ -208,8 +244,10 @@ def known(steps: StepColumns, name: str) -> Floats:
 
 
 def best_step(run: ReportedRun) -> BestValidation | None:
-    """The lowest validation loss; None where none was made."""
+    """The lowest validation loss on the newest data set; None where none was made."""
     losses = run.steps.column("val_loss")
+    # those on other text can't be compared with it
+    losses = np.where(run.steps.column("step") < run.first_step, np.nan, losses)
     if np.isnan(losses).all():
         return None
     row = int(np.nanargmin(losses))

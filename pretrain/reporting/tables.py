@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import printable
-from data_prep.inputs.urls import without_credentials
 from pretrain.config.load import recipe_to_dict, recipe_to_yaml
 from pretrain.costs.flops import FORMULA, count_parameters, flops_per_token
 from pretrain.metrics.step_columns import PHASES, StepColumns
@@ -24,6 +23,7 @@ from pretrain.reporting.compared import (
     trend_words,
 )
 from pretrain.reporting.data_set import StepDocuments
+from pretrain.reporting.data_tables import all_data, data_lines
 from pretrain.reporting.power_law import law_of
 from pretrain.reporting.reported_run import (
     ReportedRun,
@@ -272,7 +272,7 @@ def differences(runs: Sequence[ReportedRun]) -> Table:
     of_runs = []
     for run in runs:
         cells = dotted(recipe_to_dict(run.recipe))
-        cells["data set"] = run.fingerprint or NOT_KNOWN
+        cells["data set"] = ", then ".join(stage.fingerprint for stage in all_data(run))
         of_runs.append(cells)
     differing: list[Cells] = [{} for _ in runs]
     for key in of_runs[0]:
@@ -347,8 +347,7 @@ def launched(start: StartFacts) -> str:
 
 def command_lines(run: ReportedRun) -> list[str]:
     """What was called, in order, and on what it ran."""
-    lines = [f"# data set: fingerprint {run.fingerprint or NOT_KNOWN}"]
-    lines += data_lines(run)
+    lines = data_lines(run)
     if run.branched_from:
         lines.append(f"# branched from {run.branched_from}")
     recipe = run.path / RECIPE_NAME
@@ -363,18 +362,6 @@ def command_lines(run: ReportedRun) -> list[str]:
     if run.evaluations:
         place = shlex.quote(str(run.path))
         lines.append(f"python -m pretrain.evaluate --run-dir {place}")
-    return lines
-
-
-def data_lines(run: ReportedRun) -> list[str]:
-    """What the data set was built from: its command is nowhere on record."""
-    if run.data is None or run.data_dir is None:
-        return []
-    lines = ["# built by python -m data_prep.build_shards, whose command is not on record, from"]
-    for source in run.data.sources:
-        origin = without_credentials(source.origin)
-        lines.append(f"#   {source.name}: {origin}, weight {source.weight}")
-    lines.append(f"# and found at {run.data_dir}")
     return lines
 
 

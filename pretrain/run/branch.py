@@ -1,8 +1,9 @@
 """Branch a run off another's checkpoint, with another length or decay: from the stable part of a
-wsd schedule, say.
+wsd schedule, say; or onto another data set of the same tokenizer.
 
 Everything that the steps so far depended on must be the same, their learning rates too; so the
-branch is what a run of the other length would have been from its start.
+branch is what a run of the other length would have been from its start. Imported weights were
+trained by no step, and only the model must be theirs.
 """
 
 import shutil
@@ -56,6 +57,8 @@ def open_origin(path: Path, run_dir: Path, asked: Identity) -> Checkpoint | None
         problem = f"{origin}: no checkpoint ({type(error).__name__}: {error}); beside it: {there}"
         raise refusal(error, problem) from None
     refuse_another_run(run_dir, checkpoint, asked, origin)
+    if checkpoint.manifest.imported_from is not None:
+        return checkpoint
     saved_recipe = build_recipe(checkpoint.manifest.recipe, origin)
     check_rates(saved_recipe, asked.recipe, checkpoint.step, origin)
     return checkpoint
@@ -95,8 +98,14 @@ def copy_branch(origin: Checkpoint, run_dir: Path) -> None:
     if metrics.is_file():
         # Cut back to the checkpoint when training starts.
         shutil.copyfile(metrics, run_dir / METRICS_NAME)
-    copy_starts(origin.path.parent.parent, run_dir, origin.step)
-    write_state(run_dir, branched_from=str(origin.path.resolve()), saved_step=origin.step)
+    trunk = origin.path.parent.parent
+    copy_starts(trunk, run_dir, origin.step)
+    write_state(
+        run_dir,
+        branched_from=str(origin.path.resolve()),
+        imported_from=origin.manifest.imported_from or read_state(trunk).imported_from,
+        saved_step=origin.step,
+    )
     copy = checkpoints_dir(run_dir) / origin.path.name
     replace_directory(copy, lambda staged: copy_files(origin, staged))
     write_durably(copy.with_name(POINTER_NAME), pointer_to(copy))

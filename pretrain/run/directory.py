@@ -29,7 +29,7 @@ from typing import Any
 from data_prep.errors import UserError, parse_yaml
 from data_prep.files import write_durably
 from data_prep.locks import LOCK_NAME
-from data_prep.shards import TOKENIZER_NAME, read_tokenizer
+from data_prep.shards import TOKENIZER_NAME, ShardReader, read_tokenizer, tokenizer_sha256
 from pretrain.checkpoint.layout import (
     CHECKPOINTS_NAME,
     MANIFEST_NAME,
@@ -91,30 +91,73 @@ def describe_run(run_dir: Path, asked: Identity, data_dir: Path) -> None:
         write_durably(run_dir / TOKENIZER_NAME / name, content)
 
 
-def refuse_another_tokenizer(run_dir: Path, data_dir: Path) -> None:
-    """Raise UserError where a run of imported weights is to go on with other ids than theirs.
+def refuse_another_tokenizer(run_dir: Path, branch_from: Path | None, reader: ShardReader) -> None:
+    """Raise UserError where a run is to go on with other ids than those of its weights: a branch
+    onto other data, or a run of imported weights.
 
-    It is compared what decides ids, as an export's other files are made anew. Later checkpoints
-    are of a data set, by whose fingerprint they know it.
+    Later checkpoints are of a data set, by whose fingerprint they know it.
     """
-    for path in saved_steps(run_dir)[:1]:
-        try:
-            manifest = CheckpointManifest.from_json(read_patiently(path / MANIFEST_NAME))
-        except (OSError, KeyError, AttributeError, *NOT_OURS):
-            return  # said when it is passed over
-        own = run_dir / TOKENIZER_NAME / DEFINITION_NAME
-        if manifest.imported_from is None:
-            return
-        if not own.is_file():
-            raise UserError(
-                f"{own}: missing, so the ids of its weights can't be told; import again"
-            )
-        theirs = (data_dir / TOKENIZER_NAME / DEFINITION_NAME).read_bytes()
-        if not give_the_same_ids(own.read_bytes(), theirs):
-            raise UserError(
-                f"{data_dir}: its tokenizer is not that of {manifest.imported_from}, whose weights "
-                f"the run begins with; build the data set with --tokenizer {own.parent}"
-            )
+    saved = saved_steps(run_dir)
+    if saved:
+        branch_from = None  # that was done, and the run goes on from its own
+    checkpoint = branch_from or next(iter(saved), None)
+    if checkpoint is None:
+        return
+    try:
+        manifest = CheckpointManifest.from_json(read_patiently(checkpoint / MANIFEST_NAME))
+    except (OSError, KeyError, AttributeError, *NOT_OURS):
+        return  # said when it is passed over or can't be branched from
+    tokenizer = checkpoint.parent.parent / TOKENIZER_NAME
+    if manifest.imported_from is not None:
+        refuse_other_ids(manifest.imported_from, tokenizer, reader)
+    elif branch_from is not None and reader.manifest.fingerprint != manifest.fingerprint:
+        refuse_other_tokenizer_files(branch_from, manifest, tokenizer, reader)
+
+
+def refuse_other_ids(imported_from: str, tokenizer: Path, reader: ShardReader) -> None:
+    """Raise UserError where a data set has other ids than imported weights, by their tokenizer.
+
+    It is compared what decides ids, as an export's other files are made anew.
+    """
+    own = tokenizer / DEFINITION_NAME
+    if not own.is_file():
+        raise UserError(f"{own}: missing, so the ids of its weights can't be told; import again")
+    theirs = (reader.data_dir / TOKENIZER_NAME / DEFINITION_NAME).read_bytes()
+    if not give_the_same_ids(own.read_bytes(), theirs):
+        raise UserError(
+            f"{reader.data_dir}: its tokenizer is not that of {imported_from}, whose weights "
+            f"the run begins with; build the data set with --tokenizer {tokenizer}"
+        )
+
+
+def refuse_other_tokenizer_files(
+    branch_from: Path, manifest: CheckpointManifest, tokenizer: Path, reader: ShardReader
+) -> None:
+    """Raise UserError where a branch is to go on with another tokenizer than its trunk, or ends
+    documents by another id.
+
+    The checkpoint tells the tokenizer's digest or, in early ones, the run's copy of it.
+    """
+    own = manifest.data.tokenizer_sha256
+    if own is None and tokenizer.is_dir():
+        own = tokenizer_sha256(tokenizer)
+    if own is None:
+        raise UserError(
+            f"--branch-from {branch_from}: whether {reader.data_dir} has its tokenizer can't be "
+            f"told, since {tokenizer} is missing; restore it"
+        )
+    theirs = reader.manifest.tokenizer_sha256
+    advice = f"build the data set with --tokenizer {tokenizer}"
+    if theirs != own:
+        raise UserError(
+            f"{reader.data_dir}: its tokenizer (sha256 {theirs[:12]}) is not that of --branch-from "
+            f"{branch_from} (sha256 {own[:12]}); {advice}"
+        )
+    if reader.manifest.eos_id != manifest.data.eos_id:
+        raise UserError(
+            f"{reader.data_dir}: id {reader.manifest.eos_id} ends its documents, of --branch-from "
+            f"{branch_from} {manifest.data.eos_id} does; {advice}"
+        )
 
 
 def refuse_what_is_no_run(run_dir: Path, data_dir: Path) -> None:

@@ -79,7 +79,7 @@ def check_arguments(arguments: Sequence[str], ranks: int) -> AskedOnData:
     recipe = asked.recipe
     data_dir = asked.flags.data_dir
     reader = open_training_data(data_dir, recipe)
-    refuse_another_tokenizer(asked.flags.run_dir, data_dir)
+    refuse_another_tokenizer(asked.flags.run_dir, asked.flags.branch_from, reader)
     loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
     if sum(loader.window_counts) < recipe.global_batch_size:
         raise UserError(

@@ -31,7 +31,7 @@ from pretrain.run.prepare import Run, about_run
 from pretrain.run.saving import around_saves, save
 from pretrain.run.state import note_failure, write_state
 from pretrain.run.trainer import Trainer, restore
-from pretrain.view.progress import epochs_lines
+from pretrain.view.progress import epochs_lines, stages_lines
 from pretrain.watch.signals import end_on_signals
 from pretrain.watch.watch import Watch
 
@@ -84,6 +84,7 @@ def begin(run: Run) -> None:
             status="running",
             reason=None,
             fingerprint=asked.fingerprint,
+            stages=run.stages if len(run.stages) > 1 else None,
             began=time.time_ns(),
         )
 
@@ -161,7 +162,7 @@ def announce(run: Run, engine: Engine, world: World) -> None:
         f"ranks: {world.world_size}",
     )
     same_input = together(lambda: warnings(run.model_config, run.reader) if world.is_main else [])
-    inform(world, "\n".join([*epochs_lines(recipe, run.loader), *same_input]))
+    inform(world, "\n".join([*epochs_lines(recipe, run.loader, run.stage), *same_input]))
 
 
 def branch_off(run: Run, world: World) -> None:
@@ -171,6 +172,8 @@ def branch_off(run: Run, world: World) -> None:
         return
     together(lambda: copy_branch(origin, run.run_dir) if world.is_main else None)
     inform(world, f"branching from {origin.path}")
+    for line in stages_lines(run.stages):
+        inform(world, line)
 
 
 def close_finished(run: Run, world: World) -> None:

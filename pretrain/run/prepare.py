@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.inputs.urls import without_credentials
+from data_prep.manifest import Manifest, Source, as_written
 from data_prep.shards import TOKENIZER_NAME, ShardReader
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.load import recipe_to_dict
 from pretrain.config.recipe import Recipe
 from pretrain.costs.fit import check_it_fits
 from pretrain.data.loader import TrainingLoader, ValidationWindows
+from pretrain.data.stages import DataStage, manifest_of_stage
 from pretrain.data.staging import staged
 from pretrain.data.text_size import bytes_per_token
 from pretrain.data.tokenizer import open_tokenizer
@@ -21,12 +25,12 @@ from pretrain.distributed.world import World
 from pretrain.generation.continuation import Speaker
 from pretrain.generation.prompts import Prompt
 from pretrain.generation.samples import SampleWriter
-from pretrain.metrics.told import AboutRun
+from pretrain.metrics.told import AboutRun, EarlierText
 from pretrain.model.compilation import check_compiler
 from pretrain.model.token_codes import config_of_run, saved_config
 from pretrain.modeling_tablefree import TableFreeConfig, TableFreeForCausalLM
 from pretrain.run.branch import open_origin
-from pretrain.run.continuing import check_same_run
+from pretrain.run.continuing import check_same_run, stages_with
 from pretrain.run.directory import Identity
 from pretrain.run.first_checks import check_arguments
 from pretrain.run.starts import for_sinks, of_steps, read_starts
@@ -42,7 +46,8 @@ class Run:
     engine_config: dict[str, Any]
     data_dir: Path
     reader: ShardReader
-    loader: TrainingLoader
+    loader: TrainingLoader  # of the newest stage of data
+    stages: tuple[DataStage, ...]  # of data, oldest first; all new steps are of the newest
     validation: ValidationWindows
     prompts: tuple[Prompt, ...]  # continued at each validation
     run_dir: Path
@@ -51,6 +56,11 @@ class Run:
     profile_steps: int
     dry_run: bool
     command: list[str]  # the flags, as given
+
+    @property
+    def stage(self) -> DataStage:
+        """The stage of data that this start trains in."""
+        return self.stages[-1]
 
     @property
     def identity(self) -> Identity:
@@ -85,6 +95,12 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if recipe.data.stage_dir and not flags.dry_run:
         reader = staged(reader, Path(recipe.data.stage_dir))
         loader = TrainingLoader(reader, seq_len=recipe.model.seq_len, seed=recipe.seed)
+    stages = stages_with(
+        flags.run_dir,
+        branch_from,
+        stage_of(reader.manifest, flags.data_dir),
+        recipe.global_batch_size,
+    )
     # A run goes on with the code it was begun with, also if new runs would draw another.
     saved = saved_config(recipe.model, flags.run_dir, branch_from)
     return Run(
@@ -94,6 +110,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         data_dir=flags.data_dir,
         reader=reader,
         loader=loader,
+        stages=stages,
         validation=ValidationWindows(reader, seq_len=recipe.model.seq_len),
         prompts=asked.prompts,
         run_dir=flags.run_dir,
@@ -103,6 +120,22 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         dry_run=flags.dry_run,
         command=[*arguments],
     )
+
+
+def stage_of(manifest: Manifest, data_dir: Path) -> DataStage:
+    """A data set as the first stage of a run."""
+    return DataStage(
+        fingerprint=manifest.fingerprint,
+        data_dir=str(data_dir.resolve()),
+        sources=tuple(of_source(source) for source in manifest.sources),
+    )
+
+
+def of_source(source: Source) -> dict[str, object]:
+    """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
+    about = as_written(source) | {"origin": without_credentials(source.origin)}
+    about.pop("loss", None)  # it is told of all sources together
+    return about
 
 
 def sample_writer(run: Run, model: TableFreeForCausalLM, world: World) -> SampleWriter | None:
@@ -121,18 +154,34 @@ def sample_writer(run: Run, model: TableFreeForCausalLM, world: World) -> Sample
 def about_run(run: Run) -> AboutRun:
     """The run as sinks know it, with the start that is the newest now."""
     starts = of_steps(read_starts(run.run_dir), run.recipe.total_steps)
-    config = {
+    config: dict[str, Any] = {
         "recipe": recipe_to_dict(run.recipe),
         "fingerprint": run.reader.manifest.fingerprint,
         "branched_from": read_state(run.run_dir).branched_from,
         "start": for_sinks(starts[-1]) if starts else None,
     }
+    if len(run.stages) > 1:
+        config["data_stages"] = [
+            {"fingerprint": stage.fingerprint, "first_step": stage.first_step}
+            for stage in run.stages
+        ]
     return AboutRun(
         run_dir=run.run_dir,
         config=config,
         restarts=frozenset(start.step for start in starts if start.step > 0),
         bytes_per_token=bytes_per_token(run.reader.manifest),
+        earlier_texts=earlier_texts(run.stages),
     )
+
+
+def earlier_texts(stages: Sequence[DataStage]) -> tuple[EarlierText, ...]:
+    """What is known of the validation texts of all stages but the newest."""
+    texts = []
+    for stage, after in pairwise(stages):
+        manifest = manifest_of_stage(stage)
+        ratio = bytes_per_token(manifest) if manifest else None
+        texts.append(EarlierText(end=after.first_step, bytes_per_token=ratio))
+    return tuple(texts)
 
 
 def check_machine(

@@ -4,8 +4,7 @@ around it.
 
 from pathlib import Path
 
-from data_prep.inputs.urls import without_credentials
-from data_prep.manifest import Manifest, Source, as_written
+from data_prep.manifest import Manifest
 from pretrain.checkpoint.manifest import AboutData, CheckpointManifest
 from pretrain.checkpoint.saving import Callback
 from pretrain.checkpoint.writer import AroundSaves, CheckpointWriter
@@ -14,7 +13,7 @@ from pretrain.engine.engine import Engine
 from pretrain.metrics.metrics_file import flush_metrics
 from pretrain.run.bad_steps import BadSteps
 from pretrain.run.exports.exporter import Exporter
-from pretrain.run.prepare import Run
+from pretrain.run.prepare import Run, of_source
 from pretrain.run.state import write_state
 
 
@@ -42,6 +41,7 @@ def save(
         deepspeed=run.engine_config,
         model_config=run.model_config.to_diff_dict(),
         parameters=engine.parameter_shapes(),
+        stages=run.stages if len(run.stages) > 1 else (),
     )
     writer.save(fragments, manifest, prunes=not bad_steps.replayed(step - 1))
 
@@ -54,13 +54,6 @@ def about_data(manifest: Manifest) -> AboutData:
         sources=[of_source(source) for source in manifest.sources],
         loss=str(manifest.loss) if manifest.loss else None,
     )
-
-
-def of_source(source: Source) -> dict[str, object]:
-    """What a checkpoint says of a source; data sets of before may hold a URL's secrets."""
-    about = as_written(source) | {"origin": without_credentials(source.origin)}
-    about.pop("loss", None)  # it is told of all sources together
-    return about
 
 
 def around_saves(

@@ -16,6 +16,7 @@ from typing import Any
 from data_prep.errors import explained
 from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
+from pretrain.data.stages import DataStage, stages_of_json
 
 STATE_NAME = "state.json"
 STATUSES = ("running", "preempted", "done", "failed")
@@ -29,11 +30,21 @@ class RunState:
 
     status: str | None = None  # one of STATUSES
     reason: str | None = None  # why it is preempted or failed
-    fingerprint: str | None = None  # of the data set
+    fingerprint: str | None = None  # of the data set; of several, that of the newest stage
+    stages: tuple[DataStage, ...] | None = None  # of a run that had several data sets
     began: int | None = None  # ns since 1970, of the start that is the newest
     branched_from: str | None = None  # the checkpoint of another run
     imported_from: str | None = None  # whose weights it began with, by pretrain.import_hf
     saved_step: int | None = None  # the steps behind the newest checkpoint
+
+    @property
+    def data_stages(self) -> tuple[DataStage, ...]:
+        """The data sets that it is trained on, oldest first; none where none is told."""
+        if self.stages is not None:
+            return self.stages
+        if self.fingerprint is None:
+            return ()
+        return (DataStage(fingerprint=self.fingerprint),)
 
     def to_json(self) -> bytes:
         """The file's content: what is known, and a reason beside every status."""
@@ -47,7 +58,10 @@ def state_of(content: Any) -> RunState:
     """Raises ValueError for what is no such record; fields of later versions are passed over."""
     if not isinstance(content, dict):
         raise ValueError("not an object")
-    state = RunState(**{name: content.get(name) for name in vars(RunState())})
+    known = {name: content.get(name) for name in vars(RunState())}
+    if known["stages"] is not None:
+        known["stages"] = stages_of_json(known["stages"])
+    state = RunState(**known)
     for name in ("status", "reason", "fingerprint", "branched_from", "imported_from"):
         if not isinstance(getattr(state, name), str | None):
             raise ValueError(f"{name} is no text")
@@ -69,14 +83,16 @@ def read_state(run_dir: Path) -> RunState:
         return state_of(json.loads(read_patiently(path)))
 
 
-def fingerprint_of(run_dir: Path) -> str:
-    """The data set that a run was trained on. Raises UserError, or OSError, where none is told."""
+def stages_of_run(run_dir: Path) -> tuple[DataStage, ...]:
+    """The data sets that a run was trained on, oldest first. Raises UserError, or OSError, where
+    none is told.
+    """
     path = run_dir / STATE_NAME
     with explained(NOT_OURS, f"{path}: damaged", "use --recipe"):
-        fingerprint = state_of(json.loads(path.read_bytes())).fingerprint
-        if fingerprint is None:
+        stages = state_of(json.loads(path.read_bytes())).data_stages
+        if not stages:
             raise ValueError("no fingerprint")
-    return fingerprint
+    return stages
 
 
 def may_be_a_run_s(path: Path) -> bool:

@@ -54,7 +54,13 @@ class Trainer:
         engine = self.engine
         self.world = engine.world
         on_gpu = engine.device.type == "cuda"
-        self.batches = StepBatches(run.loader, run.recipe, self.world, pinned=on_gpu)
+        self.batches = StepBatches(
+            run.loader,
+            run.recipe,
+            self.world,
+            pinned=on_gpu,
+            samples_before=run.stage.samples_before,
+        )
         self.prefetch = Prefetch(self.batches.of_step, run.stop_at_step)
         self.utilisation = Utilisation(run.recipe, engine.device, engine.dtype, self.world)
         self.samples = sample_writer(run, engine.module.model, self.world)

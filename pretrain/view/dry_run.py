@@ -1,6 +1,7 @@
 """What `--dry-run` prints: everything that a run would be, as far as one rank can tell."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.load import recipe_to_yaml
@@ -8,7 +9,8 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.schedule import rate_of
 from pretrain.costs.flops import count_parameters, flops_per_token
 from pretrain.data.loader import TrainingLoader
-from pretrain.view.progress import epochs_lines
+from pretrain.data.stages import DataStage
+from pretrain.view.progress import epochs_lines, stages_lines
 from pretrain.view.templates import render
 
 
@@ -22,10 +24,18 @@ def learning_rates(recipe: Recipe) -> dict[int, float]:
     return {step: rate_of(recipe, step) for step in sorted(shown)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOfRun:
+    """What a run draws its samples from."""
+
+    loader: TrainingLoader  # of the newest stage
+    stages: tuple[DataStage, ...]
+
+
 def describe(
     recipe: Recipe,
     engine_config: dict[str, Any],
-    loader: TrainingLoader,
+    data: DataOfRun,
     world_size: int,
     default_start: str = "",
 ) -> str:
@@ -46,6 +56,7 @@ def describe(
         gflops_per_token=flops_per_token(recipe.model) / 1e9,
         rates=learning_rates(recipe),
         world_size=world_size,
-        epochs=epochs_lines(recipe, loader),
+        epochs=epochs_lines(recipe, data.loader, data.stages[-1]),
+        stages=stages_lines(data.stages),
         default_start=default_start,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pretrain.data.stages import DataStage, steps_of_stage
 from pretrain.evaluation.intervals import FEW_DOCUMENTS, Interval
 from pretrain.evaluation.result import EvaluationResult, Score
 from pretrain.evaluation.task_results import TaskResult
@@ -59,14 +60,21 @@ def scores_page(title: str, scores: Mapping[str, Score], result: EvaluationResul
     )
 
 
-def result_page(place: str, result: EvaluationResult) -> str:
-    """The figures of one checkpoint: of the whole, and of each source where there are several."""
+def result_page(place: str, result: EvaluationResult, stages: Sequence[DataStage]) -> str:
+    """The figures of one checkpoint: of the whole, and of each source where there are several.
+
+    `stages` are the data sets that its steps were trained on, oldest first.
+    """
     scores = {WHOLE: result.whole_split}
     if len(result.sources) > 1:
         scores |= result.sources
     title = place
     if result.data_dir is not None:
-        title += f" on {result.data_dir} ({result.fingerprint}), which the run was not trained on"
+        trained = "not trained on"
+        for stage in stages:
+            if stage.fingerprint == result.fingerprint:
+                trained = f"trained on {steps_of_stage(stages, stage)}"
+        title += f" on {result.data_dir} ({result.fingerprint}), which the run was {trained}"
     return scores_page(title, scores, result)
 
 

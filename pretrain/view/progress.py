@@ -5,13 +5,14 @@ It reads records, and adds nothing to them.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from data_prep.manifest import MANY_EPOCHS
 from pretrain.config.recipe import Recipe
 from pretrain.data.loader import TrainingLoader
+from pretrain.data.stages import DataStage, steps_of_stage
 from pretrain.distributed.agree import LOG, WARNING
 from pretrain.distributed.world import World
 from pretrain.metrics.step_record import AnyStep, StepRecord
@@ -23,9 +24,21 @@ from pretrain.view.time_left import TimeLeft
 T = TypeVar("T")
 
 
-def epochs_lines(recipe: Recipe, loader: TrainingLoader) -> list[str]:
-    """How often each source is gone through, and a warning where that is too often."""
-    epochs = loader.manifest.epochs(recipe.total_steps * recipe.batch.global_batch_tokens)
+def stages_lines(stages: Sequence[DataStage]) -> list[str]:
+    """The data sets of a run that has several, a line each."""
+    if len(stages) < 2:
+        return []
+    lines = []
+    for stage in stages:
+        steps = steps_of_stage(stages, stage)
+        lines.append(f"data set {stage.fingerprint} {steps}: {stage.data_dir}")
+    return lines
+
+
+def epochs_lines(recipe: Recipe, loader: TrainingLoader, stage: DataStage) -> list[str]:
+    """How often each source of a stage is gone through, and a warning where that is too often."""
+    steps = recipe.total_steps - stage.first_step
+    epochs = loader.manifest.epochs(steps * recipe.batch.global_batch_tokens)
     seen = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
     tail = sum(loader.unseen_tail_tokens().values())
     lines = [

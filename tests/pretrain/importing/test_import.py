@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.forked_ranks import train_on
+from support.forked_ranks import run_ranks, train_on
 from support.runs import losses, run_command, write_recipe
 from support.untrained_runs import save_untrained_run
 from torch import Tensor
@@ -114,6 +114,43 @@ def test_training_goes_on_from_imported_weights_on_a_data_set_of_their_tokenizer
     card = (tmp_path / "after" / "README.md").read_text()
     assert "It began with the weights of `export (gpt_neox)`." in card
     assert "tokens in 4 steps" in card
+
+
+def test_a_branch_from_imported_weights_trains_as_their_own_run_does(
+    exports: dict[str, Path], text_data: Path, tmp_path: Path
+) -> None:
+    """So several runs, on several data sets, begin with one import, which stays as it is."""
+    imported = import_from(exports["gpt_neox-affine_code"], tmp_path / "imported")
+    before = {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()}
+    flags = ["--branch-from", str(imported / "checkpoints" / "step-00000000")]
+    embedding = "--model.input_embedding=affine_code"
+    recipe = write_recipe(tmp_path / "r.yaml", train_tokens=6 * 6 * 32)
+    branch = tmp_path / "branch"
+    # another tokenizer's ids mean nothing to them
+    file = imported / "tokenizer" / "tokenizer.json"
+    whole = file.read_bytes()
+    definition = json.loads(whole)
+    definition["model"]["merges"] = definition["model"]["merges"][:-1]
+    file.write_text(json.dumps(definition))
+    ended = run_ranks(1, recipe, text_data, branch, embedding, *flags)
+    assert ended.exit_codes == [2]
+    assert f"its tokenizer is not that of {exports['gpt_neox-affine_code']}" in ended.output
+    assert not branch.exists()
+    file.write_bytes(whole)
+    train_on(1, recipe, text_data, branch, embedding, *flags, "--stop-at-step", "3")
+    train_on(1, recipe, text_data, branch, embedding, *flags)
+    assert {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()} == before
+    train_on(1, recipe, text_data, imported, embedding)
+    assert len(losses(branch)) == 6
+    assert losses(branch) == losses(imported)
+    state = json.loads((branch / "state.json").read_bytes())
+    assert state["imported_from"] == f"{exports['gpt_neox-affine_code'].resolve()} (gpt_neox)"
+    assert "stages" not in state
+    # a branch of that one still began with those weights
+    flags = ["--branch-from", str(branch / "checkpoints" / "step-00000005"), embedding]
+    train_on(1, recipe, text_data, tmp_path / "again", *flags, "--stop-at-step", "6")
+    again = json.loads((tmp_path / "again" / "state.json").read_bytes())
+    assert again["imported_from"] == state["imported_from"]
 
 
 def test_another_tokenizer_or_architecture_is_refused_when_training_starts(
