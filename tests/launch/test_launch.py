@@ -103,7 +103,7 @@ def quick_start(run_dir: Path, **variables: str) -> subprocess.CompletedProcess[
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quick_start_from_corpus_to_export(tmp_path: Path) -> None:
-    """Every stage, in the shorter look that the script offers: what more steps add is a better model.
+    """Every stage, in the shorter look that the script offers: more steps only make a better model.
     Begun with STEPS, the same command without it finds what is done.
     """
     first = quick_start(tmp_path / "run", STEPS=str(QUICK_START_STEPS))
