@@ -293,6 +293,7 @@ def run_commands(run_dir: Path, data_dir: Path) -> dict[str, tuple[Path, Callabl
             proof=None,
             gguf_name="",
             end_token="",
+            stages=[],
         )
 
     return {

@@ -326,6 +326,7 @@ def test_the_card_tells_what_the_tokenizer_loses(tokenizer_dir: Path, tmp_path: 
         "proof": None,
         "gguf_name": "",
         "end_token": "",
+        "stages": [],
     }
     plain = render("model_card.md.jinja", manifest=manifest, **values)
     assert "loses text" not in plain

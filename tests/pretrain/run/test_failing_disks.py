@@ -192,15 +192,15 @@ def test_one_read_error_is_no_damage_and_one_that_stays_is_a_failure_that_names_
 ) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    honest, fails = checkpoint.digest_file, [1]
+    honest, fails = checkpoint.read_through, [1]
 
-    def digest_file(path: Path) -> str:
+    def read_through(path: Path) -> checkpoint.Seen:
         if path.suffix == ".safetensors" and path.parent == newest and fails[0]:
             fails[0] -= 1
             raise error_of(number)  # as a read does, it names no file
         return honest(path)
 
-    monkeypatch.setattr(checkpoint, "digest_file", digest_file)
+    monkeypatch.setattr(checkpoint, "read_through", read_through)
     good, said = newest_good(tmp_path)
     assert good is not None
     assert (good.step, said) == (2, [])
@@ -217,14 +217,14 @@ def test_what_says_nothing_of_a_file_is_no_damage_of_it(
 ) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    honest = checkpoint.digest_file
+    honest = checkpoint.read_through
 
-    def digest_file(path: Path) -> str:
+    def read_through(path: Path) -> checkpoint.Seen:
         if path.suffix == ".safetensors" and path.parent == newest:
             raise error_of(number, path)
         return honest(path)
 
-    monkeypatch.setattr(checkpoint, "digest_file", digest_file)
+    monkeypatch.setattr(checkpoint, "read_through", read_through)
     with pytest.raises(UserError, match=os.strerror(number)) as raised:
         newest_good(tmp_path)
     assert raised.value.exit_code == 2
