@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from data_prep.inputs.urls import without_credentials
 from data_prep.manifest import BLOCK_SAMPLES, Manifest
 from pretrain.evaluation.result import EvaluationResult, Score
+from pretrain.evaluation.task_results import TaskMetric, TaskResult
 from pretrain.reporting.data_set import SourceLengths
 from pretrain.reporting.reported_run import ReportedRun, StageData, ratio_of, tokens_on
 from pretrain.reporting.words import (
     NOT_KNOWN,
     Bar,
     Bars,
+    Cells,
     Section,
     Table,
+    by_run,
     figure,
     share,
 )
 
 MOST_SOURCES = 12  # whose lengths are drawn
+NO_FILTER = "none"  # which lm-eval names all the same
 
 
 def data_section(runs: Sequence[ReportedRun]) -> Section:
@@ -134,7 +138,44 @@ def evaluation(runs: Sequence[ReportedRun]) -> Section:
         for result in run.evaluations:
             table = scores_table(run.name, result)
             tables.append(table)
+    if any(run.tasks for run in runs):
+        tables.append(tasks_table(runs))
     return Section(title="Evaluation", tables=tables)
+
+
+def tasks_table(runs: Sequence[ReportedRun]) -> Table:
+    """What runs scored on tasks, a row for each figure of a task after a step."""
+    of_runs = [task_cells(run) for run in runs]
+    names = list(dict.fromkeys(name for cells in of_runs for name in cells))
+    filled = [{name: cells.get(name, NOT_KNOWN) for name in names} for cells in of_runs]
+    versions = {result.lm_eval for run in runs for result in run.tasks}
+    note = f"By lm-eval {', '.join(sorted(versions))}; ± is its standard error."
+    return by_run("Tasks", runs, filled, note)
+
+
+def task_cells(run: ReportedRun) -> Cells:
+    """The figures of all tasks that a run was measured on, by what they are."""
+    cells: Cells = {}
+    for result in sorted(run.tasks, key=lambda result: (result.task, result.step)):
+        for metric in result.metrics:
+            words = figure(metric.value)
+            if metric.standard_error is not None:
+                words += f" ± {figure(metric.standard_error)}"
+            cells[metric_name(result, metric)] = words
+    return cells
+
+
+def metric_name(result: TaskResult, metric: TaskMetric) -> str:
+    """Which figure it is, of what part of which task, after which step."""
+    words = [f"{result.task}: {metric.name}"]
+    if metric.filter != NO_FILTER:
+        words.append(metric.filter)
+    if result.limit is not None:
+        words.append(f"first {result.limit:,} questions")
+    elif result.samples is not None:
+        words.append(f"{result.samples:,} questions")
+    words.append(f"after step {result.step:,}")
+    return ", ".join(words)
 
 
 def scores_table(name: str, result: EvaluationResult) -> Table:

@@ -17,6 +17,7 @@ from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.data.stages import DataStage
 from pretrain.evaluation.result import read_results
+from pretrain.evaluation.task_results import read_task_results
 from pretrain.metrics.metrics_file import METRICS_NAME
 from pretrain.metrics.step_columns import StepColumns, read_columns
 from pretrain.reporting.charts import last_step
@@ -322,6 +323,7 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
         bad_texts=skips.texts,
         rewound=skips.rewound,
         evaluations=tuple(read_results(run_dir)),
+        tasks=tuple(read_task_results(run_dir)),
         data=data.manifest if data else None,
         data_dir=data.data_dir if data else None,
         lengths=data.lengths if data else (),

@@ -9,6 +9,7 @@ from data_prep.manifest import BLOCK_SAMPLES, Manifest
 from pretrain.checkpoint.layout import step_of
 from pretrain.config.recipe import Recipe
 from pretrain.evaluation.result import EvaluationResult
+from pretrain.evaluation.task_results import TaskResult
 from pretrain.metrics.step_columns import Floats, StepColumns
 from pretrain.reporting.charts import Curves, EarlierRatios, Mark, last_step
 from pretrain.reporting.data_set import SourceLengths, StepDocuments
@@ -80,6 +81,7 @@ class ReportedRun:
     bad_texts: dict[int, str]  # of the worst row of bad steps, which count from 0 here
     rewound: frozenset[int]  # bad steps that the run went back before, from 0
     evaluations: tuple[EvaluationResult, ...]
+    tasks: tuple[TaskResult, ...]  # of lm-eval
     data: Manifest | None  # None where the data set is not at hand
     data_dir: Path | None  # of that
     lengths: tuple[SourceLengths, ...]

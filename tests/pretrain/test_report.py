@@ -25,8 +25,10 @@ from support.written_runs import (
 
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
+from pretrain.evaluation.task_results import TaskMetric, TaskResult, write_task_results
 from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_record import StepRecord
+from pretrain.reporting.words import NOT_KNOWN
 from pretrain.run.state import write_state
 
 if TYPE_CHECKING:
@@ -210,6 +212,25 @@ def test_runs_of_other_vocabularies_share_no_axis_of_nats(real_run: Path, tmp_pa
     assert (images / "bits_per_byte.svg").is_file()
     assert not (images / "loss.svg").exists()
     assert "drawn as bits per byte" in Words(page).text
+
+
+def test_what_runs_scored_on_tasks_stands_side_by_side(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", falling_steps(5), recipe_of(5))
+    second = write_run(tmp_path / "second", falling_steps(5), recipe_of(5))
+    letters = TaskResult(
+        step=5, task="first_letter", version="1", samples=1200, limit=None, lm_eval="0.4.13",
+        metrics=(TaskMetric(name="acc", filter="none", value=0.25, standard_error=0.0125),),
+    )  # fmt: skip
+    answers = TaskMetric(name="exact_match", filter="get-answer", value=0.5)
+    part = replace(letters, task="sums", limit=10, samples=10, metrics=(answers,))
+    write_task_results([letters], first)
+    write_task_results([replace(letters, lm_eval="0.4.14"), part], second)
+    words = Words(page_of(tmp_path / "report.html", first, second))
+    row = words.cells.index("first_letter: acc, 1,200 questions, after step 5")
+    assert words.cells[row + 1 : row + 3] == ["0.2500 ± 0.0125", "0.2500 ± 0.0125"]
+    row = words.cells.index("sums: exact_match, get-answer, first 10 questions, after step 5")
+    assert words.cells[row + 1 : row + 3] == [NOT_KNOWN, "0.5000"]
+    assert "By lm-eval 0.4.13, 0.4.14; ± is its standard error." in words.text
 
 
 # Runs that are not whole
