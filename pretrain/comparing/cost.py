@@ -87,7 +87,9 @@ def dry_run_page(matrix: Matrix, machine: Machine | None) -> str:
     """The matrix and its cost, as text. Raises UserError for cells that don't fit."""
     costs = [cost_of(cell, machine) for cell in matrix.cells]
     rows = [row_of(cost) for cost in costs]
-    header = ("cell", "parameters", "tokens", "steps", "FLOPs", "hours")
+    header: tuple[str, ...] = ("cell", "parameters", "tokens", "steps", "FLOPs")
+    if machine is not None:
+        header = (*header, "hours")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, *rows):
@@ -113,14 +115,11 @@ def dry_run_page(matrix: Matrix, machine: Machine | None) -> str:
 
 def row_of(cost: CellCost) -> tuple[str, ...]:
     """A line of the table."""
-    return (
-        cost.name,
-        f"{cost.parameters:,}",
-        f"{cost.tokens:,}",
-        f"{cost.steps:,}",
-        large(cost.flops),
-        "" if cost.hours is None else f"{cost.hours:.3g}",
-    )
+    row = [cost.name, f"{cost.parameters:,}", f"{cost.tokens:,}", f"{cost.steps:,}"]
+    row.append(large(cost.flops))
+    if cost.hours is not None:
+        row.append(f"{cost.hours:.3g}")
+    return tuple(row)
 
 
 def total_words(costs: Sequence[CellCost], machine: Machine | None) -> str:

@@ -31,6 +31,7 @@ from pretrain.comparing.words import (
     markdown_of,
     reservations_of,
     sections_of,
+    sentence_of,
     tables_of,
 )
 from pretrain.costs.flops import count_parameters
@@ -149,6 +150,19 @@ def test_sentences_say_what_was_seen_and_what_could_have_been(tmp_path: Path) ->
     assert reservation in markdown_of(comparison, [])
     groups = matrix_of(THREE, "seed=1,2", "train_tokens=1e6,2e6")
     assert "Each group is tested by itself" in reservations_of(comparison_of(groups, tmp_path))[1]
+
+
+def test_what_one_treatment_alone_would_show_and_several_do_not_is_told_apart(
+    tmp_path: Path,
+) -> None:
+    comparison = comparison_of(matrix_of(THREE, "seed=1,2,3"), tmp_path)
+    (code,) = (one for one in comparison.groups[0].differences if one.value == "binary_code")
+    assert code.over_seeds is not None
+    between = replace(code.over_seeds, p_value=0.03, p_holm=0.06)
+    sentence = sentence_of(comparison, replace(code, over_seeds=between))
+    assert "none was seen among so many treatments" in sentence
+    assert "(of this treatment alone one would be, p 0.03): +10.0" in sentence
+    assert "p 0.06 by Holm" in sentence
 
 
 def test_one_seed_has_figures_and_no_interval_and_that_is_said(tmp_path: Path) -> None:
