@@ -28,6 +28,7 @@ from pretrain.checkpoint.layout import saved_steps
 from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
 from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
+    MONITORS,
     accumulation_steps,
     load_engine_config,
     merge_config,
@@ -111,10 +112,11 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     check_sinks(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
+    monitors = merged_engine(flags.run_dir).keys() & set(MONITORS)
     return Asked(
         flags=flags,
         recipe=recipe,
-        engine_config=merge_config(recipe, load_engine_config(engine), ranks),
+        engine_config=merge_config(recipe, load_engine_config(engine, monitors), ranks),
         engine_note=note,
     )
 
@@ -168,17 +170,25 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
     recipe's engine was another one: then the recipe's change counts.
     """
     recipe_path = run_dir / RECIPE_NAME
-    engine_path = run_dir / ENGINE_CONFIG_NAME
-    if not has_saved(run_dir) or not (recipe_path.is_file() and engine_path.is_file()):
+    if not has_saved(run_dir):
         return {}
     try:
         before = parse_yaml(recipe_path.read_bytes(), str(recipe_path))
-        merged = parse_json(engine_path.read_bytes(), str(engine_path), "")
-    except (UserError, OSError):  # what continues a run by its checkpoints does not depend on them
+    except (UserError, OSError):  # what continues a run by its checkpoints does not depend on it
         return {}
-    if not isinstance(before, dict) or not isinstance(merged, dict):
+    if not isinstance(before, dict) or before.get("engine") != recipe.engine:
         return {}
-    return merged if before.get("engine") == recipe.engine else {}
+    return merged_engine(run_dir)
+
+
+def merged_engine(run_dir: Path) -> dict[str, Any]:
+    """The merged configuration of a run's last start; empty where none can be read."""
+    path = run_dir / ENGINE_CONFIG_NAME
+    try:
+        merged = parse_json(path.read_bytes(), str(path), "")
+    except (UserError, OSError):  # as above
+        return {}
+    return merged if isinstance(merged, dict) else {}
 
 
 def has_saved(run_dir: Path) -> bool:
@@ -191,7 +201,7 @@ def has_saved(run_dir: Path) -> bool:
 def gives(engine: str, recipe: Recipe, ranks: int, merged: dict[str, Any]) -> bool:
     """Whether a DeepSpeed JSON, merged with the recipe, is what a run may go on with."""
     try:
-        now = merge_config(recipe, load_engine_config(engine), ranks)
+        now = merge_config(recipe, load_engine_config(engine, merged), ranks)
         refuse_changes(merged, now, ENGINE_MAY_CHANGE_ON_RESUME, "")
     except UserError:
         return False
