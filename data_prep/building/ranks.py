@@ -13,8 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from data_prep.building.mpi import start_mpi
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, os_error_line
-from data_prep.mpi import start_mpi
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

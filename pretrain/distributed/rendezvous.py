@@ -8,8 +8,8 @@ import socket
 
 import psutil
 
+from data_prep.building.mpi import start_mpi
 from data_prep.errors import UserError
-from data_prep.mpi import start_mpi
 from pretrain.distributed.world import World
 
 

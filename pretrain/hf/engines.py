@@ -1,8 +1,8 @@
-"""What exports were run in, by release of the engine and form.
+"""What exports were run in, by release of the engine, form and input code.
 
-That is engines.yaml, which the card of an export shows.
+That is engines.yaml, which the card of an export and the table of pretrain/README.md show.
 
-The file is written by what ran them (tests/pretrain/hf/matrix/recorded.py), never by hand.
+The file is written by what ran them (tests/benchmarks/engines.py --record), never by hand.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,16 @@ ENGINES_FILE = Path(__file__).with_name("engines.yaml")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """One form of a small trained export in one release of an engine."""
+    """One form of small trained exports in one release of an engine."""
 
     engine: str
     version: str
-    form: str  # of the export: tablefree or gpt_neox
+    form: str  # of the export: tablefree, gpt_neox or gguf
     tried: str
-    error: str | None  # None where all was as the class that trained it has it, else what was not
-    by: str  # the program that ran it
+    # By input code, such as binary_code: None where all was as the class that trained it has it,
+    # else what was not. Codes that were not run are left out.
+    errors: dict[str, str | None]
+    modeling: str  # which modelling file trained and exported it: a digest of its code
 
 
 def read_engine_records(path: Path = ENGINES_FILE) -> list[EngineRecord]:
@@ -30,6 +32,8 @@ def read_engine_records(path: Path = ENGINES_FILE) -> list[EngineRecord]:
     return [EngineRecord(**content) for content in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
-def engines_of(form: str) -> list[EngineRecord]:
-    """The records of one form of export."""
-    return [record for record in read_engine_records() if record.form == form]
+def engines_of(form: str, code: str) -> list[EngineRecord]:
+    """The records of one form of export, of those engines that ran it with this input code."""
+    return [
+        record for record in read_engine_records() if record.form == form and code in record.errors
+    ]

@@ -208,7 +208,7 @@ def card_of(
         one_input=tokens_of(reference, aliased_ids(config.to_dict()) or ()),
         gguf_name=gguf_name(asked.dtype),
         end_token=reference.id_to_token(special_ids["eos_token_id"]),
-        engines=engines_of(asked.architecture),
+        engines=engines_of(asked.architecture, config.input_embedding),
         imported_from=weights_of(asked),
         stages=stages_on_card(checkpoint.manifest.stages),
         proof=proof,

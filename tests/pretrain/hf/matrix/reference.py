@@ -50,14 +50,20 @@ CARD_NEW_TOKENS = 3
 CARD_PROMPT = "Question: What is the capital of France?\nAnswer:"
 
 
-def train_and_export(data: Path, home: Path) -> Path:
+def train_and_export(data: Path, home: Path, code: str = "binary_code") -> Path:
     """Train on a data set, export both forms of the last step and of an earlier one; gives the
     run's directory.
     """
     recipe = write_recipe(
         home / "recipe.yaml",
-        # vLLM wants 32 channels a head
-        model={"d_model": 64, "num_layers": 3, "num_heads": 2, "seq_len": SEQ_LEN},
+        model={
+            "d_model": 64,
+            "num_layers": 3,
+            "num_heads": 2,  # vLLM wants 32 channels a head
+            "seq_len": SEQ_LEN,
+            "input_embedding": code,
+            "code_bits": None if code == "learned" else 16,
+        },
         batch={"global_batch_tokens": 8 * SEQ_LEN, "micro_batch_size": 8},
         checkpoints={"every_steps": DRAFT_STEP, "keep_every": DRAFT_STEP},
         validation={"every_steps": STEPS},
@@ -157,6 +163,7 @@ def training_figures(model: TableFreeForCausalLM, rows: list[list[int]]) -> dict
         "training_rows": rows,
         "training_loss": loss.item(),
         "training_gradient_norm": norm.item(),
+        "has_input_table": model.config.input_embedding == "learned",
     }
 
 

@@ -365,7 +365,7 @@ def train_a_step(case: Case, rows_at_a_time: int, **options: Any) -> dict[str, f
 
     model = case.model()
     # so that the norm of the gradient is over the same weights in both forms
-    if case.form == "gpt_neox":
+    if case.form == "gpt_neox" and not case.reference["has_input_table"]:
         model.get_input_embeddings().weight.requires_grad_(False)
     rows = case.reference["training_rows"]
     longest = max(map(len, rows))
