@@ -36,8 +36,7 @@ FLOORS = (
 # URLs that are safe to print; and other texts as ids, to measure a model on.
 TAKEN_FROM_DATA_PREP = {
     "data_prep.manifest", "data_prep.shards", "data_prep.layout", "data_prep.files",
-    "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.building.mpi",
-    "data_prep.inputs.urls",
+    "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",
     "data_prep.tokenizer.text_files",
 }  # fmt: skip
 TOP_LEVEL = {

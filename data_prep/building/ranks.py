@@ -8,16 +8,17 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from data_prep.building.mpi import start_mpi
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, os_error_line
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_error_line
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+INSTALL_MPI = "pip install mpi4py mpich brings an MPI that works, to be started by its own mpiexec"
 SRUN_TASKS = "SLURM_STEP_NUM_TASKS"  # srun without MPI says its tasks too
 POLL_SECONDS = 0.02
 BAR_SECONDS = 0.5  # between two states of the bar on a terminal
@@ -52,10 +53,7 @@ def connect() -> tuple[Communicator, int]:
     if not any(name in os.environ for name in RANK_VARIABLES):
         _refuse_tasks_without_mpi()
         return Communicator(), len(cores)
-    try:
-        mpi = start_mpi()
-    except UserError as error:
-        _refuse(str(error), _environment(RANK_VARIABLES, 0))
+    mpi = _import_mpi()
     world = mpi.COMM_WORLD
     sys.excepthook = functools.partial(_abort, world)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
@@ -82,6 +80,19 @@ def _refuse_tasks_without_mpi() -> None:
         advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
         rank = _environment(["SLURM_PROCID"], 0)
         _refuse(f"srun started {tasks} tasks without MPI; {advice}", rank)
+
+
+def _import_mpi() -> Any:
+    """mpi4py's MPI, which begins with its import."""
+    unusable = "started by an MPI launcher, but mpi4py can't be used"
+    with (
+        explained((ImportError, RuntimeError), unusable, INSTALL_MPI),
+        warnings.catch_warnings(),
+    ):
+        # It warns of another MPI's launcher, which `connect` says better.
+        warnings.simplefilter("ignore")
+        from mpi4py import MPI
+    return MPI
 
 
 def _abort(world: Any, *defect: Any) -> None:

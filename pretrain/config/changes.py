@@ -25,8 +25,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
 # A branch may also go on longer, and decay otherwise.
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 # Keys of the merged configuration that may differ when a run is resumed: they don't change what a
-# step computes. The last ones are what earlier versions added otherwise than this one, or took;
-# their runs go on.
+# step computes. The last three are what earlier versions added otherwise than this one; their runs
+# go on.
 ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
     {
         "train_batch_size",
@@ -36,9 +36,6 @@ ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
         "bf16.check_grad_overflow",
         "zero_force_ds_cpu_optimizer",
         "zero_allow_untested_optimizer",
-        "csv_monitor",
-        "tensorboard",
-        "wandb",
     }
 )
 

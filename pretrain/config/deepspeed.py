@@ -7,7 +7,7 @@ here imports deepspeed.
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ KNOWN_KEYS = {
         "steps_per_print": SIZE,
         "zero_force_ds_cpu_optimizer": ("false: the optimizer is torch's AdamW", "false"),
         **dict.fromkeys(["zero_optimization", "bf16", "data_types"], SECTION),
-        **dict.fromkeys(["flops_profiler", "comms_logger"], SECTION),
+        **dict.fromkeys(
+            ["flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb"], SECTION
+        ),
         **dict.fromkeys(["dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG),
         "zero_allow_untested_optimizer": FLAG,
     },
@@ -63,30 +65,17 @@ KNOWN_KEYS = {
     "bf16": {"enabled": FLAG},
     "data_types": {"grad_accum_dtype": DTYPE},
 }
-# DeepSpeed's own ways to W&B and its kin. Its engine 0.19.8 writes learning rates into them and no
-# loss, over samples that begin at 0 with each start.
-MONITORS = ("comet", "csv_monitor", "tensorboard", "wandb")
 # Of the sections that know them.
 REQUIRED_KEYS = ["zero_optimization", "stage", "device", "enabled"]
 
 
-def load_engine_config(name: str, monitors: Collection[str] = ()) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON. Raises UserError for what this pipeline can't honour.
-
-    `monitors` are those of MONITORS that the run began with, when they were taken: it goes on so.
-    """
+def load_engine_config(name: str) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON. Raises UserError for what this pipeline can't honour."""
     path = shipped_file(name, DS_CONFIGS_DIR, ".json", "engine")
     config = parse_json(path.read_bytes(), str(path), "mend it")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object of DeepSpeed keys")
-    for key in MONITORS:
-        if key in config and key not in monitors:
-            raise UserError(
-                f"{path}: {key}: DeepSpeed would write no loss there, and begin at 0 after each "
-                "stop; remove it, and say in the recipe where figures go: --log.sinks=[tensorboard]"
-            )
-    others = {key: value for key, value in config.items() if key not in MONITORS}
-    for objection in objections(others):
+    for objection in objections(config):
         raise UserError(f"{path}: {objection}")
     return config
 

@@ -28,7 +28,6 @@ from pretrain.checkpoint.layout import saved_steps
 from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
 from pretrain.config.deepspeed import (
     DS_CONFIGS_DIR,
-    MONITORS,
     accumulation_steps,
     load_engine_config,
     merge_config,
@@ -112,11 +111,10 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     check_sinks(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
-    monitors = merged_engine(flags.run_dir).keys() & set(MONITORS)
     return Asked(
         flags=flags,
         recipe=recipe,
-        engine_config=merge_config(recipe, load_engine_config(engine, monitors), ranks),
+        engine_config=merge_config(recipe, load_engine_config(engine), ranks),
         engine_note=note,
     )
 
@@ -170,25 +168,17 @@ def recorded_engine(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
     recipe's engine was another one: then the recipe's change counts.
     """
     recipe_path = run_dir / RECIPE_NAME
-    if not has_saved(run_dir):
+    engine_path = run_dir / ENGINE_CONFIG_NAME
+    if not has_saved(run_dir) or not (recipe_path.is_file() and engine_path.is_file()):
         return {}
     try:
         before = parse_yaml(recipe_path.read_bytes(), str(recipe_path))
-    except (UserError, OSError):  # what continues a run by its checkpoints does not depend on it
+        merged = parse_json(engine_path.read_bytes(), str(engine_path), "")
+    except (UserError, OSError):  # what continues a run by its checkpoints does not depend on them
         return {}
-    if not isinstance(before, dict) or before.get("engine") != recipe.engine:
+    if not isinstance(before, dict) or not isinstance(merged, dict):
         return {}
-    return merged_engine(run_dir)
-
-
-def merged_engine(run_dir: Path) -> dict[str, Any]:
-    """The merged configuration of a run's last start; empty where none can be read."""
-    path = run_dir / ENGINE_CONFIG_NAME
-    try:
-        merged = parse_json(path.read_bytes(), str(path), "")
-    except (UserError, OSError):  # as above
-        return {}
-    return merged if isinstance(merged, dict) else {}
+    return merged if before.get("engine") == recipe.engine else {}
 
 
 def has_saved(run_dir: Path) -> bool:
@@ -201,7 +191,7 @@ def has_saved(run_dir: Path) -> bool:
 def gives(engine: str, recipe: Recipe, ranks: int, merged: dict[str, Any]) -> bool:
     """Whether a DeepSpeed JSON, merged with the recipe, is what a run may go on with."""
     try:
-        now = merge_config(recipe, load_engine_config(engine, merged), ranks)
+        now = merge_config(recipe, load_engine_config(engine), ranks)
         refuse_changes(merged, now, ENGINE_MAY_CHANGE_ON_RESUME, "")
     except UserError:
         return False

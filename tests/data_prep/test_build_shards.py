@@ -147,23 +147,9 @@ def test_an_error_on_any_rank_is_one_line_and_the_end_of_all(
 
 def test_many_worlds_of_one_rank_are_refused(tmp_path: Path, mixture: Path) -> None:
     pytest.importorskip("mpi4py.MPI", exc_type=ImportError)
-    world = {"PMI_RANK": "0", "PMI_SIZE": "2"}
-    line = error_line(run(build_command(mixture, tmp_path / "out"), **world))
-    assert "the launcher started 2 ranks, but mpi4py sees 1" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_mpi_than_that_of_open_mpi_s_launcher_is_not_started(
-    tmp_path: Path, mixture: Path
-) -> None:
-    """MPICH's would end in an abort, seen with the mpiexec of Open MPI 5.0.11."""
-    mpi = pytest.importorskip("mpi4py.MPI", exc_type=ImportError)
-    if mpi.get_vendor()[0] == "Open MPI":
-        pytest.skip("mpi4py loads Open MPI here")
     world = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     line = error_line(run(build_command(mixture, tmp_path / "out"), **world))
-    assert "the launcher is Open MPI's, but mpi4py would load MPICH" in line
-    assert "set MPI4PY_LIBMPI to the path of Open MPI's libmpi.so.40" in line
+    assert "the launcher started 2 ranks, but mpi4py sees 1" in line
     assert not (tmp_path / "out").exists()
 
 

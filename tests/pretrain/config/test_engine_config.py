@@ -9,8 +9,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import tiny_recipe_content, write_recipe
-from support.written_runs import falling_steps, write_run
+from support.runs import tiny_recipe_content
 
 from data_prep.errors import UserError
 from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
@@ -19,7 +18,6 @@ from pretrain.config.deepspeed import (
     DTYPE,
     FLAG,
     KNOWN_KEYS,
-    MONITORS,
     OWNED_BY_RECIPE,
     SECTION,
     SIZE,
@@ -27,10 +25,8 @@ from pretrain.config.deepspeed import (
     load_engine_config,
     merge_config,
 )
-from pretrain.config.load import build_recipe, load_recipe
+from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.run.directory import ENGINE_CONFIG_NAME
-from pretrain.run.first_checks import check_recipe_and_engine
 
 
 def recipe_of(**sections: Any) -> Recipe:
@@ -207,35 +203,6 @@ def test_each_key_takes_the_values_of_its_kind_and_refuses_others_with_one_line(
             message
             == f"{tmp_path / 'engine.json'}: {name} is {json.dumps(value)}, expected {kind[0]}"
         )
-
-
-@pytest.mark.parametrize("monitor", ["comet", "csv_monitor", "tensorboard", "wandb"])
-def test_deepspeed_s_own_monitors_are_refused_with_the_key_that_does_it(
-    monitor: str, tmp_path: Path
-) -> None:
-    message = json_refusal(tmp_path, {**STAGE_2, monitor: {"enabled": True}})
-    assert f"engine.json: {monitor}: DeepSpeed would write no loss there" in message
-    assert message.endswith("say in the recipe where figures go: --log.sinks=[tensorboard]")
-
-
-def test_a_run_that_began_with_a_monitor_goes_on_with_it_and_without(
-    text_data: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "engine.json"
-    path.write_text(json.dumps({**STAGE_2, "csv_monitor": {"enabled": False}}))
-    recipe = write_recipe(tmp_path / "recipe.yaml")
-    run_dir = write_run(tmp_path / "run", falling_steps(1), recipe_of())
-    flags = ["--recipe", str(recipe), "--data-dir", str(text_data), "--run-dir", str(run_dir)]
-    flags += ["--deepspeed-config", str(path)]
-    with pytest.raises(UserError, match="csv_monitor"):
-        check_recipe_and_engine(flags, 1)
-    begun = merge_config(load_recipe(str(recipe)), load_engine_config(str(path), MONITORS), 1)
-    (run_dir / ENGINE_CONFIG_NAME).write_text(json.dumps(begun))
-    assert check_recipe_and_engine(flags, 1).engine_config == begun
-    path.write_text(json.dumps(STAGE_2))
-    now = check_recipe_and_engine(flags, 1).engine_config
-    assert "csv_monitor" not in now
-    refuse_changes(begun, now, ENGINE_MAY_CHANGE_ON_RESUME, "deepspeed.json")
 
 
 def test_an_engine_that_is_not_there_is_refused_with_the_nearest() -> None:
