@@ -18,12 +18,24 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from data_prep.errors import UserError, exit_code_of, nearest, os_error_line, printable
+from data_prep.errors import (
+    UserError,
+    exit_code_of,
+    explained,
+    nearest,
+    os_error_line,
+    printable,
+)
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 SAME_SIGNAL_S = 2.0  # within so long a signal is the same one: launchers send it more than once
 MISTYPED = 0.7  # difflib's ratio from which one flag is taken for another
 LARGEST_NUMBER = 1e18  # on a command line; counts stay below what 64 bits hold
+INSTALL_MPI = "pip install mpi4py mpich brings an MPI that works, to be started by its own mpiexec"
+# Of the launchers' MPIs: what their mpiexec alone sets, and what the version of their libraries
+# says. MPICH's launcher, Hydra, and its variables are those of Intel's MPI and MVAPICH as well.
+MPI_LAUNCHERS = {"Open MPI": "OMPI_COMM_WORLD_RANK", "MPICH": "MPI_LOCALNRANKS"}
+MPI_LIBRARIES = {"Open MPI": r"Open MPI", "MPICH": r"MPICH|MVAPICH|Intel\(R\) MPI"}
 IS_A_COMMAND = '\nif __name__ == "__main__":\n    sys.exit('  # at the end of a module that is one
 
 
@@ -166,3 +178,41 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
         return exit_code_of(error)
     return 0
+
+
+def load_mpi() -> Any:
+    """mpi4py's MPI, begun, in a process that an MPI launcher started.
+
+    Raises UserError where mpi4py can't be used, or its library is of another MPI than the launcher:
+    begun all the same, MPICH under Open MPI's mpiexec aborts in C, and Open MPI under MPICH's
+    makes each rank a world of its own.
+    """
+    unusable = "started by an MPI launcher, but mpi4py can't be used"
+    with explained((ImportError, RuntimeError), unusable, INSTALL_MPI):
+        import mpi4py
+
+        # Its import alone would begin MPI; the library says its version before that.
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+        from mpi4py import MPI
+    if not MPI.Is_initialized():
+        refuse_other_mpi(MPI.Get_library_version())
+        MPI.Init_thread()
+    return MPI
+
+
+def refuse_other_mpi(version: str) -> None:
+    """Raise UserError where the library of this version is of another MPI than the launcher.
+
+    An MPI that is in neither table is left to show whether it works.
+    """
+    launchers = [mpi for mpi, variable in MPI_LAUNCHERS.items() if variable in os.environ]
+    libraries = [mpi for mpi, words in MPI_LIBRARIES.items() if re.search(words, version)]
+    if not launchers or not libraries or libraries[0] in launchers:
+        return
+    launcher = launchers[0]
+    library = libraries[0]
+    raise UserError(
+        f"started by {launcher}'s mpiexec, but mpi4py loads the library of another MPI, {library}; "
+        f"start with {library}'s mpiexec, or set MPI4PY_LIBMPI to the path of {launcher}'s libmpi"
+    )

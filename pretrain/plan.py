@@ -21,7 +21,7 @@ from pathlib import Path
 from data_prep.commands import exit_code
 from data_prep.errors import UserError, nearest
 from data_prep.shards import ShardReader
-from pretrain.config.deepspeed import load_engine_config, merge_config
+from pretrain.config.deepspeed import load_engine_config, merge_config, monitor_objection
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe_parser import RecipeParser
 from pretrain.costs.devices import DEVICES, Device, find_device
@@ -211,7 +211,11 @@ def plan(arguments: Sequence[str] | None = None) -> None:
     device = device_of(flags)
     recipe = load_recipe(flags.recipe, overrides, flags.data_dir)
     ranks = flags.gpus * flags.nodes
-    engine_config = load_engine_config(flags.deepspeed_config or recipe.engine)
+    engine = flags.deepspeed_config or recipe.engine
+    engine_config = load_engine_config(engine)
+    objection = monitor_objection(engine_config)
+    if objection:
+        raise UserError(f"engine {engine}: {objection}")
     engine_config = merge_config(recipe, engine_config, ranks)
     sizes = sizes_of(recipe, engine_config, ranks, "cuda" if device else "cpu")
     if device is not None:

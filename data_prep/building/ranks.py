@@ -8,17 +8,17 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_error_line
+from data_prep.commands import load_mpi
+from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, os_error_line
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-INSTALL_MPI = "pip install mpi4py mpich brings an MPI that works, to be started by its own mpiexec"
+LET_RANK_0_SPEAK_S = 2.0  # a launcher ends the job at the first exit of a rank
 SRUN_TASKS = "SLURM_STEP_NUM_TASKS"  # srun without MPI says its tasks too
 POLL_SECONDS = 0.02
 BAR_SECONDS = 0.5  # between two states of the bar on a terminal
@@ -53,7 +53,7 @@ def connect() -> tuple[Communicator, int]:
     if not any(name in os.environ for name in RANK_VARIABLES):
         _refuse_tasks_without_mpi()
         return Communicator(), len(cores)
-    mpi = _import_mpi()
+    mpi = _load_mpi()
     world = mpi.COMM_WORLD
     sys.excepthook = functools.partial(_abort, world)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher says it, and ends the other ranks
@@ -82,17 +82,15 @@ def _refuse_tasks_without_mpi() -> None:
         _refuse(f"srun started {tasks} tasks without MPI; {advice}", rank)
 
 
-def _import_mpi() -> Any:
-    """mpi4py's MPI, which begins with its import."""
-    unusable = "started by an MPI launcher, but mpi4py can't be used"
-    with (
-        explained((ImportError, RuntimeError), unusable, INSTALL_MPI),
-        warnings.catch_warnings(),
-    ):
-        # It warns of another MPI's launcher, which `connect` says better.
-        warnings.simplefilter("ignore")
-        from mpi4py import MPI
-    return MPI
+def _load_mpi() -> Any:
+    """MPI as `load_mpi` gives it. Its error, which every rank meets, is said by rank 0."""
+    try:
+        return load_mpi()
+    except UserError as error:
+        rank = _environment(RANK_VARIABLES, 0)
+        if rank > 0:
+            time.sleep(LET_RANK_0_SPEAK_S)
+        _refuse(str(error), rank)
 
 
 def _abort(world: Any, *defect: Any) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from data_prep.errors import UserError
+from pretrain.config.deepspeed import MONITORS
 
 # What a resumed run may change, keys and sections: none of it alters what a step computes, but for
 # the order of float sums. Decisions on bad steps are recorded and replayed; of the engine, the
@@ -25,8 +26,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
 # A branch may also go on longer, and decay otherwise.
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {"train_tokens", "schedule"}
 # Keys of the merged configuration that may differ when a run is resumed: they don't change what a
-# step computes. The last three are what earlier versions added otherwise than this one; their runs
-# go on.
+# step computes. The three before the monitors are what earlier versions added otherwise than this
+# one; their runs go on. Monitors are refused in a new run; one that began with them may leave them
+# out.
 ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
     {
         "train_batch_size",
@@ -36,6 +38,7 @@ ENGINE_MAY_CHANGE_ON_RESUME = frozenset(
         "bf16.check_grad_overflow",
         "zero_force_ds_cpu_optimizer",
         "zero_allow_untested_optimizer",
+        *MONITORS,
     }
 )
 

@@ -30,6 +30,9 @@ FLAG = ("true or false", "true|false")
 SIZE = ("a whole number, 1 or more", r"[1-9]\d*(\.0)?")
 DTYPE = ('"fp32" or "bf16"', '"(fp32|bf16)"')
 SECTION = ("a JSON object", r"\{.*")
+# DeepSpeed's own monitors. With the engine that trains here 0.19.8 writes no loss to them, and
+# their steps are counted from 0 again after a resume.
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 # What may stand in the JSON, and in its sections: DeepSpeed ignores a key it doesn't know, so a
 # misspelt one would do nothing. Under bf16 and data_types it knows more, which would take fp32
 # masters, moments or sums away.
@@ -39,9 +42,7 @@ KNOWN_KEYS = {
         "steps_per_print": SIZE,
         "zero_force_ds_cpu_optimizer": ("false: the optimizer is torch's AdamW", "false"),
         **dict.fromkeys(["zero_optimization", "bf16", "data_types"], SECTION),
-        **dict.fromkeys(
-            ["flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb"], SECTION
-        ),
+        **dict.fromkeys(["flops_profiler", "comms_logger", *MONITORS], SECTION),
         **dict.fromkeys(["dump_state", "memory_breakdown", "wall_clock_breakdown"], FLAG),
         "zero_allow_untested_optimizer": FLAG,
     },
@@ -114,6 +115,21 @@ def key_objections(content: dict[str, Any], section: str = "") -> Iterator[str]:
             yield f"{name} is {text}, expected {expected}"
         if name in KNOWN_KEYS:
             yield from key_objections(content[key], name)
+
+
+def monitor_objection(config: dict[str, Any]) -> str:
+    """What is to be said of DeepSpeed's monitors that a JSON enables; empty if it enables none.
+
+    A block that is not enabled does nothing, and may stay.
+    """
+    enabled = [name for name in MONITORS if config.get(name, {}).get("enabled")]
+    if not enabled:
+        return ""
+    return (
+        f"{', '.join(enabled)}: DeepSpeed's monitors get no loss here, and count steps anew when a "
+        'run is resumed; remove them or write "enabled": false, and name sinks in the recipe '
+        "(log.sinks)"
+    )
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:

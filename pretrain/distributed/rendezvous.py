@@ -8,6 +8,7 @@ import socket
 
 import psutil
 
+from data_prep.commands import load_mpi
 from data_prep.errors import UserError
 from pretrain.distributed.world import World
 
@@ -64,14 +65,13 @@ def set_rendezvous(world: World) -> None:
 
 
 def of_rank_0(host: str, port: int, world_size: int) -> tuple[str, int]:
-    """The address and port of rank 0, told through MPI."""
-    from mpi4py import MPI  # only under mpiexec: importing it starts MPI
-
-    seen = MPI.COMM_WORLD.Get_size()
+    """The address and port of rank 0, told through MPI. Raises UserError as `load_mpi` does."""
+    mpi = load_mpi()
+    seen = mpi.COMM_WORLD.Get_size()
     if seen != world_size:
         raise UserError(
             f"mpiexec started {world_size} ranks but mpi4py sees a world of {seen}: its MPI "
             "library is another than mpiexec's; use the mpiexec that belongs to it"
         )
-    host, port = MPI.COMM_WORLD.bcast((host, port), root=0)
+    host, port = mpi.COMM_WORLD.bcast((host, port), root=0)
     return host, port

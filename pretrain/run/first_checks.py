@@ -31,6 +31,7 @@ from pretrain.config.deepspeed import (
     accumulation_steps,
     load_engine_config,
     merge_config,
+    monitor_objection,
 )
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
@@ -111,11 +112,19 @@ def check_recipe_and_engine(arguments: Sequence[str], ranks: int) -> Asked:
     check_sinks(recipe.log.sinks)
     refuse_what_is_no_run(flags.run_dir, flags.data_dir)
     engine, note = choose_engine(flags, overrides, recipe, ranks)
+    engine_config = load_engine_config(engine)
+    objection = monitor_objection(engine_config)
+    if objection and not has_saved(flags.run_dir):
+        raise UserError(f"engine {engine}: {objection}")
+    # A run that began with them goes on.
+    notes = [note] if note else []
+    if objection:
+        notes.append(f"warning: engine {engine}: {objection}")
     return Asked(
         flags=flags,
         recipe=recipe,
-        engine_config=merge_config(recipe, load_engine_config(engine), ranks),
-        engine_note=note,
+        engine_config=merge_config(recipe, engine_config, ranks),
+        engine_note="\n".join(notes),
     )
 
 

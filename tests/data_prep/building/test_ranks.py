@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.environments import prepare_environment, skip_without_registry
 from support.prep_helpers import error_line, mpi, needs_mpi, run
+
+from data_prep.commands import refuse_other_mpi
+from data_prep.errors import UserError
 
 pytestmark = needs_mpi
 
@@ -125,3 +129,72 @@ sys.exit(exit_code(connect))
     assert result.returncode == 2
     assert "mpi4py can't be used" in result.stderr
     assert "pip install mpi4py mpich brings an MPI that works" in result.stderr
+
+
+BUILD_MEETS = """
+import sys
+from data_prep.building.ranks import connect
+from data_prep.commands import exit_code
+
+def meet():
+    print(f"ranks: {connect()[0].size}")
+
+sys.exit(exit_code(meet))
+"""
+TRAIN_MEETS = """
+import sys
+from data_prep.errors import UserError
+from pretrain.distributed.agree import exit_with
+from pretrain.distributed.rendezvous import set_rendezvous
+from pretrain.distributed.world import world_from_environment
+world = world_from_environment()
+try:
+    set_rendezvous(world)
+    print(f"ranks: {world.world_size}")
+except UserError as error:
+    sys.exit(exit_with(error, world))
+"""
+
+
+@pytest.fixture(scope="module")
+def open_mpi() -> Path:
+    """An environment that holds Open MPI: its mpiexec, and its library."""
+    with skip_without_registry():
+        return prepare_environment(["openmpi"], shared=("numpy",)).parent.parent
+
+
+@pytest.mark.parametrize("program", [BUILD_MEETS, TRAIN_MEETS], ids=["build", "train"])
+def test_the_mpiexec_of_another_mpi_is_refused_in_one_line_before_mpi_begins(
+    program: str, open_mpi: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    mpiexec = [str(open_mpi / "bin" / "mpiexec"), "--allow-run-as-root", "--oversubscribe"]
+    command = [*mpiexec, "-n", "2", sys.executable, str(path)]
+    line = error_line(run(command))
+    assert line == (
+        "error: started by Open MPI's mpiexec, but mpi4py loads the library of another MPI, MPICH; "
+        "start with MPICH's mpiexec, or set MPI4PY_LIBMPI to the path of Open MPI's libmpi"
+    )
+    # The remedy that it names is one.
+    library = str(open_mpi / "lib" / "libmpi.so.40")
+    result = run(command, MPI4PY_LIBMPI=library)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("ranks: 2") == 2
+
+    result = run([*mpi(2), sys.executable, str(path)], MPI4PY_LIBMPI=library)
+    assert result.returncode == 2
+    assert "error: started by MPICH's mpiexec" in result.stderr
+    assert "mpi4py loads the library of another MPI, Open MPI; start with Open" in result.stderr
+
+
+def test_intel_s_library_belongs_to_mpich_s_launcher_and_an_unknown_one_to_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MPI_LOCALNRANKS", "2")
+    refuse_other_mpi("Intel(R) MPI Library 2021.13 for Linux* OS")
+    refuse_other_mpi("Somebody's MPI 1.0")
+    with pytest.raises(UserError, match=r"started by MPICH's mpiexec, .* another MPI, Open MPI"):
+        refuse_other_mpi("Open MPI v5.0.11")
+    monkeypatch.delenv("MPI_LOCALNRANKS")
+    refuse_other_mpi("Open MPI v4.1.6")  # as srun --mpi=pmi2 starts it

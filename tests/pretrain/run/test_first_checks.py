@@ -18,6 +18,8 @@ from data_prep.shards import ShardReader
 from launch import hosts
 from launch.hosts import HERE
 from launch.supervise import Supervisor, parse
+from pretrain.config.changes import ENGINE_MAY_CHANGE_ON_RESUME, refuse_changes
+from pretrain.config.deepspeed import MONITORS
 from pretrain.config.load import load_recipe
 from pretrain.plan import plan
 from pretrain.run.first_checks import (
@@ -345,3 +347,46 @@ def test_the_small_recipe_takes_any_vocabulary(tiny_data: Path) -> None:
         recipe = load_recipe("small", [f"--model.vocab_size={vocab_size}"])
         assert recipe.model.vocab_size == vocab_size
         assert ranks_by_default(recipe, gpus=0) == 2
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_a_monitor_of_deepspeed_s_is_refused_in_a_new_run_with_what_draws_instead(
+    monitor: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml")
+    engine = tmp_path / "engine.json"
+    content = {"zero_optimization": {"stage": 2}, monitor: {"enabled": True}}
+    engine.write_text(json.dumps(content))
+    flags = ["--deepspeed-config", str(engine)]
+    says = rf"engine {engine}: {monitor}: DeepSpeed's monitors get no loss here.*\(log\.sinks\)"
+    with pytest.raises(UserError, match=says):
+        check_arguments(asked(recipe, tiny_data, tmp_path / "run", *flags), 1)
+    with pytest.raises(UserError, match=says):
+        plan(["--recipe", str(recipe), "--data-dir", str(tiny_data), "--device=H100", *flags])
+    assert not (tmp_path / "run").exists()
+
+    engine.write_text(json.dumps(content | {monitor: {"enabled": False}}))
+    assert not check_arguments(asked(recipe, tiny_data, tmp_path / "run", *flags), 1).engine_note
+
+
+def test_a_run_that_has_saved_goes_on_with_a_monitor_and_is_warned_or_without_it(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml")
+    engine = tmp_path / "engine.json"
+    plain = {"zero_optimization": {"stage": 2}}
+    engine.write_text(json.dumps(plain))
+    flags = ["--deepspeed-config", str(engine)]
+    run_dir = tmp_path / "run"
+    train_on(1, recipe, tiny_data, run_dir, *flags, "--stop-at-step=1")
+
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "drawn")}}
+    engine.write_text(json.dumps(plain | monitor))
+    output = train_on(1, recipe, tiny_data, run_dir, *flags, "--stop-at-step=2")
+    assert output.count(f"warning: engine {engine}: csv_monitor: DeepSpeed's monitors") == 1
+
+    began_with = engine_of(run_dir) | monitor
+    engine.write_text(json.dumps(plain))
+    now = check_arguments(asked(recipe, tiny_data, run_dir, *flags), 1)
+    assert now.engine_note == ""
+    refuse_changes(began_with, now.engine_config, ENGINE_MAY_CHANGE_ON_RESUME, "")
