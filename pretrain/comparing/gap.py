@@ -7,6 +7,7 @@ Each line joins groups that differ in nothing else. A band is the t interval ove
 """
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from pretrain.comparing.comparison import Comparison, Difference, Group
 from pretrain.comparing.matrix import Settings, show_value
 from pretrain.comparing.words import settings_words
 from pretrain.reporting.images import DOTS_PER_INCH, new_figure
+from pretrain.reporting.words import large
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_KEYS = frozenset({"model.d_model", "model.num_layers", "model.num_heads"})
 SHADE = 0.2
+MOST_LABELS = 8  # side by side below an axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,9 @@ def draw(axis: Axis, comparison: Comparison, lines: Sequence[Line], kind: str) -
         draw_line(axes, line)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xscale("log")
+    places = apart_enough(sorted({point.at for line in lines for point in line.points}))
+    axes.set_xticks(places, labels=[large(place) for place in places])
+    axes.minorticks_off()
     axes.set_xlabel(axis.label)
     axes.set_ylabel(f"loss less that of {show_value(comparison.baseline)} (nats a token)")
     axes.grid(alpha=0.3)
@@ -145,6 +151,16 @@ def draw(axis: Axis, comparison: Comparison, lines: Sequence[Line], kind: str) -
     content = io.BytesIO()
     figure.savefig(content, format=kind, dpi=DOTS_PER_INCH)
     return content.getvalue()
+
+
+def apart_enough(places: Sequence[int]) -> list[int]:
+    """Those of the places of points, in order, that a label fits below on a logarithmic axis."""
+    width = math.log(places[-1] / places[0]) / MOST_LABELS
+    kept = [places[0]]
+    for place in places[1:]:
+        if math.log(place / kept[-1]) >= width:
+            kept.append(place)
+    return kept
 
 
 def draw_line(axes: "Axes", line: Line) -> None:

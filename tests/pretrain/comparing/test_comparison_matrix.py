@@ -184,14 +184,16 @@ def test_the_readme_s_commands_say_what_the_readme_says(
     readme = (REPOSITORY / "pretrain" / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## Comparing") : readme.index("## Checkpoints")]
     blocks = re.findall(r"```\n(python -m pretrain\.compare .*?)```", section, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         _, _, _, *arguments = shlex.split(block.replace("\\\n", " "))
         compare.main([*arguments, "--dry-run"])
-    small, paper = capsys.readouterr().out.split("paper_learned: ")
+    small, after = capsys.readouterr().out.split("paper_learned: ")
     assert small.startswith("compare_small: 12 cells in 1 group")
+    paper, gap = after.split("compare_small: ")
     assert paper.startswith("12 cells")
     assert ", 529 GPU hours" in paper
+    assert gap.startswith("18 cells in 3 groups")
     assert "529 GPU hours" in section
 
 
