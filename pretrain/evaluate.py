@@ -118,7 +118,10 @@ def check_task_flags(flags: argparse.Namespace) -> None:
             "'.[tasks]' in this project's folder"
         )
     if flags.include_path is not None and not flags.include_path.is_dir():
-        raise UserError(f"--include-path {flags.include_path}: no such directory")
+        raise UserError(
+            f"--include-path {flags.include_path}: no such directory; give the folder of your "
+            "task files (*.yaml)"
+        )
 
 
 def refuse_twice(places: Sequence[Path]) -> None:

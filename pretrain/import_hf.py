@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     flags = parse_arguments(arguments)
     if not flags.origin.is_dir():
-        raise UserError(f"--from {flags.origin}: no such directory")
+        raise UserError(
+            f"--from {flags.origin}: no such directory; give the folder that holds config.json and "
+            "the weights"
+        )
     # These bring torch, which takes seconds: nobody waits for it to see --help or a mistyped flag.
     from pretrain.importing.begin import begin_run, open_import, refuse_what_is_there
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.errors import UserError, one_line, parse_yaml
 from data_prep.manifest import Manifest, load_manifest
-from pretrain.checkpoint.layout import LOGS_NAME, MANIFEST_NAME, saved_steps, step_of
+from pretrain.checkpoint.layout import MANIFEST_NAME, saved_steps, step_of
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.load import build_recipe
 from pretrain.config.recipe import Recipe
@@ -32,6 +32,7 @@ from pretrain.reporting.reported_run import ReportedRun, StageData, StartFacts, 
 from pretrain.run.directory import RECIPE_NAME, SKIPS_NAME, STARTS_NAME
 from pretrain.run.starts import Start, in_words, of_steps, read_starts, unread_lines
 from pretrain.run.state import RunState, read_state
+from pretrain.watch.stall_logs import stalls_of_run
 
 # what reading a manifest of another form raises
 NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -319,7 +320,7 @@ def read_run(run_dir: Path, name: str, data_dirs: Sequence[Path]) -> ReportedRun
         branched_from=state.branched_from,
         starts=tuple(start_facts(start) for start in of_steps(read_starts(run_dir), end)),
         checkpoints=tuple(checkpoints),
-        has_stalled=(run_dir / LOGS_NAME).is_dir(),
+        stalls=stalls_of_run(run_dir),
         bad_texts=skips.texts,
         rewound=skips.rewound,
         evaluations=tuple(read_results(run_dir)),

@@ -77,7 +77,7 @@ class ReportedRun:
     branched_from: str | None
     starts: tuple[StartFacts, ...]
     checkpoints: tuple[int, ...]  # steps, in order
-    has_stalled: bool
+    stalls: tuple[str, ...]  # when ranks stalled, in order, as starts tell their times
     bad_texts: dict[int, str]  # of the worst row of bad steps, which count from 0 here
     rewound: frozenset[int]  # bad steps that the run went back before, from 0
     evaluations: tuple[EvaluationResult, ...]
@@ -208,11 +208,22 @@ def marks_of(run: ReportedRun) -> list[Mark]:
         if step.step in run.rewound:
             words += "; the run went back to the checkpoint before it"
         marks.append(Mark(kind="skip", step=done, words=words))
-    if run.has_stalled:
-        words = "stalled: logs/ has the stack of every rank"
-        if run.reason and "stalled" in run.reason:
-            words = run.reason
-        marks.append(Mark(kind="stall", step=last_step(run.steps), words=words))
+    marks += stalls_of(run)
+    return marks
+
+
+def stalls_of(run: ReportedRun) -> list[Mark]:
+    """Where a run stalled: at the step that it went on from afterwards, or at its end."""
+    marks = []
+    for time in run.stalls:
+        later = [start.step for start in run.starts if start.time > time]
+        step = later[0] if later else last_step(run.steps)
+        words = f"stalled, {time}: logs/ has the stack of every rank"
+        marks.append(Mark(kind="stall", step=step, words=words))
+    if run.reason and "stalled" in run.reason:
+        # the newest, in more words
+        del marks[-1:]
+        marks.append(Mark(kind="stall", step=last_step(run.steps), words=run.reason))
     return marks
 
 

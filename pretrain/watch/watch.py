@@ -41,6 +41,7 @@ from pretrain.watch.meeting import (
     listen,
     meeting_address,
 )
+from pretrain.watch.stall_logs import header, log_path
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
@@ -300,12 +301,10 @@ class Watch:
 
     def _write_stacks(self) -> None:
         """What all threads of this rank are doing, appended to its log."""
-        logs = self.run_dir / LOGS_NAME
-        logs.mkdir(exist_ok=True)
-        with (logs / f"rank-{self.world.rank:05d}.log").open("a", encoding="utf-8") as file:
-            print(
-                f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} stalled", file=file, flush=True
-            )
+        path = log_path(self.run_dir, self.world.rank)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            print(f"\n{header(self.name)}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _what_killed_it(self) -> str:

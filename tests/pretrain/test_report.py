@@ -30,6 +30,7 @@ from pretrain.metrics.metrics_file import read_steps
 from pretrain.metrics.step_record import StepRecord
 from pretrain.reporting.words import NOT_KNOWN
 from pretrain.run.state import write_state
+from pretrain.watch.stall_logs import log_path
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -212,6 +213,18 @@ def test_runs_of_other_vocabularies_share_no_axis_of_nats(real_run: Path, tmp_pa
     assert (images / "bits_per_byte.svg").is_file()
     assert not (images / "loss.svg").exists()
     assert "drawn as bits per byte" in Words(page).text
+
+
+def test_a_stall_that_the_run_outlived_is_marked_where_it_went_on(tmp_path: Path) -> None:
+    later = {"step": 30, "time": "2026-01-02T05:00:00Z"}
+    run_dir = write_run(tmp_path / "run", falling_steps(100), recipe_of(100), later)
+    path = log_path(run_dir, 0)
+    path.parent.mkdir()
+    path.write_text("\n2026-01-02T04:59:00Z rank 0 (a) stalled\nThread 0x1:\n")
+    (run,) = figures_in(page_of(tmp_path / "report.html", run_dir))["runs"]
+    marks = run["marks"]
+    where = list(zip(marks["kinds"], marks["places"]["steps"], strict=True))
+    assert where == [("restart", 30), ("stall", 30)]
 
 
 def test_what_runs_scored_on_tasks_stands_side_by_side(tmp_path: Path) -> None:
