@@ -48,7 +48,6 @@ class WandbSink:
             config = config | {"continues": before.run}
         self.begun = RunNote(project=project, run=run_id)
         self.steps = 0
-        write_note(self.note, self.begun)
         self.run = wandb.init(
             project=project,
             dir=self.about.run_dir,
@@ -62,7 +61,11 @@ class WandbSink:
         return 0
 
     def write(self, told: ToldStep) -> None:
-        """Hand over a step, with its texts."""
+        """Hand over a step, with its texts. Until the first one the note names the run before: one
+        that a kill left empty continues nothing, and nothing continues it.
+        """
+        if self.steps == 0:
+            write_note(self.note, self.begun)
         row: dict[str, float | str] = {**told.figures, **told.texts}
         self.run.log(row, step=told.step, commit=True)
         self.steps = told.step + 1
