@@ -67,7 +67,7 @@ class Slurm:
         return {**kept, "PATH": path}
 
     def command(
-        self, *words: str, cwd: Path = REPOSITORY, timeout_s: float = 120, **changes: str
+        self, *words: str, cwd: Path = REPOSITORY, changes: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Any command to its end (srun, scancel, scontrol, ...), in the environment of Slurm's
         with some changes.
@@ -75,17 +75,17 @@ class Slurm:
         return subprocess.run(
             words,
             cwd=cwd,
-            env={**self.environment, **changes},
+            env={**self.environment, **(changes or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout_s,
+            timeout=120,
             check=False,
         )
 
     def srun(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """`srun` to its end."""
-        return self.command("srun", *words, **changes)
+        return self.command("srun", *words, changes=changes)
 
     def start(
         self, *words: str, log: Path, cwd: Path = REPOSITORY, **changes: str
@@ -103,7 +103,7 @@ class Slurm:
 
     def sbatch(self, *words: str, cwd: Path = REPOSITORY, **changes: str) -> str:
         """Submit a job: its number."""
-        result = self.command("sbatch", "--parsable", *words, cwd=cwd, **changes)
+        result = self.command("sbatch", "--parsable", *words, cwd=cwd, changes=changes)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
