@@ -1,6 +1,8 @@
 """Where ranks of a step of Slurm meet; with the real Slurm: tests/launch/test_srun.py."""
 
+import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.slurm.step import Step
 from pretrain.distributed.addresses import own_address
+from pretrain.distributed.devices import threads_of_rank
 from pretrain.distributed.rendezvous import choose_for_step
 from pretrain.distributed.slurm import (
     check_port_is_free,
@@ -15,11 +18,14 @@ from pretrain.distributed.slurm import (
     meeting_host,
     meeting_port,
 )
+from pretrain.distributed.world import World
 
 FIRST_PORT_OF_CONNECTIONS = 32_768  # Linux's usual ip_local_port_range begins here
 
 
-def step_of(*, task: int = 0, nodes: str = "n[1-2]", job: int = 17, number: int = 0) -> Step:
+def step_of(
+    *, task: int = 0, nodes: str = "n[1-2]", job: int = 17, number: int = 0, local_cpus: int = 0
+) -> Step:
     """A task of two nodes of two tasks each."""
     node, local_task = divmod(task, 2)
     return Step(
@@ -29,6 +35,7 @@ def step_of(*, task: int = 0, nodes: str = "n[1-2]", job: int = 17, number: int 
         task=task,
         local_tasks=2,
         local_task=local_task,
+        local_cpus=local_cpus,
         node=node,
         nodes=nodes,
     )
@@ -60,9 +67,7 @@ def test_steps_and_jobs_that_follow_one_another_meet_at_ports_of_their_own() -> 
 
 
 def test_ranks_of_one_node_meet_at_loopback() -> None:
-    step = Step(
-        job=1, number=0, tasks=2, task=1, local_tasks=2, local_task=1, node=0, nodes="nowhere1"
-    )
+    step = replace(step_of(nodes="nowhere1", task=1), tasks=2)
     assert meeting_host(step) == "127.0.0.1"
 
 
@@ -84,9 +89,7 @@ def test_a_node_without_an_address_is_named_with_what_to_type(
 
 
 def test_rank_0_on_another_than_the_first_node_is_refused() -> None:
-    astray = Step(
-        job=1, number=0, tasks=4, task=0, local_tasks=2, local_task=0, node=1, nodes="n[1-2]"
-    )
+    astray = replace(step_of(), node=1)
     with pytest.raises(UserError, match=r"rank 0 is not on the first node of n\[1-2\]"):
         meeting_host(astray)
 
@@ -106,3 +109,21 @@ def test_what_a_user_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "10.1.2.3")
     monkeypatch.setenv("MASTER_PORT", "29123")
     choose_for_step(step_of(nodes="nowhere1", task=3))
+
+
+def test_a_rank_that_is_bound_to_cores_of_its_own_uses_them_all() -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def threads(local_cpus: int) -> int:
+        world = World(
+            rank=1,
+            world_size=4,
+            local_rank=1,
+            local_world_size=2,
+            step=step_of(task=1, local_cpus=local_cpus),
+        )
+        return threads_of_rank(world)
+
+    assert threads(2 * cores) == cores
+    assert threads(cores) == max(1, cores // 2)
+    assert threads(0) == max(1, cores // 2)  # Slurm does not say
