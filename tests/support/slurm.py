@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ class Slurm:
         """Have a job that waits in the queue begin: one that was queued again is held for 2
         minutes.
         """
+        # Within the second of its first end Slurm takes the new start for the old one, which it has
+        # revoked ("Job credential revoked"), and the job is FAILED.
+        time.sleep(2)
         self.scontrol("update", f"JobId={number}", "StartTime=now")
 
     def node_state(self, node: str) -> str:
@@ -169,7 +173,8 @@ class Slurm:
         daemon = self.daemon_of(node)
         assert daemon is not None, f"{node} has no slurmd"
         daemon.send_signal(signal.SIGKILL)
-        wait_until(lambda: not daemon.is_running(), f"the slurmd of {node} to end")
+        # it stays as a zombie, without a command line, as long as the first process reads
+        wait_until(lambda: self.daemon_of(node) is None, f"the slurmd of {node} to end")
 
     def start_daemon(self, node: str) -> None:
         """Start the slurmd of a node, and its ports with it."""
