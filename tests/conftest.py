@@ -15,6 +15,7 @@ APART = (
     "test_cluster.py",
     "test_launch.py",
     "test_signals.py",
+    "test_srun.py",
     "test_supervise.py",
     "test_watch.py",
 )
