@@ -6,11 +6,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.errors import UserError
 from data_prep.files import write_durably
-from pretrain.config.recipe import Recipe
+
+if TYPE_CHECKING:  # which takes half a second, and the doctor asks hosts without one
+    from pretrain.config.recipe import Recipe
 
 Slots = dict[str, int]  # ranks by host, in the hostfile's order
 HERE = ""  # this machine, among hosts
@@ -119,7 +121,7 @@ def count_gpus() -> int:
     return int(answer.stdout)
 
 
-def trim(slots: Slots, recipe: Recipe) -> Slots:
+def trim(slots: Slots, recipe: "Recipe") -> Slots:
     """As many of the ranks as divide a step, those of the first hosts; all if no number does."""
     left = most_that_divide_a_step(sum(slots.values()), recipe)
     kept: Slots = {}
@@ -131,7 +133,7 @@ def trim(slots: Slots, recipe: Recipe) -> Slots:
     return kept
 
 
-def most_that_divide_a_step(ranks: int, recipe: Recipe) -> int:
+def most_that_divide_a_step(ranks: int, recipe: "Recipe") -> int:
     """The most ranks, of so many, over which a step divides; so many if it divides over none."""
     for fewer in range(ranks, 0, -1):
         if recipe.global_batch_size % (fewer * recipe.batch.micro_batch_size) == 0:

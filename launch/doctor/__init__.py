@@ -1,0 +1,1 @@
+"""Whether a run can start on some machines: `python -m launch.doctor`."""
