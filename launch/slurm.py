@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
@@ -46,8 +47,10 @@ class Allocation:
 
     def state(self) -> JobState:
         """How the job stands now."""
-        answer = answer_of(["scontrol", "--oneliner", "show", "job", self.job])
-        told = dict(JOB_FIELD.findall(answer.stdout))
+        told: dict[str, str] = {}
+        with suppress(UserError):  # a controller that does not answer
+            answer = answer_of(["scontrol", "--oneliner", "show", "job", self.job])
+            told = dict(JOB_FIELD.findall(answer.stdout))
         restarts = told.get("Restarts", "")
         return JobState(
             state=told.get("JobState", ""),
@@ -56,16 +59,20 @@ class Allocation:
             nodes=told.get("NodeList", ""),
         )
 
-    def is_ours(self, now: JobState) -> bool:
-        """Whether the job, at work, still is the one that this process began in."""
-        return now.state in AT_WORK and now.restarts == self.restarts
+    def is_lost(self, now: JobState) -> bool:
+        """Whether the job, as far as Slurm tells, is not at work any more, or was begun anew since
+        this process was.
+        """
+        if not now.state:
+            return False
+        return now.state not in AT_WORK or now.restarts != self.restarts
 
     def nodes(self) -> list[str]:
         """The nodes that the job has now. Raises UserError where it has none any more."""
         now = self.state()
-        if not self.is_ours(now):
-            state = now.state.lower() or "not known to Slurm"
-            raise UserError(f"Slurm's job {self.job} has no nodes: it is {state}")
+        if not now.state or self.is_lost(now):
+            why = f"it is {now.state.lower()}" if now.state else "scontrol does not tell"
+            raise UserError(f"Slurm's job {self.job} has no nodes here: {why}; submit it again")
         return expand(now.nodes)
 
     def run_on(self, hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
@@ -115,15 +122,19 @@ class Allocation:
 
     def requeue(self) -> str:
         """Have Slurm queue the job again; why it would not, or nothing."""
-        answer = answer_of(["scontrol", "requeue", self.job])
+        try:
+            answer = answer_of(["scontrol", "requeue", self.job])
+        except UserError as error:
+            return str(error)
         said = " ".join((answer.stderr or answer.stdout).split())
         return "" if answer.returncode == 0 else said or f"exit code {answer.returncode}"
 
 
-def find_allocation() -> Allocation | None:
+def find_allocation(*, must_start: bool) -> Allocation | None:
     """The allocation that this process is in, if it is in one.
 
-    Raises UserError for one of several nodes where Slurm's commands are missing.
+    Raises UserError for one of several nodes where Slurm's commands are missing, if they must start
+    the ranks.
     """
     job = os.environ.get("SLURM_JOB_ID")
     nodelist = os.environ.get("SLURM_JOB_NODELIST")
@@ -131,7 +142,7 @@ def find_allocation() -> Allocation | None:
         return None
     missing = [name for name in ("srun", "scontrol") if shutil.which(name) is None]
     if missing:
-        if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        if not must_start or os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
             return None  # in a container, say: one machine needs no srun
         raise UserError(
             f"SLURM_JOB_ID={job}: {missing[0]}: not found, which starts ranks on {nodelist}; put "

@@ -43,7 +43,7 @@ from launch.job import Job, parse
 from launch.launchers import Command, Start, command_of
 from launch.outcome import Standing, describe_failure, newest_checkpoint, standing
 from launch.processes import POLL_S, Ranks, Signals, start_guarded
-from launch.requeue import SlurmStart, is_warned, read_start, write_start
+from launch.requeue import SlurmJob
 from launch.slurm import Allocation, find_allocation
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
@@ -81,14 +81,13 @@ class Supervisor:
     gpus: int = 0  # the most that were seen
     failed_step: int | None = None  # of the last start, if that trained
     back_off_s: float = FIRST_BACK_OFF_S
-    saved_step: int = 0  # as this process began
+    slurm_job: SlurmJob | None = None  # that this process is in, whatever its ranks take
     slots_at_first: Slots = field(default_factory=dict)  # of the first start on Slurm's nodes
 
     def run(self) -> NoReturn:
         """Start, and start again; leaves with the exit code. Raises UserError."""
         # A step that does not divide over one rank divides over none.
         self.check(self.job.trainer_flags, self.job.ranks or 1)
-        self.saved_step = standing(self.job.run_dir).state.saved_step or 0
         self.end_earlier_start()
         for restart in itertools.count():
             before = standing(self.job.run_dir)
@@ -149,8 +148,8 @@ class Supervisor:
         command = self.command(found.asked, slots)
         with unheard():
             print("+", shlex.join(command.words), flush=True)
-        if self.allocation:
-            write_start(self.job.run_dir, SlurmStart(self.allocation.job, tuple(self.ports)))
+        if self.slurm_job:
+            self.slurm_job.note_ports(self.ports)
         return self.run_to_its_end(command, self.ranks_on(hosts), before)
 
     def ranks_on(self, hosts: list[str]) -> Ranks:
@@ -163,13 +162,12 @@ class Supervisor:
         """In a job of Slurm, end the ranks that the same job left in the run's directory, and wait
         until that is free: a node that was lost with its slurmd may go on with them.
         """
-        if self.allocation is None:
+        earlier = self.slurm_job.earlier_ports() if self.slurm_job else []
+        if not earlier:
             return
-        earlier = read_start(self.job.run_dir)
-        if earlier is None or earlier.job != self.allocation.job:
-            return
-        nodes = self.allocation.nodes()
-        Ranks(nodes, list(earlier.ports), self.allocation.run_on).signal(signal.SIGKILL)
+        if self.allocation:
+            nodes = self.allocation.nodes()
+            Ranks(nodes, earlier, self.allocation.run_on).signal(signal.SIGKILL)
         self.wait(0.0)
 
     def run_to_its_end(self, command: Command, ranks: Ranks, before: Standing) -> int:
@@ -212,46 +210,16 @@ class Supervisor:
         is_shown = code == 0 and "--dry-run" in self.job.trainer_flags
         if now.status == "done" or is_shown:
             sys.exit(0)
-        if self.allocation:
-            self.leave_if_slurm_starts_again(self.allocation, now, is_preempted)
+        if self.slurm_job:
+            self.slurm_job.leave_if_slurm_goes_on(
+                self.signals.first, now, is_preempted=is_preempted
+            )
         if is_preempted:
             sys.exit(0)
         if self.signals.first:
             name = signal_name(self.signals.first)
             self.say(f"ended by {name}; the same command continues")
             sys.exit(SIGNALLED + self.signals.first)
-
-    def leave_if_slurm_starts_again(
-        self, allocation: Allocation, now: Standing, is_preempted: bool
-    ) -> None:
-        """Have Slurm queue the job again and leave, where its time is up; leave too where Slurm has
-        done so by itself, or is about to.
-        """
-        job = allocation.state()
-        if not allocation.is_ours(job):
-            if not is_preempted and not self.signals.first:
-                sys.exit(
-                    f"error: {self.job.run_dir}: Slurm has taken job {allocation.job} from this "
-                    "node; what was not saved is trained again"
-                )
-            return
-        ended = self.signals.first or is_preempted
-        if not self.job.requeue or not ended or not is_warned(self.signals.first, now, job):
-            return
-        if (now.state.saved_step or 0) <= self.saved_step:
-            sys.exit(
-                f"error: {self.job.run_dir}: no step was saved since this job began, so it is not "
-                "queued again; give it more time (--time), or have it warned later, as "
-                "sbatch --signal=B:USR1@60"
-            )
-        problem = allocation.requeue()
-        if problem:
-            sys.exit(
-                f"error: {self.job.run_dir}: saved, but Slurm does not queue job {allocation.job} "
-                f"again: {problem}; submit the same command to continue"
-            )
-        self.say(f"saved; Slurm queues job {allocation.job} again")
-        sys.exit(0)
 
     def leave_if_a_step_failed_twice(self, why: str, before: Standing, now: Standing) -> None:
         """Leave if this start failed where the one before it did; else remember where it did."""
@@ -384,9 +352,18 @@ def main() -> None:
     """The command."""
     back_off_s = float(os.getenv("BACK_OFF_S", str(FIRST_BACK_OFF_S)))  # tests take less
     job = parse()
+    supervisor = Supervisor(job, back_off_s=back_off_s)
     is_said_where = job.hostfile is not None or job.ranks is not None
-    allocation = None if is_said_where else find_allocation()
-    supervisor = Supervisor(job, allocation, back_off_s=back_off_s)
+    if allocation := find_allocation(must_start=not is_said_where):
+        supervisor.allocation = None if is_said_where else allocation
+        supervisor.slurm_job = SlurmJob(
+            allocation=allocation,
+            run_dir=job.run_dir,
+            may_requeue=job.requeue,
+            saved_step=standing(job.run_dir).state.saved_step or 0,
+        )
+    elif job.requeue:
+        raise UserError("--requeue: this is no job of Slurm; leave it out")
     supervisor.signals.listen()
     supervisor.run()
 
