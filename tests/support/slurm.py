@@ -1,0 +1,224 @@
+"""A Slurm of two nodes on this machine, the real one, for tests.
+
+    with slurm(directory) as cluster:
+        assert cluster.srun("--nodes=2", "hostname").returncode == 0
+
+Controller, nodes and jobs live in a process namespace whose first process reads a pipe of the test
+process: when that ends, be it killed, the kernel ends them all. Each start has ports of its own,
+and takes about 3 s. The nodes n1 and n2 have 4 CPUs each, whatever there is here; file system and
+network are this machine's, and their names resolve to nothing.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.runs import REPOSITORY, environment, free_port
+from support.waiting import wait_until
+
+CONFIGURATION = Path(__file__).with_name("slurm.conf")
+BOOT = Path(__file__).with_name("slurm.sh")
+NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "unshare")
+PACKAGES = "slurm-wlm slurm-wlm-basic-plugins"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NODES = ("n1", "n2")
+NEW_NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def lacking() -> str:
+    """What keeps this machine from running a Slurm; empty if nothing does."""
+    if absent := [name for name in NEEDED if not shutil.which(name, path=SYSTEM_PATH)]:
+        return f"lacks {', '.join(absent)} (Debian packages {PACKAGES})"
+    probe = subprocess.run([*NEW_NAMESPACES, "true"], capture_output=True, check=False)
+    return "must be root, and allowed to make namespaces" if probe.returncode else ""
+
+
+def skip_without_slurm() -> None:
+    """Skip a test where there is no Slurm; in continuous integration that is a failure."""
+    if why := lacking():
+        said = f"no Slurm in miniature: this machine {why}"
+        if os.environ.get("CI"):
+            pytest.fail(said)
+        pytest.skip(said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """A running one."""
+
+    directory: Path
+    first_process: subprocess.Popen[bytes]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its commands are typed in: the tests' environment, outside of any job."""
+        typed = environment(SLURM_CONF=str(self.directory / "slurm.conf"))
+        path = f"{typed['PATH']}{os.pathsep}{SYSTEM_PATH}"
+        kept = {k: v for k, v in typed.items() if k == "SLURM_CONF" or not k.startswith("SLURM_")}
+        return {**kept, "PATH": path}
+
+    def command(
+        self, *words: str, cwd: Path = REPOSITORY, changes: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Any command to its end (srun, scancel, scontrol, ...), in the environment of Slurm's
+        with some changes.
+        """
+        return subprocess.run(
+            words,
+            cwd=cwd,
+            env={**self.environment, **(changes or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def srun(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """`srun` to its end."""
+        return self.command("srun", *words, changes=changes)
+
+    def start(
+        self, *words: str, log: Path, cwd: Path = REPOSITORY, **changes: str
+    ) -> subprocess.Popen[bytes]:
+        """A command that goes on, and prints to the log."""
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                words,
+                cwd=cwd,
+                env={**self.environment, **changes},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def sbatch(self, *words: str, cwd: Path = REPOSITORY, **changes: str) -> str:
+        """Submit a job: its number."""
+        result = self.command("sbatch", "--parsable", *words, cwd=cwd, changes=changes)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def scontrol(self, *words: str) -> str:
+        """What `scontrol` prints. It must succeed."""
+        result = self.command("scontrol", *words)
+        assert result.returncode == 0, f"scontrol {' '.join(words)}: {result.stderr}"
+        return result.stdout
+
+    def scancel(self, *words: str) -> None:
+        """`scancel`, which must succeed."""
+        result = self.command("scancel", *words)
+        assert result.returncode == 0, result.stderr
+
+    def job(self, number: str) -> dict[str, str]:
+        """All that `scontrol show job` says of a job: JobState, Reason, Restarts, ExitCode, ..."""
+        words = self.scontrol("--oneliner", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self, number: str) -> str:
+        """PENDING, RUNNING, COMPLETED, FAILED, ..."""
+        return self.job(number)["JobState"]
+
+    def wait_for(
+        self, number: str, *states: str, timeout_s: float = 120, log: Path | None = None
+    ) -> None:
+        """Insist that a job comes into one of these states in time."""
+        what = f"job {number} to be {' or '.join(states)}"
+        log = log if log is not None and log.exists() else None
+        wait_until(lambda: self.state(number) in states, what, timeout_s, every_s=0.2, log=log)
+
+    def begin_now(self, number: str) -> None:
+        """Have a job that waits in the queue begin: one that was queued again is held for 2
+        minutes.
+        """
+        self.scontrol("update", f"JobId={number}", "StartTime=now")
+
+    def node_state(self, node: str) -> str:
+        """IDLE, ALLOCATED, DOWN, ..., with what Slurm adds to it."""
+        words = self.scontrol("--oneliner", "show", "node", node).split()
+        (state,) = [word.split("=")[1] for word in words if word.startswith("State=")]
+        return state
+
+    def set_node_down(self, node: str) -> None:
+        """As an administrator does."""
+        self.scontrol("update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def resume_node(self, node: str) -> None:
+        """Take a node that is down into use again."""
+        self.scontrol("update", f"NodeName={node}", "State=RESUME")
+
+    def daemon_of(self, node: str) -> psutil.Process | None:
+        """The slurmd of a node, if it runs."""
+        configuration = str(self.directory / "slurm.conf")
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if words[:1] == ["slurmd"] and configuration in words and words[-1] == node:
+                return process
+        return None
+
+    def kill_daemon(self, node: str) -> None:
+        """Kill the slurmd of a node; what its jobs started goes on."""
+        daemon = self.daemon_of(node)
+        assert daemon is not None, f"{node} has no slurmd"
+        daemon.send_signal(signal.SIGKILL)
+        wait_until(lambda: not daemon.is_running(), f"the slurmd of {node} to end")
+
+    def start_daemon(self, node: str) -> None:
+        """Start the slurmd of a node, and its ports with it."""
+        assert self.first_process.stdin
+        self.first_process.stdin.write(f"{node}\n".encode())
+        self.first_process.stdin.flush()
+
+    def is_up(self) -> bool:
+        """Whether both nodes wait for work."""
+        return all(self._is_idle(node) for node in NODES)
+
+    def _is_idle(self, node: str) -> bool:
+        answer = self.command("scontrol", "--oneliner", "show", "node", node)
+        return answer.returncode == 0 and "State=IDLE " in answer.stdout
+
+
+@contextmanager
+def slurm(directory: Path) -> Iterator[Slurm]:
+    """Start Slurm in a directory of its own, and wait until both nodes are idle. Skips the test
+    where there is none.
+    """
+    skip_without_slurm()
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("state", *(f"spool-{node}" for node in NODES)):
+        (directory / name).mkdir()
+    values = {"HOST": socket.gethostname(), "DIRECTORY": str(directory)}
+    for name in ("CONTROLLER_PORT", "NODE_1_PORT", "NODE_2_PORT"):
+        values[name] = str(free_port())
+    text = CONFIGURATION.read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    (directory / "slurm.conf").write_text(text, encoding="utf-8")
+    log = directory / "daemons.log"
+    with log.open("wb") as file:
+        first = subprocess.Popen(
+            [*NEW_NAMESPACES, "sh", str(BOOT), str(directory / "slurm.conf")],
+            cwd=directory,
+            env={**os.environ, "PATH": SYSTEM_PATH},
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+        )
+    cluster = Slurm(directory=directory, first_process=first)
+    try:
+        for node in NODES:
+            cluster.start_daemon(node)
+        wait_until(cluster.is_up, "both nodes to be idle", 60, job=first, log=log, every_s=0.2)
+        yield cluster
+    finally:
+        assert first.stdin
+        first.stdin.close()
+        first.wait(20)
