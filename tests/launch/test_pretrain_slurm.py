@@ -82,7 +82,9 @@ class InJobs:
 
     def begin_again(self, number: str, *changes: str) -> None:
         """Have a job that was queued again begin without its two minutes of waiting."""
-        self.cluster.scontrol("update", f"JobId={number}", *changes, "StartTime=now")
+        if changes:
+            self.cluster.scontrol("update", f"JobId={number}", *changes)
+        self.cluster.begin_now(number)
         self.cluster.wait_for(number, "RUNNING")
 
     def quicken(self) -> None:
