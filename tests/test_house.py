@@ -37,7 +37,7 @@ FLOORS = (
 TAKEN_FROM_DATA_PREP = {
     "data_prep.manifest", "data_prep.shards", "data_prep.layout", "data_prep.files",
     "data_prep.locks", "data_prep.errors", "data_prep.commands", "data_prep.inputs.urls",
-    "data_prep.tokenizer.text_files",
+    "data_prep.tokenizer.text_files", "data_prep.slurm.step",
 }  # fmt: skip
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore",

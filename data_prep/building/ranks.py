@@ -15,11 +15,13 @@ from typing import Any, NoReturn, TypeVar
 from tqdm import tqdm
 
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, explained, os_error_line
+from data_prep.slurm.step import Step, came_as_task, read_step
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# Of these srun sets none: whose ranks have one were started by an mpiexec, maybe within a step.
+MPIEXECS_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 INSTALL_MPI = "pip install mpi4py mpich brings an MPI that works, to be started by its own mpiexec"
-SRUN_TASKS = "SLURM_STEP_NUM_TASKS"  # srun without MPI says its tasks too
 POLL_SECONDS = 0.02
 BAR_SECONDS = 0.5  # between two states of the bar on a terminal
 LOG_SECONDS = 30.0  # and in a log, which keeps each of them
@@ -50,8 +52,12 @@ def connect() -> tuple[Communicator, int]:
     write the same files.
     """
     cores = os.sched_getaffinity(0)
+    step = read_step()
+    is_of_step = step is not None and not any(name in os.environ for name in MPIEXECS_VARIABLES)
+    if step is not None and is_of_step and not came_as_task(step):
+        return Communicator(), len(cores)  # what srun --mpi set is for the task above this process
     if not any(name in os.environ for name in RANK_VARIABLES):
-        _refuse_tasks_without_mpi()
+        _refuse_tasks_without_mpi(step)
         return Communicator(), len(cores)
     mpi = _import_mpi()
     world = mpi.COMM_WORLD
@@ -73,13 +79,11 @@ def connect() -> tuple[Communicator, int]:
     return world, max(1, min(len(cores), share))
 
 
-def _refuse_tasks_without_mpi() -> None:
+def _refuse_tasks_without_mpi(step: Step | None) -> None:
     """Raise UserError if srun started several tasks that don't see each other."""
-    tasks = _environment([SRUN_TASKS], 1)
-    if tasks > 1:
+    if step is not None:
         advice = "add --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
-        rank = _environment(["SLURM_PROCID"], 0)
-        _refuse(f"srun started {tasks} tasks without MPI; {advice}", rank)
+        _refuse(f"srun started {step.tasks} tasks without MPI; {advice}", step.task)
 
 
 def _import_mpi() -> Any:

@@ -6,9 +6,10 @@ It needs only the environment that the launcher set, and no process group.
 import os
 import socket
 
-import psutil
-
 from data_prep.errors import UserError
+from data_prep.slurm.step import Step
+from pretrain.distributed.addresses import interface_towards, own_address
+from pretrain.distributed.slurm import check_port_is_free, meeting_host, meeting_port
 from pretrain.distributed.world import World
 
 
@@ -19,28 +20,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def own_address(seen_by: str = "10.255.255.255") -> str:
-    """This machine's address as another machine sees it (its name may resolve to loopback)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((seen_by, 1))  # sends nothing; only chooses the interface
-        return str(probe.getsockname()[0])
-
-
-def interface_towards(host: str) -> str:
-    """The network interface through which this machine reaches a host."""
-    own = own_address(host)
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in {each.address for each in addresses}:
-            return str(name)
-    raise UserError(f"no network interface of this machine has its address {own}")
-
-
 def set_rendezvous(world: World) -> None:
     """Complete the environment that torch.distributed reads.
 
     All ranks then share an address and a port. Raises UserError where MPI sees other ranks than its
-    launcher started.
+    launcher started, and where Slurm's ranks can have no address or port.
     """
+    if world.step is not None:
+        choose_for_step(world.step)
     # What a launcher has set stands; mpiexec sets none of it, a plain process needs no more.
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", 0)) or free_port()
@@ -61,6 +48,18 @@ def set_rendezvous(world: World) -> None:
     if spans_machines:
         # Gloo would ask for the address of this machine's name, which may be the loopback's.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(host))
+
+
+def choose_for_step(step: Step) -> None:
+    """Set what srun does not: where the ranks of its step meet. What a user has set stands.
+
+    Raises UserError where there is no address, or the port is in use.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = meeting_host(step)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(meeting_port(step))
+    check_port_is_free(step, int(os.environ["MASTER_PORT"]))
 
 
 def of_rank_0(host: str, port: int, world_size: int) -> tuple[str, int]:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
+from data_prep.slurm.step import Step, came_as_task, read_step
 
 LET_RANK_0_SPEAK_S = 10.0  # launchers end a job at the first exit: by then one line has been said
 
@@ -17,7 +18,8 @@ OPEN_MPI_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 MPICH_VARIABLES = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+SET_BY_SRUN_TOO = "PMI_SIZE"  # by its --mpi, for what it starts and all below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class World:
     local_rank: int
     local_world_size: int
     launched_by_mpi: bool = False
+    step: Step | None = None  # srun's, where that started the ranks
 
     @property
     def is_main(self) -> bool:
@@ -37,7 +40,7 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Read the launcher's variables; without any, a world of one.
+    """Read the launcher's variables; without any, a world of one, as in a terminal of Slurm's.
 
     Raises UserError where only some are there: every rank would believe that it is alone.
     """
@@ -53,12 +56,22 @@ def world_from_environment() -> World:
                 local_world_size=local_world_size,
                 launched_by_mpi=names in (OPEN_MPI_VARIABLES, MPICH_VARIABLES),
             )
+    step = read_step()
+    if step is not None and came_as_task(step):
+        return World(
+            rank=step.task,
+            world_size=step.tasks,
+            local_rank=step.local_task,
+            local_world_size=step.local_tasks,
+            step=step,
+        )
     # Without all four no rank knows its place; with a size above one it is not alone either.
     for name in SIZE_VARIABLES:
-        if int(os.environ.get(name, 1)) > 1:
+        is_of_step = step is not None and name == SET_BY_SRUN_TOO
+        if not is_of_step and int(os.environ.get(name, 1)) > 1:
             raise UserError(
                 f"{name}={os.environ[name]} says that this is one of several ranks, but not all "
                 "of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set; start with "
-                "deepspeed, torchrun or mpiexec, or set all four"
+                "deepspeed, torchrun, mpiexec or srun, or set all four"
             )
     return World(rank=0, world_size=1, local_rank=0, local_world_size=1)

@@ -23,7 +23,8 @@ def start_process_group(world: World) -> torch.device:
     # a CPU, for a minute, or hang on the lock of a killed build. None is needed.
     deepspeed.ops.__compatible_ops__ = {}
     import_muon_uncompiled()
-    set_rendezvous(world)
+    if not dist.is_initialized():
+        set_rendezvous(world)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(world.local_rank)

@@ -16,7 +16,6 @@ all have come.
 """
 
 import hmac
-import ipaddress
 import os
 import secrets
 import selectors
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from pretrain.distributed.addresses import is_loopback
 from pretrain.distributed.world import World
 
 PROOF_S = 5.0  # for a proof of 100 bytes; ranks give theirs at once
@@ -76,14 +76,6 @@ def choose_address(seen: list[str]) -> str:
     Rank 0's own name may resolve to 127.0.1.1 on its machine, as Debian's installer has it.
     """
     return next((address for address in seen if not is_loopback(address)), seen[0])
-
-
-def is_loopback(address: str) -> bool:
-    """Whether it leads back to the machine that uses it."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a name
-        return address == "localhost"
 
 
 def listen(address: str, ranks: int) -> tuple[socket.socket, str]:

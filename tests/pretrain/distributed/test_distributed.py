@@ -7,7 +7,8 @@ import pytest
 from support.runs import run_command, write_recipe
 
 from data_prep.errors import UserError
-from pretrain.distributed.rendezvous import free_port, own_address
+from pretrain.distributed.addresses import own_address
+from pretrain.distributed.rendezvous import free_port
 from pretrain.distributed.world import world_from_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")

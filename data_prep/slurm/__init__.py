@@ -1,0 +1,1 @@
+"""What Slurm's variables say to a process that it started."""
