@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
+from data_prep.slurm.step import tasks_of_nodes
 from launch.hosts import COUNT_GPUS, HERE, Answers, Slots, answer_of, run_on
 from pretrain.config.recipe import Recipe
 from pretrain.run.first_checks import CPU_RANKS
@@ -164,15 +165,14 @@ def own_node(nodes: list[str]) -> str:
 
 
 def ranks_asked_for(nodes: list[str]) -> Slots | None:
-    """The tasks of each node, where somebody asked for a number of tasks; else None.
+    """The tasks of each node, where somebody asked for a number of tasks; else None. Raises
+    UserError.
 
     SLURM_TASKS_PER_NODE alone tells nothing: without such a wish it holds the nodes' cores.
     """
     if "SLURM_NTASKS" not in os.environ:
         return None
-    tasks: list[int] = []
-    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_TASKS_PER_NODE"]):
-        tasks += [int(number)] * int(times or 1)
+    tasks = tasks_of_nodes(os.environ.get("SLURM_TASKS_PER_NODE", ""))
     return dict(zip(nodes, tasks, strict=False))
 
 

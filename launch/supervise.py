@@ -363,7 +363,9 @@ def main() -> None:
             saved_step=standing(job.run_dir).state.saved_step or 0,
         )
     elif job.requeue:
-        raise UserError("--requeue: this is no job of Slurm; submit it with sbatch, or leave that out")
+        raise UserError(
+            "--requeue: this is no job of Slurm; submit it with sbatch, or leave that out"
+        )
     supervisor.signals.listen()
     supervisor.run()
 

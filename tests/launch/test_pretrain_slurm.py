@@ -1,4 +1,4 @@
-"""A supervised run in jobs of a real Slurm: warned, preempted, ended, begun anew, its nodes lost."""
+"""A supervised run in jobs of a real Slurm: warned, preempted, ended, begun anew, nodes lost."""
 
 import json
 import signal
@@ -100,6 +100,8 @@ def run(cluster: Slurm, tiny_data: Path, tmp_path: Path) -> Iterator[InJobs]:
     (tmp_path / "slowly" / "slow").touch()
     flags = ["--recipe", str(recipe), "--data-dir", str(tiny_data)]
     yield InJobs(cluster, tmp_path, [*flags, "--run-dir", str(tmp_path / "run")])
+    if cluster.daemon_of("n1") is None:
+        cluster.start_daemon("n1")
     cluster.command("scancel", "--user=root")
     wait_until(cluster.is_up, "both nodes to be idle", 60, every_s=0.2)
 
@@ -156,7 +158,6 @@ def test_a_run_goes_on_when_its_nodes_are_lost_and_ends_well_when_it_is_cancelle
     assert not processes_of(run.run_dir)
     assert (run.state["status"], run.state["saved_step"]) == ("preempted", steps_of(run.run_dir))
     assert "SIGTERM" in str(run.state["reason"])
-    cluster.start_daemon("n1")
 
 
 def test_a_preempted_job_saves_and_is_queued_again(run: InJobs) -> None:

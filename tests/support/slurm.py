@@ -169,7 +169,8 @@ class Slurm:
         daemon = self.daemon_of(node)
         assert daemon is not None, f"{node} has no slurmd"
         daemon.send_signal(signal.SIGKILL)
-        wait_until(lambda: not daemon.is_running(), f"the slurmd of {node} to end")
+        # it stays as a zombie, without a command line, as long as the first process reads
+        wait_until(lambda: self.daemon_of(node) is None, f"the slurmd of {node} to end")
 
     def start_daemon(self, node: str) -> None:
         """Start the slurmd of a node, and its ports with it."""
