@@ -105,7 +105,9 @@ class Allocation:
         left = {node: int(gpus[node]) for node in nodes if node in gpus}
         missing = [node for node in nodes if node not in gpus]
         said = answer.stderr.strip().splitlines() or ["no answer"]
-        return Answers(left, missing, said[-1])
+        # what a node says of itself rather than what srun says of its exit code
+        why = [line for line in said if line.partition(":")[0] in missing] or said
+        return Answers(left, missing, why[0])
 
     def slots(self, gpus: Slots, recipe: Recipe) -> Slots:
         """The ranks of each node: those that were asked for, or one for each GPU, or on CPUs 2 a

@@ -290,7 +290,7 @@ class Supervisor:
         answers = allocation.ask(allocation.nodes())
         if answers.missing and not (answers.left and self.job.max_restarts):
             raise UserError(
-                f"Slurm's job {allocation.job}: {', '.join(answers.missing)}: {answers.why}; each "
+                f"Slurm's job {allocation.job}: {', '.join(answers.missing)} ({answers.why}): each "
                 "node must see this directory and this Python"
             )
         if answers.missing:
@@ -299,7 +299,9 @@ class Supervisor:
         left = allocation.slots(answers.left, self.load_recipe())
         if not left:
             raise UserError(f"Slurm's job {allocation.job}: no GPU is left on its nodes")
-        self.slots_at_first = self.slots_at_first or left
+        if not self.slots_at_first:
+            # A node that is missing from the first had as many as any, for all that is known.
+            self.slots_at_first = {**left, **dict.fromkeys(answers.missing, max(left.values()))}
         return Found(self.slots_at_first, left)
 
     def find_hosts(self, hostfile: Path) -> Found:
