@@ -16,6 +16,7 @@ APART = (
     "test_launch.py",
     "test_pretrain_slurm.py",
     "test_signals.py",
+    "test_srun.py",
     "test_supervise.py",
     "test_watch.py",
 )

@@ -31,6 +31,7 @@ class Step:
     task: int  # its number, from 0, which is its rank
     local_tasks: int  # on this node
     local_task: int
+    local_cpus: int  # of the step on this node; 0 where Slurm does not say
     node: int  # its number, from 0
     nodes: str  # as Slurm writes them: n[1-2]
 
@@ -57,6 +58,7 @@ def read_step() -> Step | None:
         task=_number("SLURM_PROCID"),
         local_tasks=places[node],
         local_task=_number("SLURM_LOCALID"),
+        local_cpus=_number("SLURM_CPUS_ON_NODE") if "SLURM_CPUS_ON_NODE" in os.environ else 0,
         node=node,
         nodes=_text("SLURM_STEP_NODELIST"),
     )

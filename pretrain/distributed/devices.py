@@ -27,8 +27,17 @@ def set_up_rank(world: World) -> None:
     memory_of_rank(world)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // world.local_world_size))
+        torch.set_num_threads(threads_of_rank(world))
+
+
+def threads_of_rank(world: World) -> int:
+    """How many cores this rank may use: its share of those that it sees, or all of them where srun
+    has bound each task to cores of its own.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if world.step is not None and cores * world.local_world_size <= world.step.local_cpus:
+        return cores
+    return max(1, cores // world.local_world_size)
 
 
 def keep_freed_memory() -> None:
@@ -52,6 +61,12 @@ def memory_of_rank(world: World) -> tuple[str, float]:
     fewer GPUs than ranks.
     """
     gpus = torch.cuda.device_count()
+    if 0 < gpus <= world.local_rank and world.step is not None:
+        raise UserError(
+            f"{world.local_world_size} ranks were started on a node, and this one sees "
+            f"{gpus} of its GPUs; give srun --gpus-per-node={world.local_world_size}, and neither "
+            "--gpus-per-task nor --gpu-bind, so that each rank sees all and takes its own"
+        )
     if 0 < gpus <= world.local_rank:
         raise UserError(
             f"{world.local_world_size} ranks were started on a machine of {gpus} GPUs; start one "
