@@ -160,7 +160,9 @@ def test_a_run_goes_on_when_its_nodes_are_lost_and_ends_well_when_it_is_cancelle
     assert "SIGTERM" in str(run.state["reason"])
 
 
-def test_a_preempted_job_saves_and_is_queued_again(run: InJobs) -> None:
+def test_a_preempted_job_saves_and_is_queued_again_and_ends_when_its_batch_script_is_told_to(
+    run: InJobs,
+) -> None:
     cluster = run.cluster
     number = run.sbatch("--nodes=2")
     run.wait_for_steps()
@@ -170,6 +172,12 @@ def test_a_preempted_job_saves_and_is_queued_again(run: InJobs) -> None:
     assert f"{run.run_dir}: saved; Slurm queues the job again\n" in run.said
     assert run.state["saved_step"] == steps_of(run.run_dir)
     assert cluster.job(number)["Restarts"] == "1"
+    run.begin_again(number)
+    run.wait_for_steps()
+    cluster.scancel("--batch", "--signal=TERM", number)
+    cluster.wait_for(number, "COMPLETED", "FAILED", "PENDING", log=run.log)
+    assert cluster.job(number)["ExitCode"] == "0:0"
+    assert run.state["saved_step"] == steps_of(run.run_dir) < 160
 
 
 def test_what_can_not_be_trained_is_a_failed_job_and_not_queued_again(run: InJobs) -> None:
