@@ -68,9 +68,8 @@ def test_a_build_that_is_warned_is_queued_again_and_goes_on_from_the_finished_un
 ) -> None:
     output_dir = tmp_path / "dataset"
     job, log = submit(cluster, small_units, mixture, output_dir, "--nodes=2")
-    wait_until(lambda: units(output_dir) > 5, "some units", log=log if log.exists() else None)
-    steps = cluster.command("squeue", "--steps", "--noheader", "--format=%i %N %A", "--jobs", job)
-    assert cluster.job(job)["NumNodes"] == "2", steps.stdout
+    wait_until(lambda: units(output_dir) > 5, "some units")
+    assert "--ntasks=4 --cpus-per-task=2" in log.read_text()  # of two nodes of 4 CPUs
     cluster.scancel("--batch", "--signal=USR1", job)  # as --signal=B:USR1@60 has it
     cluster.wait_for(job, "PENDING", log=log)
     first = stamps(output_dir)
@@ -78,6 +77,8 @@ def test_a_build_that_is_warned_is_queued_again_and_goes_on_from_the_finished_un
     assert not (output_dir / "manifest.json").exists()
     assert cluster.job(job)["Restarts"] == "1"
 
+    # Slurm itself starts it again after two minutes, when nothing is left of the first start.
+    wait_until(cluster.is_up, "the nodes to be idle")
     cluster.begin_now(job)
     cluster.wait_for(job, "COMPLETED", "FAILED", log=log)
     assert cluster.state(job) == "COMPLETED", log.read_text()
@@ -90,6 +91,29 @@ def test_a_build_that_is_warned_is_queued_again_and_goes_on_from_the_finished_un
     assert {name: stamps(output_dir)[name] for name in finished} == {
         name: first[name] for name in finished
     }
+
+
+def test_the_number_of_tasks_may_be_asked_for(
+    cluster: Slurm, small_units: dict[str, str], mixture: Path, tmp_path: Path
+) -> None:
+    words = ("--nodes=2", "--ntasks-per-node=1")
+    job, log = submit(cluster, small_units, mixture / "absent", tmp_path / "dataset", *words)
+    cluster.wait_for(job, "COMPLETED", "FAILED", log=log)
+    assert "--ntasks=2 --cpus-per-task=4" in log.read_text()
+    assert cluster.job(job)["ExitCode"] == "2:0"  # bad input, which is said once
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "absent" in line
+
+
+def test_an_mpi_that_srun_does_not_know_is_named_with_what_to_do(
+    cluster: Slurm, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    job = cluster.sbatch("--output", str(log), SCRIPT, "--mixture", "m.yaml", MPI_TYPE="pmi9")
+    cluster.wait_for(job, "COMPLETED", "FAILED", log=log)
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("error: srun knows no --mpi=pmi9 (srun --mpi=list); set MPI_TYPE")
 
 
 def units(output_dir: Path) -> int:

@@ -49,7 +49,14 @@ def test_two_nodes_of_one_rank_compute_what_deepspeed_s_two_ranks_do(
 ) -> None:
     recipe = recipe_of(tmp_path / "recipe.yaml", STEPS)
     flags = flags_of(recipe, tiny_data, tmp_path / "srun")
-    words = ("--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", "python", "-m", "pretrain.train")
+    words = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        "python",
+        "-m",
+        "pretrain.train",
+    )
     result = cluster.srun(*words, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
     train(2, recipe, tiny_data, tmp_path / "deepspeed")
