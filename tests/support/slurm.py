@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ class Slurm:
         """Have a job that waits in the queue begin: one that was queued again is held for 2
         minutes.
         """
+        # Within the second of its first end Slurm takes the new start for the old one, which it has
+        # revoked ("Job credential revoked"), and the job is FAILED.
+        time.sleep(2)
         self.scontrol("update", f"JobId={number}", "StartTime=now")
 
     def node_state(self, node: str) -> str:
