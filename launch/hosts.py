@@ -5,7 +5,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.errors import UserError
@@ -16,6 +18,8 @@ if TYPE_CHECKING:  # which takes half a second, and the doctor asks hosts withou
 
 Slots = dict[str, int]  # ranks by host, in the hostfile's order
 HERE = ""  # this machine, among hosts
+# Runs a command on hosts, all at the same time, as `run_on` does.
+RunOn = Callable[..., subprocess.CompletedProcess[str]]
 # A comment, an empty line, or a host with at most 999,999 ranks.
 HOST_LINE = re.compile(r"\s*(?:#.*|(\S+)\s+slots=([1-9]\d{0,5})\s*)?")
 ANSWER_S = 90.0  # of a command on a machine
@@ -74,16 +78,26 @@ def run_on(hosts: list[str], *command: str) -> subprocess.CompletedProcess[str]:
     """
     if HERE not in hosts:
         command = (*PDSH, "-w", ",".join(hosts), shlex.join(command))
-    env = {
-        **os.environ,
+    variables = {
         "PDSH_RCMD_TYPE": "ssh",
         # Nobody is there to type a password.
         "PDSH_SSH_ARGS_APPEND": f"-oBatchMode=yes {os.getenv('PDSH_SSH_ARGS_APPEND', '')}",
     }
+    return answer_of(command, variables)
+
+
+def answer_of(
+    command: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """What a command of this machine said, whose end Ctrl-C does not bring about.
+
+    `variables` come beside those of this process. Raises UserError where it did not end in ANSWER_S
+    seconds.
+    """
     try:
         return subprocess.run(
             command,
-            env=env,
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

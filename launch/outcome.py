@@ -71,7 +71,7 @@ def describe_failure(code: int, before: Standing, now: Standing, data_dir: Path)
     if now.status == "failed" and now != before:
         return " ".join(str(now.state.reason).split())
     if now.status != "running":
-        return f"it ended before training (deepspeed's exit code {code})"
-    killed = f"its ranks or their launcher were killed (deepspeed's exit code {code})"
+        return f"it ended before training (the launcher's exit code {code})"
+    killed = f"its ranks or their launcher were killed (the launcher's exit code {code})"
     damage = lengths_that_differ(data_dir)  # who reads a mapped file behind its end is killed
     return "; ".join([killed, *damage])

@@ -9,6 +9,10 @@
 # ranks than there are GPUs. --max-restarts does so by itself after a failure, so many times, on
 # what machines and GPUs are left. SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 end it after the step, saved;
 # a second one, more than 2 s later, at once.
+#
+# In an allocation of Slurm (salloc, or a batch script of your own) it takes all nodes of that, by
+# srun, unless --hostfile or --ranks says otherwise; --requeue has the job queued again when Slurm
+# warns of its end. launch/pretrain.slurm is such a script.
 set -euo pipefail
 
 # shellcheck source=launch/shell/common.sh

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_prep.commands import SAME_SIGNAL_S
-from launch.hosts import run_on
+from launch.hosts import RunOn, run_on
 from launch.launchers import Command
 
 SHELL = Path(__file__).with_name("shell")
@@ -63,13 +63,14 @@ class Ranks:
 
     hosts: list[str]
     ports: list[str]
+    run_on: RunOn = run_on  # how a command comes to the hosts
 
     def signal(self, number: int) -> bool:
         """Send a signal to all ranks, of 0 none; whether there were any. Raises UserError where a
         host does not answer.
         """
         ports = "|".join(self.ports)
-        answer = run_on(
+        answer = self.run_on(
             self.hosts, "sh", "-c", SIGNAL_RANKS, "signal_ranks", ports, str(int(number))
         )
         return bool(answer.stdout)

@@ -26,7 +26,7 @@ if not __package__:  # run by path: its folder, launch/, comes first where Pytho
     if home not in sys.path:
         sys.path.insert(0, home)
 
-from data_prep.commands import exit_code, large_number, signal_name, unheard
+from data_prep.commands import exit_code, signal_name, unheard
 from data_prep.errors import USER_ERROR_EXIT_CODE, UserError, one_line
 from data_prep.locks import lock
 from launch.hosts import (
@@ -39,13 +39,14 @@ from launch.hosts import (
     trim,
     write_hostfile,
 )
+from launch.job import Job, parse
 from launch.launchers import Command, Start, command_of
 from launch.outcome import Standing, describe_failure, newest_checkpoint, standing
 from launch.processes import POLL_S, Ranks, Signals, start_guarded
+from launch.requeue import SlurmJob
+from launch.slurm import Allocation, find_allocation
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.config.recipe_parser import RecipeParser
-from pretrain.run.command_line import build_parser
 from pretrain.run.first_checks import (
     check_arguments,
     check_recipe_and_engine,
@@ -62,19 +63,6 @@ LOCKED_S = 120.0
 SIGNALLED = 128  # beside the number of a signal: an exit code, as shells have it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What was asked for."""
-
-    recipe: str
-    data_dir: Path
-    run_dir: Path
-    ranks: int | None = None  # on this machine; None: as many as suit it
-    hostfile: Path | None = None  # None: this machine
-    max_restarts: int = 0
-    trainer_flags: list[str]  # all those of pretrain.train
-
-
 class Ended(NamedTuple):
     """How a start ended."""
 
@@ -82,57 +70,25 @@ class Ended(NamedTuple):
     refusal: str = ""  # why none could run
 
 
-def parse(arguments: list[str] | None = None) -> Job:
-    """The flags that matter here, and all those of pretrain.train. Raises UserError."""
-    parser = RecipeParser(
-        passed_on=build_parser().flags(),
-        prog="launch/pretrain.sh",
-        description=(__doc__ or "").split("\n")[0],
-    )
-    # The hostfile's slots say how many ranks there are.
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--ranks", type=large_number, metavar="N", help="on this machine (default: its GPUs, or 2)"
-    )
-    where.add_argument(
-        "--hostfile", type=Path, metavar="F", help="a line for each machine, as node1 slots=8"
-    )
-    parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)"
-    )
-    trainers = "as pretrain.train has it, with all its other flags"
-    for name in ("--recipe", "--data-dir", "--run-dir"):
-        parser.add_argument(name, required=True, help=trainers)
-    flags, others = parser.parse_known_args(arguments)
-    if flags.max_restarts < 0:
-        raise UserError(f"--max-restarts {flags.max_restarts}: expected a number, 0 or more")
-    required = ["--recipe", flags.recipe, "--data-dir", flags.data_dir, "--run-dir", flags.run_dir]
-    return Job(
-        recipe=flags.recipe,
-        data_dir=Path(flags.data_dir),
-        run_dir=Path(flags.run_dir),
-        ranks=flags.ranks,
-        hostfile=flags.hostfile,
-        max_restarts=flags.max_restarts,
-        trainer_flags=required + others,
-    )
-
-
 @dataclass
 class Supervisor:
     """A job over all its starts."""
 
     job: Job
+    allocation: Allocation | None = None  # of Slurm, whose nodes the ranks take
     signals: Signals = field(default_factory=Signals)
     ports: list[str] = field(default_factory=list)  # that the ranks of each start met at
     gpus: int = 0  # the most that were seen
     failed_step: int | None = None  # of the last start, if that trained
     back_off_s: float = FIRST_BACK_OFF_S
+    slurm_job: SlurmJob | None = None  # that this process is in, whatever its ranks take
+    slots_at_first: Slots = field(default_factory=dict)  # of the first start on Slurm's nodes
 
     def run(self) -> NoReturn:
         """Start, and start again; leaves with the exit code. Raises UserError."""
         # A step that does not divide over one rank divides over none.
         self.check(self.job.trainer_flags, self.job.ranks or 1)
+        self.end_earlier_start()
         for restart in itertools.count():
             before = standing(self.job.run_dir)
             ended = self.try_to_start(restart, before)
@@ -181,7 +137,7 @@ class Supervisor:
             self.check(self.flags_of_trainer(), ranks)
         else:
             # Those of a host that was cut off, and is back.
-            Ranks(hosts, self.ports).signal(signal.SIGKILL)
+            self.ranks_on(hosts).signal(signal.SIGKILL)
             newest = newest_checkpoint(self.job.run_dir)
             self.say(
                 f"restart {restart} continues from {newest}, if that is whole, on {ranks} ranks"
@@ -192,7 +148,27 @@ class Supervisor:
         command = self.command(found.asked, slots)
         with unheard():
             print("+", shlex.join(command.words), flush=True)
-        return self.run_to_its_end(command, Ranks(hosts, self.ports), before)
+        if self.slurm_job:
+            self.slurm_job.note_ports(self.ports)
+        return self.run_to_its_end(command, self.ranks_on(hosts), before)
+
+    def ranks_on(self, hosts: list[str]) -> Ranks:
+        """Those of all starts, on these hosts."""
+        if self.allocation:
+            return Ranks(hosts, self.ports, self.allocation.run_on)
+        return Ranks(hosts, self.ports)
+
+    def end_earlier_start(self) -> None:
+        """In a job of Slurm, end the ranks that the same job left in the run's directory, and wait
+        until that is free: a node that was lost with its slurmd may go on with them.
+        """
+        earlier = self.slurm_job.earlier_ports() if self.slurm_job else []
+        if not earlier:
+            return
+        if self.allocation:
+            nodes = self.allocation.nodes()
+            Ranks(nodes, earlier, self.allocation.run_on).signal(signal.SIGKILL)
+        self.wait(0.0)
 
     def run_to_its_end(self, command: Command, ranks: Ranks, before: Standing) -> int:
         """Run a launcher, end its ranks well when a signal asks for it, and leave none behind."""
@@ -220,6 +196,7 @@ class Supervisor:
                 slots=slots,
                 port=self.ports[-1],
                 hostfile=hostfile,
+                is_allocated=self.allocation is not None,
                 has_gpus=self.gpus > 0,
                 trainer_flags=self.flags_of_trainer(),
             )
@@ -231,7 +208,13 @@ class Supervisor:
             sys.exit(code)
         is_preempted = now.status == "preempted" and now.has_begun_since(before)
         is_shown = code == 0 and "--dry-run" in self.job.trainer_flags
-        if now.status == "done" or is_preempted or is_shown:
+        if now.status == "done" or is_shown:
+            sys.exit(0)
+        if self.slurm_job:
+            self.slurm_job.leave_if_slurm_goes_on(
+                self.signals.first, now, is_preempted=is_preempted
+            )
+        if is_preempted:
             sys.exit(0)
         if self.signals.first:
             name = signal_name(self.signals.first)
@@ -280,6 +263,8 @@ class Supervisor:
         """
         if self.job.hostfile:
             return self.find_hosts(self.job.hostfile)
+        if self.allocation:
+            return self.find_nodes(self.allocation)
         return self.find_gpus()
 
     def find_gpus(self) -> Found:
@@ -296,6 +281,28 @@ class Supervisor:
         if gpus and self.ports:  # at first, more ranks than GPUs are the launcher's to refuse
             left = min(asked, gpus)
         return Found({HERE: asked}, {HERE: left})
+
+    def find_nodes(self, allocation: Allocation) -> Found:
+        """The ranks of all nodes that Slurm gave, and of those that it has not lost since.
+
+        Raises UserError where one must not be left out, or none is left.
+        """
+        answers = allocation.ask(allocation.nodes())
+        if answers.missing and not (answers.left and self.job.max_restarts):
+            raise UserError(
+                f"Slurm's job {allocation.job}: {', '.join(answers.missing)} ({answers.why}): each "
+                "node must see this directory and this Python"
+            )
+        if answers.missing:
+            self.say(f"left out {', '.join(answers.missing)} ({answers.why})")
+        self.gpus = max(self.gpus, sum(answers.left.values()))
+        left = allocation.slots(answers.left, self.load_recipe())
+        if not left:
+            raise UserError(f"Slurm's job {allocation.job}: no GPU is left on its nodes")
+        if not self.slots_at_first:
+            # A node that is missing from the first had as many as any, for all that is known.
+            self.slots_at_first = {**left, **dict.fromkeys(answers.missing, max(left.values()))}
+        return Found(self.slots_at_first, left)
 
     def find_hosts(self, hostfile: Path) -> Found:
         """The hostfile's slots, and those of the hosts that ssh reaches and that see what this
@@ -346,7 +353,21 @@ class Supervisor:
 def main() -> None:
     """The command."""
     back_off_s = float(os.getenv("BACK_OFF_S", str(FIRST_BACK_OFF_S)))  # tests take less
-    supervisor = Supervisor(parse(), back_off_s=back_off_s)
+    job = parse()
+    supervisor = Supervisor(job, back_off_s=back_off_s)
+    is_said_where = job.hostfile is not None or job.ranks is not None
+    if allocation := find_allocation(must_start=not is_said_where):
+        supervisor.allocation = None if is_said_where else allocation
+        supervisor.slurm_job = SlurmJob(
+            allocation=allocation,
+            run_dir=job.run_dir,
+            may_requeue=job.requeue,
+            saved_step=standing(job.run_dir).state.saved_step or 0,
+        )
+    elif job.requeue:
+        raise UserError(
+            "--requeue: this is no job of Slurm; submit it with sbatch, or leave that out"
+        )
     supervisor.signals.listen()
     supervisor.run()
 

@@ -14,6 +14,7 @@ from support.runs import counting_dataset, text_dataset, write_recipe
 APART = (
     "test_cluster.py",
     "test_launch.py",
+    "test_pretrain_slurm.py",
     "test_signals.py",
     "test_srun.py",
     "test_supervise.py",

@@ -23,9 +23,16 @@ if [ "$signal" = 9 ]; then
   done
 fi
 
-# What a rank has started, such as workers of torch's compiler, has its environment, not its flag.
+# What a rank has started, such as workers of torch's compiler, has its environment, not its command
+# line: a flag of DeepSpeed's launcher or, of srun's ranks, the trainer's name. That launcher has the
+# name too.
+is_rank() { # PROCESS_ID
+  grep -qzxs -e '--local_rank=[0-9]*' "$1/cmdline" && return
+  grep -qzxs -e 'pretrain[.]train' "$1/cmdline" && ! grep -qzs -e '^--master_port=' "$1/cmdline"
+}
+
 for rank in $(processes_with environ "MASTER_PORT=($ports)"); do
-  if grep -qzxs -e "--local_rank=[0-9]*" "$rank/cmdline"; then
+  if is_rank "$rank"; then
     kill -s "$signal" "$rank" && echo "$rank"
   fi
 done

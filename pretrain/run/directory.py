@@ -14,6 +14,7 @@
     evaluation.json  and evaluations/, by pretrain.evaluate: pretrain/evaluation/result.py
     profile/         of --profile: pretrain/engine/profiler.py
     hostfile, .lock  of launch/pretrain.sh, and of whoever trains there: data_prep/locks.py
+    slurm.json       of a job of Slurm: launch/requeue.py
 
 A run writes under names that others use too (`recipe.yaml`, `metrics.jsonl`, `tokenizer/`). Where
 one of them is there without a run of ours around it, it is somebody else's, and a start would

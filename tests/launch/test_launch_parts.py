@@ -126,5 +126,5 @@ def test_a_failure_of_an_earlier_start_is_not_taken_for_this_one_s(tmp_path: Pat
     again = Standing(state=replace(failed.state, began=2))
     assert describe_failure(1, failed, again, tmp_path) == "a rank is gone"
     assert describe_failure(1, failed, failed, tmp_path) == (
-        "it ended before training (deepspeed's exit code 1)"
+        "it ended before training (the launcher's exit code 1)"
     )

@@ -77,18 +77,20 @@ def stand_in(*words: str, **variables: str) -> "subprocess.Popen[bytes]":
 def test_only_ranks_of_a_job_are_signalled_and_launchers_of_its_nodes_killed() -> None:
     ours = {"MASTER_PORT": "1"}
     job = [stand_in("--local_rank=0", **ours), stand_in("--local_rank=1", MASTER_PORT="2")]
-    launcher = stand_in("--master_port=1", **ours)
+    of_srun = stand_in("pretrain.train", **ours)
+    launcher = stand_in("--master_port=1", "pretrain.train", **ours)
     others = [
         stand_in("--local_rank=0", MASTER_PORT="11"),  # of another job
         stand_in("compile", **ours),  # a helper that a rank has started
         stand_in("--master_port=11"),
+        stand_in("srun", "--export=ALL,MASTER_PORT=1", "pretrain.train"),
     ]
-    started = [*job, launcher, *others]
+    started = [*job, of_srun, launcher, *others]
     try:
-        assert sorted(signal_ranks("1|2", 0)) == sorted(rank.pid for rank in job)
+        assert sorted(signal_ranks("1|2", 0)) == sorted(rank.pid for rank in [*job, of_srun])
         assert all(process.poll() is None for process in started)
-        assert signal_ranks("1", signal.SIGTERM) == [job[0].pid]
-        assert job[0].wait(10) == -signal.SIGTERM
+        assert set(signal_ranks("1", signal.SIGTERM)) == {job[0].pid, of_srun.pid}
+        assert job[0].wait(10) == of_srun.wait(10) == -signal.SIGTERM
         assert launcher.poll() is None
         assert signal_ranks("1|2", signal.SIGKILL) == [job[1].pid]
         assert launcher.wait(10) == job[1].wait(10) == -signal.SIGKILL

@@ -161,7 +161,7 @@ def test_where_a_rank_is_killed_the_shard_that_may_have_done_it_is_named(
 
 def test_the_script_that_started_a_killed_run_looks_at_its_data(data: Path) -> None:
     before, now = Standing(state=RunState()), Standing(state=RunState(status="running"))
-    killed = "its ranks or their launcher were killed (deepspeed's exit code 249)"
+    killed = "its ranks or their launcher were killed (the launcher's exit code 249)"
     assert describe_failure(249, before, now, data) == killed
     shard = data / "shards" / "train" / "up" / "00000.npy"
     os.truncate(shard, 200)
