@@ -8,6 +8,7 @@ gap_over_*.png     and .svg, where tokens or size vary: pretrain/comparing/gap.p
 
 import base64
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,8 +92,11 @@ def write_results(matrix: Matrix, place: Place, failed: Mapping[str, str]) -> Co
     paths = [place.run_dir(cell) for cell in matrix.cells if cell.name in names]
     runs = read_runs(paths, [place.data_dir])
     images = [Image(title=gap.title, source=data_url(gap.png)) for gap in gaps]
-    page = report_page(runs, sections_of(comparison, images))
+    title = f"Comparison of {comparison.recipe}"
+    page = report_page(runs, sections_of(comparison, images), title)
     write_durably(output_dir / PAGE_NAME, page.encode(errors="backslashreplace"))
+    for missing in comparison.missing:
+        print(f"note: {missing.name} has no figures: {missing.why}", file=sys.stderr)
     for group in comparison.groups:
         found = findings_of(comparison, group)
         for sentence in found.sentences:

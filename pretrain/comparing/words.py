@@ -302,7 +302,7 @@ def findings_of(comparison: Comparison, group: Group) -> Findings:
     if comparison.treatment is None:
         sentences.append("No --baseline was named, so nothing is compared: figures alone.")
     elif not group.differences:
-        sentences.append("No treatment has a seed in common with the baseline: figures alone.")
+        sentences.append("No seed has figures of baseline and treatment both: figures alone.")
     elif fewest < FEWEST_SEEDS:
         sentences.append(
             "One seed tells no spread, so there is no interval over seeds: give --vary seed=1,2,3."

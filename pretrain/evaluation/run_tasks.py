@@ -83,7 +83,7 @@ def manager_of(asked: AskedTasks) -> "TaskManager":
 
     paths: list[str | Path] = [OWN_TASKS]
     if asked.include_path is not None:
-        paths.append(asked.include_path)
+        paths.append(asked.include_path.resolve())  # tasks are loaded from elsewhere
     manager = TaskManager(include_path=paths, include_defaults=False)
     if unknown_to(manager, asked.names):
         manager = TaskManager(include_path=paths)

@@ -262,6 +262,8 @@ def check_tokenizer(
     check_ids(staged, reference, hard_texts(reference), output)
     data_dir = Path(checkpoint.manifest.data_dir)
     try:
+        if not checkpoint.manifest.data_dir:
+            raise UserError("the run has trained on no data set yet")
         reader = ShardReader(data_dir)
         if reader.manifest.fingerprint != checkpoint.manifest.fingerprint:
             raise UserError(f"{data_dir}: is another data set by now")

@@ -184,7 +184,9 @@ def refuse_other(where: Path, key: str, value: Any, wanted: Any) -> None:
 
 def positive(where: Path, config: Json, key: str) -> int:
     """A size. Raises UserError for what is no positive whole number."""
-    value = config.get(key)
+    if key not in config:
+        raise UserError(f"{where}: {key} is missing; {ADVICE}")
+    value = config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where}: {key} {value!r} is no positive whole number; {ADVICE}")
     return value

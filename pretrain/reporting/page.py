@@ -105,8 +105,11 @@ def policy_of(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; img-src data:"
 
 
-def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> str:
-    """The whole page; `first` are sections before those of the runs.
+def report_page(
+    runs: Sequence[ReportedRun], first: Sequence[Section] = (), title: str | None = None
+) -> str:
+    """The whole page; `first` are sections before those of the runs, and their names are its title
+    where there is no other.
 
     Raises UserError where the runs can't stand on one page.
     """
@@ -128,7 +131,6 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
         environment(runs),
         reproduction(runs),
     ]
-    sections[:0] = first
     kinds = {mark.kind for run in curves for mark in run.marks}
     notes = notes_of(runs)
     if bits_only is not None:
@@ -137,7 +139,8 @@ def report_page(runs: Sequence[ReportedRun], first: Sequence[Section] = ()) -> s
     figures = htmlsafe_json_dumps(asdict(charts), separators=(",", ":"))
     return render(
         "report.html.jinja",
-        title=", ".join(run.name for run in runs),
+        title=title or ", ".join(run.name for run in runs),
+        first=[section for section in first if not section.is_empty],
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version_of("tablefree"),
         notes=notes,

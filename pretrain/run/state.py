@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import explained
+from data_prep.errors import UserError, explained
 from data_prep.files import write_durably
 from pretrain.checkpoint.patience import patiently, read_patiently
 from pretrain.data.stages import DataStage, stages_of_json
@@ -89,9 +89,15 @@ def stages_of_run(run_dir: Path) -> tuple[DataStage, ...]:
     """
     path = run_dir / STATE_NAME
     with explained(NOT_OURS, f"{path}: damaged", "use --recipe"):
-        stages = state_of(json.loads(path.read_bytes())).data_stages
-        if not stages:
+        state = state_of(json.loads(path.read_bytes()))
+        stages = state.data_stages
+        if not stages and state.imported_from is None:
             raise ValueError("no fingerprint")
+    if not stages:
+        raise UserError(
+            f"{run_dir}: begins with imported weights, and has trained on no data set yet; train "
+            "first, or use --recipe"
+        )
     return stages
 
 

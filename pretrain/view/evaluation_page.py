@@ -74,7 +74,10 @@ def result_page(place: str, result: EvaluationResult, stages: Sequence[DataStage
         for stage in stages:
             if stage.fingerprint == result.fingerprint:
                 trained = f"trained on {steps_of_stage(stages, stage)}"
-        title += f" on {result.data_dir} ({result.fingerprint}), which the run was {trained}"
+        said = f"which the run was {trained}"
+        if not stages:
+            said = "and what its imported weights were trained on is not known"
+        title += f" on {result.data_dir} ({result.fingerprint}), {said}"
     return scores_page(title, scores, result)
 
 

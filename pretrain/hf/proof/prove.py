@@ -256,7 +256,7 @@ def problems_of_weights(directory: Path, found: Sketch, kept: Sketch) -> Iterato
     else:
         return
     yield (
-        f"{directory}: its weights are not those that were exported ({why}; "
+        f"{directory}: its weights, or its config.json, are not those that were exported ({why}; "
         f"{difference:.2g} of the logits' spread apart, at most {REPEATED:g}); {AGAIN}, or remove "
         "the certificate of weights that were changed on purpose"
     )

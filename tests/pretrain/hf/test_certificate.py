@@ -246,7 +246,10 @@ def test_one_flipped_weight_is_found_also_where_digests_were_made_anew(
     for parameter in names:
         flip_sign(directory, parameter)
         (problem,) = repeat(directory, certificate).problems
-        assert f"its weights are not those that were exported ({parameter}; " in problem
+        assert (
+            f"its weights, or its config.json, are not those that were exported ({parameter}; "
+            in problem
+        )
         (directory / WEIGHTS_FILE).write_bytes(weights)
     flip_sign(directory, names[0])
     make_digests_anew(directory)
