@@ -13,6 +13,7 @@ from support.runs import counting_dataset, text_dataset, write_recipe
 # other files one worker takes the whole, so that what a module's fixture makes is made once.
 APART = (
     "test_cluster.py",
+    "test_exports.py",
     "test_launch.py",
     "test_pretrain_slurm.py",
     "test_signals.py",

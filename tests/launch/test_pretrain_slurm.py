@@ -85,13 +85,8 @@ class InJobs:
         if changes:
             self.cluster.scontrol("update", f"JobId={number}", *changes)
 
-        def begins() -> bool:
-            # Slurm sets the time anew once the last of the job's processes has ended.
-            if self.cluster.state(number) == "PENDING":
-                self.cluster.begin_now(number)
-            return self.cluster.state(number) == "RUNNING"
-
-        wait_until(begins, f"job {number} to begin again", 60, every_s=1)
+        self.cluster.begin_now(number)
+        self.cluster.wait_for(number, "RUNNING", timeout_s=60)
 
     def quicken(self) -> None:
         (self.home / "slowly" / "slow").unlink()

@@ -141,9 +141,28 @@ class Slurm:
         minutes.
         """
         # Within the second of its first end Slurm takes the new start for the old one, which it has
-        # revoked ("Job credential revoked"), and the job is FAILED.
+        # revoked ("Job credential revoked"), and the job is FAILED. On a busy machine daemons of
+        # its steps outlast that second, and pmi2 of the new step, of the same name, meets them.
+        wait_until(lambda: not self.step_daemons(number), f"steps of job {number} to be gone")
         time.sleep(2)
-        self.scontrol("update", f"JobId={number}", "StartTime=now")
+
+        def begins() -> bool:
+            # Slurm sets the time anew once the last of the job's processes has ended; and the job
+            # may begin between the question and the command, which fails then.
+            if self.state(number) == "PENDING":
+                self.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+            return self.state(number) != "PENDING"
+
+        wait_until(begins, f"job {number} to begin", every_s=1)
+
+    def step_daemons(self, number: str) -> list[psutil.Process]:
+        """The daemons of a job's steps that run."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = " ".join(process.info["cmdline"] or [])
+            if words.startswith(f"slurmstepd: [{number}."):
+                found.append(process)
+        return found
 
     def node_state(self, node: str) -> str:
         """IDLE, ALLOCATED, DOWN, ..., with what Slurm adds to it."""
@@ -203,6 +222,8 @@ def slurm(directory: Path) -> Iterator[Slurm]:
     values = {"HOST": socket.gethostname(), "DIRECTORY": str(directory)}
     for name in ("CONTROLLER_PORT", "NODE_1_PORT", "NODE_2_PORT"):
         values[name] = str(free_port())
+    # so that no two clusters of a machine have a job of the same number, from which ports follow
+    values["FIRST_JOB"] = values["CONTROLLER_PORT"]
     text = CONFIGURATION.read_text(encoding="utf-8")
     for name, value in values.items():
         text = text.replace(f"@{name}@", value)
