@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -58,6 +58,7 @@ class Slurm:
 
     directory: Path
     first_process: subprocess.Popen[bytes]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)  # to be ended with it
 
     @property
     def environment(self) -> dict[str, str]:
@@ -93,14 +94,17 @@ class Slurm:
     ) -> subprocess.Popen[bytes]:
         """A command that goes on, and prints to the log."""
         with log.open("wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 words,
                 cwd=cwd,
                 env={**self.environment, **changes},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # with its second process, as srun has one
             )
+        self.started.append(process)
+        return process
 
     def sbatch(self, *words: str, cwd: Path = REPOSITORY, **changes: str) -> str:
         """Submit a job: its number."""
@@ -248,3 +252,7 @@ def slurm(directory: Path) -> Iterator[Slurm]:
         assert first.stdin
         first.stdin.close()
         first.wait(20)
+        for process in cluster.started:
+            if process.poll() is None:  # its test failed
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(20)
