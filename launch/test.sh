@@ -25,10 +25,10 @@ mypy > "$types" 2>&1 &
 mypy=$!
 trap 'kill "$mypy" 2> /dev/null || true; rm -f "$types"' EXIT
 
-# Side by side, three times as many as there are cores, up to 8: many tests wait for processes to
-# start and to end.
+# Side by side, twice as many as there are cores, up to 8: many tests wait for processes to start
+# and to end. With more, those of low priority, such as exports beside a run, get no time.
 cores=$(nproc)
-workers=$((cores < 3 ? 3 * cores : 8))
+workers=$((cores < 4 ? 2 * cores : 8))
 status=0
 python -m pytest -rs -n "$workers" --dist loadfile "$@" || status=$?
 

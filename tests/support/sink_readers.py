@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import os
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from support.runs import run_command
 
@@ -53,17 +57,38 @@ def read_trackio(run_dir: Path) -> list[Drawn]:
     """The runs that trackio has of this one, each named by the next; all of their rows."""
     from trackio.sqlite_storage import SQLiteStorage
 
+    with trackio_in(Path(os.environ["TRACKIO_DIR"])):
+        return trackio_runs(SQLiteStorage, run_dir)
+
+
+@contextlib.contextmanager
+def trackio_in(directory: Path) -> Iterator[None]:
+    """Have trackio look for its projects in a directory, whichever it read as it was imported: that
+    of other tests, maybe.
+    """
+    import trackio.sqlite_storage
+    import trackio.utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(directory))
+        for module in (trackio.utils, trackio.sqlite_storage):
+            patch.setattr(module, "TRACKIO_DIR", directory)
+        yield
+
+
+def trackio_runs(storage: Any, run_dir: Path) -> list[Drawn]:
+    """As `read_trackio`, where trackio looks."""
     found: list[Drawn] = []
     name = json.loads((run_dir / "trackio.json").read_text())["run"]
     while name:
-        path = SQLiteStorage.get_project_db_path("tablefree")
+        path = storage.get_project_db_path("tablefree")
         with contextlib.closing(sqlite3.connect(path)) as database:
             rows = database.execute(
                 "SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", (name,)
             ).fetchall()
-        shown = SQLiteStorage.get_logs("tablefree", name)
+        shown = storage.get_logs("tablefree", name)
         assert [row["step"] for row in shown] == [step for step, _ in rows]
-        config = SQLiteStorage.get_run_config("tablefree", name) or {}
+        config = storage.get_run_config("tablefree", name) or {}
         found.append(of_rows([(step, json.loads(row)) for step, row in rows], config, name))
         name = config.get("continues")
     return found[::-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.hand_made_runs import trained_step
 from support.runs import environment, run_command
-from support.sink_readers import read_trackio
+from support.sink_readers import read_trackio, trackio_in
 from support.waiting import wait_until
 
 from pretrain.metrics.told import AboutRun, told
@@ -22,13 +22,8 @@ ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+[/\w?=&.-]*")
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where trackio keeps its projects: read when it is imported."""
-    import trackio.sqlite_storage
-    import trackio.utils
-
     found = tmp_path_factory.mktemp("trackio")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (trackio.utils, trackio.sqlite_storage):
-            patch.setattr(module, "TRACKIO_DIR", found)
+    with trackio_in(found):
         yield found
 
 
