@@ -16,14 +16,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support.runs import REPOSITORY, environment, free_port
+from support.runs import REPOSITORY, environment
 from support.waiting import wait_until
 
 CONFIGURATION = Path(__file__).with_name("slurm.conf")
@@ -214,6 +214,13 @@ class Slurm:
         return answer.returncode == 0 and "State=IDLE " in answer.stdout
 
 
+def free_ports(number: int) -> list[str]:
+    """So many TCP ports that nobody listens on, no two the same: held until all are found."""
+    with ExitStack() as held:
+        listeners = [held.enter_context(socket.create_server(("", 0))) for _ in range(number)]
+        return [str(listener.getsockname()[1]) for listener in listeners]
+
+
 @contextmanager
 def slurm(directory: Path) -> Iterator[Slurm]:
     """Start Slurm in a directory of its own, and wait until both nodes are idle. Skips the test
@@ -224,8 +231,8 @@ def slurm(directory: Path) -> Iterator[Slurm]:
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (directory / name).mkdir()
     values = {"HOST": socket.gethostname(), "DIRECTORY": str(directory)}
-    for name in ("CONTROLLER_PORT", "NODE_1_PORT", "NODE_2_PORT"):
-        values[name] = str(free_port())
+    names = ("CONTROLLER_PORT", "NODE_1_PORT", "NODE_2_PORT")
+    values |= dict(zip(names, free_ports(len(names)), strict=True))
     # so that no two clusters of a machine have a job of the same number, from which ports follow
     values["FIRST_JOB"] = values["CONTROLLER_PORT"]
     text = CONFIGURATION.read_text(encoding="utf-8")
